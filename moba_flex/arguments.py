@@ -1,0 +1,168 @@
+"""Validation of what users pass in: one exception, raised before any work, that says what was given and what is needed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+IMPLEMENTATIONS = ("auto", "flex", "eager", "naive")
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def check_count(name: str, value: object, least: int) -> None:
+    """`value` must be a plain int (bool is none) that is at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} must be an int of at least {least}, but is {value!r}")
+
+
+def check_blocks(block_size: int, top_k: int, sink_blocks: int, recent_blocks: int, causal: bool = True) -> None:
+    """The four counts that define a selection, and that they fit together."""
+    check_count("block_size", block_size, 1)
+    check_count("top_k", top_k, 1)
+    check_count("sink_blocks", sink_blocks, 0)
+    check_count("recent_blocks", recent_blocks, 0)
+    if not causal and (sink_blocks or recent_blocks):
+        raise ValueError(
+            f"sink_blocks and recent_blocks must be 0 with causal=False, but are {sink_blocks} and {recent_blocks}"
+        )
+    if causal and 1 + sink_blocks + recent_blocks > top_k:
+        raise ValueError(
+            f"top_k={top_k} has no room for the own block, sink_blocks={sink_blocks} and recent_blocks={recent_blocks}: "
+            f"raise top_k to at least {1 + sink_blocks + recent_blocks}"
+        )
+
+
+def _check_tensor(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, but is a {type(value).__name__}")
+
+
+def _check_operands(**tensors: Tensor | None) -> None:
+    """Tensors of one floating dtype on one device."""
+    tensors = {name: t for name, t in tensors.items() if t is not None}
+    for name, t in tensors.items():
+        _check_tensor(name, t)
+        if t.dtype not in _DTYPES:
+            raise TypeError(f"{name} must be float32, bfloat16 or float16, but is {t.dtype}")
+    if len({t.dtype for t in tensors.values()}) > 1:
+        given = ", ".join(f"{name} {t.dtype}" for name, t in tensors.items())
+        raise TypeError(f"all tensors must have the same dtype, but got {given}: convert them with .to()")
+    _check_devices(**tensors)
+
+
+def _check_devices(**tensors: Tensor) -> None:
+    if len({t.device for t in tensors.values()}) > 1:
+        given = ", ".join(f"{name} on {t.device}" for name, t in tensors.items())
+        raise ValueError(f"all tensors must be on the same device, but got {given}")
+
+
+def _check_heads(heads: int, groups: int) -> None:
+    if groups == 0 or heads % groups:
+        raise ValueError(f"query has {heads} heads, which must be a multiple of key's {groups} heads")
+
+
+def readable(*tensors: Tensor) -> bool:
+    """Whether values may be looked at: not while a graph is traced or captured."""
+    if torch.compiler.is_compiling() or any(t.is_meta for t in tensors):
+        return False
+    return not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
+
+
+def check_query_key(query: Tensor, key: Tensor, value: Tensor | None = None) -> None:
+    """`[B, H, Nq, D]`, `[B, G, Nk, D]` and `[B, G, Nk, Dv]` that belong together."""
+    _check_operands(query=query, key=key, value=value)
+    for name, t in (("query", query), ("key", key), ("value", value)):
+        if t is not None and t.dim() != 4:
+            raise ValueError(f"{name} must have 4 dimensions (batch, heads, tokens, width), but has shape {tuple(t.shape)}")
+    if query.shape[0] != key.shape[0] or query.shape[3] != key.shape[3]:
+        raise ValueError(
+            f"query {tuple(query.shape)} and key {tuple(key.shape)} must agree in batch (dimension 0) and width (dimension 3)"
+        )
+    if value is not None and key.shape[:3] != value.shape[:3]:
+        raise ValueError(
+            f"key {tuple(key.shape)} and value {tuple(value.shape)} must agree in batch, heads and tokens (dimensions 0 to 2)"
+        )
+    _check_heads(query.shape[1], key.shape[1])
+    if query.shape[2] > key.shape[2]:
+        raise ValueError(
+            f"query has {query.shape[2]} tokens, but there are only {key.shape[2]} keys: "
+            "queries are the last positions of the keys, so there can be no more of them"
+        )
+
+
+def check_padding_mask(padding_mask: Tensor | None, query: Tensor, key: Tensor) -> None:
+    """`[B, Nk]` bool, True in one run at most in each row."""
+    if padding_mask is None:
+        return
+    _check_tensor("padding_mask", padding_mask)
+    if padding_mask.dtype != torch.bool:
+        raise TypeError(f"padding_mask must be bool (True for real tokens), but is {padding_mask.dtype}")
+    wanted = (key.shape[0], key.shape[2])
+    if tuple(padding_mask.shape) != wanted:
+        raise ValueError(f"padding_mask must have shape {wanted} (batch, keys), but has shape {tuple(padding_mask.shape)}")
+    _check_devices(query=query, padding_mask=padding_mask)
+    if padding_mask.numel() and readable(padding_mask):
+        starts = padding_mask[:, 1:] & ~padding_mask[:, :-1]
+        runs = starts.sum(1) + padding_mask[:, 0]
+        if (runs > 1).any():
+            row = int((runs > 1).nonzero()[0])
+            raise ValueError(
+                f"padding_mask has a hole in row {row}: real tokens must be one run, with padding on the left or right only"
+            )
+
+
+def check_packed(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor) -> None:
+    """`[T, H, D]`, `[T, G, D]`, `[T, G, Dv]` and rising `cu_seqlens [n + 1]` from 0 to T."""
+    _check_operands(query=query, key=key, value=value)
+    _check_tensor("cu_seqlens", cu_seqlens)
+    for name, t in (("query", query), ("key", key), ("value", value)):
+        if t.dim() != 3:
+            raise ValueError(f"{name} must have 3 dimensions (tokens, heads, width), but has shape {tuple(t.shape)}")
+    tokens = query.shape[0]
+    if key.shape[0] != tokens or value.shape[:2] != key.shape[:2] or query.shape[2] != key.shape[2]:
+        raise ValueError(
+            f"query {tuple(query.shape)}, key {tuple(key.shape)} and value {tuple(value.shape)} must agree in tokens, "
+            "key and value in heads, query and key in width"
+        )
+    _check_heads(query.shape[1], key.shape[1])
+    if cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"cu_seqlens must be int32, but is {cu_seqlens.dtype}")
+    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1:
+        raise ValueError(f"cu_seqlens must have one dimension and at least one entry, but has shape {tuple(cu_seqlens.shape)}")
+    _check_devices(query=query, cu_seqlens=cu_seqlens)
+    if readable(cu_seqlens):
+        bounds = cu_seqlens.tolist()
+        if bounds[0] != 0 or bounds[-1] != tokens or any(b < a for a, b in zip(bounds, bounds[1:])):
+            shown = bounds if len(bounds) <= 8 else [*bounds[:4], "...", *bounds[-3:]]
+            raise ValueError(f"cu_seqlens must start at 0, never fall and end at {tokens} (the tokens of query), but is {shown}")
+
+
+def check_scores(query: Tensor, heads: int, scale: float | None, softcap: float | None, sinks: Tensor | None) -> None:
+    """What changes the scores: `scale`, `softcap > 0`, `sinks [H]`."""
+    if scale is not None and not isinstance(scale, (int, float)):
+        raise TypeError(f"scale must be a float or None, but is a {type(scale).__name__}")
+    if softcap is not None and not (isinstance(softcap, (int, float)) and softcap > 0):
+        raise ValueError(f"softcap must be a float above 0 or None, but is {softcap!r}")
+    if sinks is None:
+        return
+    _check_tensor("sinks", sinks)
+    if tuple(sinks.shape) != (heads,):
+        raise ValueError(f"sinks must have shape ({heads},), one logit a query head, but has shape {tuple(sinks.shape)}")
+    if not sinks.is_floating_point():
+        raise TypeError(f"sinks must be a floating-point tensor, but is {sinks.dtype}")
+    _check_devices(query=query, sinks=sinks)
+
+
+def resolve_implementation(implementation: str, query: Tensor) -> str:
+    """ "auto" becomes "flex" on CUDA and "eager" elsewhere; float64, which only checks use, is always "eager"."""
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation must be one of {', '.join(IMPLEMENTATIONS)}, but is {implementation!r}")
+    if implementation == "auto":
+        return "flex" if query.is_cuda and query.dtype != torch.float64 else "eager"
+    if implementation == "flex" and not query.is_cuda:
+        raise ValueError(
+            f'implementation="flex" needs CUDA tensors, but query is on {query.device}: use "eager" or "auto" there'
+        )
+    if implementation == "flex" and query.dtype == torch.float64:
+        raise ValueError('implementation="flex" computes in float32 at most: use "eager" for float64')
+    return implementation

@@ -1,0 +1,224 @@
+"""How it works: read this file first.
+
+Queries are sent to key blocks as a mixture of experts sends tokens to experts, in four steps:
+
+1. `choose`  the gate: which past blocks each query reads (mean of a block's keys, inner product, top-k);
+2. `local`   attention to the query's own block, causal, and to sink and recent blocks: known without looking at data;
+3. `routed`  every (query, chosen block) pair is a row; rows are ordered by block, so that each tile of them meets one whole block;
+4. `merge`   a query's output is the softmax-weighted sum of its partial outputs, by their log-sum-exps.
+
+The steps come from a backend, `eager` (any device) or `flex` (CUDA), each a module with the same function names. Here they are put
+together, worked through in chunks of a bounded size, and made one differentiable operator that torch.compile sees as a whole.
+
+B rows, H query heads, G key heads, N tokens, Q query blocks, C key blocks, P slots a block, S chosen blocks a query, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from . import eager, flex
+from .blocks import BlockLayout, dense_layout, packed_layout, padded_layout, slots_per_block
+from .routing import Routes, route
+from .spec import Spec
+
+_BACKENDS: dict[str, ModuleType] = {"eager": eager, "flex": flex}
+
+
+def forward(
+    query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, spec: Spec, backend: ModuleType, budget: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Output `[B, H, Nq, Dv]`, log-sum-exp `[B, H, Nq]` and the chosen blocks `[B, H, Q * P, S]`."""
+    q, k, v = layout.query_slots(query), layout.key_slots(key), layout.key_slots(value)
+    chosen = backend.choose(q, k, layout, spec)
+
+    out = q.new_empty(*q.shape[:3], v.shape[-1])
+    lse = q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
+    for rows, groups, heads in chunks(q, k, v, layout, spec, budget):
+        of_rows = layout.rows(rows)
+        part_q, part_k, part_v = q[rows, heads], k[rows, groups].contiguous(), v[rows, groups].contiguous()
+        part_out = part_lse = None
+        if spec.causal:
+            part_out, part_lse = backend.local(part_q, part_k, part_v, of_rows, spec)
+        if spec.routed:
+            routes = _route(chosen[rows, heads], part_k, of_rows, spec, backend)
+            row_q = backend.gather(part_q, routes)
+            row_out, row_lse = backend.routed(row_q, part_k, part_v, routes, of_rows, spec)
+            part_out, part_lse = backend.merge(part_out, part_lse, row_out, row_lse, routes)
+        out[rows, heads], lse[rows, heads] = part_out, part_lse
+    return layout.query_tokens(out), layout.query_tokens(lse, fill=-torch.inf), chosen
+
+
+def backward(
+    grad: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    chosen: Tensor,
+    layout: BlockLayout,
+    spec: Spec,
+    backend: ModuleType,
+    budget: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value. Rows are gathered again, chunk by chunk, and come back by gathering too."""
+    delta = (out.to(lse.dtype) * grad).sum(-1)
+    if grad_lse is not None:
+        delta = delta - grad_lse
+    q, k, v = layout.query_slots(query), layout.key_slots(key), layout.key_slots(value)
+    grad, lse, delta = layout.query_slots(grad), layout.query_slots(lse), layout.query_slots(delta)
+
+    grad_q, grad_k, grad_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    for rows, groups, heads in chunks(q, k, v, layout, spec, budget):
+        of_rows = layout.rows(rows)
+        part_k, part_v = k[rows, groups].contiguous(), v[rows, groups].contiguous()
+        upstream = [x[rows, heads] for x in (q, grad, lse, delta)]
+        dq, dk, dv = None, 0, 0
+        if spec.causal:
+            part_q, part_grad, part_lse, part_delta = upstream
+            dq, dk, dv = backend.local_backward(part_q, part_k, part_v, part_grad, part_lse, part_delta, of_rows, spec)
+        if spec.routed:
+            routes = _route(chosen[rows, heads], part_k, of_rows, spec, backend)
+            # A spare row has no query. With a log-sum-exp of infinity its weights, and so its gradients, are 0.
+            row_q, row_grad, row_lse, row_delta = (
+                backend.gather(x, routes, fill) for x, fill in zip(upstream, (0, 0, torch.inf, 0))
+            )
+            row_dq, row_dk, row_dv = backend.routed_backward(
+                row_q, part_k, part_v, row_grad, row_lse, row_delta, routes, of_rows, spec
+            )
+            dq, dk, dv = backend.sum_rows(dq, row_dq, routes), dk + row_dk, dv + row_dv
+        grad_q[rows, heads], grad_k[rows, groups], grad_v[rows, groups] = dq, dk, dv
+    return layout.query_tokens(grad_q), layout.key_tokens(grad_k), layout.key_tokens(grad_v)
+
+
+def _route(chosen: Tensor, key: Tensor, layout: BlockLayout, spec: Spec, backend: ModuleType) -> Routes:
+    rows, heads = chosen.shape[:2]
+    pairs = rows * heads * layout.most_pairs(spec.routed, spec.local - 1 if spec.causal else 0)
+    return route(chosen, key.shape[1], layout.n_key_blocks, backend.TILE, pairs)
+
+
+def chunks(
+    query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, spec: Spec, budget: int
+) -> Iterator[tuple[slice, slice, slice]]:
+    """Slices of rows, key heads and query heads whose routed rows fit into `budget` bytes; all of one shape.
+
+    One key head of one row with its query heads is the least; more of them share a chunk when they fit.
+    """
+    n_rows, n_groups, repeats = query.shape[0], key.shape[1], query.shape[1] // key.shape[1]
+    row_bytes = (query.shape[-1] + 2 * value.shape[-1]) * query.element_size() + 24
+    fit = budget // max(1, repeats * layout.n_query * spec.routed * row_bytes)
+    rows_fit = max((n for n in range(1, n_rows + 1) if n_rows % n == 0 and n * n_groups <= fit), default=1)
+    groups_fit = max((n for n in range(1, n_groups + 1) if n_groups % n == 0 and n <= max(1, fit)), default=1)
+    for row in range(0, n_rows, rows_fit):
+        for group in range(0, n_groups, groups_fit):
+            heads = slice(group * repeats, (group + groups_fit) * repeats)
+            yield slice(row, row + rows_fit), slice(group, group + groups_fit), heads
+
+
+def _layout(
+    query: Tensor, key: Tensor, padding_mask: Tensor | None, cu_seqlens: Tensor | None, spec: Spec, implementation: str
+) -> BlockLayout:
+    # Only tiles of a GPU need blocks of particular widths.
+    width = slots_per_block(spec.block_size) if implementation == "flex" else spec.block_size
+    if cu_seqlens is not None:
+        return packed_layout(cu_seqlens, key.shape[2], spec.block_size, width)
+    if padding_mask is not None:
+        return padded_layout(padding_mask, query.shape[2], spec.block_size, width)
+    return dense_layout(query.shape[0], query.shape[2], key.shape[2], spec.block_size, width, query.device)
+
+
+# The operator. To autograd and torch.compile it is one node, so the steps above may compile, loop and allocate as they like.
+@torch.library.custom_op("moba_flex::attention", mutates_args=())
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    padding_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    block_size: int,
+    top_k: int,
+    sink_blocks: int,
+    recent_blocks: int,
+    causal: bool,
+    scale: float,
+    softcap: float | None,
+    implementation: str,
+    budget: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`[B, H, Nq, D]`, `[B, G, Nk, D]`, `[B, G, Nk, Dv]` -> output, log-sum-exp and the chosen blocks."""
+    spec = Spec(block_size, top_k, sink_blocks, recent_blocks, causal, scale, softcap)
+    layout = _layout(query, key, padding_mask, cu_seqlens, spec, implementation)
+    return forward(query, key, value, layout, spec, _BACKENDS[implementation], budget)
+
+
+@attention.register_fake
+def _(query, key, value, padding_mask, cu_seqlens, block_size, top_k, sinks, recent, causal, scale, softcap, impl, budget):
+    spec = Spec(block_size, top_k, sinks, recent, causal, scale, softcap)
+    width = slots_per_block(block_size) if impl == "flex" else block_size
+    n_query, n_key = query.shape[2], key.shape[2]
+    if cu_seqlens is not None:
+        blocks = n_key // block_size + cu_seqlens.shape[0] - 1
+    elif padding_mask is not None and n_query != n_key:
+        blocks = min(-(-n_key // block_size), (n_query + block_size - 2) // block_size + 1)
+    else:
+        blocks = -(-n_key // block_size) - (n_key - n_query) // block_size
+    lse = query.new_empty(query.shape[:3], dtype=torch.promote_types(query.dtype, torch.float32))
+    chosen = query.new_empty(*query.shape[:2], blocks * width, spec.routed, dtype=torch.int32)
+    return query.new_empty(*query.shape[:3], value.shape[-1]), lse, chosen
+
+
+@torch.library.custom_op("moba_flex::attention_backward", mutates_args=())
+def attention_backward(
+    grad: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    chosen: Tensor,
+    padding_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    block_size: int,
+    top_k: int,
+    sink_blocks: int,
+    recent_blocks: int,
+    causal: bool,
+    scale: float,
+    softcap: float | None,
+    implementation: str,
+    budget: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of query, key and value."""
+    spec = Spec(block_size, top_k, sink_blocks, recent_blocks, causal, scale, softcap)
+    layout = _layout(query, key, padding_mask, cu_seqlens, spec, implementation)
+    backend = _BACKENDS[implementation]
+    return backward(grad, grad_lse, query, key, value, out, lse, chosen, layout, spec, backend, budget)
+
+
+@attention_backward.register_fake
+def _(grad, grad_lse, query, key, value, *args):
+    return tuple(x.new_empty(x.shape) for x in (query, key, value))
+
+
+def _setup_context(ctx, inputs, output):
+    query, key, value, padding_mask, cu_seqlens, *ctx.settings = inputs
+    ctx.save_for_backward(query, key, value, *output, padding_mask, cu_seqlens)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, grad, grad_lse, _):
+    query, key, value, out, lse, chosen, padding_mask, cu_seqlens = ctx.saved_tensors
+    if grad is None:
+        grad = torch.zeros_like(out)
+    saved = (query, key, value, out, lse, chosen, padding_mask, cu_seqlens)
+    return *attention_backward(grad, grad_lse, *saved, *ctx.settings), None, None, *(None for _ in ctx.settings)
+
+
+attention.register_autograd(_backward, setup_context=_setup_context)

@@ -1,0 +1,273 @@
+"""Where tokens lie once every sequence is cut into blocks.
+
+All fast implementations work on one layout: a row (one batch element, or all packed sequences together) is a line of blocks, a
+block is `width` slots, the first `block_size` of them for tokens. Each sequence starts a block of its own, at its first real token,
+so padding on the left, padding on the right, packed sequences, odd lengths and odd block sizes all look alike from here on.
+When tokens already lie like this, nothing is copied.
+
+B rows, C key blocks a row, Q query blocks a row, P slots a block (`width`), N tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def slots_per_block(block_size: int) -> int:
+    """The width a GPU tile can be cut from: a power of two from 16 to 64, then multiples of 64."""
+    if block_size > 64:
+        return -(-block_size // 64) * 64
+    return max(16, 1 << (block_size - 1).bit_length())
+
+
+@dataclass(frozen=True, eq=False)
+class BlockLayout:
+    """The place of every token, and what each query block may read. All tensors are int32 unless said otherwise."""
+
+    block_size: int
+    width: int
+    n_key: int
+    n_query: int
+    n_key_blocks: int
+    own: Tensor  # [B, Q] the key block that is this query block's own
+    first: Tensor  # [B, Q] the first block of its sequence
+    end: Tensor  # [B, Q] one past the last block of its sequence
+    query_start: Tensor  # [B, Q] real queries are the slots query_start <= slot < query_stop of their block
+    query_stop: Tensor
+    block_keys: Tensor  # [B, C] how many real keys a block has
+    lead: int  # how many slots precede the first query, where that is the same for all rows
+    token_of_key_slot: Tensor | None = None  # [B, C * P] int64, -1 where no token is; None: tokens lie in order from slot 0
+    slot_of_key: Tensor | None = None  # [B, Nk] int64, -1 for padding
+    token_of_query_slot: Tensor | None = None
+    slot_of_query: Tensor | None = None
+
+    @property
+    def n_query_blocks(self) -> int:
+        return self.own.shape[1]
+
+    @property
+    def whole(self) -> bool:
+        """Whether every block that a causal query can be routed to fills all its slots (past blocks are full of tokens)."""
+        return self.width == self.block_size
+
+    def key_slots(self, x: Tensor) -> Tensor:
+        """`[B, G, Nk, D]` -> `[B, G, C * P, D]`, zeros where no token is."""
+        if self.token_of_key_slot is not None:
+            return _take(x, self.token_of_key_slot)
+        return self._spread(x, 0, self.n_key_blocks)
+
+    def query_slots(self, x: Tensor) -> Tensor:
+        """`[B, H, Nq, ...]` -> `[B, H, Q * P, ...]`, zeros where no token is."""
+        if self.token_of_query_slot is not None:
+            return _take(x, self.token_of_query_slot)
+        return self._spread(x, self.lead, self.n_query_blocks)
+
+    def key_tokens(self, x: Tensor) -> Tensor:
+        """The inverse of `key_slots`; zeros at padding."""
+        if self.slot_of_key is not None:
+            return _take(x, self.slot_of_key)
+        return self._collect(x, 0, self.n_key)
+
+    def query_tokens(self, x: Tensor, fill: float = 0) -> Tensor:
+        """The inverse of `query_slots`; `fill` at padding."""
+        if self.slot_of_query is not None:
+            return _take(x, self.slot_of_query, fill)
+        return self._collect(x, self.lead, self.n_query)
+
+    def rows(self, rows: slice) -> BlockLayout:
+        """The same for some of the rows. Only what works on slots is kept: tokens have been moved by then."""
+        names = ("own", "first", "end", "query_start", "query_stop", "block_keys")
+        return replace(self, **{name: getattr(self, name)[rows] for name in names})
+
+    def last_own(self, query_block: int) -> int:
+        """A bound, known without reading data, of the own block of `query_block` in any row."""
+        if self.token_of_query_slot is not None and self.n_query_blocks != self.n_key_blocks:
+            return self.n_key_blocks - 1
+        return self.n_key_blocks - self.n_query_blocks + query_block
+
+    def most_pairs(self, count: int, forced: int) -> int:
+        """A bound on the (query, block) pairs of one row and head, when each query takes `count` past blocks by score and reads
+        `forced` of them anyway; exact without padding. Early queries have fewer blocks to take."""
+        pairs = self.n_query * min(count, self.n_key_blocks)
+        if self.token_of_query_slot is not None:
+            return pairs
+        first_block = self.n_key_blocks - self.n_query_blocks
+        for block in range(first_block, min(self.n_key_blocks, count + forced)):
+            start = max(block * self.block_size, self.n_key - self.n_query)
+            queries = min((block + 1) * self.block_size, self.n_key) - start
+            pairs -= queries * (min(count, self.n_key_blocks) - min(count, max(0, block - forced)))
+        return pairs
+
+    def _spread(self, x: Tensor, lead: int, n_blocks: int) -> Tensor:
+        tail = n_blocks * self.block_size - lead - x.shape[2]
+        flat = (0, 0) * (x.dim() - 3)
+        if lead or tail:
+            x = F.pad(x, (*flat, lead, tail))
+        if self.width > self.block_size:
+            x = F.pad(x.unflatten(2, (n_blocks, self.block_size)), (*flat, 0, self.width - self.block_size)).flatten(2, 3)
+        return x
+
+    def _collect(self, x: Tensor, lead: int, n_tokens: int) -> Tensor:
+        if self.width > self.block_size:
+            x = x.unflatten(2, (-1, self.width))[:, :, :, : self.block_size].flatten(2, 3)
+        return x if x.shape[2] == n_tokens else x[:, :, lead : lead + n_tokens]
+
+
+def _take(x: Tensor, index: Tensor, fill: float = 0) -> Tensor:
+    """`out[b, h, i] = x[b, h, index[b, i]]`, `fill` where the index is -1."""
+    shape = (index.shape[0], 1, index.shape[1]) + (1,) * (x.dim() - 3)
+    index = index.view(shape)
+    if x.shape[2] == 0:
+        return x.new_full((*x.shape[:2], index.shape[2], *x.shape[3:]), fill)
+    out = x.gather(2, index.clamp(min=0).expand(*x.shape[:2], -1, *x.shape[3:]))
+    return out.masked_fill_(index < 0, fill)
+
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)
+def dense_layout(rows: int, n_query: int, n_key: int, block_size: int, width: int, device: torch.device) -> BlockLayout:
+    """Rows of equal length without padding; the queries are the last `n_query` of `n_key` positions."""
+    n_blocks, first_block = -(-n_key // block_size), (n_key - n_query) // block_size
+    own = torch.arange(first_block, n_blocks, device=device, dtype=torch.int32).expand(rows, -1)
+    return BlockLayout(
+        block_size,
+        width,
+        n_key,
+        n_query,
+        n_blocks,
+        own.contiguous(),
+        torch.zeros_like(own).contiguous(),
+        torch.full_like(own, n_blocks).contiguous(),
+        *_query_range(own, n_key - n_query, n_key, block_size),
+        _keys_in(torch.arange(n_blocks, device=device, dtype=torch.int32).expand(rows, -1), n_key, block_size),
+        lead=(n_key - n_query) - first_block * block_size,
+    )
+
+
+def padded_layout(padding_mask: Tensor, n_query: int, block_size: int, width: int) -> BlockLayout:
+    """Rows whose real tokens are one run each (`padding_mask [B, Nk]`), blocks counted from the first real token."""
+    rows, n_key = padding_mask.shape
+    length = padding_mask.sum(1, keepdim=True)
+    start = padding_mask.int().argmax(1, keepdim=True)
+    skipped = n_key - n_query
+    n_blocks = -(-n_key // block_size)
+    n_query_blocks = n_blocks if not skipped else min(n_blocks, (n_query + block_size - 2) // block_size + 1)
+    first_query = (skipped - start).clamp(min=0)
+
+    step = torch.arange(n_query_blocks, device=padding_mask.device)
+    unclamped = first_query // block_size + step
+    query_start, query_stop = _query_range(unclamped, first_query, length, block_size)
+    own = unclamped.clamp(max=n_blocks - 1).int()
+    block = torch.arange(n_blocks, device=padding_mask.device).expand(rows, -1)
+
+    token, slot = _places(block, 0, length, start, n_key, block_size, width)
+    query_token, query_slot = token, slot
+    if skipped:
+        query_token, query_slot = _places(own.long(), first_query, length, start, n_key, block_size, width, query_stop)
+        query_token = torch.where(query_token >= 0, query_token - skipped, -1)
+        position = torch.arange(skipped, n_key, device=padding_mask.device) - start
+        shift = (first_query // block_size) * width
+        query_slot = torch.where(
+            (position >= 0) & (position < length), position // block_size * width + position % block_size - shift, -1
+        )
+    return BlockLayout(
+        block_size,
+        width,
+        n_key,
+        n_query,
+        n_blocks,
+        own.contiguous(),
+        torch.zeros_like(own),
+        (-(-length // block_size)).int().expand(-1, n_query_blocks).contiguous(),
+        query_start,
+        query_stop,
+        _keys_in(block, length, block_size),
+        0,
+        token,
+        slot,
+        query_token,
+        query_slot,
+    )
+
+
+def packed_layout(cu_seqlens: Tensor, n_tokens: int, block_size: int, width: int) -> BlockLayout:
+    """One row that holds all packed sequences, each starting a block of its own. No value is read back to the host."""
+    bounds = cu_seqlens.long()
+    n_sequences = bounds.numel() - 1
+    n_blocks = n_tokens // block_size + n_sequences  # a bound: data decides how many of them are in use
+    lengths, device = bounds.diff(), bounds.device
+    after = (-(-lengths // block_size)).cumsum(0)  # one past each sequence's last block
+    before = after - (-(-lengths // block_size))
+
+    block = torch.arange(n_blocks, device=device)
+    of_block = torch.searchsorted(after, block, right=True).clamp(max=n_sequences - 1)
+    local = block - before[of_block]
+    keys = (lengths[of_block] - local * block_size).clamp(0, block_size)
+    offset = torch.arange(width, device=device)
+    token = torch.where(offset < keys[:, None], (bounds[of_block] + local * block_size)[:, None] + offset, -1)
+
+    position = torch.arange(n_tokens, device=device)
+    of_token = torch.searchsorted(bounds[1:].contiguous(), position, right=True).clamp(max=n_sequences - 1)
+    position = position - bounds[of_token]
+    slot = (before[of_token] + position // block_size) * width + position % block_size
+
+    token, slot, keys = token.view(1, -1), slot.view(1, -1), keys.int().view(1, -1)
+    return BlockLayout(
+        block_size,
+        width,
+        n_tokens,
+        n_tokens,
+        n_blocks,
+        block.int().view(1, -1),
+        before[of_block].int().view(1, -1),
+        after[of_block].int().view(1, -1),
+        torch.zeros_like(keys),
+        keys,
+        keys,
+        0,
+        token,
+        slot,
+        token,
+        slot,
+    )
+
+
+def _query_range(block: Tensor, first: Tensor | int, end: Tensor | int, block_size: int) -> tuple[Tensor, Tensor]:
+    """The slots of each block that hold positions from `first` to `end`."""
+    start = (first - block * block_size).clamp(0, block_size)
+    stop = torch.maximum((end - block * block_size).clamp(0, block_size), start)
+    return start.int().contiguous(), stop.int().contiguous()
+
+
+def _keys_in(block: Tensor, length: Tensor | int, block_size: int) -> Tensor:
+    return (length - block * block_size).clamp(0, block_size).int().contiguous()
+
+
+def _places(
+    block: Tensor,
+    first: Tensor | int,
+    length: Tensor,
+    start: Tensor,
+    n_key: int,
+    block_size: int,
+    width: int,
+    stop: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The token at each slot of `block [B, *]` and the slot of each token, for rows that begin at token `start`."""
+    offset = torch.arange(width, device=block.device)
+    position = block[..., None] * block_size + offset
+    real = (offset < block_size) & (position >= (first if isinstance(first, int) else first[..., None]))
+    real = real & (position < length[..., None])
+    if stop is not None:  # a block that the clamp repeated has no queries of its own
+        real = real & (offset < stop[..., None])
+    token = torch.where(real, position + start[..., None], -1).flatten(1)
+    position = torch.arange(n_key, device=block.device) - start
+    slot = torch.where(
+        (position >= 0) & (position < length), position // block_size * width + position % block_size, -1
+    )
+    return token, slot

@@ -1,0 +1,214 @@
+"""The operation: `moba_attention` and `moba_attention_varlen`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import arguments
+from .attention import attention
+from .naive import naive_attention
+
+# Bytes of working memory for the routed rows of one chunk, beside inputs and outputs. Heads are worked through in chunks that fit.
+DEFAULT_WORKING_MEMORY = 2 << 30
+_working_memory = DEFAULT_WORKING_MEMORY
+
+
+def set_working_memory(n_bytes: int = DEFAULT_WORKING_MEMORY) -> int:
+    """Set how many bytes the routed rows of one attention call may take at a time, and return what it was before.
+
+    A larger budget means fewer, larger chunks. One key head of one batch element with its query heads is always one chunk, however
+    small the budget: its rows take about `Nq * H / G * top_k * (D + 2 * Dv) * element_size` bytes.
+
+    Raises ValueError if `n_bytes` is no int of at least 1.
+
+    >>> before = set_working_memory(1 << 30)
+    >>> set_working_memory(before)
+    1073741824
+    """
+    global _working_memory
+    arguments.check_count("n_bytes", n_bytes, 1)
+    before, _working_memory = _working_memory, n_bytes
+    return before
+
+
+def moba_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    block_size: int,
+    top_k: int,
+    sink_blocks: int = 0,
+    recent_blocks: int = 0,
+    causal: bool = True,
+    scale: float | None = None,
+    padding_mask: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    return_lse: bool = False,
+    implementation: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Mixture of Block Attention (arXiv 2502.13189, equations 2 to 6): each query reads its own block and the best past ones.
+
+    Args:
+        query: `[B, H, Nq, D]`, float32, bfloat16 or float16; the last `Nq` of the `Nk` positions.
+        key: `[B, G, Nk, D]`; H a multiple of G, `Nq <= Nk`.
+        value: `[B, G, Nk, Dv]`.
+        block_size: tokens a block, at least 1.
+        top_k: how many blocks a query reads, its own one included. The others are the `top_k - 1` wholly past blocks whose mean key has
+            the highest inner product with the query (in float32; among equals the earlier one); all of them when there are fewer.
+        sink_blocks: how many blocks at the start of the sequence are always among the `top_k`.
+        recent_blocks: how many blocks just before the own one are always among the `top_k`.
+        causal: with False, a query reads the `top_k` best of all blocks, none of them forced, and every key in them.
+        scale: factor on the scores, `D ** -0.5` by default. The gate's order does not depend on it.
+        padding_mask: `[B, Nk]` bool, True for real tokens; padding on the left or the right of a row. Blocks are counted from the
+            first real token. Outputs at padded queries are 0.
+        softcap: scores become `softcap * tanh(score / softcap)`. The gate is not capped.
+        sinks: `[H]`, one extra logit a head in the softmax's denominator.
+        return_lse: also return the log-sum-exp.
+        implementation: "flex" (compiled FlexAttention, CUDA), "eager" (plain PyTorch, any device), "naive" (dense mask, the
+            specification), "auto" (flex on CUDA, else eager). All give the same answer and gradients.
+
+    Returns:
+        `[B, H, Nq, Dv]` in the query's dtype; with `return_lse` also float32 `[B, H, Nq]`, the natural logarithm of the softmax's
+        denominator (sinks included), -inf at padded queries. Both are differentiable in query, key, value and sinks.
+
+    Raises:
+        ValueError, TypeError: the arguments do not fit; the message says which, what it was and what it must be.
+
+    >>> query, key, value = torch.randn(1, 4, 100, 16), torch.randn(1, 2, 100, 16), torch.randn(1, 2, 100, 16)
+    >>> moba_attention(query, key, value, block_size=16, top_k=3).shape
+    torch.Size([1, 4, 100, 16])
+    """
+    arguments.check_query_key(query, key, value)
+    arguments.check_blocks(block_size, top_k, sink_blocks, recent_blocks, causal)
+    arguments.check_padding_mask(padding_mask, query, key)
+    arguments.check_scores(query, query.shape[1], scale, softcap, sinks)
+    implementation = arguments.resolve_implementation(implementation, query)
+    return attend(
+        query,
+        key,
+        value,
+        block_size=block_size,
+        top_k=top_k,
+        sink_blocks=sink_blocks,
+        recent_blocks=recent_blocks,
+        causal=causal,
+        scale=scale,
+        padding_mask=padding_mask,
+        softcap=softcap,
+        sinks=sinks,
+        return_lse=return_lse,
+        implementation=implementation,
+    )
+
+
+def moba_attention_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    block_size: int,
+    top_k: int,
+    sink_blocks: int = 0,
+    recent_blocks: int = 0,
+    causal: bool = True,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    return_lse: bool = False,
+    implementation: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`moba_attention` for packed sequences, which never see each other.
+
+    Args:
+        query: `[T, H, D]`, all tokens of all sequences one after another.
+        key: `[T, G, D]`.
+        value: `[T, G, Dv]`.
+        cu_seqlens: `[n + 1]` int32, rising from 0 to T: sequence i is the tokens `cu_seqlens[i]` to `cu_seqlens[i + 1] - 1`. Empty
+            sequences are allowed.
+
+    The other arguments, what is raised and the dtypes are those of `moba_attention`.
+
+    Returns:
+        `[T, H, Dv]`, and with `return_lse` also float32 `[T, H]`.
+
+    >>> x, bounds = torch.randn(50, 2, 16), torch.tensor([0, 20, 20, 50], dtype=torch.int32)
+    >>> moba_attention_varlen(x, x, x, bounds, block_size=8, top_k=2).shape
+    torch.Size([50, 2, 16])
+    """
+    arguments.check_packed(query, key, value, cu_seqlens)
+    arguments.check_blocks(block_size, top_k, sink_blocks, recent_blocks, causal)
+    arguments.check_scores(query, query.shape[1], scale, softcap, sinks)
+    implementation = arguments.resolve_implementation(implementation, query)
+    query, key, value = (x.transpose(0, 1)[None] for x in (query, key, value))
+    out, lse = attend(
+        query,
+        key,
+        value,
+        block_size=block_size,
+        top_k=top_k,
+        sink_blocks=sink_blocks,
+        recent_blocks=recent_blocks,
+        causal=causal,
+        scale=scale,
+        cu_seqlens=cu_seqlens,
+        softcap=softcap,
+        sinks=sinks,
+        return_lse=True,
+        implementation=implementation,
+    )
+    out, lse = out[0].transpose(0, 1), lse[0].transpose(0, 1)
+    return (out, lse) if return_lse else out
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    block_size: int,
+    top_k: int,
+    sink_blocks: int = 0,
+    recent_blocks: int = 0,
+    causal: bool = True,
+    scale: float | None = None,
+    padding_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    return_lse: bool = False,
+    implementation: str,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The operation on arguments that have been checked, `[B, H, N, D]`; the adapters for models call this for every layer."""
+    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    softcap = None if softcap is None else float(softcap)
+    if query.numel() == 0 or value.numel() == 0:
+        out = query.sum() * 0 + query.new_zeros(*query.shape[:3], value.shape[-1])
+        lse = torch.full(query.shape[:3], -torch.inf, device=query.device)
+    elif implementation == "naive":
+        run = _naive_packed if cu_seqlens is not None else naive_attention
+        which = {"cu_seqlens": cu_seqlens} if cu_seqlens is not None else {"padding_mask": padding_mask}
+        blocks = {"block_size": block_size, "top_k": top_k, "sink_blocks": sink_blocks, "recent_blocks": recent_blocks}
+        out, lse = run(query, key, value, **blocks, **which, causal=causal, scale=scale, softcap=softcap)
+    else:
+        settings = (block_size, top_k, sink_blocks, recent_blocks, causal, scale, softcap, implementation, _working_memory)
+        out, lse, _ = attention(query, key, value, padding_mask, cu_seqlens, *settings)
+    if sinks is not None:
+        sink = sinks.to(lse.dtype)[:, None]
+        out = (out * torch.sigmoid(lse - sink)[..., None]).to(out.dtype)
+        lse = torch.where(lse == -torch.inf, lse, torch.logaddexp(lse, sink))
+    return (out, lse) if return_lse else out
+
+
+def _naive_packed(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, **settings) -> tuple[Tensor, Tensor]:
+    """The specification of packed sequences: each one alone."""
+    sizes = cu_seqlens.diff().tolist()
+    parts = [
+        naive_attention(q, k, v, **settings)
+        for q, k, v in zip(*(x.split(sizes, dim=2) for x in (query, key, value)))
+        if q.shape[2]
+    ]
+    return torch.cat([out for out, _ in parts], 2), torch.cat([lse for _, lse in parts], 2)

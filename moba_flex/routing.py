@@ -1,0 +1,67 @@
+"""Routing: every (query, chosen block) pair becomes one row, ordered by block, as a mixture of experts sends tokens to experts.
+
+Each block's rows are padded to whole tiles, so that a tile of queries meets exactly one block and all of it. How many rows there
+can be is known before the data is, so nothing is read back to the host.
+
+B rows of the batch, H query heads, G key heads, C key blocks, N query slots, S chosen blocks a query, R routed rows, T tiles.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Routes:
+    """Where each pair went. Blocks are numbered through all (batch, key head): `(b * G + g) * C + c`. All int32."""
+
+    tile: int
+    query_of_row: Tensor  # [R] the flat query `(b * H + h) * N + n` of each row, -1 for spare rows
+    row_of_pair: Tensor  # [B, H, N, S] the row of each pair, -1 where the query chose fewer blocks
+    block_of_tile: Tensor  # [T] the block that each tile of rows meets; some valid block for spare tiles
+    tile_in_use: Tensor  # [T] 1 or 0
+    first_tile: Tensor  # [B * G * C + 1] the first tile of each block; the last entry is the number of tiles in use
+
+    @property
+    def n_blocks(self) -> int:
+        return self.first_tile.numel() - 1
+
+
+def route(chosen: Tensor, groups: int, n_blocks: int, tile: int, most_pairs: int) -> Routes:
+    """Order the pairs of `chosen [B, H, N, S]` (-1: none) by block. At most `most_pairs` of them are real.
+
+    The order within a block is that of the queries, so it is the same in every run.
+    """
+    rows, heads, slots, count = chosen.shape
+    device, total = chosen.device, rows * groups * n_blocks
+    group = torch.arange(rows * heads, device=device, dtype=torch.int32) // (heads // groups)
+    block = torch.where(chosen < 0, total, chosen + (group * n_blocks).view(rows, heads, 1, 1)).flatten()
+
+    ordered, order = torch.sort(block, stable=True)
+    first = torch.searchsorted(ordered, torch.arange(total + 1, device=device, dtype=torch.int32), out_int32=True)
+    first_tile = torch.zeros(total + 1, device=device, dtype=torch.int32)
+    first_tile[1:] = ((first.diff() + (tile - 1)) // tile).cumsum(0)
+    n_tiles = -(-most_pairs // tile) + min(total, most_pairs)
+
+    ordered, order = ordered[:most_pairs], order[:most_pairs]
+    used = ordered < total
+    row = torch.arange(ordered.numel(), device=device, dtype=torch.int32)
+    row = torch.where(used, row + (first_tile * tile - first)[ordered], n_tiles * tile).long()
+    row_of_pair = torch.full((block.numel(),), -1, device=device, dtype=torch.int32)
+    row_of_pair[order] = torch.where(used, row, -1).int()
+    query_of_row = torch.full((n_tiles * tile + 1,), -1, device=device, dtype=torch.int32)
+    query_of_row[row] = (order // count).int()  # pairs that are none all write to the entry that is cut off
+
+    t = torch.arange(n_tiles, device=device, dtype=torch.int32)
+    block_of_tile = torch.searchsorted(first_tile, t, right=True, out_int32=True) - 1
+    return Routes(
+        tile,
+        query_of_row[:-1],
+        row_of_pair.view(chosen.shape),
+        block_of_tile.clamp_(max=total - 1),
+        (t < first_tile[-1]).int(),
+        first_tile,
+    )
