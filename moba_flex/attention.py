@@ -3,7 +3,7 @@
 Queries are sent to key blocks as a mixture of experts sends tokens to experts, in four steps:
 
 1. `choose`  the gate: which past blocks each query reads (mean of a block's keys, inner product, top-k);
-2. `local`   attention to the query's own block, causal, and to sink and recent blocks: known without looking at data;
+2. `local`   causal attention to the query's own block: known without looking at data;
 3. `routed`  every (query, chosen block) pair is a row; rows are ordered by block, so that each tile of them meets one whole block;
 4. `merge`   a query's output is the softmax-weighted sum of its partial outputs, by their log-sum-exps.
 
@@ -99,7 +99,7 @@ def backward(
 
 def _route(chosen: Tensor, key: Tensor, layout: BlockLayout, spec: Spec, backend: ModuleType) -> Routes:
     rows, heads = chosen.shape[:2]
-    pairs = rows * heads * layout.most_pairs(spec.routed, spec.local - 1 if spec.causal else 0)
+    pairs = rows * heads * layout.most_pairs(spec.routed, spec.causal)
     return route(chosen, key.shape[1], layout.n_key_blocks, backend.TILE, pairs)
 
 

@@ -90,17 +90,16 @@ class BlockLayout:
             return self.n_key_blocks - 1
         return self.n_key_blocks - self.n_query_blocks + query_block
 
-    def most_pairs(self, count: int, forced: int) -> int:
-        """A bound on the (query, block) pairs of one row and head, when each query takes `count` past blocks by score and reads
-        `forced` of them anyway; exact without padding. Early queries have fewer blocks to take."""
-        pairs = self.n_query * min(count, self.n_key_blocks)
-        if self.token_of_query_slot is not None:
+    def most_pairs(self, count: int, causal: bool) -> int:
+        """A bound on the (query, block) pairs of one row and head when each query is routed to `count` blocks, or to all it may
+        read where those are fewer; exact without padding."""
+        count = min(count, self.n_key_blocks)
+        pairs = self.n_query * count
+        if not causal or self.token_of_query_slot is not None:
             return pairs
-        first_block = self.n_key_blocks - self.n_query_blocks
-        for block in range(first_block, min(self.n_key_blocks, count + forced)):
+        for block in range(self.n_key_blocks - self.n_query_blocks, min(self.n_key_blocks, count)):
             start = max(block * self.block_size, self.n_key - self.n_query)
-            queries = min((block + 1) * self.block_size, self.n_key) - start
-            pairs -= queries * (min(count, self.n_key_blocks) - min(count, max(0, block - forced)))
+            pairs -= (min((block + 1) * self.block_size, self.n_key) - start) * (count - block)
         return pairs
 
     def _spread(self, x: Tensor, lead: int, n_blocks: int) -> Tensor:

@@ -3,7 +3,7 @@
 Cost and memory follow the number of chosen pairs. Forward and backward are written out, because the backward pass wants one thing
 that autograd would not do: use the log-sum-exp over *all* blocks of a query, so that no partial output has to be kept.
 
-B rows, H query heads, G key heads, Q query blocks, C key blocks, P slots a block, L local blocks a query, R routed rows, D width.
+B rows, H query heads, G key heads, Q query blocks, C key blocks, P slots a block, R routed rows, D width.
 """
 
 from __future__ import annotations
@@ -65,35 +65,18 @@ def _attend_backward(
     return grad_score @ key, grad_score.mT @ query, grad_value
 
 
-def _local_blocks(layout: BlockLayout, spec: Spec, part: slice) -> tuple[Tensor, Tensor]:
-    """`[B, q, L]` twice: the blocks that a query block reads whatever the scores (the own block last), and which are real."""
-    own, first = layout.own[:, part, None].long(), layout.first[:, part, None].long()
-    sink = first + torch.arange(spec.sink_blocks, device=own.device)
-    recent = own - spec.recent_blocks + torch.arange(spec.recent_blocks, device=own.device)
-    real = torch.cat([sink < own, recent >= first + spec.sink_blocks, torch.ones_like(own, dtype=torch.bool)], 2)
-    return torch.where(real, torch.cat([sink, recent, own], 2), own), real
-
-
-def _local_parts(query: Tensor, key: Tensor, layout: BlockLayout, spec: Spec) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Query blocks a few at a time: their slice, the blocks they read `[B, q, L]`, and what is hidden `[B, 1, 1, q, P, L * P]`."""
-    slots = torch.arange(layout.width, device=query.device)
-    size = query.shape[0] * query.shape[1] * layout.width**2 * spec.local
-    step = max(1, _SCORES_AT_ONCE // size)
+def _local_parts(query: Tensor, layout: BlockLayout) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Query blocks a few at a time: as a slice of blocks, as a slice of slots, and their own blocks `[B, q]`."""
+    step = max(1, _SCORES_AT_ONCE // (query.shape[0] * query.shape[1] * layout.width**2))
     for start in range(0, layout.n_query_blocks, step):
         part = slice(start, min(start + step, layout.n_query_blocks))
-        block, real = _local_blocks(layout, spec, part)
-        keys = torch.stack([layout.block_keys[b, block[b]] for b in range(block.shape[0])])
-        seen = real[..., None] & (slots < keys[..., None])  # [B, q, L, P]
-        seen = seen[:, :, None].expand(-1, -1, layout.width, -1, -1).clone()
-        seen[:, :, :, -1] &= slots <= slots[:, None]
-        yield part, block, ~seen.flatten(3)[:, None, None]
+        yield part, slice(part.start * layout.width, part.stop * layout.width), layout.own[:, part].long()
 
 
 def _take_blocks(x: Tensor, block: Tensor, layout: BlockLayout) -> Tensor:
-    """`[B, G, C * P, D]` -> `[B, G, 1, q, L * P, D]`."""
+    """`[B, G, C * P, D]` -> `[B, G, 1, q, P, D]`."""
     by_block = x.unflatten(2, (layout.n_key_blocks, layout.width))
-    taken = torch.stack([by_block[b][:, block[b]] for b in range(block.shape[0])])  # [B, G, q, L, P, D]
-    return _wide(taken.flatten(3, 4)[:, :, None])
+    return _wide(torch.stack([by_block[b].index_select(1, block[b]) for b in range(block.shape[0])])[:, :, None])
 
 
 def _query_blocks(x: Tensor, groups: int, layout: BlockLayout, part: slice) -> Tensor:
@@ -101,20 +84,20 @@ def _query_blocks(x: Tensor, groups: int, layout: BlockLayout, part: slice) -> T
     return _wide(x.unflatten(2, (layout.n_query_blocks, layout.width)).unflatten(1, (groups, -1))[:, :, :, part])
 
 
+def _after(width: int, device: torch.device) -> Tensor:
+    """`[P, P]`: the keys that come after a query of the same block. They hide a last block's missing keys too."""
+    slot = torch.arange(width, device=device)
+    return slot > slot[:, None]
+
+
 def local(query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, spec: Spec) -> tuple[Tensor, Tensor]:
-    """Attention to the blocks that need no gate. Returns `[B, H, Q * P, Dv]` and the log-sum-exp `[B, H, Q * P]`."""
-    groups, wide = key.shape[1], torch.promote_types(query.dtype, torch.float32)
+    """Causal attention of each query to its own block. Returns `[B, H, Q * P, Dv]` and the log-sum-exp `[B, H, Q * P]`."""
+    groups, hidden = key.shape[1], _after(layout.width, query.device)
     out = query.new_empty(*query.shape[:3], value.shape[-1])
-    lse = query.new_empty(query.shape[:3], dtype=wide)
-    for part, block, hidden in _local_parts(query, key, layout, spec):
-        o, l = _attend(
-            _query_blocks(query, groups, layout, part),
-            _take_blocks(key, block, layout),
-            _take_blocks(value, block, layout),
-            hidden,
-            spec,
-        )
-        slots = slice(part.start * layout.width, part.stop * layout.width)
+    lse = query.new_empty(query.shape[:3], dtype=torch.promote_types(query.dtype, torch.float32))
+    for part, slots, own in _local_parts(query, layout):
+        q = _query_blocks(query, groups, layout, part)
+        o, l = _attend(q, _take_blocks(key, own, layout), _take_blocks(value, own, layout), hidden, spec)
         out[:, :, slots], lse[:, :, slots] = o.flatten(3, 4).flatten(1, 2).to(out.dtype), l.flatten(3, 4).flatten(1, 2)
     return out, lse
 
@@ -123,27 +106,18 @@ def local_backward(
     query: Tensor, key: Tensor, value: Tensor, grad: Tensor, lse: Tensor, delta: Tensor, layout: BlockLayout, spec: Spec
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value that come through the local call."""
-    groups = key.shape[1]
+    groups, hidden = key.shape[1], _after(layout.width, query.device)
     grad_query = torch.empty_like(query)
     grad_key, grad_value = (torch.zeros_like(x, dtype=lse.dtype) for x in (key, value))
-    by_block = [x.unflatten(2, (layout.n_key_blocks, layout.width)) for x in (grad_key, grad_value)]
-    for part, block, hidden in _local_parts(query, key, layout, spec):
-        dq, *parts = _attend_backward(
-            _query_blocks(query, groups, layout, part),
-            _take_blocks(key, block, layout),
-            _take_blocks(value, block, layout),
-            _query_blocks(grad, groups, layout, part),
-            _query_blocks(lse, groups, layout, part),
-            _query_blocks(delta, groups, layout, part),
-            hidden,
-            spec,
-        )
-        slots = slice(part.start * layout.width, part.stop * layout.width)
+    totals = [x.unflatten(2, (layout.n_key_blocks, layout.width)) for x in (grad_key, grad_value)]
+    for part, slots, own in _local_parts(query, layout):
+        q, do, of_lse, of_delta = (_query_blocks(x, groups, layout, part) for x in (query, grad, lse, delta))
+        k, v = _take_blocks(key, own, layout), _take_blocks(value, own, layout)
+        dq, *parts = _attend_backward(q, k, v, do, of_lse, of_delta, hidden, spec)
         grad_query[:, :, slots] = dq.flatten(3, 4).flatten(1, 2).to(query.dtype)
-        for total, gathered in zip(by_block, parts):
-            gathered = gathered.sum(2).unflatten(3, (-1, layout.width))  # [B, G, q, L, P, D]
-            for b in range(block.shape[0]):
-                total[b].index_add_(1, block[b].flatten(), gathered[b].flatten(1, 2))
+        for total, gathered in zip(totals, parts):
+            for b in range(own.shape[0]):
+                total[b].index_add_(1, own[b], gathered[b].sum(1))
     return grad_query, grad_key, grad_value
 
 

@@ -15,6 +15,7 @@ from .spec import Spec
 _SCORES_AT_ONCE = 1 << 22
 _NONE = torch.iinfo(torch.int64).min
 _LAST = torch.iinfo(torch.int32).max
+_FORCED = _LAST << 32  # no score, not even NaN, has these bits
 
 
 def block_means(key: Tensor, layout: BlockLayout) -> Tensor:
@@ -26,9 +27,7 @@ def block_means(key: Tensor, layout: BlockLayout) -> Tensor:
 
 def candidates(layout: BlockLayout, spec: Spec) -> tuple[Tensor, Tensor]:
     """`[B, Q]` int32 twice: a query block chooses among the blocks from the first to before the second."""
-    if not spec.causal:
-        return layout.first, layout.end
-    return layout.first + spec.sink_blocks, layout.own - spec.recent_blocks
+    return layout.first, layout.own if spec.causal else layout.end
 
 
 def sortable(score: Tensor) -> Tensor:
@@ -42,23 +41,32 @@ def sortable(score: Tensor) -> Tensor:
     return (ordered.long() << 32) | (_LAST - block)
 
 
-def best_blocks(score: Tensor, candidate: Tensor, count: int) -> Tensor:
-    """`[..., C]` scores -> `[..., count]` int32: the best candidate blocks in no particular order, -1 where there are fewer."""
+def best_blocks(score: Tensor, candidate: Tensor, forced: Tensor | None, count: int) -> Tensor:
+    """`[..., C]` scores -> `[..., count]` int32: the best candidate blocks in no particular order, -1 where there are fewer.
+
+    Blocks that are `forced` come first; they too must be candidates.
+    """
     kept = min(count, score.shape[-1])
-    if score.dtype == torch.float64:  # does not fit a 64-bit key beside its block: only checks use it, so a full sort will do
-        order = torch.where(score.isnan(), torch.inf, score).masked_fill(~candidate, -torch.inf)
-        order = order.argsort(dim=-1, descending=True, stable=True)
-        order = order.gather(-1, candidate.gather(-1, order).int().argsort(dim=-1, descending=True, stable=True))
+    if score.dtype == torch.float64:  # does not fit a 64-bit key beside its block: only checks use it, so full sorts will do
+        rank = candidate.int() if forced is None else candidate.int() + (candidate & forced)
+        order = torch.where(score.isnan(), torch.inf, score).argsort(dim=-1, descending=True, stable=True)
+        order = order.gather(-1, rank.gather(-1, order).argsort(dim=-1, descending=True, stable=True))
         block = order[..., :kept]
         block = torch.where(candidate.gather(-1, block), block, -1)
     else:
-        key = sortable(score).masked_fill_(~candidate, _NONE).topk(kept, dim=-1, sorted=False).values
+        key = sortable(score)
+        if forced is not None:
+            key = torch.where(forced, (key & 0xFFFFFFFF) | _FORCED, key)
+        key = key.masked_fill_(~candidate, _NONE).topk(kept, dim=-1, sorted=False).values
         block = torch.where(key == _NONE, -1, _LAST - (key & 0xFFFFFFFF))
     return torch.nn.functional.pad(block.int(), (0, count - kept), value=-1)
 
 
 def choose(query: Tensor, key: Tensor, layout: BlockLayout, spec: Spec) -> Tensor:
-    """`[B, H, Q * P, D]`, `[B, G, C * P, D]` -> `[B, H, Q * P, S]` int32, the chosen blocks, -1 where there are fewer."""
+    """`[B, H, Q * P, D]`, `[B, G, C * P, D]` -> `[B, H, Q * P, S]` int32, the chosen blocks, -1 where there are fewer.
+
+    Sink and recent blocks are among them: they are chosen before the scores are asked.
+    """
     rows, heads, slots, width = query.shape
     groups, n_blocks, count = key.shape[1], layout.n_key_blocks, spec.routed
     chosen = torch.full((rows, heads, slots, count), -1, dtype=torch.int32, device=query.device)
@@ -78,10 +86,15 @@ def choose(query: Tensor, key: Tensor, layout: BlockLayout, spec: Spec) -> Tenso
         seen = min(n_blocks, layout.last_own(part.stop - 1)) if spec.causal else n_blocks
         if seen:
             real = (offset >= layout.query_start[:, part, None]) & (offset < layout.query_stop[:, part, None])
-            candidate = (block[:seen] >= first[:, part, None]) & (block[:seen] < last[:, part, None])
+            begin, stop = first[:, part, None], last[:, part, None]
+            candidate = (block[:seen] >= begin) & (block[:seen] < stop)
             candidate = (candidate[:, :, None] & real[..., None])[:, None, None]  # [B, 1, 1, q, P, seen]
+            forced = None
+            if spec.sink_blocks or spec.recent_blocks:
+                forced = (block[:seen] < begin + spec.sink_blocks) | (block[:seen] >= stop - spec.recent_blocks)
+                forced = forced[:, None, None, :, None]
             q = by_group[:, :, :, part].to(mean.dtype)
             score = (q.flatten(2, 4) @ mean[:, :, :seen].mT).view(*q.shape[:-1], seen)
-            out[:, :, :, part] = best_blocks(score, candidate.expand_as(score), count)
+            out[:, :, :, part] = best_blocks(score, candidate.expand_as(score), forced, count)
         done = part.stop
     return chosen

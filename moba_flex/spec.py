@@ -19,10 +19,5 @@ class Spec:
 
     @property
     def routed(self) -> int:
-        """S: how many blocks a query takes by their scores, beside those that it always reads."""
-        return self.top_k - 1 - self.sink_blocks - self.recent_blocks if self.causal else self.top_k
-
-    @property
-    def local(self) -> int:
-        """How many blocks a query reads whatever its scores: its own, the sink blocks and the recent ones."""
-        return 1 + self.sink_blocks + self.recent_blocks if self.causal else 0
+        """S: how many blocks a query is routed to. Its own block is no matter of routing when attention is causal."""
+        return self.top_k - 1 if self.causal else self.top_k
