@@ -23,12 +23,13 @@ from torch import Tensor
 
 from . import eager, flex
 from .blocks import BlockLayout, dense_layout, packed_layout, padded_layout, slots_per_block
-from .routing import Routes, route
+from .routing import route
 from .spec import Spec
 
 _BACKENDS: dict[str, ModuleType] = {"eager": eager, "flex": flex}
 
 
+@torch.no_grad()
 def forward(
     query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, spec: Spec, backend: ModuleType, budget: int
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -44,8 +45,8 @@ def forward(
         part_out = part_lse = None
         if spec.causal:
             part_out, part_lse = backend.local(part_q, part_k, part_v, of_rows, spec)
-        if spec.routed:
-            routes = _route(chosen[rows, heads], part_k, of_rows, spec, backend)
+        if pairs := most_pairs(part_q, layout, spec):
+            routes = route(chosen[rows, heads], part_k.shape[1], layout.n_key_blocks, backend.TILE, pairs)
             row_q = backend.gather(part_q, routes)
             row_out, row_lse = backend.routed(row_q, part_k, part_v, routes, of_rows, spec)
             part_out, part_lse = backend.merge(part_out, part_lse, row_out, row_lse, routes)
@@ -53,6 +54,7 @@ def forward(
     return layout.query_tokens(out), layout.query_tokens(lse, fill=-torch.inf), chosen
 
 
+@torch.no_grad()
 def backward(
     grad: Tensor,
     grad_lse: Tensor | None,
@@ -83,8 +85,8 @@ def backward(
         if spec.causal:
             part_q, part_grad, part_lse, part_delta = upstream
             dq, dk, dv = backend.local_backward(part_q, part_k, part_v, part_grad, part_lse, part_delta, of_rows, spec)
-        if spec.routed:
-            routes = _route(chosen[rows, heads], part_k, of_rows, spec, backend)
+        if pairs := most_pairs(upstream[0], layout, spec):
+            routes = route(chosen[rows, heads], part_k.shape[1], layout.n_key_blocks, backend.TILE, pairs)
             # A spare row has no query. With a log-sum-exp of infinity its weights, and so its gradients, are 0.
             row_q, row_grad, row_lse, row_delta = (
                 backend.gather(x, routes, fill) for x, fill in zip(upstream, (0, 0, torch.inf, 0))
@@ -97,10 +99,9 @@ def backward(
     return layout.query_tokens(grad_q), layout.key_tokens(grad_k), layout.key_tokens(grad_v)
 
 
-def _route(chosen: Tensor, key: Tensor, layout: BlockLayout, spec: Spec, backend: ModuleType) -> Routes:
-    rows, heads = chosen.shape[:2]
-    pairs = rows * heads * layout.most_pairs(spec.routed, spec.causal)
-    return route(chosen, key.shape[1], layout.n_key_blocks, backend.TILE, pairs)
+def most_pairs(query: Tensor, layout: BlockLayout, spec: Spec) -> int:
+    """A bound on the routed rows of `query [B, H, *, D]`, known from shapes alone."""
+    return query.shape[0] * query.shape[1] * layout.most_pairs(spec.routed, spec.causal)
 
 
 def chunks(
@@ -153,6 +154,7 @@ def attention(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`[B, H, Nq, D]`, `[B, G, Nk, D]`, `[B, G, Nk, Dv]` -> output, log-sum-exp and the chosen blocks."""
     spec = Spec(block_size, top_k, sink_blocks, recent_blocks, causal, scale, softcap)
+    query, key, value = query.detach(), key.detach(), value.detach()
     layout = _layout(query, key, padding_mask, cu_seqlens, spec, implementation)
     return forward(query, key, value, layout, spec, _BACKENDS[implementation], budget)
 
@@ -197,6 +199,7 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of query, key and value."""
     spec = Spec(block_size, top_k, sink_blocks, recent_blocks, causal, scale, softcap)
+    query, key, value = query.detach(), key.detach(), value.detach()
     layout = _layout(query, key, padding_mask, cu_seqlens, spec, implementation)
     backend = _BACKENDS[implementation]
     return backward(grad, grad_lse, query, key, value, out, lse, chosen, layout, spec, backend, budget)
