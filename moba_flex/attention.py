@@ -34,7 +34,7 @@ def forward(
     query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, spec: Spec, backend: ModuleType, budget: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output `[B, H, Nq, Dv]`, log-sum-exp `[B, H, Nq]` and the chosen blocks `[B, H, Q * P, S]`."""
-    q, k, v = layout.query_slots(query), layout.key_slots(key), layout.key_slots(value)
+    q, k, v = (x.contiguous() for x in (layout.query_slots(query), layout.key_slots(key), layout.key_slots(value)))
     chosen = backend.choose(q, k, layout, spec)
 
     out = q.new_empty(*q.shape[:3], v.shape[-1])
@@ -73,7 +73,7 @@ def backward(
     delta = (out.to(lse.dtype) * grad).sum(-1)
     if grad_lse is not None:
         delta = delta - grad_lse
-    q, k, v = layout.query_slots(query), layout.key_slots(key), layout.key_slots(value)
+    q, k, v = (x.contiguous() for x in (layout.query_slots(query), layout.key_slots(key), layout.key_slots(value)))
     grad, lse, delta = layout.query_slots(grad), layout.query_slots(lse), layout.query_slots(delta)
 
     grad_q, grad_k, grad_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
@@ -122,7 +122,7 @@ def chunks(
             yield slice(row, row + rows_fit), slice(group, group + groups_fit), heads
 
 
-def _layout(
+def layout_of(
     query: Tensor, key: Tensor, padding_mask: Tensor | None, cu_seqlens: Tensor | None, spec: Spec, implementation: str
 ) -> BlockLayout:
     # Only tiles of a GPU need blocks of particular widths.
@@ -155,7 +155,7 @@ def attention(
     """`[B, H, Nq, D]`, `[B, G, Nk, D]`, `[B, G, Nk, Dv]` -> output, log-sum-exp and the chosen blocks."""
     spec = Spec(block_size, top_k, sink_blocks, recent_blocks, causal, scale, softcap)
     query, key, value = query.detach(), key.detach(), value.detach()
-    layout = _layout(query, key, padding_mask, cu_seqlens, spec, implementation)
+    layout = layout_of(query, key, padding_mask, cu_seqlens, spec, implementation)
     return forward(query, key, value, layout, spec, _BACKENDS[implementation], budget)
 
 
@@ -199,8 +199,8 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of query, key and value."""
     spec = Spec(block_size, top_k, sink_blocks, recent_blocks, causal, scale, softcap)
-    query, key, value = query.detach(), key.detach(), value.detach()
-    layout = _layout(query, key, padding_mask, cu_seqlens, spec, implementation)
+    grad, query, key, value, out, lse = (x.detach() for x in (grad, query, key, value, out, lse))
+    layout = layout_of(query, key, padding_mask, cu_seqlens, spec, implementation)
     backend = _BACKENDS[implementation]
     return backward(grad, grad_lse, query, key, value, out, lse, chosen, layout, spec, backend, budget)
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -28,12 +29,13 @@ QUERY_TILE = 128
 
 @dataclass(frozen=True, eq=False)
 class Mask:
-    """A BlockMask, and its `mask_mod` as `rule(b, h, q, kv, *buffers)`; `rule` depends on `key` alone."""
+    """A BlockMask, and its `mask_mod` as `rule(b, h, q, kv, *buffers)`; `key` tells rules apart, and equal ones are one object."""
 
     block_mask: BlockMask
     rule: Callable[..., Tensor]
     buffers: tuple[Tensor, ...]
     key: tuple
+    lists: tuple[Tensor, ...]  # the eight lists of the BlockMask
 
 
 def local_tile(width: int) -> int:
@@ -49,7 +51,23 @@ def _mask(key: tuple, rule: Callable, buffers: tuple[Tensor, ...], lengths, tile
 
     lists = [x for count, index in (kv, full_kv, q, full_q) for x in (count[None, None], index[None, None])]
     block_mask = BlockMask(lengths, *lists, BLOCK_SIZE=tiles, mask_mod=mask_mod)
-    return Mask(block_mask, rule, buffers, key)
+    return Mask(block_mask, rule, buffers, key, tuple(lists))
+
+
+@lru_cache(maxsize=None)
+def _local_rule(width: int) -> Callable[..., Tensor]:
+    def rule(b, h, q, kv, block):
+        return (block[q // width] == kv // width) & (kv % width <= q % width)
+
+    return rule
+
+
+@lru_cache(maxsize=None)
+def _routed_rule(tile: int, width: int) -> Callable[..., Tensor]:
+    def rule(b, h, q, kv, block, n_keys):
+        return (block[q // tile] == kv // width) & (kv % width < n_keys[kv // width])
+
+    return rule
 
 
 def local_mask(layout: BlockLayout, heads: int, groups: int) -> Mask:
@@ -80,13 +98,10 @@ def local_mask(layout: BlockLayout, heads: int, groups: int) -> Mask:
     order = (~real.expand(per, repeats, per)).flatten(1).int().argsort(dim=1, stable=True)
     later = later.flatten(4).flatten(0, 2).gather(2, order.expand(rows * groups * n_blocks, -1, -1)).flatten(0, 1)
 
-    def rule(b, h, q, kv, block):
-        return (block[q // width] == kv // width) & (kv % width <= q % width)
-
     lengths = (rows * heads * n_query_blocks * width, rows * groups * n_blocks * width)
     return _mask(
         ("local", width),
-        rule,
+        _local_rule(width),
         (block,),
         lengths,
         (tile, tile),
@@ -106,12 +121,9 @@ def routed_mask(routes: Routes, layout: BlockLayout, groups: int, causal: bool) 
     n_keys = layout.block_keys[:, None].expand(-1, groups, -1).flatten()
     lengths = (block.numel() * tile, n_keys.numel() * width)
 
-    def rule(b, h, q, kv, block, n_keys):
-        return (block[q // tile] == kv // width) & (kv % width < n_keys[kv // width])
-
     listed = ((used, block[:, None]), (tiles, first[:, None]))
     empty = ((torch.zeros_like(used), block[:, None]), (torch.zeros_like(tiles), first[:, None]))
     # Past blocks are full of keys, so that nothing of a tile is masked, unless a block has more slots than tokens.
     full = causal and layout.whole
     (kv, q), (full_kv, full_q) = (empty, listed) if full else (listed, empty)
-    return _mask(("routed", tile, width), rule, (block, n_keys), lengths, (tile, width), kv, full_kv, q, full_q)
+    return _mask(("routed", tile, width), _routed_rule(tile, width), (block, n_keys), lengths, (tile, width), kv, full_kv, q, full_q)

@@ -14,11 +14,10 @@ from types import FunctionType
 
 import torch
 from torch import Tensor
-from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
 from torch._higher_order_ops.flex_attention import flex_attention_backward
-from torch.fx.experimental.proxy_tensor import make_fx
-from torch.nn.attention.flex_attention import AuxRequest, flex_attention
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
+from . import gate, rows
 from .block_masks import QUERY_TILE, Mask, local_mask, routed_mask
 from .blocks import BlockLayout
 from .routing import Routes
@@ -29,10 +28,29 @@ __all__ = ["TILE", "choose", "gather", "local", "local_backward", "merge", "rout
 TILE = QUERY_TILE
 
 try:
-    from .kernels import choose, gather, merge, sum_rows
-except ImportError:  # no Triton here, so no CUDA either: what remains is the tensor version that tests run
-    from .gate import choose
-    from .rows import gather, merge, sum_rows
+    from . import kernels
+except ImportError:  # no Triton, so no CUDA either
+    kernels = None
+
+
+def choose(query: Tensor, key: Tensor, layout: BlockLayout, spec: Spec) -> Tensor:
+    """The gate: see `moba_flex.gate.choose`."""
+    return (kernels if query.is_cuda else gate).choose(query, key, layout, spec)
+
+
+def gather(x: Tensor, routes: Routes, fill: float = 0.0) -> Tensor:
+    """The query of each row: see `moba_flex.rows.gather`."""
+    return (kernels if x.is_cuda else rows).gather(x, routes, fill)
+
+
+def merge(out: Tensor | None, lse: Tensor | None, row_out: Tensor, row_lse: Tensor, routes: Routes) -> tuple[Tensor, Tensor]:
+    """The sum of a query's partial outputs: see `moba_flex.rows.merge`."""
+    return (kernels if row_out.is_cuda else rows).merge(out, lse, row_out, row_lse, routes)
+
+
+def sum_rows(grad: Tensor | None, row_grad: Tensor, routes: Routes) -> Tensor:
+    """The sum of a query's gradients: see `moba_flex.rows.sum_rows`."""
+    return (kernels if row_grad.is_cuda else rows).sum_rows(grad, row_grad, routes)
 
 
 def local(query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, spec: Spec) -> tuple[Tensor, Tensor]:
@@ -78,26 +96,8 @@ def routed_backward(
 
 def _forward(query: Tensor, key: Tensor, value: Tensor, mask: Mask, spec: Spec) -> tuple[Tensor, Tensor]:
     """`[M, D]`, `[K, D]`, `[K, Dv]` -> `[M, Dv]` and the log-sum-exp `[M]`."""
-    run = _compiled(_call_forward, mask.key, spec.scale, spec.softcap, query.shape[-1], value.shape[-1], query.dtype)
-    if not query.is_cuda:
-        run = _call_forward
-    options = _kernel_options(mask, query.dtype, max(query.shape[-1], value.shape[-1]))
-    q, k, v = (x[None, None] for x in (query, key, value))
-    return run(q, k, v, mask.block_mask, spec.scale, _score_mod(spec.softcap), options)
-
-
-def _call_forward(query, key, value, block_mask, scale, score_mod, options):
-    out, aux = flex_attention(
-        query,
-        key,
-        value,
-        score_mod,
-        block_mask,
-        scale,
-        kernel_options=options,
-        return_aux=AuxRequest(lse=True),
-    )
-    return out[0, 0], aux.lse[0, 0]
+    run = _forward_call(*_settings(query, value, mask, spec), mask.rule, len(mask.buffers), query.is_cuda)
+    return run(*(x[None, None] for x in (query, key, value)), *mask.lists, *mask.buffers)
 
 
 def _backward(
@@ -106,109 +106,118 @@ def _backward(
     """The gradients of `_forward`'s share in an output whose log-sum-exp over all blocks is `lse`.
 
     FlexAttention's backward operator takes any log-sum-exp, so it is given that of the whole output and not the partial one, and
-    `delta` through its gradient. Nothing of the partial outputs has to be known, neither kept nor computed again.
+    `delta` (`out . grad`) as a gradient of it. Nothing of the partial outputs has to be known, neither kept nor computed again.
     """
-    run = _compiled(_call_backward, mask.key, spec.scale, spec.softcap, query.shape[-1], value.shape[-1], query.dtype)
-    if not query.is_cuda:
-        run = _call_backward
-    options = _kernel_options(mask, query.dtype, max(query.shape[-1], value.shape[-1]))
-    graphs = _graphs(mask.rule, mask.key, len(mask.buffers), spec.softcap)
-    q, k, v, do, lse, delta = (x[None, None] for x in (query, key, value, grad, lse, delta))
-    dq, dk, dv = run(q, k, v, do, lse, delta, mask.block_mask, mask.buffers, graphs, spec.scale, options)
+    run = _backward_call(*_settings(query, value, mask, spec), mask.rule, len(mask.buffers), query.is_cuda)
+    of_rows = (x[None, None] for x in (query, key, value, grad, lse, delta))
+    dq, dk, dv = run(*of_rows, *mask.lists, *mask.buffers)
     return dq[0, 0], dk[0, 0], dv[0, 0]
 
 
-def _call_backward(query, key, value, grad, lse, delta, block_mask, buffers, graphs, scale, options):
-    # In the operator's units: base-2 logarithms, delta = out . grad - grad_lse / ln 2.
-    out = torch.zeros_like(grad)
-    *lists, q_tile, kv_tile, _ = block_mask.as_tuple()
+def _settings(query: Tensor, value: Tensor, mask: Mask, spec: Spec) -> tuple:
+    """All that a compiled kernel is made for. Only lengths and data vary between calls that share it."""
+    widths = query.shape[-1], value.shape[-1]
+    return mask.key, mask.block_mask.BLOCK_SIZE, widths, query.dtype, spec.scale, spec.softcap
+
+
+# Each combination of settings is compiled from a function, and so from a code object, of its own. torch.compile keeps what it learns
+# by code object: shared, a second block size or scale would turn from a constant into a variable of the kernel, and eight
+# combinations would exhaust the limit on recompilations.
+def _compile(call: Callable, settings: tuple, is_cuda: bool) -> Callable:
+    if not is_cuda:  # there only tests come here: they hold the masks against the specification, on dense scores
+        return call
+    code = call.__code__.replace(co_name=f"{call.__name__}_{settings}")
+    return torch.compile(FunctionType(code, call.__globals__, None, None, call.__closure__), fullgraph=True)
+
+
+@lru_cache(maxsize=None)
+def _forward_call(key, tiles, widths, dtype, scale, softcap, rule, n_buffers, is_cuda) -> Callable:
+    options = _kernel_options(key, tiles, widths, dtype)
+    score_mod = None if softcap is None else _softcap(softcap)
+
+    def moba_flex_forward(query, key, value, *tensors):
+        lists, buffers = tensors[: len(tensors) - n_buffers], tensors[len(tensors) - n_buffers :]
+        block_mask = BlockMask(
+            (query.shape[2], key.shape[2]),
+            *lists,
+            BLOCK_SIZE=tiles,
+            mask_mod=lambda b, h, q, kv: rule(b, h, q, kv, *buffers),
+        )
+        operands, aux = (query, key, value, score_mod, block_mask, scale), AuxRequest(lse=True)
+        out, aux = flex_attention(*operands, kernel_options=options, return_aux=aux)
+        return out[0, 0], aux.lse[0, 0]
+
+    return _compile(moba_flex_forward, (key, tiles, widths, dtype, scale, softcap), is_cuda)
+
+
+@lru_cache(maxsize=None)
+def _backward_call(key, tiles, widths, dtype, scale, softcap, rule, n_buffers, is_cuda) -> Callable:
     # The lowering drops a configuration whose default tiles do not divide these, before it reads our smaller tiles from the
-    # options. The options carry the true sizes.
-    sizes = math.lcm(q_tile, QUERY_TILE), math.lcm(kv_tile, QUERY_TILE)
-    dq, dk, dv, _ = flex_attention_backward(
-        query,
-        key,
-        value,
-        out,
-        lse / math.log(2),
-        grad,
-        -delta * math.log(2),
-        graphs["score"],
-        graphs["joint"],
-        (*lists, *sizes, graphs["mask"]),
-        scale,
-        options | {"SPARSE_Q_BLOCK_SIZE": q_tile, "SPARSE_KV_BLOCK_SIZE": kv_tile},
-        (),
-        buffers,
-    )
-    return dq, dk, dv
+    # options. So the options carry the true sizes.
+    sizes = tuple(math.lcm(tile, QUERY_TILE) for tile in tiles)
+    options = _kernel_options(key, tiles, widths, dtype)
+    options |= {"SPARSE_Q_BLOCK_SIZE": tiles[0], "SPARSE_KV_BLOCK_SIZE": tiles[1], **_OPERATOR_OPTIONS}
+    score_mod = _same if softcap is None else _softcap(softcap)
+    joint = _same_joint if softcap is None else _softcap_joint(softcap)
+
+    @torch.compiler.allow_in_graph  # the operator takes functions, which torch.compile cannot pass on from a traced call
+    def operator(query, key, value, grad, lse, delta, *tensors):
+        lists, buffers = tensors[: len(tensors) - n_buffers], tensors[len(tensors) - n_buffers :]
+        block_mask = BlockMask((query.shape[2], key.shape[2]), *lists, BLOCK_SIZE=sizes, mask_mod=rule)
+        # In the operator's units: base-2 logarithms, and for its own delta, `out . grad - grad_lse / ln 2`, no `out` at all.
+        lse, grad_lse, out = lse / math.log(2), delta * -math.log(2), torch.zeros_like(grad)
+        operands = (query, key, value, out, lse, grad, grad_lse)
+        return flex_attention_backward(
+            *operands, score_mod, joint, block_mask.as_tuple(), scale, options, (), buffers
+        )[:3]
+
+    def moba_flex_backward(*tensors):
+        return operator(*tensors)
+
+    return _compile(moba_flex_backward, (key, tiles, widths, dtype, scale, softcap), is_cuda)
 
 
-@lru_cache(maxsize=None)
-def _compiled(call: Callable, *settings) -> Callable:
-    """`call` compiled for one combination of settings, in which nothing but lengths varies from call to call.
+# What flex_attention adds to kernel options before it calls its operator.
+_OPERATOR_OPTIONS = {
+    "BACKEND": "AUTO",
+    "PRESCALE_QK": False,
+    "ROWS_GUARANTEED_SAFE": False,
+    "WRITE_DQ": True,
+    "OUTPUT_LOGSUMEXP": True,
+    "OUTPUT_MAX": False,
+}
 
-    Each combination gets a code object of its own. torch.compile keeps what it learns by code object: shared, a second block size
-    or scale would become a variable of the kernel, and eight combinations would exhaust the limit on recompilations.
-    """
-    code = call.__code__.replace(co_name=f"{call.__name__}_{'_'.join(map(str, settings))}")
-    own = FunctionType(code, call.__globals__, call.__name__, call.__defaults__, call.__closure__)
-    return torch.compile(own, fullgraph=True)
+
+def _same(score, b, h, q, kv):
+    return score.clone()
 
 
-@lru_cache(maxsize=None)
-def _score_mod(softcap: float | None) -> Callable | None:
-    if softcap is None:
-        return None
+def _same_joint(score, b, h, q, kv, grad):
+    return [grad.clone(), None, None, None, None]
 
+
+def _softcap(softcap: float) -> Callable:
     def score_mod(score, b, h, q, kv):
         return softcap * torch.tanh(score / softcap)
 
     return score_mod
 
 
-@lru_cache(maxsize=None)
-def _joint(softcap: float | None) -> Callable:
-    """The derivative of `_score_mod`: that of the score, and none for the indices."""
+def _softcap_joint(softcap: float) -> Callable:
+    """The derivative of `_softcap`: that of the score, and none for the indices."""
 
     def joint(score, b, h, q, kv, grad):
-        if softcap is not None:
-            grad = grad * (1 - torch.tanh(score / softcap) ** 2)
-        return [grad.clone(), None, None, None, None]
+        return [grad * (1 - torch.tanh(score / softcap) ** 2), None, None, None, None]
 
     return joint
 
 
-_GRAPHS: dict[tuple, dict[str, torch.fx.GraphModule]] = {}
-
-
-def _graphs(rule: Callable, key: tuple, n_buffers: int, softcap: float | None) -> dict[str, torch.fx.GraphModule]:
-    """The graphs that the backward operator wants: the score, its derivative, and the mask as a function of its buffers."""
-    key = (*key, softcap)
-    if key not in _GRAPHS:
-        index = [torch.zeros((), dtype=torch.int32) for _ in range(4)]
-        buffers = [torch.zeros(4, dtype=torch.int32) for _ in range(n_buffers)]
-        score = torch.zeros(())
-        score_mod = _score_mod(softcap) or (lambda score, *_: score.clone())
-        with TransformGetItemToIndex():
-            _GRAPHS[key] = {
-                "score": make_fx(score_mod)(score, *index),
-                "joint": make_fx(_joint(softcap))(score, *index, score.clone()),
-                "mask": make_fx(rule)(*index, *buffers),
-            }
-    return _GRAPHS[key]
-
-
-def _kernel_options(mask: Mask, dtype: torch.dtype, width: int) -> dict[str, int | bool]:
+def _kernel_options(key: tuple, tiles: tuple[int, int], widths: tuple[int, int], dtype: torch.dtype) -> dict:
     """Lengths are whole tiles. PyTorch's own tile sizes divide 128; smaller blocks need smaller ones."""
-    q_tile, kv_tile = mask.block_mask.BLOCK_SIZE
-    options: dict[str, int | bool] = {"IS_DIVISIBLE": True, "FORCE_USE_FLEX_ATTENTION": True}
-    if mask.key[0] == "routed":
-        options["BLOCKS_ARE_CONTIGUOUS"] = True
-    q, kv = math.gcd(q_tile, QUERY_TILE), math.gcd(kv_tile, QUERY_TILE)
+    options: dict[str, int | bool | str] = {"IS_DIVISIBLE": True, "BLOCKS_ARE_CONTIGUOUS": key[0] == "routed"}
+    q, kv = (math.gcd(tile, QUERY_TILE) for tile in tiles)
     if min(q, kv) < QUERY_TILE:
-        most = 64 if dtype != torch.float32 else 32
-        most = most if width <= 128 else most // 2
+        most = (64 if dtype != torch.float32 else 32) // (1 if max(widths) <= 128 else 2)
         q, kv = min(q, most), min(kv, most)
         options |= {"fwd_BLOCK_M": q, "fwd_BLOCK_N": kv}
         if dtype == torch.float32:

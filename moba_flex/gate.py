@@ -15,7 +15,7 @@ from .spec import Spec
 _SCORES_AT_ONCE = 1 << 22
 _NONE = torch.iinfo(torch.int64).min
 _LAST = torch.iinfo(torch.int32).max
-_FORCED = _LAST << 32  # no score, not even NaN, has these bits
+_FORCED = _LAST << 32  # above every score, infinity too
 
 
 def block_means(key: Tensor, layout: BlockLayout) -> Tensor:
@@ -33,9 +33,9 @@ def candidates(layout: BlockLayout, spec: Spec) -> tuple[Tensor, Tensor]:
 def sortable(score: Tensor) -> Tensor:
     """float32 `[..., C]` -> int64 keys, all different, in the order of choice: higher score first, then the earlier block.
 
-    NaN counts as the highest score, so that it reaches the outputs that can see it; -0.0 equals 0.0.
+    NaN counts as infinity, so that it reaches the outputs that can see it; -0.0 equals 0.0.
     """
-    bits = torch.where(score.isnan(), torch.nan, score + 0.0).view(torch.int32)
+    bits = torch.where(score.isnan(), torch.inf, score + 0.0).view(torch.int32)
     ordered = bits ^ ((bits >> 31) & _LAST)
     block = torch.arange(score.shape[-1], device=score.device)
     return (ordered.long() << 32) | (_LAST - block)

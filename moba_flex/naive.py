@@ -30,8 +30,8 @@ def gate_scores(query: Tensor, key: Tensor, member: Tensor) -> Tensor:
 
 
 def best(score: Tensor, candidate: Tensor, count: int) -> Tensor:
-    """Bool like `score`: the `count` best candidates of each row; among equals the earlier block; NaN counts as best."""
-    order = score.masked_fill(~candidate, -math.inf).argsort(dim=-1, descending=True, stable=True)
+    """Bool like `score`: the `count` best candidates of each row; among equals the earlier block; NaN counts as infinity."""
+    order = torch.where(score.isnan(), math.inf, score).argsort(dim=-1, descending=True, stable=True)
     order = order.gather(-1, candidate.gather(-1, order).int().argsort(dim=-1, descending=True, stable=True))
     return torch.zeros_like(candidate).scatter(-1, order[..., :count], True) & candidate
 

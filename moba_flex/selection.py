@@ -1,0 +1,114 @@
+"""Which blocks each query reads, as a value to look at, keep and use: `select_blocks`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
+
+from . import arguments, flex, gate
+from .attention import layout_of
+from .naive import block_of_key
+from .spec import Spec
+
+_TILE = 128
+
+
+@dataclass(frozen=True, eq=False)
+class Selection:
+    """The blocks that each query reads.
+
+    Attributes:
+        indices: `[B, H, Nq, top_k - 1]` int32, the chosen past blocks in rising order, -1 at the end where there are fewer. The own
+            block is not among them. With `causal=False` no block is a query's own, and the shape is `[B, H, Nq, top_k]`.
+        block_of_key: `[B, Nk]` int64, the block of each key, -1 for padding. The queries are the last Nq of these positions.
+        n_blocks: how many blocks a row has at most.
+        causal: whether queries see only the keys up to their own position.
+    """
+
+    indices: Tensor
+    block_of_key: Tensor
+    n_blocks: int
+    causal: bool
+
+    def to_dense(self) -> Tensor:
+        """`[B, H, Nq, n_blocks]` bool: True for the blocks that a query reads, its own one included. All False at padded queries."""
+        picked = torch.where(self.indices < 0, self.n_blocks, self.indices).long()
+        dense = torch.zeros(*self.indices.shape[:3], self.n_blocks + 1, dtype=torch.bool, device=self.indices.device)
+        dense.scatter_(-1, picked, True)
+        if self.causal:
+            own = self.block_of_key[:, None, self.block_of_key.shape[1] - self.indices.shape[2] :, None]
+            dense.scatter_(-1, torch.where(own < 0, self.n_blocks, own).expand(*dense.shape[:3], 1), True)
+        return dense[..., : self.n_blocks].contiguous()
+
+    def to_block_mask(self) -> BlockMask:
+        """A BlockMask for a call of one's own: `flex_attention(query, key, value, block_mask=selection.to_block_mask())`.
+
+        Its `mask_mod` is exact to the token. Its tiles hold 128 queries, so they list the union of what these read, which on random
+        data is nearly everything: for speed use `moba_attention`, which never takes that union.
+        """
+        dense, of_key, causal = self.to_dense(), self.block_of_key, self.causal
+        rows, heads, n_query, n_blocks = dense.shape
+        n_key = of_key.shape[1]
+        ahead = n_key - n_query
+
+        def mask_mod(b, h, q, kv):
+            block = of_key[b, kv]
+            seen = dense[b, h, q, block.clamp(min=0)] & (block >= 0)
+            return seen & (kv <= q + ahead) if causal else seen
+
+        q_tiles, kv_tiles = -(-n_query // _TILE), -(-n_key // _TILE)
+        pad = q_tiles * _TILE - n_query
+        read = torch.nn.functional.pad(dense, (0, 0, 0, pad)).unflatten(2, (q_tiles, _TILE)).any(3)  # [B, H, tiles, blocks]
+        holds = torch.zeros(rows, n_blocks + 1, kv_tiles, dtype=torch.bool, device=dense.device)  # [B, blocks, key tiles]
+        tile = torch.arange(n_key, device=dense.device) // _TILE
+        row = torch.arange(rows, device=dense.device)[:, None]
+        holds[row, torch.where(of_key < 0, n_blocks, of_key), tile] = True
+        tiles = (read.float() @ holds[:, None, :n_blocks].float()) > 0
+        if causal:
+            last = torch.arange(1, q_tiles + 1, device=dense.device) * _TILE - 1 + ahead
+            tiles &= torch.arange(kv_tiles, device=dense.device) * _TILE <= last[:, None]
+        counts = tiles.sum(-1, dtype=torch.int32)
+        indices = tiles.int().argsort(dim=-1, descending=True, stable=True).int()
+        return BlockMask.from_kv_blocks(counts, indices, BLOCK_SIZE=_TILE, mask_mod=mask_mod, seq_lengths=(n_query, n_key))
+
+
+def select_blocks(
+    query: Tensor,
+    key: Tensor,
+    *,
+    block_size: int,
+    top_k: int,
+    sink_blocks: int = 0,
+    recent_blocks: int = 0,
+    causal: bool = True,
+    padding_mask: Tensor | None = None,
+) -> Selection:
+    """The gate alone (report, equations 5 and 6): the blocks that `moba_attention` reads with the same arguments.
+
+    Arguments, dtypes and errors are those of `moba_attention`. The choice itself has no gradient.
+
+    >>> query, key = torch.randn(1, 4, 100, 16), torch.randn(1, 2, 100, 16)
+    >>> selection = select_blocks(query, key, block_size=16, top_k=3)
+    >>> selection.indices.shape, selection.to_dense().shape
+    (torch.Size([1, 4, 100, 2]), torch.Size([1, 4, 100, 7]))
+    """
+    arguments.check_query_key(query, key)
+    arguments.check_blocks(block_size, top_k, sink_blocks, recent_blocks, causal)
+    arguments.check_padding_mask(padding_mask, query, key)
+    spec = Spec(block_size, top_k, sink_blocks, recent_blocks, causal, 1.0)
+    implementation = arguments.resolve_implementation("auto", query)
+    with torch.no_grad():
+        layout = layout_of(query, key, padding_mask, None, spec, implementation)
+        backend = flex if implementation == "flex" else gate
+        if query.numel():
+            chosen = backend.choose(layout.query_slots(query), layout.key_slots(key), layout, spec)
+            indices = layout.query_tokens(chosen, fill=-1)
+        else:
+            indices = torch.full((*query.shape[:3], spec.routed), -1, dtype=torch.int32, device=query.device)
+        last = torch.iinfo(torch.int32).max
+        indices = torch.where(indices < 0, last, indices).sort(dim=-1).values
+        indices = torch.where(indices == last, -1, indices)
+        return Selection(indices, block_of_key(key, padding_mask, block_size), -(-key.shape[2] // block_size), causal)
