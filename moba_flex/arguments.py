@@ -22,9 +22,7 @@ def check_blocks(block_size: int, top_k: int, sink_blocks: int, recent_blocks: i
     check_count("sink_blocks", sink_blocks, 0)
     check_count("recent_blocks", recent_blocks, 0)
     if not causal and (sink_blocks or recent_blocks):
-        raise ValueError(
-            f"sink_blocks and recent_blocks must be 0 with causal=False, but are {sink_blocks} and {recent_blocks}"
-        )
+        raise ValueError(f"sink_blocks and recent_blocks must be 0 with causal=False, but are {sink_blocks} and {recent_blocks}")
     if causal and 1 + sink_blocks + recent_blocks > top_k:
         raise ValueError(
             f"top_k={top_k} has no room for the own block, sink_blocks={sink_blocks} and recent_blocks={recent_blocks}: "
@@ -160,9 +158,7 @@ def resolve_implementation(implementation: str, query: Tensor) -> str:
     if implementation == "auto":
         return "flex" if query.is_cuda and query.dtype != torch.float64 else "eager"
     if implementation == "flex" and not query.is_cuda:
-        raise ValueError(
-            f'implementation="flex" needs CUDA tensors, but query is on {query.device}: use "eager" or "auto" there'
-        )
+        raise ValueError(f'implementation="flex" needs CUDA tensors, but query is on {query.device}: use "eager" or "auto" there')
     if implementation == "flex" and query.dtype == torch.float64:
         raise ValueError('implementation="flex" computes in float32 at most: use "eager" for float64')
     return implementation

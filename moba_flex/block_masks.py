@@ -1,11 +1,12 @@
 """BlockMasks from their constructor: what tells FlexAttention which key block each tile of queries meets.
 
-`create_block_mask` and `BlockMask.from_kv_blocks` build tensors of (query tiles x key tiles), many gigabytes at long lengths. A tile of
-routed rows meets one block and a tile of a local call meets its own block's tiles, so lists of that width are enough.
+`create_block_mask` and `BlockMask.from_kv_blocks` build tensors of (query tiles x key tiles), many gigabytes at long lengths.
+Here whatever a tile meets is one run of tiles, so lists one index wide are enough: `BLOCKS_ARE_CONTIGUOUS` lets the kernel
+step through the rest. The partial and the full list of a mask have the same width, because kernels of PyTorch 2.11 read both
+with the strides of one.
 
-All heads and rows of the batch lie on one axis. The lists rule on the GPU; `mask_mod` is evaluated on partial tiles alone, yet says
-the whole truth, since uncompiled FlexAttention asks nothing else. It comes apart from the tensors that it reads (`Mask.buffers`),
-because the backward pass is traced from a function of indices and buffers.
+The lists rule on the GPU. `rule`, the `mask_mod` apart from the tensors that it reads (`buffers`), is evaluated on partial tiles
+alone, yet says the whole truth, since uncompiled FlexAttention asks nothing else.
 
 B rows, H query heads, G key heads, Q query blocks, C key blocks, P slots a block, T tiles of queries.
 """
@@ -15,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -29,40 +30,56 @@ QUERY_TILE = 128
 
 @dataclass(frozen=True, eq=False)
 class Mask:
-    """A BlockMask, and its `mask_mod` as `rule(b, h, q, kv, *buffers)`; `key` tells rules apart, and equal ones are one object."""
+    """What a BlockMask is made from. `settings` is all that its kernels are compiled for; equal settings share one `rule`."""
 
-    block_mask: BlockMask
-    rule: Callable[..., Tensor]
+    settings: tuple
+    tiles: tuple[int, int]  # BLOCK_SIZE: slots of queries, slots of keys
+    rule: Callable[..., Tensor]  # (b, h, q, kv, *buffers) -> whether query q sees key kv
     buffers: tuple[Tensor, ...]
-    key: tuple
-    lists: tuple[Tensor, ...]  # the eight lists of the BlockMask
+    lists: tuple[Tensor, ...]  # counts and indices of: partial key tiles, full key tiles, partial query tiles, full query tiles
 
 
-def local_tile(width: int) -> int:
-    """Tiles of the local call divide its blocks."""
-    return math.gcd(width, QUERY_TILE)
+def block_mask(tiles: tuple[int, int], mask_mod: Callable, lists: tuple[Tensor, ...], n_query: int, n_key: int) -> BlockMask:
+    """The BlockMask of a `Mask` for `n_query` and `n_key` slots."""
+    return BlockMask((n_query, n_key), *lists, BLOCK_SIZE=tiles, mask_mod=mask_mod)
 
 
-def _mask(key: tuple, rule: Callable, buffers: tuple[Tensor, ...], lengths, tiles, kv, full_kv, q, full_q) -> Mask:
-    """`kv`, `full_kv`, `q`, `full_q`: pairs of counts `[n]` and indices `[n, width]`."""
-
-    def mask_mod(b, h, q, kv):
-        return rule(b, h, q, kv, *buffers)
-
-    lists = [x for count, index in (kv, full_kv, q, full_q) for x in (count[None, None], index[None, None])]
-    block_mask = BlockMask(lengths, *lists, BLOCK_SIZE=tiles, mask_mod=mask_mod)
-    return Mask(block_mask, rule, buffers, key, tuple(lists))
-
-
-@lru_cache(maxsize=None)
+@cache
 def _local_rule(width: int) -> Callable[..., Tensor]:
-    def rule(b, h, q, kv, block):
-        return (block[q // width] == kv // width) & (kv % width <= q % width)
+    def rule(b, h, q, kv, own):
+        return (own[b, q // width] == kv // width) & (kv % width <= q % width)
 
     return rule
 
 
-@lru_cache(maxsize=None)
+def local_mask(layout: BlockLayout, heads: int, groups: int) -> Mask:
+    """Causal attention within blocks: queries `[B * G, H / G, Q * P, D]`, keys `[B * G, 1, C * P, D]`.
+
+    A tile of queries meets the same tile of its own block in part, and the earlier tiles of it in full.
+    """
+    own = layout.own.repeat_interleave(groups, 0)
+    tile = math.gcd(layout.width, QUERY_TILE)
+    per, n_query_blocks = layout.width // tile, layout.n_query_blocks
+    step = torch.arange(per, device=own.device, dtype=torch.int32)
+    start = (own * per)[..., None].expand(-1, -1, per)
+
+    # Backward: a tile of keys is met in part by the same tile of its query block, and in full by the later ones.
+    query_block = torch.arange(layout.n_key_blocks, device=own.device, dtype=torch.int32) - own[:, :1]
+    met = ((query_block >= 0) & (query_block < n_query_blocks))[..., None].int()
+    same = query_block.clamp(0, n_query_blocks - 1)[..., None] * per + step
+    later = (same + 1).clamp(max=n_query_blocks * per - 1)
+
+    counts = torch.ones_like(start), step.expand_as(start), met.expand_as(same), met * (per - 1 - step)
+    indices = start + step, start, same, later
+    lists = tuple(
+        x
+        for n, i in zip(counts, indices)
+        for x in (n.flatten(1)[:, None].contiguous(), i.flatten(1)[:, None, :, None].contiguous())
+    )
+    return Mask(("local", layout.width, heads // groups), (tile, tile), _local_rule(layout.width), (own,), lists)
+
+
+@cache
 def _routed_rule(tile: int, width: int) -> Callable[..., Tensor]:
     def rule(b, h, q, kv, block, n_keys):
         return (block[q // tile] == kv // width) & (kv % width < n_keys[kv // width])
@@ -70,60 +87,15 @@ def _routed_rule(tile: int, width: int) -> Callable[..., Tensor]:
     return rule
 
 
-def local_mask(layout: BlockLayout, heads: int, groups: int) -> Mask:
-    """Causal attention within blocks, for `[1, 1, B * H * Q * P, D]` queries and `[1, 1, B * G * C * P, D]` keys."""
-    own, width, n_blocks = layout.own, layout.width, layout.n_key_blocks
-    rows, n_query_blocks = own.shape
-    tile, device = local_tile(width), own.device
-    per, repeats = width // tile, heads // groups
-    step = torch.arange(per, device=device, dtype=torch.int32)
-
-    group = torch.arange(rows * groups, device=device, dtype=torch.int32).view(rows, groups, 1, 1)
-    block = (group * n_blocks + own[:, None, None]).expand(rows, groups, repeats, n_query_blocks).flatten()
-    start = (block * per)[:, None, None].expand(-1, per, per)  # [B * H * Q, tile of queries, tile of keys]
-    before = step.expand(block.numel(), per).flatten()
-    diagonal = (start + step[:, None]).flatten(0, 1)
-    earlier = (start + step).flatten(0, 1)
-
-    # Backward: a key tile is met by the same tile of each head's query block and by the later tiles of it.
-    head = torch.arange(rows * heads, device=device, dtype=torch.int32).view(rows, groups, 1, repeats)
-    query_block = torch.arange(n_blocks, device=device, dtype=torch.int32) - own[:, :1]
-    met = ((query_block >= 0) & (query_block < n_query_blocks))[:, None, :, None].expand(-1, groups, -1, per).flatten()
-    first = (head * n_query_blocks + query_block.clamp(0, n_query_blocks - 1)[:, None, :, None]) * per  # [B, G, C, H / G]
-    same = first[:, :, :, None] + step[:, None]  # [B, G, C, P / tile, H / G]
-    later = (same[..., None] + 1 + step).clamp(max=rows * heads * n_query_blocks * per - 1)
-    after = torch.arange(per - 1, -1, -1, device=device, dtype=torch.int32).repeat(rows * groups * n_blocks)
-    # Of each head's `per` places only the first `after` are real: move the real ones of all heads to the front.
-    real = step[None, None, :] < torch.arange(per - 1, -1, -1, device=device)[:, None, None]  # [per, 1, per]
-    order = (~real.expand(per, repeats, per)).flatten(1).int().argsort(dim=1, stable=True)
-    later = later.flatten(4).flatten(0, 2).gather(2, order.expand(rows * groups * n_blocks, -1, -1)).flatten(0, 1)
-
-    lengths = (rows * heads * n_query_blocks * width, rows * groups * n_blocks * width)
-    return _mask(
-        ("local", width),
-        _local_rule(width),
-        (block,),
-        lengths,
-        (tile, tile),
-        (torch.ones_like(before), diagonal.contiguous()),
-        (before, earlier.contiguous()),
-        (met.int() * repeats, same.flatten(0, 3).contiguous()),
-        (met.int() * after * repeats, later.int().contiguous()),
-    )
-
-
 def routed_mask(routes: Routes, layout: BlockLayout, groups: int, causal: bool) -> Mask:
     """Each tile of routed rows `[1, 1, T * tile, D]` meets one whole block of the keys `[1, 1, B * G * C * P, D]`."""
-    tile, width = routes.tile, layout.width
-    tiles = routes.first_tile.diff()
-    first = routes.first_tile[:-1].clamp(max=routes.block_of_tile.numel() - 1)
-    used, block = routes.tile_in_use, routes.block_of_tile
-    n_keys = layout.block_keys[:, None].expand(-1, groups, -1).flatten()
-    lengths = (block.numel() * tile, n_keys.numel() * width)
-
-    listed = ((used, block[:, None]), (tiles, first[:, None]))
-    empty = ((torch.zeros_like(used), block[:, None]), (torch.zeros_like(tiles), first[:, None]))
+    tile, width, block = routes.tile, layout.width, routes.block_of_tile
+    n_keys = layout.block_keys.repeat_interleave(groups, 0).flatten()
+    first = routes.first_tile[:-1].clamp(max=block.numel() - 1)
+    listed = (routes.tile_in_use, block), (routes.first_tile.diff(), first)
+    empty = (torch.zeros_like(routes.tile_in_use), block), (torch.zeros_like(first), first)
     # Past blocks are full of keys, so that nothing of a tile is masked, unless a block has more slots than tokens.
     full = causal and layout.whole
     (kv, q), (full_kv, full_q) = (empty, listed) if full else (listed, empty)
-    return _mask(("routed", tile, width), _routed_rule(tile, width), (block, n_keys), lengths, (tile, width), kv, full_kv, q, full_q)
+    lists = tuple(x for n, i in (kv, full_kv, q, full_q) for x in (n[None, None], i[None, None, :, None]))
+    return Mask(("routed", tile, width, full), (tile, width), _routed_rule(tile, width), (block, n_keys), lists)

@@ -114,7 +114,7 @@ class BlockLayout:
     def _collect(self, x: Tensor, lead: int, n_tokens: int) -> Tensor:
         if self.width > self.block_size:
             x = x.unflatten(2, (-1, self.width))[:, :, :, : self.block_size].flatten(2, 3)
-        return x if x.shape[2] == n_tokens else x[:, :, lead : lead + n_tokens]
+        return x[:, :, lead : lead + n_tokens].contiguous()
 
 
 def _take(x: Tensor, index: Tensor, fill: float = 0) -> Tensor:
@@ -266,7 +266,5 @@ def _places(
         real = real & (offset < stop[..., None])
     token = torch.where(real, position + start[..., None], -1).flatten(1)
     position = torch.arange(n_key, device=block.device) - start
-    slot = torch.where(
-        (position >= 0) & (position < length), position // block_size * width + position % block_size, -1
-    )
+    slot = torch.where((position >= 0) & (position < length), position // block_size * width + position % block_size, -1)
     return token, slot

@@ -131,9 +131,7 @@ def _routed_parts(routes: Routes, layout: BlockLayout, groups: int) -> Iterator[
             yield rows, slice(block * layout.width, block * layout.width + n_keys)
 
 
-def routed(
-    query: Tensor, key: Tensor, value: Tensor, routes: Routes, layout: BlockLayout, spec: Spec
-) -> tuple[Tensor, Tensor]:
+def routed(query: Tensor, key: Tensor, value: Tensor, routes: Routes, layout: BlockLayout, spec: Spec) -> tuple[Tensor, Tensor]:
     """Attention of each row `[R, D]` to its block of `key [B, G, C * P, D]`. Returns `[R, Dv]` and the log-sum-exp `[R]`."""
     out = query.new_empty(query.shape[0], value.shape[-1])
     lse = query.new_empty(query.shape[0], dtype=torch.promote_types(query.dtype, torch.float32))

@@ -1,6 +1,7 @@
 """The implementation for CUDA: compiled FlexAttention on block-sparse tiles.
 
-Queries, rows and keys of all heads lie on one axis, so that one compilation serves any number of heads and any length.
+The local call has the query heads of one key head as the heads of one element of the batch; the routed call has all rows and all
+blocks in one line. So one compilation of each serves any length and any batch.
 
 B rows, H query heads, G key heads, Q query blocks, C key blocks, P slots a block, R routed rows, D width.
 """
@@ -9,16 +10,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 from types import FunctionType
 
 import torch
 from torch import Tensor
 from torch._higher_order_ops.flex_attention import flex_attention_backward
-from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
+from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
 from . import gate, rows
-from .block_masks import QUERY_TILE, Mask, local_mask, routed_mask
+from .block_masks import QUERY_TILE, Mask, block_mask, local_mask, routed_mask
 from .blocks import BlockLayout
 from .routing import Routes
 from .spec import Spec
@@ -56,16 +57,16 @@ def sum_rows(grad: Tensor | None, row_grad: Tensor, routes: Routes) -> Tensor:
 def local(query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, spec: Spec) -> tuple[Tensor, Tensor]:
     """Causal attention of each query to its own block. Returns `[B, H, Q * P, Dv]` and the log-sum-exp `[B, H, Q * P]`."""
     mask = local_mask(layout, query.shape[1], key.shape[1])
-    out, lse = _forward(query.flatten(0, 2), key.flatten(0, 2), value.flatten(0, 2), mask, spec)
+    operands = _by_group(query, key.shape[1]), _by_group(key, key.shape[1]), _by_group(value, key.shape[1])
+    out, lse = _forward(*operands, mask, spec)
     return out.view(*query.shape[:3], -1), lse.view(query.shape[:3])
 
 
-def routed(
-    query: Tensor, key: Tensor, value: Tensor, routes: Routes, layout: BlockLayout, spec: Spec
-) -> tuple[Tensor, Tensor]:
+def routed(query: Tensor, key: Tensor, value: Tensor, routes: Routes, layout: BlockLayout, spec: Spec) -> tuple[Tensor, Tensor]:
     """Attention of each row `[R, D]` to its block of `key [B, G, C * P, D]`. Returns `[R, Dv]` and the log-sum-exp `[R]`."""
     mask = routed_mask(routes, layout, key.shape[1], spec.causal)
-    return _forward(query, key.flatten(0, 2), value.flatten(0, 2), mask, spec)
+    out, lse = _forward(query[None, None], _in_line(key), _in_line(value), mask, spec)
+    return out[0, 0], lse[0, 0]
 
 
 def local_backward(
@@ -73,7 +74,7 @@ def local_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value that come through the local call."""
     mask = local_mask(layout, query.shape[1], key.shape[1])
-    dq, dk, dv = _backward(*(x.flatten(0, 2) for x in (query, key, value, grad, lse, delta)), mask, spec)
+    dq, dk, dv = _backward(*(_by_group(x, key.shape[1]) for x in (query, key, value, grad, lse, delta)), mask, spec)
     return dq.view(query.shape), dk.view(key.shape), dv.view(value.shape)
 
 
@@ -90,14 +91,24 @@ def routed_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of the rows `[R, D]`, of key and of value that come through the routed call."""
     mask = routed_mask(routes, layout, key.shape[1], spec.causal)
-    dq, dk, dv = _backward(query, key.flatten(0, 2), value.flatten(0, 2), grad, lse, delta, mask, spec)
-    return dq, dk.view(key.shape), dv.view(value.shape)
+    query, grad, lse, delta = (x[None, None] for x in (query, grad, lse, delta))
+    dq, dk, dv = _backward(query, _in_line(key), _in_line(value), grad, lse, delta, mask, spec)
+    return dq[0, 0], dk.view(key.shape), dv.view(value.shape)
+
+
+def _by_group(x: Tensor, groups: int) -> Tensor:
+    """`[B, H, ...]` -> `[B * G, H / G, ...]`: one key head is one element of the batch."""
+    return x.reshape(x.shape[0] * groups, x.shape[1] // groups, *x.shape[2:])
+
+
+def _in_line(x: Tensor) -> Tensor:
+    """`[B, G, N, D]` -> `[1, 1, B * G * N, D]`: all blocks of all heads one after another."""
+    return x.reshape(1, 1, -1, x.shape[-1])
 
 
 def _forward(query: Tensor, key: Tensor, value: Tensor, mask: Mask, spec: Spec) -> tuple[Tensor, Tensor]:
-    """`[M, D]`, `[K, D]`, `[K, Dv]` -> `[M, Dv]` and the log-sum-exp `[M]`."""
-    run = _forward_call(*_settings(query, value, mask, spec), mask.rule, len(mask.buffers), query.is_cuda)
-    return run(*(x[None, None] for x in (query, key, value)), *mask.lists, *mask.buffers)
+    """`flex_attention` under `mask`: the output and its log-sum-exp."""
+    return _forward_call(*_settings(query, value, mask, spec))(query, key, value, *mask.lists, *mask.buffers)
 
 
 def _backward(
@@ -108,78 +119,71 @@ def _backward(
     FlexAttention's backward operator takes any log-sum-exp, so it is given that of the whole output and not the partial one, and
     `delta` (`out . grad`) as a gradient of it. Nothing of the partial outputs has to be known, neither kept nor computed again.
     """
-    run = _backward_call(*_settings(query, value, mask, spec), mask.rule, len(mask.buffers), query.is_cuda)
-    of_rows = (x[None, None] for x in (query, key, value, grad, lse, delta))
-    dq, dk, dv = run(*of_rows, *mask.lists, *mask.buffers)
-    return dq[0, 0], dk[0, 0], dv[0, 0]
+    call = _backward_call(*_settings(query, value, mask, spec))
+    return call(query, key, value, grad, lse, delta, *mask.lists, *mask.buffers)
 
 
 def _settings(query: Tensor, value: Tensor, mask: Mask, spec: Spec) -> tuple:
-    """All that a compiled kernel is made for. Only lengths and data vary between calls that share it."""
+    """All that a kernel is compiled for. Only lengths and data vary between calls that share it."""
     widths = query.shape[-1], value.shape[-1]
-    return mask.key, mask.block_mask.BLOCK_SIZE, widths, query.dtype, spec.scale, spec.softcap
+    return mask.settings, mask.tiles, mask.rule, widths, query.dtype, spec.scale, spec.softcap, query.is_cuda
 
 
 # Each combination of settings is compiled from a function, and so from a code object, of its own. torch.compile keeps what it learns
 # by code object: shared, a second block size or scale would turn from a constant into a variable of the kernel, and eight
 # combinations would exhaust the limit on recompilations.
-def _compile(call: Callable, settings: tuple, is_cuda: bool) -> Callable:
+def _compile(call: Callable, is_cuda: bool) -> Callable:
     if not is_cuda:  # there only tests come here: they hold the masks against the specification, on dense scores
         return call
-    code = call.__code__.replace(co_name=f"{call.__name__}_{settings}")
-    return torch.compile(FunctionType(code, call.__globals__, None, None, call.__closure__), fullgraph=True)
+    return torch.compile(FunctionType(call.__code__.replace(), call.__globals__, None, None, call.__closure__), fullgraph=True)
 
 
-@lru_cache(maxsize=None)
-def _forward_call(key, tiles, widths, dtype, scale, softcap, rule, n_buffers, is_cuda) -> Callable:
-    options = _kernel_options(key, tiles, widths, dtype)
+@cache
+def _forward_call(settings, tiles, rule, widths, dtype, scale, softcap, is_cuda) -> Callable:
+    options = _kernel_options(tiles, widths, dtype)
     score_mod = None if softcap is None else _softcap(softcap)
 
     def moba_flex_forward(query, key, value, *tensors):
-        lists, buffers = tensors[: len(tensors) - n_buffers], tensors[len(tensors) - n_buffers :]
-        block_mask = BlockMask(
-            (query.shape[2], key.shape[2]),
-            *lists,
-            BLOCK_SIZE=tiles,
-            mask_mod=lambda b, h, q, kv: rule(b, h, q, kv, *buffers),
-        )
-        operands, aux = (query, key, value, score_mod, block_mask, scale), AuxRequest(lse=True)
-        out, aux = flex_attention(*operands, kernel_options=options, return_aux=aux)
-        return out[0, 0], aux.lse[0, 0]
+        lists, buffers = tensors[:8], tensors[8:]
 
-    return _compile(moba_flex_forward, (key, tiles, widths, dtype, scale, softcap), is_cuda)
+        def mask_mod(b, h, q, kv):
+            return rule(b, h, q, kv, *buffers)
+
+        mask = block_mask(tiles, mask_mod, lists, query.shape[2], key.shape[2])
+        operands = (query, key, value, score_mod, mask, scale)
+        out, aux = flex_attention(*operands, enable_gqa=True, kernel_options=options, return_aux=AuxRequest(lse=True))
+        return out, aux.lse
+
+    return _compile(moba_flex_forward, is_cuda)
 
 
-@lru_cache(maxsize=None)
-def _backward_call(key, tiles, widths, dtype, scale, softcap, rule, n_buffers, is_cuda) -> Callable:
+@cache
+def _backward_call(settings, tiles, rule, widths, dtype, scale, softcap, is_cuda) -> Callable:
     # The lowering drops a configuration whose default tiles do not divide these, before it reads our smaller tiles from the
     # options. So the options carry the true sizes.
     sizes = tuple(math.lcm(tile, QUERY_TILE) for tile in tiles)
-    options = _kernel_options(key, tiles, widths, dtype)
-    options |= {"SPARSE_Q_BLOCK_SIZE": tiles[0], "SPARSE_KV_BLOCK_SIZE": tiles[1], **_OPERATOR_OPTIONS}
+    options = _kernel_options(tiles, widths, dtype) | _OPERATOR_OPTIONS
+    options |= {"SPARSE_Q_BLOCK_SIZE": tiles[0], "SPARSE_KV_BLOCK_SIZE": tiles[1]}
     score_mod = _same if softcap is None else _softcap(softcap)
     joint = _same_joint if softcap is None else _softcap_joint(softcap)
 
     @torch.compiler.allow_in_graph  # the operator takes functions, which torch.compile cannot pass on from a traced call
     def operator(query, key, value, grad, lse, delta, *tensors):
-        lists, buffers = tensors[: len(tensors) - n_buffers], tensors[len(tensors) - n_buffers :]
-        block_mask = BlockMask((query.shape[2], key.shape[2]), *lists, BLOCK_SIZE=sizes, mask_mod=rule)
+        lists, buffers = tensors[:8], tensors[8:]
+        mask = block_mask(sizes, rule, lists, query.shape[2], key.shape[2])
         # In the operator's units: base-2 logarithms, and for its own delta, `out . grad - grad_lse / ln 2`, no `out` at all.
         lse, grad_lse, out = lse / math.log(2), delta * -math.log(2), torch.zeros_like(grad)
-        operands = (query, key, value, out, lse, grad, grad_lse)
-        return flex_attention_backward(
-            *operands, score_mod, joint, block_mask.as_tuple(), scale, options, (), buffers
-        )[:3]
+        operands = (query, key, value, out, lse, grad, grad_lse, score_mod, joint, mask.as_tuple(), scale, options, (), buffers)
+        return flex_attention_backward(*operands)[:3]
 
     def moba_flex_backward(*tensors):
         return operator(*tensors)
 
-    return _compile(moba_flex_backward, (key, tiles, widths, dtype, scale, softcap), is_cuda)
+    return _compile(moba_flex_backward, is_cuda)
 
 
 # What flex_attention adds to kernel options before it calls its operator.
 _OPERATOR_OPTIONS = {
-    "BACKEND": "AUTO",
     "PRESCALE_QK": False,
     "ROWS_GUARANTEED_SAFE": False,
     "WRITE_DQ": True,
@@ -212,14 +216,14 @@ def _softcap_joint(softcap: float) -> Callable:
     return joint
 
 
-def _kernel_options(key: tuple, tiles: tuple[int, int], widths: tuple[int, int], dtype: torch.dtype) -> dict:
-    """Lengths are whole tiles. PyTorch's own tile sizes divide 128; smaller blocks need smaller ones."""
-    options: dict[str, int | bool | str] = {"IS_DIVISIBLE": True, "BLOCKS_ARE_CONTIGUOUS": key[0] == "routed"}
+def _kernel_options(tiles: tuple[int, int], widths: tuple[int, int], dtype: torch.dtype) -> dict:
+    """PyTorch's own choice where its tile sizes, which divide 128, divide ours; smaller blocks need smaller ones."""
+    options: dict[str, int | bool | str] = {"BACKEND": "TRITON", "IS_DIVISIBLE": True, "BLOCKS_ARE_CONTIGUOUS": True}
     q, kv = (math.gcd(tile, QUERY_TILE) for tile in tiles)
     if min(q, kv) < QUERY_TILE:
         most = (64 if dtype != torch.float32 else 32) // (1 if max(widths) <= 128 else 2)
         q, kv = min(q, most), min(kv, most)
-        options |= {"fwd_BLOCK_M": q, "fwd_BLOCK_N": kv}
+        options |= {"fwd_BLOCK_M": q, "fwd_BLOCK_N": kv, "num_warps": 4, "num_stages": 2}
         if dtype == torch.float32:
             q, kv = 16, 16
         options |= {"bwd_BLOCK_M1": q, "bwd_BLOCK_N1": kv, "bwd_BLOCK_M2": q, "bwd_BLOCK_N2": kv}

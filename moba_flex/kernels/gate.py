@@ -21,7 +21,19 @@ from ..spec import Spec
 
 @triton.jit
 def _means_kernel(
-    KEY, HIGH, LOW, COUNT, stride_b, stride_g, stride_n, G, C, P: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, STEP: tl.constexpr
+    KEY,
+    HIGH,
+    LOW,
+    COUNT,
+    stride_b,
+    stride_g,
+    stride_n,
+    G,
+    C,
+    P: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    STEP: tl.constexpr,
 ):
     # One program: the mean of one block's keys.
     c, bg = tl.program_id(0), tl.program_id(1)
