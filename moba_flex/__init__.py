@@ -1,7 +1,21 @@
 """Mixture of Block Attention (arXiv 2502.13189) through PyTorch's FlexAttention, for transformers models."""
 
+from .config import MobaConfig
 from .functional import moba_attention, moba_attention_varlen, set_working_memory
+from .models import AutoModelForCausalLM, full_attention, patch, set_attention, unpatch
 from .selection import Selection, select_blocks
 
-__all__ = ["Selection", "moba_attention", "moba_attention_varlen", "select_blocks", "set_working_memory"]
+__all__ = [
+    "AutoModelForCausalLM",
+    "MobaConfig",
+    "Selection",
+    "full_attention",
+    "moba_attention",
+    "moba_attention_varlen",
+    "patch",
+    "select_blocks",
+    "set_attention",
+    "set_working_memory",
+    "unpatch",
+]
 __version__ = "0.1.0"

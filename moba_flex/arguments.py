@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -35,9 +37,8 @@ def _check_tensor(name: str, value: object) -> None:
         raise TypeError(f"{name} must be a torch.Tensor, but is a {type(value).__name__}")
 
 
-def _check_operands(**tensors: Tensor | None) -> None:
+def _check_operands(**tensors: Tensor) -> None:
     """Tensors of one floating dtype on one device."""
-    tensors = {name: t for name, t in tensors.items() if t is not None}
     for name, t in tensors.items():
         _check_tensor(name, t)
         if t.dtype not in _DTYPES:
@@ -66,17 +67,20 @@ def readable(*tensors: Tensor) -> bool:
     return not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
 
 
-def check_query_key(query: Tensor, key: Tensor, value: Tensor | None = None) -> None:
-    """`[B, H, Nq, D]`, `[B, G, Nk, D]` and `[B, G, Nk, Dv]` that belong together."""
-    _check_operands(query=query, key=key, value=value)
-    for name, t in (("query", query), ("key", key), ("value", value)):
-        if t is not None and t.dim() != 4:
+def check_query_key(query: Tensor, key: Tensor, **others: Tensor) -> None:
+    """`[B, H, Nq, D]`, `[B, G, Nk, D]` and, where there is one, a value `[B, G, Nk, Dv]` that belong together."""
+    _check_operands(query=query, key=key, **others)
+    for name, t in {"query": query, "key": key, **others}.items():
+        if t.dim() != 4:
             raise ValueError(f"{name} must have 4 dimensions (batch, heads, tokens, width), but has shape {tuple(t.shape)}")
+    if query.shape[3] == 0:
+        raise ValueError(f"query must have a width (dimension 3) of at least 1, but has shape {tuple(query.shape)}")
     if query.shape[0] != key.shape[0] or query.shape[3] != key.shape[3]:
         raise ValueError(
             f"query {tuple(query.shape)} and key {tuple(key.shape)} must agree in batch (dimension 0) and width (dimension 3)"
         )
-    if value is not None and key.shape[:3] != value.shape[:3]:
+    value = others.get("value", key)
+    if key.shape[:3] != value.shape[:3]:
         raise ValueError(
             f"key {tuple(key.shape)} and value {tuple(value.shape)} must agree in batch, heads and tokens (dimensions 0 to 2)"
         )
@@ -139,8 +143,8 @@ def check_scores(query: Tensor, heads: int, scale: float | None, softcap: float 
     """What changes the scores: `scale`, `softcap > 0`, `sinks [H]`."""
     if scale is not None and not isinstance(scale, (int, float)):
         raise TypeError(f"scale must be a float or None, but is a {type(scale).__name__}")
-    if softcap is not None and not (isinstance(softcap, (int, float)) and softcap > 0):
-        raise ValueError(f"softcap must be a float above 0 or None, but is {softcap!r}")
+    if softcap is not None and not (isinstance(softcap, (int, float)) and 0 < softcap < math.inf):
+        raise ValueError(f"softcap must be a finite float above 0 or None, but is {softcap!r}")
     if sinks is None:
         return
     _check_tensor("sinks", sinks)

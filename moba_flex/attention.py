@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from . import eager, flex
-from .blocks import BlockLayout, dense_layout, packed_layout, padded_layout, slots_per_block
+from .blocks import BlockLayout, dense_layout, one_block, packed_layout, padded_layout, slots_per_block
 from .routing import route
 from .spec import Spec
 
@@ -125,13 +125,18 @@ def chunks(
 def layout_of(
     query: Tensor, key: Tensor, padding_mask: Tensor | None, cu_seqlens: Tensor | None, spec: Spec, implementation: str
 ) -> BlockLayout:
-    # Only tiles of a GPU need blocks of particular widths.
-    width = slots_per_block(spec.block_size) if implementation == "flex" else spec.block_size
+    block_size, width = _sizes(spec.block_size, key.shape[2], implementation)
     if cu_seqlens is not None:
-        return packed_layout(cu_seqlens, key.shape[2], spec.block_size, width)
+        return packed_layout(cu_seqlens, key.shape[2], block_size, width)
     if padding_mask is not None:
-        return padded_layout(padding_mask, query.shape[2], spec.block_size, width)
-    return dense_layout(query.shape[0], query.shape[2], key.shape[2], spec.block_size, width, query.device)
+        return padded_layout(padding_mask, query.shape[2], block_size, width)
+    return dense_layout(query.shape[0], query.shape[2], key.shape[2], block_size, width, query.device)
+
+
+def _sizes(block_size: int, n_key: int, implementation: str) -> tuple[int, int]:
+    """Tokens and slots of a block. Only tiles of a GPU need blocks of particular widths."""
+    block_size = one_block(block_size, n_key)
+    return block_size, slots_per_block(block_size) if implementation == "flex" else block_size
 
 
 # The operator. To autograd and torch.compile it is one node, so the steps above may compile, loop and allocate as they like.
@@ -156,14 +161,15 @@ def attention(
     spec = Spec(block_size, top_k, sink_blocks, recent_blocks, causal, scale, softcap)
     query, key, value = query.detach(), key.detach(), value.detach()
     layout = layout_of(query, key, padding_mask, cu_seqlens, spec, implementation)
-    return forward(query, key, value, layout, spec, _BACKENDS[implementation], budget)
+    with torch.autocast(query.device.type, enabled=False):  # the gate is a matter of float32
+        return forward(query, key, value, layout, spec, _BACKENDS[implementation], budget)
 
 
 @attention.register_fake
 def _(query, key, value, padding_mask, cu_seqlens, block_size, top_k, sinks, recent, causal, scale, softcap, impl, budget):
     spec = Spec(block_size, top_k, sinks, recent, causal, scale, softcap)
-    width = slots_per_block(block_size) if impl == "flex" else block_size
     n_query, n_key = query.shape[2], key.shape[2]
+    block_size, width = _sizes(block_size, n_key, impl)
     if cu_seqlens is not None:
         blocks = n_key // block_size + cu_seqlens.shape[0] - 1
     elif padding_mask is not None and n_query != n_key:
@@ -202,7 +208,8 @@ def attention_backward(
     grad, query, key, value, out, lse = (x.detach() for x in (grad, query, key, value, out, lse))
     layout = layout_of(query, key, padding_mask, cu_seqlens, spec, implementation)
     backend = _BACKENDS[implementation]
-    return backward(grad, grad_lse, query, key, value, out, lse, chosen, layout, spec, backend, budget)
+    with torch.autocast(query.device.type, enabled=False):
+        return backward(grad, grad_lse, query, key, value, out, lse, chosen, layout, spec, backend, budget)
 
 
 @attention_backward.register_fake

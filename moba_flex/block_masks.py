@@ -39,6 +39,11 @@ class Mask:
     lists: tuple[Tensor, ...]  # counts and indices of: partial key tiles, full key tiles, partial query tiles, full query tiles
 
 
+def _lists(*pairs: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+    """Counts `[b, n]` and first indices `[b, n]` as a BlockMask has them."""
+    return tuple(x for n, i in pairs for x in (n[:, None].contiguous(), i[:, None, :, None].contiguous()))
+
+
 def block_mask(tiles: tuple[int, int], mask_mod: Callable, lists: tuple[Tensor, ...], n_query: int, n_key: int) -> BlockMask:
     """The BlockMask of a `Mask` for `n_query` and `n_key` slots."""
     return BlockMask((n_query, n_key), *lists, BLOCK_SIZE=tiles, mask_mod=mask_mod)
@@ -57,6 +62,13 @@ def local_mask(layout: BlockLayout, heads: int, groups: int) -> Mask:
 
     A tile of queries meets the same tile of its own block in part, and the earlier tiles of it in full.
     """
+    if (key := ("local_mask", heads, groups)) not in layout.cache:
+        layout.cache[key] = _local_mask(layout, heads, groups)
+    return layout.cache[key]
+
+
+@torch.inference_mode(False)
+def _local_mask(layout: BlockLayout, heads: int, groups: int) -> Mask:
     own = layout.own.repeat_interleave(groups, 0)
     tile = math.gcd(layout.width, QUERY_TILE)
     per, n_query_blocks = layout.width // tile, layout.n_query_blocks
@@ -71,11 +83,7 @@ def local_mask(layout: BlockLayout, heads: int, groups: int) -> Mask:
 
     counts = torch.ones_like(start), step.expand_as(start), met.expand_as(same), met * (per - 1 - step)
     indices = start + step, start, same, later
-    lists = tuple(
-        x
-        for n, i in zip(counts, indices)
-        for x in (n.flatten(1)[:, None].contiguous(), i.flatten(1)[:, None, :, None].contiguous())
-    )
+    lists = _lists(*((n.flatten(1), i.flatten(1)) for n, i in zip(counts, indices)))
     return Mask(("local", layout.width, heads // groups), (tile, tile), _local_rule(layout.width), (own,), lists)
 
 
@@ -97,5 +105,5 @@ def routed_mask(routes: Routes, layout: BlockLayout, groups: int, causal: bool) 
     # Past blocks are full of keys, so that nothing of a tile is masked, unless a block has more slots than tokens.
     full = causal and layout.whole
     (kv, q), (full_kv, full_q) = (empty, listed) if full else (listed, empty)
-    lists = tuple(x for n, i in (kv, full_kv, q, full_q) for x in (n[None, None], i[None, None, :, None]))
+    lists = _lists(*((n[None], i[None]) for n, i in (kv, full_kv, q, full_q)))
     return Mask(("routed", tile, width, full), (tile, width), _routed_rule(tile, width), (block, n_keys), lists)

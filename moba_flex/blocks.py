@@ -10,7 +10,7 @@ B rows, C key blocks a row, Q query blocks a row, P slots a block (`width`), N t
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 import torch
@@ -23,6 +23,17 @@ def slots_per_block(block_size: int) -> int:
     if block_size > 64:
         return -(-block_size // 64) * 64
     return max(16, 1 << (block_size - 1).bit_length())
+
+
+def one_block(block_size: int, n_key: int) -> int:
+    """A smaller block size that means the same when all keys lie in one block: the next power of two, from 128 on.
+
+    A short prompt is then not padded to a long block, and prompts of many lengths share a few sizes.
+    """
+    size = 128
+    while size < n_key and size < block_size:
+        size *= 2
+    return min(size, block_size)
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +56,7 @@ class BlockLayout:
     slot_of_key: Tensor | None = None  # [B, Nk] int64, -1 for padding
     token_of_query_slot: Tensor | None = None
     slot_of_query: Tensor | None = None
+    cache: dict = field(default_factory=dict)  # what else follows from the layout, for who wants to keep it
 
     @property
     def n_query_blocks(self) -> int:
@@ -81,12 +93,14 @@ class BlockLayout:
 
     def rows(self, rows: slice) -> BlockLayout:
         """The same for some of the rows. Only what works on slots is kept: tokens have been moved by then."""
+        if rows.stop - rows.start == self.own.shape[0]:
+            return self
         names = ("own", "first", "end", "query_start", "query_stop", "block_keys")
-        return replace(self, **{name: getattr(self, name)[rows] for name in names})
+        return replace(self, cache={}, **{name: getattr(self, name)[rows] for name in names})
 
     def last_own(self, query_block: int) -> int:
         """A bound, known without reading data, of the own block of `query_block` in any row."""
-        if self.token_of_query_slot is not None and self.n_query_blocks != self.n_key_blocks:
+        if self.token_of_query_slot is not None and self.n_query != self.n_key:
             return self.n_key_blocks - 1
         return self.n_key_blocks - self.n_query_blocks + query_block
 

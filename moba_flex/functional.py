@@ -81,7 +81,7 @@ def moba_attention(
     >>> moba_attention(query, key, value, block_size=16, top_k=3).shape
     torch.Size([1, 4, 100, 16])
     """
-    arguments.check_query_key(query, key, value)
+    arguments.check_query_key(query, key, value=value)
     arguments.check_blocks(block_size, top_k, sink_blocks, recent_blocks, causal)
     arguments.check_padding_mask(padding_mask, query, key)
     arguments.check_scores(query, query.shape[1], scale, softcap, sinks)
@@ -192,14 +192,17 @@ def attend(
         run = _naive_packed if cu_seqlens is not None else naive_attention
         which = {"cu_seqlens": cu_seqlens} if cu_seqlens is not None else {"padding_mask": padding_mask}
         blocks = {"block_size": block_size, "top_k": top_k, "sink_blocks": sink_blocks, "recent_blocks": recent_blocks}
-        out, lse = run(query, key, value, **blocks, **which, causal=causal, scale=scale, softcap=softcap)
+        with torch.autocast(query.device.type, enabled=False):
+            out, lse = run(query, key, value, **blocks, **which, causal=causal, scale=scale, softcap=softcap)
     else:
         settings = (block_size, top_k, sink_blocks, recent_blocks, causal, scale, softcap, implementation, _working_memory)
         out, lse, _ = attention(query, key, value, padding_mask, cu_seqlens, *settings)
     if sinks is not None:
         sink = sinks.to(lse.dtype)[:, None]
-        out = (out * torch.sigmoid(lse - sink)[..., None]).to(out.dtype)
-        lse = torch.where(lse == -torch.inf, lse, torch.logaddexp(lse, sink))
+        empty = lse == -torch.inf
+        share = torch.sigmoid(lse - sink)
+        out = torch.where(empty[..., None], 0, out * share[..., None]).to(out.dtype)
+        lse = torch.where(empty, lse, torch.logaddexp(lse, sink))
     return (out, lse) if return_lse else out
 
 

@@ -20,12 +20,13 @@ def block_of_key(key: Tensor, padding_mask: Tensor | None, block_size: int) -> T
     return torch.where(real, position // block_size, -1)
 
 
-def gate_scores(query: Tensor, key: Tensor, member: Tensor) -> Tensor:
+def gate_scores(query: Tensor, key: Tensor, of_key: Tensor, n_blocks: int) -> Tensor:
     """`[B, H, Nq, C]`: the inner product of each query with the mean key of each block, in float32 (equation 6)."""
     wide = torch.promote_types(query.dtype, torch.float32)
-    key = key.to(wide).repeat_interleave(query.shape[1] // key.shape[1], 1)
-    count = member.sum(1).clamp(min=1)[:, None, :, None]
-    mean = (member.to(wide).mT[:, None] @ key) / count
+    of_key = torch.where(of_key < 0, n_blocks, of_key)[:, None, :, None].expand_as(key)  # padding to a block that is cut off
+    zeros = key.new_zeros(*key.shape[:2], n_blocks + 1, key.shape[3], dtype=wide)
+    total, count = zeros.scatter_add(2, of_key, key.to(wide)), zeros.scatter_add(2, of_key, torch.ones_like(key, dtype=wide))
+    mean = (total / count.clamp(min=1))[:, :, :n_blocks].repeat_interleave(query.shape[1] // key.shape[1], 1)
     return query.to(wide) @ mean.mT
 
 
@@ -52,12 +53,9 @@ def naive_selection(
     n_blocks = -(-n_key // block_size)
     of_key = block_of_key(key, padding_mask, block_size)
     block = torch.arange(n_blocks, device=key.device)
-    member = of_key[..., None] == block  # [B, Nk, C]
-    if padding_mask is not None:  # what stands at padding must not reach the means, not even as NaN
-        key = key.masked_fill(~padding_mask[:, None, :, None], 0)
-    score = gate_scores(query, key, member)
+    score = gate_scores(query, key, of_key, n_blocks)
     own = of_key[:, None, n_key - n_query :, None]  # [B, 1, Nq, 1]
-    exists = member.any(1)[:, None, None, :]
+    exists = (of_key[..., None] == block).any(1)[:, None, None, :]
     if causal:
         past = (block < own) & exists
         forced = past & ((block < sink_blocks) | (block >= own - recent_blocks))
@@ -114,4 +112,4 @@ def naive_attention(
     some = visible.any(-1)
     lse = score.masked_fill(~some[..., None], 0).logsumexp(-1)  # finite where nothing is read, so that gradients are 0
     weight = torch.exp(score - lse[..., None])
-    return (weight @ v).to(query.dtype), torch.where(some, lse, -math.inf)
+    return torch.where(some[..., None], weight @ v, 0).to(query.dtype), torch.where(some, lse, -math.inf)

@@ -1,0 +1,115 @@
+"""Where the time of one attention call goes, step by step, on a CUDA GPU: `python examples/phases.py`.
+
+The settings are those of one row of the benchmark with fewer heads; medians of event timings on random bfloat16 data.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+import torch.nn.functional as F
+
+from moba_flex import flex, moba_attention
+from moba_flex.blocks import dense_layout, slots_per_block
+from moba_flex.routing import route
+from moba_flex.spec import Spec
+
+
+def milliseconds(call, repeats: int = 7, together: int = 4) -> float:
+    """The median time of `call` on the GPU, after a warm-up; `together` calls a sample, so that launches overlap with work."""
+    call()
+    times = []
+    for _ in range(repeats):
+        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        for _ in range(together):
+            call()
+        stop.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(stop) / together)
+    return sorted(times)[repeats // 2]
+
+
+def tensors(batch: int, heads: int, groups: int, tokens: int, width: int, **options):
+    return [torch.randn(batch, h, tokens, width, device="cuda", dtype=torch.bfloat16, **options) for h in (heads, groups, groups)]
+
+
+@torch.no_grad()
+def phases(heads: int, groups: int, tokens: int, width: int, block_size: int, top_k: int) -> dict[str, float]:
+    """Milliseconds of each step at batch 1, forward and backward."""
+    q, k, v = tensors(1, heads, groups, tokens, width)
+    grad = torch.randn_like(q)
+    spec = Spec(block_size, top_k, 0, 0, True, width**-0.5)
+    layout = dense_layout(1, tokens, tokens, block_size, slots_per_block(block_size), q.device)
+    q, k, v, grad = layout.query_slots(q), layout.key_slots(k), layout.key_slots(v), layout.query_slots(grad)
+    pairs = heads * layout.most_pairs(spec.routed, True)
+
+    chosen = flex.choose(q, k, layout, spec)
+    routes = route(chosen, groups, layout.n_key_blocks, flex.TILE, pairs)
+    row_q = flex.gather(q, routes)
+    row_out, row_lse = flex.routed(row_q, k, v, routes, layout, spec)
+    out, lse = flex.local(q, k, v, layout, spec)
+    delta = (out * grad).sum(-1).float()
+    row_grad = flex.gather(grad, routes)
+    rows = (row_q, k, v, row_grad, flex.gather(lse, routes, torch.inf), flex.gather(delta, routes))
+    row_dq = flex.routed_backward(*rows, routes, layout, spec)[0]
+    steps = {
+        "gate": lambda: flex.choose(q, k, layout, spec),
+        "order rows": lambda: route(chosen, groups, layout.n_key_blocks, flex.TILE, pairs),
+        "gather queries": lambda: flex.gather(q, routes),
+        "routed call": lambda: flex.routed(row_q, k, v, routes, layout, spec),
+        "local call": lambda: flex.local(q, k, v, layout, spec),
+        "merge": lambda: flex.merge(out, lse, row_out, row_lse, routes),
+        "routed backward": lambda: flex.routed_backward(*rows, routes, layout, spec),
+        "local backward": lambda: flex.local_backward(q, k, v, grad, lse, delta, layout, spec),
+        "sum gradients": lambda: flex.sum_rows(grad, row_dq, routes),
+    }
+    return {name: milliseconds(step) for name, step in steps.items()}
+
+
+def totals(batch: int, heads: int, groups: int, tokens: int, width: int, block_size: int, top_k: int) -> dict[str, float]:
+    """Milliseconds and peak gigabytes of the whole operation, forward and forward + backward."""
+    leaves = tensors(batch, heads, groups, tokens, width, requires_grad=True)
+    grad = torch.randn(batch, heads, tokens, width, device="cuda", dtype=torch.bfloat16)
+
+    def forward():
+        with torch.no_grad():
+            moba_attention(*leaves, block_size=block_size, top_k=top_k)
+
+    def both():
+        torch.autograd.grad(moba_attention(*leaves, block_size=block_size, top_k=top_k), leaves, grad)
+
+    result = {}
+    for name, call in (("forward", forward), ("forward + backward", both)):
+        result[name] = milliseconds(call, 5)
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        result[f"{name} GB"] = torch.cuda.max_memory_allocated() / 1e9
+    return result
+
+
+def dense(batch: int, heads: int, tokens: int, width: int) -> float:
+    """Milliseconds of the fastest dense attention, forward."""
+    q, k, v = tensors(batch, heads, heads, tokens, width)
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.CUDNN_ATTENTION):
+        return milliseconds(lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True), 5)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tokens", type=int, default=131072)
+    parser.add_argument("--lengths", type=int, nargs="*", default=[8192, 32768, 131072])
+    args = parser.parse_args()
+    print(torch.cuda.get_device_name(), torch.__version__)
+    for block_size, top_k in ((128, 8), (512, 4), (2048, 4)):
+        times = phases(8, 8, args.tokens, 128, block_size, top_k)
+        print(f"{args.tokens} tokens, 8 heads, block {block_size}, top-{top_k}:", {k: round(v, 2) for k, v in times.items()})
+    for tokens in args.lengths:
+        whole = totals(2, 16, 16, tokens, 128, 128, 8)
+        print(f"{tokens} tokens, batch 2, 16 heads, block 128, top-8:", {k: round(v, 2) for k, v in whole.items()})
+        print(f"  dense (cuDNN) forward: {dense(2, 16, tokens, 128):.2f}")
+
+
+if __name__ == "__main__":
+    main()

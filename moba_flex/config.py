@@ -1,0 +1,105 @@
+"""The settings of a model's MoBA layers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+
+from . import arguments
+
+DECODING = ("full", "sparse")
+
+
+@dataclass(frozen=True)
+class MobaConfig(dict):
+    """How a model's full-attention layers use MoBA; what `moba_flex.patch` takes in place of keywords.
+
+    It lives in the configuration of the patched model, `model.config.moba`. It is a read-only dict of its own fields,
+    so that transformers writes it to `config.json` and reads it back like any other entry.
+
+    Args:
+        block_size: tokens a block, at least 1.
+        top_k: how many blocks a query reads, its own one included.
+        sink_blocks: how many blocks at the start of the sequence are always among the `top_k`.
+        recent_blocks: how many blocks just before the own one are always among the `top_k`.
+        full_attention_layers: the layers that keep full attention; negative numbers count from the last layer. The
+            report keeps the last three (section 2.2, layer-wise hybrid).
+        decode: "full" lets tokens that are generated one by one read all keys, as in the report; "sparse" only their
+            `top_k` blocks.
+        implementation: "flex", "eager", "naive" or "auto", see `moba_flex.moba_attention`.
+
+    Raises:
+        ValueError: a setting is out of range; the message says which, what it was and what it must be.
+
+    >>> MobaConfig(block_size=128, top_k=8, full_attention_layers=[-1])["full_attention_layers"]
+    [-1]
+    """
+
+    block_size: int = 4096
+    top_k: int = 12
+    sink_blocks: int = 0
+    recent_blocks: int = 0
+    full_attention_layers: tuple[int, ...] = ()
+    decode: str = "full"
+    implementation: str = "auto"
+
+    def __post_init__(self) -> None:
+        arguments.check_blocks(self.block_size, self.top_k, self.sink_blocks, self.recent_blocks)
+        _check_choice("decode", self.decode, DECODING)
+        _check_choice("implementation", self.implementation, arguments.IMPLEMENTATIONS)
+        layers = layer_indices("full_attention_layers", self.full_attention_layers)
+        object.__setattr__(self, "full_attention_layers", layers)
+        super().__init__({**vars(self), "full_attention_layers": list(layers)})
+
+    def to_dict(self) -> dict:
+        """A plain dict of plain JSON values."""
+        return dict(self)
+
+    @classmethod
+    def from_dict(cls, settings: Mapping) -> MobaConfig:
+        """The inverse of `to_dict`. Settings that are left out have their defaults.
+
+        Raises ValueError for a name that is no setting, and for values as the class itself does.
+        """
+        names = [field.name for field in fields(cls)]
+        for name in settings:
+            if name not in names:
+                raise ValueError(f"{name!r} is no setting of MoBA: there are {', '.join(names)}")
+        return cls(**settings)
+
+    @classmethod
+    def of(cls, config: object) -> MobaConfig:
+        """The settings in a model's configuration, or the defaults if it has none.
+
+        What was read from `config.json` is a plain dict; it is replaced by a `MobaConfig` here.
+        """
+        settings = getattr(config, "moba", None)
+        if settings is None:
+            return DEFAULT
+        if not isinstance(settings, cls):
+            settings = config.moba = cls.from_dict(settings)
+        return settings
+
+    def __reduce__(self) -> tuple:
+        return type(self).from_dict, (self.to_dict(),)
+
+    def _refuse(self, *args, **kwargs):
+        raise TypeError("a MobaConfig cannot be changed: make a new one and patch the model with it")
+
+    __setitem__ = __delitem__ = __ior__ = update = setdefault = clear = popitem = _refuse
+
+
+def layer_indices(name: str, layers: object) -> tuple[int, ...]:
+    """`layers` as a tuple of ints; ValueError if the argument `name` is anything but several of them."""
+    listed = tuple(layers) if isinstance(layers, Iterable) and not isinstance(layers, (str, Mapping)) else None
+    if listed is None or any(isinstance(layer, bool) or not isinstance(layer, int) for layer in listed):
+        raise ValueError(f"{name} must be a list or tuple of ints, but is {layers!r}")
+    return listed
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, but is {value!r}")
+
+
+DEFAULT = MobaConfig()

@@ -1,0 +1,167 @@
+"""The attention function that transformers calls for every layer of a model with "moba" or "moba_naive".
+
+It sends a layer to MoBA or to the attention that the layer had before, which gets exactly the arguments that it would
+have got.
+
+B batch, H query heads, G key heads, N tokens (Nq queries, Nk keys), D head dimension.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
+
+from .. import arguments
+from ..config import MobaConfig
+from ..functional import attend
+from .layers import attention_of, ordinary_attention, ordinary_implementation, takes_moba
+from .mask import MobaMask, Visible
+
+# Arguments of some models that change who sees whom, or the scores, in ways that MoBA has no form of.
+_UNKNOWN_TO_MOBA = ("position_bias", "cache", "indices", "block_indices", "sinks")
+
+
+def moba_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: MobaMask | Tensor | BlockMask | None,
+    **kwargs,
+) -> tuple[Tensor, Tensor | None]:
+    """transformers' interface: `[B, H, Nq, D]`, `[B, G, Nk, D]`, `[B, G, Nk, Dv]` -> `[B, Nq, H, Dv]` and weights.
+
+    The weights `[B, H, Nq, n_key]` are None unless "moba_naive" is asked for them with `output_attentions=True`.
+
+    Raises ValueError for what MoBA cannot do: attention dropout or weights without "moba_naive", custom masks, biases.
+    """
+    settings = MobaConfig.of(module.config)
+    attention = attention_of(module, settings) if takes_moba(module) else "full"
+    mask_is_local = isinstance(attention_mask, MobaMask) and attention_mask.is_local
+    is_local = mask_is_local or kwargs.get("sliding_window") is not None
+    decodes = query.shape[2] == 1 and key.shape[2] > 1 and settings.decode == "full"
+    if attention == "full" or is_local or decodes:
+        return _ordinary(module, query, key, value, attention_mask, kwargs)
+
+    naive = attention == "moba_naive" or settings.implementation == "naive"
+    dropout, weights = _check_supported(module, naive, kwargs)
+    query, key, value = _autocast(query, key, value)
+    visible = _visible(query, key, attention_mask, kwargs.get("is_causal"), module)
+    key, value = key[:, :, : visible.n_key], value[:, :, : visible.n_key]
+    call = _call(query, key, value, visible, settings, naive, kwargs)
+    with torch.autocast(query.device.type, enabled=False):  # the gate compares in float32 whatever the model computes in
+        if dropout or weights:
+            out, probabilities = _attend_with_weights(query, key, value, visible, dropout, call)
+        else:
+            out, probabilities = _attend(query, key, value, visible, call), None
+    return out.transpose(1, 2).contiguous(), probabilities if weights else None
+
+
+def _ordinary(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: MobaMask | Tensor | BlockMask | None,
+    kwargs: dict,
+) -> tuple[Tensor, Tensor | None]:
+    implementation = ordinary_implementation(module)
+    if isinstance(mask, MobaMask):
+        mask = mask.ordinary(implementation, query.device)
+    attention = ordinary_attention(module, implementation)
+    if implementation not in ("eager", "sdpa"):
+        module = _Named(module, implementation)
+    return attention(module, query, key, value, mask, **kwargs)
+
+
+class _Named:
+    """A layer whose configuration names another implementation: some functions look their own name up there."""
+
+    def __init__(self, module: nn.Module, implementation: str) -> None:
+        self._module, self.config = module, copy.copy(module.config)
+        self.config._attn_implementation = {"": implementation}
+
+    def __getattr__(self, name: str):
+        return getattr(self._module, name)
+
+
+def _check_supported(module: nn.Module, naive: bool, kwargs: dict) -> tuple[float, bool]:
+    """The dropout, and whether attention weights are wanted."""
+    layer = f"{type(module).__name__} {module.layer_idx}"
+    for name in _UNKNOWN_TO_MOBA:
+        if kwargs.get(name) is not None:
+            raise ValueError(f'{layer} passes {name}, which MoBA cannot follow: use set_attention(model, "full")')
+    dropout = kwargs.get("dropout") or 0.0
+    weights = bool(kwargs.get("output_attentions", getattr(module.config, "output_attentions", False)))
+    if dropout and not naive:
+        raise ValueError(
+            f"{layer} has an attention dropout of {dropout} in training, which MoBA does not do: set it to 0 in the "
+            'model\'s configuration, or use "moba_naive"'
+        )
+    if weights and not naive:
+        raise ValueError(
+            'output_attentions=True asks for attention weights, which MoBA never builds: set it to False, or use "moba_naive"'
+        )
+    return dropout, weights
+
+
+def _autocast(*tensors: Tensor) -> list[Tensor]:
+    """As autocast does for dense attention: rotary embeddings leave query and key wider than the value."""
+    kind = tensors[0].device.type
+    if torch.is_autocast_enabled(kind):
+        return [x.to(torch.get_autocast_dtype(kind)) if x.dtype == torch.float32 else x for x in tensors]
+    return list(tensors)
+
+
+def _visible(
+    query: Tensor, key: Tensor, mask: MobaMask | Tensor | BlockMask | None, is_causal: bool | None, module: nn.Module
+) -> Visible:
+    if isinstance(mask, MobaMask):
+        return mask.visible(query, key)
+    if mask is not None:
+        raise ValueError(
+            f"{type(module).__name__} {module.layer_idx} got an attention mask of shape {tuple(mask.shape)}, which "
+            'MoBA cannot follow: pass a 2D attention_mask, or use set_attention(model, "full")'
+        )
+    if query.shape[2] != key.shape[2]:
+        raise ValueError(
+            f"{type(module).__name__} {module.layer_idx} has {query.shape[2]} queries, {key.shape[2]} keys and no mask "
+            "that says where the queries lie: call the whole model, which makes one"
+        )
+    return Visible(key.shape[2], is_causal is not False)
+
+
+def _call(query: Tensor, key: Tensor, value: Tensor, visible: Visible, settings: MobaConfig, naive: bool, kwargs: dict) -> dict:
+    """The arguments of `attend` apart from tensors and visibility, checked."""
+    blocks = {name: settings[name] for name in ("block_size", "top_k", "sink_blocks", "recent_blocks")}
+    scale, softcap, sinks = kwargs.get("scaling"), kwargs.get("softcap"), kwargs.get("s_aux")
+    arguments.check_query_key(query, key, value=value)
+    arguments.check_blocks(**blocks, causal=visible.causal)
+    arguments.check_scores(query, query.shape[1], scale, softcap, sinks)
+    implementation = "naive" if naive else arguments.resolve_implementation(settings.implementation, query)
+    return {**blocks, "scale": scale, "softcap": softcap, "sinks": sinks, "implementation": implementation}
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, visible: Visible, call: dict) -> Tensor:
+    """`[B, H, Nq, Dv]`. Packed rows are laid end to end, as one longer row of packed sequences."""
+    given = {"padding_mask": visible.padding_mask, "cu_seqlens": visible.cu_seqlens, "causal": visible.causal, **call}
+    rows = query.shape[0]
+    if visible.cu_seqlens is None or rows == 1:
+        return attend(query, key, value, **given)
+    query, key, value = (x.transpose(0, 1).flatten(1, 2)[None] for x in (query, key, value))
+    out = attend(query, key, value, **given)
+    return out[0].unflatten(1, (rows, -1)).transpose(0, 1)
+
+
+def _attend_with_weights(
+    query: Tensor, key: Tensor, value: Tensor, visible: Visible, dropout: float, call: dict
+) -> tuple[Tensor, Tensor]:
+    """The output and the weights `[B, H, Nq, Nk]`, which are what attention makes of an identity matrix of values."""
+    n_key = key.shape[2]
+    identity = torch.eye(n_key, dtype=value.dtype, device=value.device).expand(*value.shape[:2], n_key, n_key)
+    weights = F.dropout(_attend(query, key, identity, visible, call), dropout)
+    return weights @ value.repeat_interleave(query.shape[1] // value.shape[1], 1), weights

@@ -1,0 +1,126 @@
+"""Which modules of a model are attention layers, and which attention each of them uses.
+
+transformers looks an attention layer's function up by one name in the configuration that all layers share. Here that
+name is "moba" or "moba_naive" for all of them, and a `LayerState` on a layer says what it does otherwise.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from types import ModuleType
+
+from torch import nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+
+from ..config import MobaConfig
+
+MOBA = ("moba", "moba_naive")
+# "attention" was the name before transformers 5.18; "hybrid" layers have full attention beside a state-space part.
+_FULL_LAYER_TYPES = ("full_attention", "attention", "hybrid")
+
+
+@dataclass(frozen=True)
+class LayerState:
+    """What `patch` and `set_attention` leave on an attention layer, as `layer._moba`."""
+
+    ordinary: str  # the implementation that the model had before
+    attention: str | None = None  # "full", "moba" or "moba_naive"; None: what the model's configuration says
+
+
+def attention_layers(model: nn.Module) -> list[nn.Module]:
+    """All modules of a model that look their attention up in transformers' registry, of whatever kind."""
+    return [m for m in model.modules() if hasattr(m, "config") and _source(type(m)) is not None]
+
+
+def takes_moba(layer: nn.Module) -> bool:
+    """Whether a layer is causal self-attention over all keys: what MoBA can replace."""
+    index, config = getattr(layer, "layer_idx", None), layer.config
+    if index is None or getattr(layer, "is_cross_attention", False) or not getattr(layer, "is_causal", True):
+        return False
+    types = getattr(config, "layer_types", None)
+    if types is not None and index < len(types):
+        return types[index] in _FULL_LAYER_TYPES and getattr(layer, "sliding_window", None) is None
+    return getattr(layer, "sliding_window", getattr(config, "sliding_window", None)) is None
+
+
+def attention_of(layer: nn.Module, settings: MobaConfig) -> str:
+    """ "full", "moba" or "moba_naive": what a layer that takes MoBA uses now."""
+    state = getattr(layer, "_moba", None)
+    if state is not None and state.attention is not None:
+        return state.attention
+    if layer.layer_idx in full_layers(settings, layer.config.num_hidden_layers, layer):
+        return "full"
+    return layer.config._attn_implementation
+
+
+def full_layers(settings: MobaConfig, n_layers: int, model: nn.Module) -> list[int]:
+    """`full_attention_layers` counted from 0; ValueError, naming the model's class, if one is not there."""
+    if not settings.full_attention_layers:
+        return []
+    return resolve_layers("full_attention_layers", settings.full_attention_layers, n_layers, range(n_layers), model)
+
+
+def resolve_layers(name: str, layers: tuple[int, ...], n_layers: int, found: range | list[int], model: nn.Module) -> list[int]:
+    """Layer indices counted from 0, where negative ones count from the last of `n_layers`.
+
+    Raises ValueError, naming the model's class and the layers that were found, for an index that is not among them.
+    """
+    resolved = [layer if layer >= 0 else n_layers + layer for layer in layers]
+    for given, layer in zip(layers, resolved):
+        if layer not in found:
+            raise ValueError(f"{name} has {given}, but {type(model).__name__} has the layers {show(found)}")
+    return resolved
+
+
+def show(layers: range | list[int]) -> str:
+    """For messages: "0 to 3", "1, 3, 5"."""
+    layers = list(layers)
+    if len(layers) > 2 and layers == list(range(layers[0], layers[-1] + 1)):
+        return f"{layers[0]} to {layers[-1]}"
+    return ", ".join(map(str, layers)) or "(none)"
+
+
+def ordinary_implementation(layer: nn.Module) -> str:
+    """The name of the attention that a layer uses when it does not use MoBA."""
+    state = getattr(layer, "_moba", None)
+    return state.ordinary if state is not None else default_implementation(type(layer))
+
+
+def ordinary_attention(layer: nn.Module, implementation: str) -> Callable:
+    """The function behind the name, found where the layer itself would find it.
+
+    Raises ValueError if the model's source has no eager attention and that is what is wanted.
+    """
+    source = _source(type(layer))
+    registry = getattr(source, "ALL_ATTENTION_FUNCTIONS", ALL_ATTENTION_FUNCTIONS)
+    eager = getattr(source, "eager_attention_forward", None)
+    if implementation == "eager" and eager is None:
+        raise ValueError(
+            f"{type(layer).__name__} has no eager_attention_forward, so full attention needs another implementation: "
+            'load the model with attn_implementation="sdpa"'
+        )
+    return registry.get_interface(implementation, eager)
+
+
+@lru_cache(maxsize=256)
+def default_implementation(layer_class: type) -> str:
+    """What transformers gives a model that asks for nothing: "sdpa" where its source says so, else "eager"."""
+    source = _source(layer_class)
+    models = [m for m in vars(source).values() if inspect.isclass(m) and issubclass(m, PreTrainedModel)] if source else []
+    models = [m for m in models if m is not PreTrainedModel]
+    return "sdpa" if models and all(m._supports_sdpa for m in models) else "eager"
+
+
+@lru_cache(maxsize=256)
+def _source(layer_class: type) -> ModuleType | None:
+    """The Python module whose forward looks attention up in transformers' registry, for this class or a base of it."""
+    for cls in layer_class.__mro__:
+        forward = cls.__dict__.get("forward")
+        code = getattr(inspect.unwrap(forward), "__code__", None) if callable(forward) else None
+        if code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names:
+            return sys.modules.get(cls.__module__)
+    return None

@@ -1,0 +1,160 @@
+"""What one forward pass of a model says about who may see whom, kept as it was said.
+
+A model asks for its masks before its first layer, and each layer then wants another form of it: MoBA a few numbers a
+row, a layer with full or sliding-window attention the dense mask that it always had. `MobaMask` keeps the request and
+makes each form when a layer first asks for it, so that nothing quadratic is built unless an ordinary layer needs it.
+
+B batch, N tokens (Nq queries, Nk keys).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
+from transformers.masking_utils import (
+    ALL_MASK_ATTENTION_FUNCTIONS,
+    bidirectional_mask_function,
+    causal_mask_function,
+)
+
+
+@dataclass(frozen=True)
+class Visible:
+    """Who may see whom, as `moba_flex.functional.attend` wants to know it."""
+
+    n_key: int  # keys seen so far; a static cache has more, not written yet
+    causal: bool = True
+    padding_mask: Tensor | None = None  # [B, n_key] bool; None: all tokens are real
+    cu_seqlens: Tensor | None = None  # [n + 1] int32 over all rows' tokens one after another; None: a row is one sequence
+
+    def to(self, device: torch.device) -> Visible:
+        moved = (x if x is None else x.to(device, non_blocking=True) for x in (self.padding_mask, self.cu_seqlens))
+        return Visible(self.n_key, self.causal, *moved)
+
+
+class MobaMask(BlockMask):
+    """The mask of one forward pass, made by `moba_mask` and read by the attention function of each layer.
+
+    It is a BlockMask in name, not in content: of the masks that transformers hands through a model untouched, that is
+    the one kind that need not be a tensor.
+    """
+
+    def __init__(self, request: dict) -> None:
+        # A static cache counts its tokens in place, and has counted on by the time that layers ask.
+        if isinstance(request["q_offset"], Tensor):
+            request["q_offset"] = request["q_offset"].clone()
+        self._request = request
+        self._ordinary: dict[str, Tensor | BlockMask | None] = {}
+        self._visible: Visible | None = None
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        return self._request["batch_size"], 1, self._request["q_length"], self._request["kv_length"]
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it was asked for by a layer that sees a window or a chunk."""
+        return self._request.get("local_size") is not None
+
+    def ordinary(self, implementation: str, device: torch.device) -> Tensor | BlockMask | None:
+        """Exactly the mask that the model would have without MoBA, under `implementation`."""
+        if implementation not in self._ordinary:
+            # transformers gives no mask to an implementation that has registered none
+            build = ALL_MASK_ATTENTION_FUNCTIONS.get(implementation)
+            self._ordinary[implementation] = None if build is None else build(**self._request)
+        mask = self._ordinary[implementation]
+        return mask if mask is None else mask.to(device)
+
+    def visible(self, query: Tensor, key: Tensor) -> Visible:
+        """The same for MoBA. It reads values, so it is worked out once for all layers.
+
+        Raises ValueError for what MoBA cannot express: custom masks, padding inside a row, keys that have been dropped.
+        """
+        expected, got = (self.shape[2], self.shape[3]), (query.shape[2], key.shape[2])
+        if expected != got:
+            raise ValueError(
+                f"a layer has {got[0]} queries and {got[1]} keys, but the model's mask is for {expected[0]} and "
+                f"{expected[1]}: MoBA needs a cache that returns all keys, and an attention_mask of their length"
+            )
+        if self._visible is None:
+            self._visible = _read(self._request)
+        return self._visible if query.device == self._request["device"] else self._visible.to(query.device)
+
+    def to(self, *args, **kwargs) -> MobaMask:
+        return self  # what layers get is moved when they ask
+
+    def contiguous(self) -> MobaMask:
+        return self
+
+    def __repr__(self) -> str:
+        return f"MobaMask(shape={self.shape})"
+
+    __str__ = __repr__
+
+    def __getattr__(self, name: str):
+        raise AttributeError(
+            f"the model's code reads {name!r} of its attention mask, which MoBA does not build: it cannot use MoBA"
+        )
+
+
+def moba_mask(
+    batch_size: int, q_length: int, kv_length: int, q_offset: int | Tensor = 0, kv_offset: int = 0, **request
+) -> MobaMask:
+    """The mask function of "moba" and "moba_naive", called by transformers' `create_causal_mask` and its like."""
+    sizes = {"batch_size": batch_size, "q_length": q_length, "kv_length": kv_length}
+    return MobaMask({**sizes, "q_offset": q_offset, "kv_offset": kv_offset, "device": torch.device("cpu"), **request})
+
+
+def _read(request: dict) -> Visible:
+    mask_function, attention_mask = request.get("mask_function", causal_mask_function), request.get("attention_mask")
+    if request["kv_offset"]:
+        raise ValueError("MoBA needs all keys from the first token on, but this cache has dropped some: use DynamicCache()")
+    seen = int(request["q_offset"]) + request["q_length"]
+    if seen > request["kv_length"]:
+        raise ValueError(f"MoBA's queries are the last of the keys, but query {seen - 1} meets only {request['kv_length']} keys")
+    if mask_function in (causal_mask_function, bidirectional_mask_function):
+        padding_mask = _padding(attention_mask, seen)
+        return Visible(seen, mask_function is causal_mask_function, padding_mask)
+    if request.get("use_vmap") or attention_mask is not None or seen != request["q_length"]:
+        raise ValueError(
+            "MoBA cannot follow a custom mask function, only causal or bidirectional attention with padding or packed "
+            'sequences: use set_attention(model, "full")'
+        )
+    return Visible(seen, True, None, _sequences(mask_function, request["batch_size"], seen, request["device"]))
+
+
+def _padding(attention_mask: Tensor | None, n_key: int) -> Tensor | None:
+    """`[B, n_key]` bool, None if all tokens are real."""
+    if attention_mask is None:
+        return None
+    if attention_mask.shape[1] < n_key:
+        raise ValueError(f"attention_mask covers {attention_mask.shape[1]} tokens, but must cover all {n_key}, cached ones too")
+    padding_mask = attention_mask[:, :n_key].bool()
+    if padding_mask.all():
+        return None
+    if (F.pad(padding_mask, (1, 0)).int().diff(dim=1) > 0).sum(1).max() > 1:
+        raise ValueError("attention_mask has a row with padding between real tokens: MoBA takes padding on the left or the right")
+    return padding_mask
+
+
+def _sequences(mask_function: Callable, batch_size: int, n_tokens: int, device: torch.device) -> Tensor | None:
+    """`cu_seqlens [n + 1]` of packed sequences, or None: does each token see the one before it?
+
+    transformers finds packed sequences in `position_ids` and passes them on within a mask function alone. Asking about
+    neighbours takes linear work. A token that sees the one after it belongs to some other, not causal mask.
+    """
+    row = torch.arange(batch_size, device=device)[:, None]
+    later = torch.arange(1, n_tokens, device=device)[None]
+    head = torch.zeros_like(later)
+    if mask_function(row, head, later - 1, later).any():
+        raise ValueError('MoBA cannot follow a mask in which tokens see later ones: use set_attention(model, "full")')
+    joined = mask_function(row, head, later, later - 1).expand(batch_size, n_tokens - 1)
+    if joined.all():
+        return None
+    first = F.pad(~joined, (1, 0), value=True).flatten().nonzero()[:, 0]
+    return F.pad(first, (0, 1), value=batch_size * n_tokens).int()

@@ -1,0 +1,178 @@
+"""Turning a model's attention to MoBA and back: `patch`, `unpatch`, `set_attention`, `full_attention`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+
+from torch import nn
+
+from ..config import MobaConfig, layer_indices
+from .layers import (
+    MOBA,
+    LayerState,
+    attention_layers,
+    full_layers,
+    ordinary_implementation,
+    resolve_layers,
+    show,
+    takes_moba,
+)
+
+ATTENTION = (*MOBA, "full")
+
+
+def patch(model: nn.Module, config: MobaConfig | Mapping | None = None, **settings) -> nn.Module:
+    """Let a transformers model's full-attention layers use MoBA. Weights stay, nothing is copied.
+
+    Args:
+        model: a transformers model, or a module that holds one.
+        config: the settings; or give them as keywords, see `MobaConfig`. With neither, those in `model.config.moba`,
+            which loading a saved model restores, else the defaults.
+
+    Returns:
+        The same model. Sliding-window and other layers that are not full causal self-attention stay what they are. The
+        settings lie in `model.config.moba` (for models of several parts in the language model's configuration).
+        Patching again replaces them and undoes `set_attention`.
+
+    Raises:
+        ValueError: a setting is out of range, no attention layer can be replaced, or `full_attention_layers` has an
+            index that is not there. The model is left as it was.
+        TypeError: both `config` and keywords are given, or `model` is no module.
+
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> tiny = LlamaConfig(vocab_size=32, hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
+    >>> model = patch(LlamaForCausalLM(tiny), block_size=16, top_k=2, full_attention_layers=[-1])
+    >>> model.config.moba.full_attention_layers
+    (-1,)
+    """
+    every, replaceable = _layers(model)
+    if config is not None and settings:
+        raise TypeError(f"patch takes a MobaConfig or keywords, but got both: {config!r} and {', '.join(settings)}")
+    if config is None and not settings:
+        config = MobaConfig.of(replaceable[0].config)
+    elif not isinstance(config, MobaConfig):
+        config = MobaConfig.from_dict(settings if config is None else config)
+    full_layers(config, replaceable[0].config.num_hidden_layers, model)  # raises if one is not there
+
+    for layer in every:
+        used = layer.config._attn_implementation
+        layer._moba = LayerState(ordinary_implementation(layer) if used in MOBA else used)
+    for model_config in _configs(replaceable):
+        model_config.moba = config
+        model_config._attn_implementation = {"": "moba"}  # its own only, not that of a vision part
+    return model
+
+
+def unpatch(model: nn.Module) -> nn.Module:
+    """Undo `patch` and `set_attention`: the model's attention is what it was, and its configuration holds no settings
+    of MoBA.
+
+    A model that was loaded with `attn_implementation="moba"` gets the attention that transformers would have given it.
+    A model that is not patched stays as it is. Returns the same model.
+    """
+    layers = attention_layers(model)
+    ordinary = {id(layer.config): ordinary_implementation(layer) for layer in layers}
+    # A model of several parts that was loaded with "moba" has that name in the configurations above its layers' too.
+    holders = [module for module in model.modules() if hasattr(module, "config")]
+    for config in _configs(holders):
+        if getattr(config, "_attn_implementation", None) in MOBA:
+            config._attn_implementation = {"": ordinary.get(id(config), next(iter(ordinary.values()), None))}
+        if hasattr(config, "moba"):
+            del config.moba
+    for layer in layers:
+        layer.__dict__.pop("_moba", None)
+    return model
+
+
+def set_attention(model: nn.Module, attention: str, layers: Iterable[int] | None = None) -> nn.Module:
+    """Change what a model's layers use, at any time.
+
+    Args:
+        model: a transformers model; one that is not patched yet is patched, with the settings that its configuration
+            holds or else the defaults, unless it is to use full attention anyway.
+        attention: "full" (the attention that the model had before), "moba" or "moba_naive" (the dense specification).
+        layers: which layers; negative numbers count from the last. None: all that MoBA can replace, where with "moba"
+            and "moba_naive" the layers in `full_attention_layers` stay full.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: no such attention, or a layer that MoBA cannot replace. The model is left as it was.
+    """
+    if attention not in ATTENTION:
+        raise ValueError(f"attention must be one of {', '.join(ATTENTION)}, but is {attention!r}")
+    _, replaceable = _layers(model)
+    chosen = replaceable
+    if layers is not None:
+        found = sorted({layer.layer_idx for layer in replaceable})
+        wanted = resolve_layers("layers", layer_indices("layers", layers), replaceable[0].config.num_hidden_layers, found, model)
+        chosen = [layer for layer in replaceable if layer.layer_idx in wanted]
+    if not _is_patched(replaceable):
+        if attention == "full":
+            return model
+        patch(model)
+        if layers is not None:  # the others stay as they were
+            _use(replaceable, "full")
+    if layers is None and attention != "full":
+        for config in _configs(replaceable):
+            config._attn_implementation = {"": attention}
+        _use(chosen, None)
+    else:
+        _use(chosen, attention)
+    return model
+
+
+@contextmanager
+def full_attention(model: nn.Module) -> Iterator[nn.Module]:
+    """Within the `with` block all layers have full attention; afterwards, also after an exception, they are what they
+    were.
+
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> tiny = LlamaConfig(vocab_size=32, hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
+    >>> model = patch(LlamaForCausalLM(tiny), block_size=16, top_k=2)
+    >>> with full_attention(model):
+    ...     logits = model(torch.arange(32)[None]).logits
+    """
+    _, replaceable = _layers(model)
+    before = [layer.__dict__.get("_moba") for layer in replaceable]
+    try:
+        if _is_patched(replaceable):
+            _use(replaceable, "full")
+        yield model
+    finally:
+        for layer, state in zip(replaceable, before):
+            layer.__dict__.pop("_moba", None)
+            if state is not None:
+                layer._moba = state
+
+
+def _layers(model: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
+    """All attention layers that share a configuration with one that MoBA can replace, and those that it can."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a transformers model, but is a {type(model).__name__}")
+    every = attention_layers(model)
+    replaceable = [layer for layer in every if takes_moba(layer)]
+    if not replaceable:
+        found = show(sorted({layer.layer_idx for layer in every if getattr(layer, "layer_idx", None) is not None}))
+        kinds = ", ".join(sorted({type(layer).__name__ for layer in every})) or "none that use transformers' attention registry"
+        raise ValueError(
+            f"{type(model).__name__} has no layer that MoBA can replace, which must be full causal self-attention; "
+            f"its attention layers: {found} ({kinds})"
+        )
+    shared = {id(layer.config) for layer in replaceable}
+    return [layer for layer in every if id(layer.config) in shared], replaceable
+
+
+def _configs(modules: list[nn.Module]) -> list:
+    return list({id(module.config): module.config for module in modules}.values())
+
+
+def _is_patched(replaceable: list[nn.Module]) -> bool:
+    return all(config._attn_implementation in MOBA for config in _configs(replaceable))
+
+
+def _use(layers: list[nn.Module], attention: str | None) -> None:
+    for layer in layers:
+        layer._moba = LayerState(ordinary_implementation(layer), attention)

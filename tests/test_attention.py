@@ -1,0 +1,583 @@
+"""What `moba_attention` and `moba_attention_varlen` promise, as properties of drawn cases."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import (
+    IMPLEMENTATIONS,
+    Case,
+    Packed,
+    assert_same,
+    attend,
+    attend_packed,
+    cases,
+    examples,
+    gradients,
+    operands,
+    packed_cases,
+    positions,
+    random,
+    softmax_attention,
+)
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from moba_flex import eager, gate, moba_attention, moba_attention_varlen, rows, set_working_memory
+from moba_flex.attention import attention
+from moba_flex.naive import gate_scores, naive_selection
+
+each_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+HALF = {
+    torch.float32: 1e-5,
+    torch.bfloat16: 2**-7,
+    torch.float16: 2**-10,
+}  # relative errors that are a dtype's own rounding
+
+
+# Against the specification, and against textbook attention where the blocks are known without a gate
+
+
+@examples(120)
+@given(cases())
+def test_eager_gives_the_specification_s_values_and_gradients(case: Case):
+    results = []
+    for implementation in IMPLEMENTATIONS:
+        tensors = operands(case, requires_grad=True)
+        outputs = attend(case, tensors, implementation)
+        results.append((outputs, gradients(outputs, tensors)))
+    (values, grads), (expected_values, expected_grads) = results
+    assert_same(values[0], expected_values[0], "output")
+    assert_same(values[1], expected_values[1], "log-sum-exp")
+    for name, expected in expected_grads.items():
+        assert_same(grads[name], expected, f"gradient of {name}")
+
+
+@examples(40)
+@given(packed_cases())
+def test_eager_gives_the_specification_s_values_and_gradients_for_packed_sequences(packed: Packed):
+    assume(sum(packed.lengths))
+    results = []
+    for implementation in IMPLEMENTATIONS:
+        tensors = operands(packed.case, requires_grad=True)
+        outputs = attend_packed(packed, tensors, implementation)
+        results.append((*outputs, *gradients(outputs, tensors).values()))
+    for i, (actual, expected) in enumerate(zip(*results)):
+        assert_same(actual, expected, f"result {i} of output, log-sum-exp and gradients")
+
+
+@examples(25)
+@given(cases(max_tokens=12))
+def test_gradients_are_those_of_finite_differences(case: Case):
+    tensors = operands(case, requires_grad=True)
+
+    def run(*values):
+        out, lse = attend(case, dict(zip(tensors, values)))
+        return out, lse.masked_fill(lse == -torch.inf, 0)
+
+    assert torch.autograd.gradcheck(run, tuple(tensors.values()), fast_mode=True)
+
+
+@each_implementation
+@examples(40)
+@given(cases(sink_blocks=0, recent_blocks=0, softcap=None, sinks=False))
+def test_reading_every_block_is_dense_attention(implementation: str, case: Case):
+    case = case.but(top_k=case.n_blocks)
+    query, key = positions(case)
+    visible = (key <= query) if case.causal else torch.ones(1, case.n_key).bool()
+    visible = visible.expand(case.batch, 1, case.n_query, case.n_key)
+    real = case.real_queries()[:, None, :, None]
+    if case.padding:
+        visible = visible & case.padding_mask()[:, None, None] | ~real  # something for the padded queries too
+
+    tensors = operands(case, requires_grad=True)
+    out, lse = attend(case, tensors, implementation)
+    expected = F.scaled_dot_product_attention(
+        tensors["query"], tensors["key"], tensors["value"], attn_mask=visible, scale=case.scale, enable_gqa=True
+    )
+    _, expected_lse = softmax_attention(case, tensors, visible)
+    expected = torch.where(real, expected, 0)
+    assert_same(out, expected, "output")
+    assert_same(lse, torch.where(real[..., 0], expected_lse, -torch.inf), "log-sum-exp")
+    dense = gradients((expected,), tensors)
+    for name, grad in gradients((out,), tensors).items():
+        assert_same(grad, dense[name], f"gradient of {name}")
+
+
+@each_implementation
+@examples(40)
+@given(cases(causal=True, padding=None, top_k=1, sink_blocks=0, recent_blocks=0))
+def test_top_k_1_is_block_diagonal(implementation: str, case: Case):
+    query, key = positions(case)
+    visible = (key <= query) & (key // case.block_size == query // case.block_size)
+    tensors = operands(case)
+    expected = softmax_attention(case, tensors, visible)
+    for actual, wanted in zip(attend(case, tensors, implementation), expected):
+        assert_same(actual, wanted)
+
+
+@each_implementation
+@examples(50)
+@given(cases(causal=True, padding=None))
+def test_sink_and_recent_blocks_are_always_read_and_take_places(implementation: str, case: Case):
+    case = case.but(top_k=1 + case.sink_blocks + case.recent_blocks)  # no place is left for others
+    query, key = positions(case)
+    own, block = query // case.block_size, key // case.block_size
+    visible = (key <= query) & ((block < case.sink_blocks) | (block >= own - case.recent_blocks))
+    tensors = operands(case)
+    expected = softmax_attention(case, tensors, visible)
+    for actual, wanted in zip(attend(case, tensors, implementation), expected):
+        assert_same(actual, wanted)
+
+
+# What must not matter
+
+
+@each_implementation
+@examples(50)
+@given(cases(causal=True, padding=None), st.data())
+def test_output_does_not_change_when_later_tokens_do(implementation: str, case: Case, data):
+    first_query = case.n_key - case.n_query
+    last = data.draw(st.integers(first_query, case.n_key - 1), label="last unchanged token")
+    tensors = operands(case)
+    changed = {name: x.clone() for name, x in tensors.items()}
+    for name in ("key", "value"):
+        changed[name][:, :, last + 1 :] = 10 * random(*changed[name][:, :, last + 1 :].shape, seed=case.seed + 1)
+    changed["query"][:, :, last + 1 - first_query :] += 100
+    before, after = attend(case, tensors, implementation), attend(case, changed, implementation)
+    for x, y in zip(before, after):
+        assert_same(y[:, :, : last + 1 - first_query], x[:, :, : last + 1 - first_query])
+
+
+@examples(40)
+@given(cases())
+def test_grouped_heads_are_repeated_heads(case: Case):
+    tensors = operands(case, requires_grad=True)
+    repeated = {
+        name: x.detach().repeat_interleave(case.repeats if name in ("key", "value") else 1, 0 if name == "sinks" else 1)
+        for name, x in tensors.items()
+    }
+    repeated = {name: x.requires_grad_() for name, x in repeated.items()}
+    alike = case.but(groups=case.heads)
+    outputs, expected = attend(case, tensors), attend(alike, repeated)
+    for x, y in zip(outputs, expected):
+        assert_same(x, y)
+    grads, expected_grads = gradients(outputs, tensors), gradients(expected, repeated)
+    for name in ("key", "value"):
+        expected_grads[name] = expected_grads[name].unflatten(1, (case.groups, case.repeats)).sum(2)
+    for name, grad in grads.items():
+        assert_same(grad, expected_grads[name], f"gradient of {name}")
+
+
+@each_implementation
+@examples(50)
+@given(cases(padded=True))
+def test_a_padded_row_is_the_row_alone(implementation: str, case: Case):
+    tensors = operands(case)
+    out, lse = attend(case, tensors, implementation)
+    for row, (left, right) in enumerate(case.padding):
+        n_key = case.n_key - left - right
+        skipped = max(0, case.n_key - case.n_query - left)  # real keys before the first query
+        alone = case.but(batch=1, padding=None, n_key=n_key, n_query=max(0, n_key - skipped))
+        first = max(0, left - (case.n_key - case.n_query))
+        queries = slice(first, first + alone.n_query)
+        cut = {name: x if name == "sinks" else x[row : row + 1] for name, x in tensors.items()}
+        cut["query"] = cut["query"][:, :, queries]
+        cut["key"], cut["value"] = (cut[name][:, :, left : left + n_key] for name in ("key", "value"))
+        expected, expected_lse = attend(alone, cut, implementation)
+        assert_same(out[row : row + 1, :, queries], expected, f"row {row}")
+        assert_same(lse[row : row + 1, :, queries], expected_lse, f"log-sum-exp of row {row}")
+    padded = ~case.real_queries()[:, None].expand(-1, case.heads, -1)
+    assert (out[padded] == 0).all() and (lse[padded] == -torch.inf).all()
+
+
+@examples(40)
+@given(cases(padded=True), st.sampled_from([torch.nan, torch.inf, 1e300]))
+def test_what_stands_at_padding_has_no_effect(case: Case, rubbish: float):
+    tensors, spoilt = operands(case, requires_grad=True), operands(case)
+    keys, queries = case.padding_mask()[:, None, :, None], case.real_queries()[:, None, :, None]
+    for name, real in (("query", queries), ("key", keys), ("value", keys)):
+        spoilt[name] = spoilt[name].masked_fill(~real, rubbish)
+    spoilt = {name: x.requires_grad_() for name, x in spoilt.items()}
+    clean, outputs = attend(case, tensors), attend(case, spoilt)
+    for x, y in zip(outputs, clean):
+        assert_same(x, y)
+    expected = gradients(clean, tensors)
+    for name, grad in gradients(outputs, spoilt).items():
+        assert_same(grad, expected[name], f"gradient of {name}")
+    for name, real in (("query", queries), ("key", keys), ("value", keys)):
+        assert (expected[name].masked_fill(real, 0) == 0).all(), f"padding has a gradient of {name}"
+
+
+@each_implementation
+@examples(40)
+@given(packed_cases())
+def test_packed_sequences_are_separate_sequences(implementation: str, packed: Packed):
+    tensors = operands(packed.case)
+    out, lse = attend_packed(packed, tensors, implementation)
+    assert out.shape[2] == lse.shape[2] == sum(packed.lengths)
+    start = 0
+    for length in packed.lengths:
+        part = {name: x if name == "sinks" else x[:, :, start : start + length] for name, x in tensors.items()}
+        expected, expected_lse = attend(packed.case.but(n_key=length, n_query=length), part, implementation)
+        assert_same(out[:, :, start : start + length], expected, f"tokens from {start}")
+        assert_same(lse[:, :, start : start + length], expected_lse, f"log-sum-exp from {start}")
+        start += length
+
+
+@each_implementation
+@examples(50)
+@given(cases())
+def test_fewer_queries_than_keys_are_the_tail_of_all(implementation: str, case: Case):
+    whole = case.but(n_query=case.n_key)
+    tensors = operands(whole)
+    tail = {**tensors, "query": tensors["query"][:, :, case.n_key - case.n_query :]}
+    for x, y in zip(attend(case, tail, implementation), attend(whole, tensors, implementation)):
+        assert_same(x, y[:, :, case.n_key - case.n_query :])
+
+
+@each_implementation
+@examples(30)
+@given(cases(sinks=True))
+def test_a_sink_is_one_more_logit_in_the_denominator(implementation: str, case: Case):
+    tensors = operands(case)
+    sinks = tensors.pop("sinks")[None, :, None]
+    plain, plain_lse = attend(case.but(sinks=False), tensors, implementation)
+    out, lse = attend(case, {**tensors, "sinks": sinks.flatten()}, implementation)
+    share = plain_lse.exp() / (plain_lse.exp() + sinks.exp())
+    assert_same(out, plain * share[..., None])
+    assert_same(lse.exp(), torch.where(plain_lse == -torch.inf, 0, plain_lse.exp() + sinks.exp()))
+
+
+@each_implementation
+@examples(15)
+@given(cases(sinks=True))
+def test_a_sink_of_minus_infinity_is_no_sink(implementation: str, case: Case):
+    tensors = operands(case)
+    sinks = tensors.pop("sinks")
+    expected = attend(case.but(sinks=False), tensors, implementation)
+    for x, y in zip(attend(case, {**tensors, "sinks": torch.full_like(sinks, -torch.inf)}, implementation), expected):
+        assert_same(x, y)
+
+
+@examples(30)
+@given(cases())
+def test_transposed_views_and_expanded_gradients_give_the_same(case: Case):
+    tensors = operands(case, requires_grad=True)
+    views = {
+        name: x.detach() if name == "sinks" else x.detach().transpose(1, 2).contiguous().transpose(1, 2)
+        for name, x in tensors.items()
+    }
+    views["value"] = torch.cat([views["value"], views["value"] + 1], -1)[..., : case.value_width]  # a slice of wider rows
+    views = {name: x.requires_grad_() for name, x in views.items()}
+    outputs, expected = attend(case, views)[0], attend(case, tensors)[0]
+    assert_same(outputs, expected)
+    grads = torch.autograd.grad(outputs.sum(), list(views.values()))  # its upstream gradient has strides of 0
+    upstream = torch.ones_like(expected)
+    for name, x, y in zip(views, grads, torch.autograd.grad(expected, list(tensors.values()), upstream)):
+        assert_same(x, y, f"gradient of {name}")
+
+
+@examples(15)
+@given(cases())
+def test_two_runs_give_the_same_bits(case: Case):
+    results = []
+    for _ in range(2):
+        tensors = operands(case, torch.float32, requires_grad=True)
+        outputs = attend(case, tensors)
+        results.append((*outputs, *gradients(outputs, tensors).values()))
+    for x, y in zip(*results):
+        assert torch.equal(x, y)
+
+
+# Working memory and chunks
+
+
+@examples(40)
+@given(cases(), st.sampled_from([1, 3000, 20000]))
+def test_working_memory_does_not_change_the_result(case: Case, n_bytes: int):
+    tensors = operands(case, requires_grad=True)
+    expected = attend(case, tensors)
+    expected_grads = gradients(expected, tensors)
+    before = set_working_memory(n_bytes)
+    try:
+        outputs = attend(case, tensors)
+        grads = gradients(outputs, tensors)
+        assert set_working_memory(n_bytes) == n_bytes
+    finally:
+        set_working_memory(before)
+    for x, y in zip(outputs, expected):
+        assert_same(x, y)
+    for name, grad in grads.items():
+        assert_same(grad, expected_grads[name], f"gradient of {name}")
+
+
+@examples(60)
+@given(cases(), st.sampled_from([1, 7, 200]))
+def test_taking_few_rows_at_a_time_does_not_change_the_result(case: Case, few: int):
+    """Long inputs are worked through in parts; small parts make short inputs do so too."""
+    tensors = operands(case, requires_grad=True)
+    expected = attend(case, tensors)
+    expected_grads = gradients(expected, tensors)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gate, "_SCORES_AT_ONCE", few)
+        patch.setattr(eager, "_SCORES_AT_ONCE", few)
+        patch.setattr(eager, "_ROWS_AT_ONCE", few)
+        patch.setattr(rows, "_QUERIES_AT_ONCE", few)
+        outputs = attend(case, tensors)
+        grads = gradients(outputs, tensors)
+    for x, y in zip(outputs, expected):
+        assert_same(x, y)
+    for name, grad in grads.items():
+        assert_same(grad, expected_grads[name], f"gradient of {name}")
+
+
+# Dtypes
+
+
+@each_implementation
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@examples(8)
+@given(cases())
+def test_output_has_the_query_s_dtype_and_the_log_sum_exp_is_float32(implementation: str, dtype: torch.dtype, case: Case):
+    tensors = operands(case, dtype, requires_grad=True)
+    out, lse = attend(case, tensors, implementation)
+    assert out.dtype == dtype and out.shape == (case.batch, case.heads, case.n_query, case.value_width)
+    assert lse.dtype == torch.float32 and lse.shape == (case.batch, case.heads, case.n_query)
+    for name, grad in gradients((out, lse), tensors).items():
+        assert grad.dtype == dtype and grad.shape == tensors[name].shape
+        assert grad.isfinite().all()
+
+
+@each_implementation
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(1, 4, 2, 150, 150, 32, 32, 16, 3, seed=1),
+        Case(2, 3, 1, 70, 161, 16, 24, 13, 6, 1, 1, softcap=20.0, sinks=True, seed=2),
+        Case(1, 2, 2, 90, 90, 16, 16, 10, 3, causal=False, scale=0.5, seed=3),
+    ],
+    ids=["plain", "sinks and soft-cap", "not causal"],
+)
+def test_low_precision_stays_close_to_float64(implementation: str, dtype: torch.dtype, case: Case):
+    low = operands(case, dtype, requires_grad=True)
+    exact = {name: x.detach().double().requires_grad_() for name, x in low.items()}
+    assert _smallest_gap(case, exact) > 1e-5, "the gate's choice hangs on rounding: take another seed"
+    outputs, expected = attend(case, low, implementation), attend(case, exact, "naive")
+    grads, expected_grads = gradients(outputs, low), gradients(expected, exact)
+    assert_same(outputs[1], expected[1], "log-sum-exp", rtol=1e-5, atol=1e-5)
+    for name, x, y in [("output", outputs[0], expected[0]), *((n, grads[n], expected_grads[n]) for n in grads)]:
+        error = (x.double() - y).norm() / y.norm()
+        assert error < HALF[dtype], f"{name}: relative error {error:.1e} in {case}"
+
+
+def _smallest_gap(case: Case, tensors: dict[str, torch.Tensor]) -> float:
+    """How far, in gate score, the worst chosen block is above the best one left out, over all queries."""
+    query, key = tensors["query"].detach(), tensors["key"].detach()
+    selected, of_key = naive_selection(query, key, **case.selection)
+    block = torch.arange(case.n_blocks)
+    score = gate_scores(query, key, of_key, case.n_blocks)
+    own = positions(case)[0] // case.block_size
+    choice = (block >= case.sink_blocks) & (block < own - case.recent_blocks) if case.causal else block >= 0
+    worst = score.masked_fill(~(selected & choice), torch.inf).amin(-1)
+    best = score.masked_fill(selected | ~choice, -torch.inf).amax(-1)
+    return float((worst - best).min())
+
+
+# Edges
+
+
+@each_implementation
+@pytest.mark.parametrize(
+    "shape",
+    [(0, 2, 1, 5, 5), (1, 2, 1, 0, 0), (2, 2, 1, 0, 7), (0, 4, 2, 0, 0)],
+    ids=["no batch", "no token", "no query", "nothing"],
+)
+def test_an_empty_input_gives_an_empty_output(implementation: str, shape: tuple[int, ...]):
+    batch, heads, groups, n_query, n_key = shape
+    case = Case(batch, heads, groups, n_query, n_key, 4, 3, sinks=True)
+    tensors = operands(case, torch.float32, requires_grad=True)
+    out, lse = attend(case, tensors, implementation)
+    assert out.shape == (batch, heads, n_query, 3) and lse.shape == (batch, heads, n_query)
+    assert out.dtype == lse.dtype == torch.float32
+    out.sum().backward()
+    assert tensors["query"].grad.shape == tensors["query"].shape
+
+
+@each_implementation
+@pytest.mark.parametrize("lengths", [(0,), (0, 0), (0, 3, 0, 0, 5, 0), (1,), (1, 1, 1)], ids=str)
+def test_empty_packed_sequences_are_allowed(implementation: str, lengths: tuple[int, ...]):
+    total = sum(lengths)
+    packed = Packed(lengths, Case(1, 2, 1, total, total, 4, 3, block_size=2, top_k=3))
+    tensors = operands(packed.case, requires_grad=True)
+    out, lse = attend_packed(packed, tensors, implementation)
+    assert out.shape == (1, 2, total, 3) and lse.shape == (1, 2, total)
+    assert out.isfinite().all() and lse.isfinite().all()
+    out.sum().backward()
+
+
+def test_no_packed_sequence_at_all_gives_an_empty_output():
+    x = torch.zeros(0, 2, 4)
+    assert moba_attention_varlen(x, x, x, torch.zeros(1, dtype=torch.int32), block_size=2, top_k=2).shape == (0, 2, 4)
+
+
+@each_implementation
+@pytest.mark.parametrize("top_k", [1, 2, 5])
+def test_one_token_reads_itself(implementation: str, top_k: int):
+    query, key, value = random(2, 4, 1, 3, seed=0), random(2, 2, 1, 3, seed=1), random(2, 2, 1, 5, seed=2)
+    out, lse = moba_attention(
+        query, key, value, block_size=4, top_k=top_k, scale=2, return_lse=True, implementation=implementation
+    )
+    assert_same(out, value.repeat_interleave(2, 1))
+    assert_same(lse, (query * key.repeat_interleave(2, 1)).sum(-1) * 2)
+
+
+@each_implementation
+def test_one_new_token_reads_the_blocks_that_it_would_in_the_whole(implementation: str):
+    case = Case(1, 4, 2, 1, 37, 8, 8, block_size=5, top_k=3, seed=5)
+    whole = operands(case.but(n_query=37))
+    for n_key in range(1, 38):  # token after token, as in decoding
+        seen = {name: x[:, :, :n_key] for name, x in whole.items()}
+        out, _ = attend(case.but(n_query=n_key, n_key=n_key), seen, implementation)
+        last, _ = attend(case.but(n_key=n_key), {**seen, "query": seen["query"][:, :, -1:]}, implementation)
+        assert_same(last, out[:, :, -1:], f"token {n_key}")
+
+
+def test_return_lse_only_adds_the_log_sum_exp():
+    case = Case(n_query=20, n_key=20)
+    tensors = operands(case)
+    for implementation in ("auto", *IMPLEMENTATIONS):
+        alone = moba_attention(**tensors, block_size=3, top_k=2, implementation=implementation)
+        both = moba_attention(**tensors, block_size=3, top_k=2, implementation=implementation, return_lse=True)
+        assert isinstance(alone, torch.Tensor) and torch.equal(alone, both[0])
+        packed = [x[0].transpose(0, 1) for x in tensors.values()]
+        bounds = torch.tensor([0, 20], dtype=torch.int32)
+        alone = moba_attention_varlen(*packed, bounds, block_size=3, top_k=2, implementation=implementation)
+        assert isinstance(alone, torch.Tensor) and torch.equal(alone, both[0][0].transpose(0, 1))
+
+
+def test_training_works_after_inference_mode_saw_the_same_shape():
+    case = Case(2, 2, 1, 26, 26, block_size=7, seed=3)  # a shape that no other test uses: layouts are cached
+    with torch.inference_mode():
+        expected, _ = attend(case, operands(case))
+    tensors = operands(case, requires_grad=True)
+    out, _ = attend(case, tensors)
+    out.sum().backward()
+    assert_same(out.detach(), expected.clone())
+    assert all(x.grad.isfinite().all() for x in tensors.values())
+
+
+# NaN and infinity
+
+
+@each_implementation
+@pytest.mark.parametrize("top_k", [1, 3])
+@pytest.mark.parametrize("position", [0, 8, 9, 22])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf], ids=str)
+@pytest.mark.parametrize("name", ["query", "key", "value"])
+def test_nan_and_infinity_reach_the_outputs_that_can_see_them(implementation, name, bad, position, top_k):
+    case = Case(2, 2, 1, 23, 23, block_size=4, top_k=top_k, seed=8)
+    tensors = operands(case, torch.float32)
+    tensors = {other: x.abs() for other, x in tensors.items()}  # so that a key of infinity has a score of infinity
+    clean, _ = attend(case, tensors, implementation)
+    tensors[name][1, 0, position] = bad
+    tensors = {other: x.requires_grad_() for other, x in tensors.items()}
+    out, lse = attend(case, tensors, implementation)
+    spoilt = ~out[1].isfinite().all(-1)  # [H, N]
+    last = position if name == "query" else position // 4 * 4 + 3
+    assert spoilt[0 if name == "query" else slice(None), position : last + 1].all(), "not seen by its own block"
+    if top_k > 1 and name == "key":  # its block has the highest score of all
+        assert spoilt[:, position:].all(), "not seen by those who choose its block"
+    assert_same(out[0], clean[0], "another row of the batch")
+    if name == "query":
+        others = torch.ones_like(spoilt)
+        others[0, position] = False
+        assert_same(out[1][others], clean[1][others], "another query")
+    gradients((out, lse), tensors)  # nothing to promise about what it holds, but that it comes
+
+
+@pytest.mark.parametrize("name", ["key", "value"])
+def test_nan_does_not_reach_earlier_blocks_or_other_packed_sequences(name: str):
+    packed = Packed((10, 13), Case(1, 2, 1, 23, 23, block_size=4, top_k=3, seed=9))
+    tensors = operands(packed.case, torch.float32)
+    clean, _ = attend_packed(packed, tensors)
+    tensors[name][:, :, 10 + 6] = torch.nan
+    out, _ = attend_packed(packed, tensors)
+    assert out[:, :, 16].isnan().all()
+    assert_same(out[:, :, :14], clean[:, :, :14])
+
+
+@each_implementation
+@examples(25)
+@given(cases(), st.sampled_from([torch.nan, torch.inf, -torch.inf]), st.sampled_from([0.05, 0.5, 1.0]))
+def test_no_input_crashes(implementation: str, case: Case, bad: float, share: float):
+    tensors = operands(case, torch.float32)
+    for i, (name, x) in enumerate(tensors.items()):
+        tensors[name] = x.masked_fill(random(*x.shape, seed=case.seed + i).sigmoid() < share, bad).requires_grad_()
+    outputs = attend(case, tensors, implementation)
+    gradients(outputs, tensors)
+    padded = ~case.real_queries()[:, None].expand(-1, case.heads, -1)
+    assert (outputs[0][padded] == 0).all() and (outputs[1][padded] == -torch.inf).all()
+
+
+# The operator as PyTorch sees it
+
+OPERATOR_CASES = {
+    "plain": Case(2, 4, 2, 8, 8, 3, 5, block_size=3),
+    "one block": Case(1, 2, 1, 3, 3, block_size=4, top_k=3),
+    "tail": Case(1, 2, 1, 5, 11, block_size=4),
+    "routed blocks only": Case(1, 2, 1, 9, 9, block_size=4, causal=False),
+    "padded": Case(2, 2, 1, 5, 11, block_size=4, padding=((3, 0), (0, 2)), softcap=3.0),
+}
+
+
+def _operator_arguments(case: Case, tensors: dict[str, torch.Tensor], cu_seqlens: torch.Tensor | None = None) -> tuple:
+    query, key, value = (tensors[name].requires_grad_() for name in ("query", "key", "value"))
+    mask = case.padding_mask()
+    return (query, key, value, mask, cu_seqlens, *case.selection.values(), 0.5, case.softcap, "eager", 1 << 20)
+
+
+@pytest.mark.parametrize("case", OPERATOR_CASES.values(), ids=OPERATOR_CASES)
+def test_the_operator_passes_opcheck(case: Case):
+    torch.library.opcheck(attention, _operator_arguments(case, operands(case)))
+
+
+def test_the_operator_passes_opcheck_on_transposed_views_and_packed_sequences():
+    case = Case(1, 4, 2, 11, 11, 3, 5, block_size=3)
+    views = {name: x.transpose(1, 2).contiguous().transpose(1, 2) for name, x in operands(case).items()}
+    torch.library.opcheck(attention, _operator_arguments(case, views))
+    bounds = Packed((4, 0, 7), case).cu_seqlens()
+    torch.library.opcheck(attention, _operator_arguments(case, views, bounds))
+
+
+@pytest.mark.parametrize("case", OPERATOR_CASES.values(), ids=OPERATOR_CASES)
+def test_torch_compile_sees_one_graph_and_the_same_result(case: Case):
+    case = case.but(sinks=True)
+    torch.compiler.reset()
+
+    def run(tensors):
+        out, lse = attend(case, tensors)
+        return out * 2, lse + 1
+
+    tensors = operands(case, requires_grad=True)
+    expected = run(tensors)
+    outputs = torch.compile(run, fullgraph=True, backend="aot_eager")(tensors)
+    for x, y in zip(outputs, expected):
+        assert_same(x, y)
+    grads, expected_grads = gradients(outputs, tensors), gradients(expected, tensors)
+    for name, grad in grads.items():
+        assert_same(grad, expected_grads[name], f"gradient of {name}")
+
+
+def test_torch_compile_sees_one_graph_for_packed_sequences():
+    packed = Packed((4, 0, 7), Case(1, 4, 2, 11, 11, 3, 5, block_size=3))
+    torch.compiler.reset()
+
+    def run(query, key, value, bounds):
+        return moba_attention_varlen(query, key, value, bounds, block_size=3, top_k=2)
+
+    tensors = [x[0].transpose(0, 1) for x in operands(packed.case).values()]
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    assert_same(compiled(*tensors, packed.cu_seqlens()), run(*tensors, packed.cu_seqlens()))

@@ -1,0 +1,216 @@
+"""Which blocks a query reads: `select_blocks`, against the specification and against a loop written by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import Case, assert_same, attend, cases, examples, generator, operands, positions
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.nn.attention.flex_attention import flex_attention
+
+from moba_flex import select_blocks
+from moba_flex.gate import sortable
+from moba_flex.naive import naive_selection
+
+DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+
+
+def select(case: Case, tensors: dict[str, torch.Tensor]):
+    return select_blocks(tensors["query"], tensors["key"], **case.selection, padding_mask=case.padding_mask())
+
+
+def specified(case: Case, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+    selected, _ = naive_selection(tensors["query"], tensors["key"], **case.selection, padding_mask=case.padding_mask())
+    return selected
+
+
+def own_blocks(case: Case) -> torch.Tensor:
+    """`[B, Nq]`: the block of each query, -1 for padding."""
+    padding = case.padding or ((0, 0),) * case.batch
+    position = torch.arange(case.n_key - case.n_query, case.n_key) - torch.tensor([left for left, _ in padding])[:, None]
+    return torch.where(case.real_queries(), position.div(case.block_size, rounding_mode="floor"), -1)
+
+
+def small_integers(case: Case, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Queries and keys whose gate scores are exact and often equal, if blocks have at most 4 tokens."""
+    source = generator(case.seed)
+    query = torch.randint(-1, 2, (case.batch, case.heads, case.n_query, case.width), generator=source)
+    key = torch.randint(-1, 2, (case.batch, case.groups, case.n_key, case.width), generator=source)
+    return {"query": query.to(dtype), "key": (key * 12).to(dtype)}  # times 12, so that the mean of 3 is exact too
+
+
+def selection_by_hand(case: Case, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+    """`[B, H, Nq, C]` bool, one query at a time."""
+    query, key = tensors["query"].double(), tensors["key"].double()
+    selected = torch.zeros(case.batch, case.heads, case.n_query, case.n_blocks, dtype=torch.bool)
+    padding = case.padding or ((0, 0),) * case.batch
+    for row, (left, right) in enumerate(padding):
+        for head in range(case.heads):
+            keys = key[row, head // case.repeats, left : case.n_key - right]
+            means = [part.mean(0) for part in keys.split(case.block_size)] if len(keys) else []
+            for i in range(case.n_query):
+                token = case.n_key - case.n_query + i
+                if not left <= token < case.n_key - right:
+                    continue
+                own = (token - left) // case.block_size
+                scores = [float(query[row, head, i] @ mean) for mean in means]
+                best_first = sorted(range(len(means)), key=lambda block: (-scores[block], block))
+                if case.causal:
+                    places = [own, *range(case.sink_blocks), *range(own - case.recent_blocks, own)]
+                    forced = {block for block in places if 0 <= block <= own}
+                    free = [block for block in best_first if block < own and block not in forced]
+                    read = forced | set(free[: case.top_k - 1 - case.sink_blocks - case.recent_blocks])
+                else:
+                    read = set(best_first[: case.top_k])
+                selected[row, head, i, list(read)] = True
+    return selected
+
+
+@examples(60)
+@given(cases(softcap=None, sinks=False, scale=None))
+def test_the_selection_is_the_specification_s(case: Case):
+    tensors = operands(case)
+    assert torch.equal(select(case, tensors).to_dense(), specified(case, tensors))
+
+
+@DTYPES
+@examples(25)
+@given(cases(max_tokens=24, softcap=None, sinks=False, scale=None), st.sampled_from([1, 2, 4]))
+def test_equal_scores_go_to_the_earlier_block(dtype: torch.dtype, case: Case, block_size: int):
+    case = case.but(block_size=block_size)
+    tensors = small_integers(case, dtype)
+    expected = selection_by_hand(case, tensors)
+    assert torch.equal(select(case, tensors).to_dense(), expected)
+    assert torch.equal(specified(case, tensors), expected), "the specification"
+
+
+@DTYPES
+def test_equal_keys_choose_the_earliest_blocks(dtype: torch.dtype):
+    query, key = torch.ones(1, 2, 40, 4, dtype=dtype), torch.ones(1, 1, 40, 4, dtype=dtype)
+    indices = select_blocks(query, key, block_size=5, top_k=4).indices
+    for token in range(40):
+        past = min(3, token // 5)
+        assert indices[0, :, token].tolist() == [[*range(past), *[-1] * (3 - past)]] * 2
+
+
+def test_nan_scores_as_infinity_and_the_two_zeros_are_equal():
+    nan, inf = torch.nan, torch.inf
+    score = torch.tensor([-inf, 0.0, -0.0, 1e-40, -1.5, inf, -nan, 2.0, nan, -inf])
+    assert sortable(score).argsort(descending=True).tolist() == [5, 6, 8, 7, 3, 1, 2, 4, 0, 9]
+    assert sortable(score.flip(0)).argsort(descending=True).tolist() == [1, 3, 4, 2, 6, 7, 8, 5, 0, 9]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_a_block_with_nan_is_chosen_by_all_later_queries(dtype: torch.dtype):
+    case = Case(1, 2, 1, 40, 40, block_size=5, top_k=2, seed=4)
+    tensors = operands(case, dtype)
+    tensors["key"][:, :, 12] = torch.nan
+    later = select(case, tensors).indices[:, :, 15:]
+    assert (later == 2).all()
+    assert torch.equal(select(case, tensors).to_dense(), specified(case, tensors))
+
+
+@pytest.mark.parametrize("shape", [(0, 2, 5, 5), (1, 2, 0, 0), (2, 2, 0, 7)], ids=["no batch", "no token", "no query"])
+def test_the_selection_of_nothing_is_empty(shape: tuple[int, ...]):
+    batch, heads, n_query, n_key = shape
+    selection = select_blocks(torch.zeros(batch, heads, n_query, 4), torch.zeros(batch, 1, n_key, 4), block_size=3, top_k=4)
+    assert selection.indices.shape == (batch, heads, n_query, 3) and selection.indices.dtype == torch.int32
+    assert selection.to_dense().shape == (batch, heads, n_query, -(-n_key // 3))
+
+
+@examples(60)
+@given(cases(causal=True, softcap=None, sinks=False, scale=None))
+def test_the_selection_holds_the_own_block_and_never_a_future_one(case: Case):
+    dense = select(case, operands(case)).to_dense()
+    own, real = own_blocks(case), case.real_queries()
+    assert dense.shape == (case.batch, case.heads, case.n_query, case.n_blocks) and dense.dtype == torch.bool
+    for row, i in real.nonzero().tolist():
+        assert dense[row, :, i, own[row, i]].all(), f"query {i} of row {row} does not read its own block"
+        assert not dense[row, :, i, own[row, i] + 1 :].any(), f"query {i} of row {row} reads a future block"
+    assert not dense.transpose(1, 2)[~real].any(), "a padded query reads something"
+
+
+@examples(60)
+@given(cases(softcap=None, sinks=False, scale=None))
+def test_every_query_reads_top_k_blocks_or_all_there_are(case: Case):
+    count = select(case, operands(case)).to_dense().sum(-1)
+    padding = case.padding or ((0, 0),) * case.batch
+    blocks = torch.tensor([-(-(case.n_key - left - right) // case.block_size) for left, right in padding])
+    readable = own_blocks(case) + 1 if case.causal else blocks[:, None].expand(-1, case.n_query)
+    expected = readable.clamp(max=case.top_k).masked_fill(~case.real_queries(), 0)
+    assert torch.equal(count, expected[:, None].expand_as(count))
+
+
+@examples(60)
+@given(cases(causal=True, softcap=None, sinks=False, scale=None))
+def test_sink_and_recent_blocks_are_always_among_the_selected(case: Case):
+    dense = select(case, operands(case)).to_dense()
+    own = own_blocks(case)[:, None, :, None]
+    block = torch.arange(case.n_blocks)
+    forced = (block < own) & ((block < case.sink_blocks) | (block >= own - case.recent_blocks))
+    assert not (forced & ~dense).any()
+
+
+@examples(60)
+@given(cases(causal=True, softcap=None, sinks=False, scale=None))
+def test_indices_are_the_past_blocks_in_rising_order(case: Case):
+    selection = select(case, operands(case))
+    indices, own = selection.indices, own_blocks(case)
+    assert indices.dtype == torch.int32
+    assert indices.shape == (case.batch, case.heads, case.n_query, case.top_k - 1)
+    past = selection.to_dense() & (torch.arange(case.n_blocks) < own[:, None, :, None])
+    for chosen, among in zip(indices.flatten(0, 2).tolist(), past.flatten(0, 2)):
+        blocks = among.nonzero().flatten().tolist()
+        assert chosen == blocks + [-1] * (case.top_k - 1 - len(blocks))
+
+
+# BlockMask
+
+
+def visible_tokens(case: Case, dense: torch.Tensor) -> torch.Tensor:
+    """`[B, H, Nq, Nk]` bool, from the selected blocks."""
+    padding = case.padding or ((0, 0),) * case.batch
+    position = torch.arange(case.n_key) - torch.tensor([left for left, _ in padding])[:, None]  # [B, Nk]
+    block = position.clamp(min=0).div(case.block_size, rounding_mode="floor")
+    visible = dense.gather(-1, block[:, None, None].expand(*dense.shape[:3], -1))
+    if case.padding:
+        visible = visible & case.padding_mask()[:, None, None]
+    query, key = positions(case)
+    return visible & (key <= query) if case.causal else visible
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@examples(20)
+@given(cases(max_tokens=200, softcap=None, sinks=False))
+def test_the_block_mask_in_flex_attention_is_moba_attention(case: Case):
+    tensors = operands(case)
+    mask = select(case, tensors).to_block_mask()
+    query, key, value = tensors.values()
+    actual = flex_attention(query, key, value, block_mask=mask, scale=case.real_scale, enable_gqa=True)
+    expected, _ = attend(case, tensors)
+    real = case.real_queries()[:, None, :, None]
+    assert_same(actual.masked_fill(~real, 0), expected)
+
+
+@examples(25)
+@given(cases(max_tokens=300, softcap=None, sinks=False, scale=None))
+def test_the_block_mask_covers_what_is_visible_and_its_mask_mod_is_exact(case: Case):
+    selection = select(case, operands(case))
+    mask = selection.to_block_mask()
+    visible = visible_tokens(case, selection.to_dense())
+    batch, head, query, key = torch.meshgrid(*(torch.arange(n) for n in visible.shape), indexing="ij")
+    assert torch.equal(mask.mask_mod(batch, head, query, key), visible)
+    rows, columns = mask.BLOCK_SIZE
+    covered = mask.to_dense().bool().repeat_interleave(rows, 2).repeat_interleave(columns, 3)
+    covered = covered[:, :, : case.n_query, : case.n_key].expand_as(visible)
+    assert not (visible & ~covered).any(), "a visible pair lies in a block that the mask leaves out"
+
+
+def test_the_block_mask_leaves_out_what_nobody_reads():
+    case = Case(1, 2, 1, 1024, 1024, block_size=128, top_k=2, sink_blocks=1, seed=0)  # nothing is left to choose
+    dense = select(case, operands(case)).to_block_mask().to_dense().bool()[0, 0]
+    rows, columns = dense.shape
+    own = (torch.arange(rows) * 1024 // rows // 128)[:, None]
+    block = (torch.arange(columns) * 1024 // columns // 128)[None]
+    assert torch.equal(dense, (block == own) | (block == 0))
