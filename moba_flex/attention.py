@@ -4,8 +4,9 @@ Queries are sent to key blocks as a mixture of experts sends tokens to experts, 
 
 1. `choose`  the gate: which past blocks each query reads (mean of a block's keys, inner product, top-k);
 2. `local`   causal attention to the query's own block: known without looking at data;
-3. `routed`  every (query, chosen block) pair is a row; rows are ordered by block, so that each tile of them meets one whole block;
-4. `merge`   a query's output is the softmax-weighted sum of its partial outputs, by their log-sum-exps.
+3. `route`   every (query, chosen block) pair is a row; rows are ordered by block, so that each tile of them meets one whole block;
+4. `merge_routed`   attention of the rows; a query's output is the softmax-weighted sum of its partial outputs, by their
+   log-sum-exps.
 
 The steps come from a backend, `eager` (any device) or `flex` (CUDA), each a module with the same function names. Here they are put
 together, worked through in chunks of a bounded size, and made one differentiable operator that torch.compile sees as a whole.
@@ -37,20 +38,19 @@ def forward(
     q, k, v = (x.contiguous() for x in (layout.query_slots(query), layout.key_slots(key), layout.key_slots(value)))
     chosen = backend.choose(q, k, layout, spec)
 
-    out = q.new_empty(*q.shape[:3], v.shape[-1])
-    lse = q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
+    out, lse = q.new_empty(*q.shape[:3], v.shape[-1]), q.new_empty(q.shape[:3], dtype=_wide(q.dtype))
     for rows, groups, heads in chunks(q, k, v, layout, spec, budget):
         of_rows = layout.rows(rows)
         part_q, part_k, part_v = q[rows, heads], k[rows, groups].contiguous(), v[rows, groups].contiguous()
-        part_out = part_lse = None
-        if spec.causal:
-            part_out, part_lse = backend.local(part_q, part_k, part_v, of_rows, spec)
+        local = backend.local if spec.causal else nothing_local
+        partial = local(part_q, part_k, part_v, of_rows, spec)
         if pairs := most_pairs(part_q, layout, spec):
             routes = route(chosen[rows, heads], part_k.shape[1], layout.n_key_blocks, backend.TILE, pairs)
-            row_q = backend.gather(part_q, routes)
-            row_out, row_lse = backend.routed(row_q, part_k, part_v, routes, of_rows, spec)
-            part_out, part_lse = backend.merge(part_out, part_lse, row_out, row_lse, routes)
-        out[rows, heads], lse[rows, heads] = part_out, part_lse
+            partial = backend.merge_routed(*partial, part_q, part_k, part_v, routes, of_rows, spec)
+        if part_q.shape[:2] == q.shape[:2]:
+            out, lse = partial[0].to(q.dtype), partial[1]
+        else:
+            out[rows, heads], lse[rows, heads] = partial
     return layout.query_tokens(out), layout.query_tokens(lse, fill=-torch.inf), chosen
 
 
@@ -81,22 +81,30 @@ def backward(
         of_rows = layout.rows(rows)
         part_k, part_v = k[rows, groups].contiguous(), v[rows, groups].contiguous()
         upstream = [x[rows, heads] for x in (q, grad, lse, delta)]
-        dq, dk, dv = None, 0, 0
-        if spec.causal:
-            part_q, part_grad, part_lse, part_delta = upstream
-            dq, dk, dv = backend.local_backward(part_q, part_k, part_v, part_grad, part_lse, part_delta, of_rows, spec)
+        local_backward = backend.local_backward if spec.causal else nothing_local_backward
+        dq, dk, dv = local_backward(upstream[0], part_k, part_v, *upstream[1:], of_rows, spec)
         if pairs := most_pairs(upstream[0], layout, spec):
             routes = route(chosen[rows, heads], part_k.shape[1], layout.n_key_blocks, backend.TILE, pairs)
-            # A spare row has no query. With a log-sum-exp of infinity its weights, and so its gradients, are 0.
-            row_q, row_grad, row_lse, row_delta = (
-                backend.gather(x, routes, fill) for x, fill in zip(upstream, (0, 0, torch.inf, 0))
-            )
-            row_dq, row_dk, row_dv = backend.routed_backward(
-                row_q, part_k, part_v, row_grad, row_lse, row_delta, routes, of_rows, spec
-            )
-            dq, dk, dv = backend.sum_rows(dq, row_dq, routes), dk + row_dk, dv + row_dv
+            operands = upstream[0], part_k, part_v, *upstream[1:]
+            dq, routed_dk, routed_dv = backend.merge_routed_backward(dq, *operands, routes, of_rows, spec)
+            dk, dv = dk + routed_dk, dv + routed_dv
         grad_q[rows, heads], grad_k[rows, groups], grad_v[rows, groups] = dq, dk, dv
     return layout.query_tokens(grad_q), layout.key_tokens(grad_k), layout.key_tokens(grad_v)
+
+
+def nothing_local(query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, spec: Spec) -> tuple[Tensor, Tensor]:
+    """What `local` is when no block is a query's own: an output over no keys."""
+    out = query.new_zeros(*query.shape[:3], value.shape[-1], dtype=_wide(query.dtype))
+    return out, torch.full_like(out[..., 0], -torch.inf)
+
+
+def nothing_local_backward(query: Tensor, key: Tensor, value: Tensor, *_) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of `nothing_local`."""
+    return tuple(torch.zeros_like(x, dtype=_wide(x.dtype)) for x in (query, key, value))
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
 
 
 def most_pairs(query: Tensor, layout: BlockLayout, spec: Spec) -> int:
@@ -176,7 +184,7 @@ def _(query, key, value, padding_mask, cu_seqlens, block_size, top_k, sinks, rec
         blocks = min(-(-n_key // block_size), (n_query + block_size - 2) // block_size + 1)
     else:
         blocks = -(-n_key // block_size) - (n_key - n_query) // block_size
-    lse = query.new_empty(query.shape[:3], dtype=torch.promote_types(query.dtype, torch.float32))
+    lse = query.new_empty(query.shape[:3], dtype=_wide(query.dtype))
     chosen = query.new_empty(*query.shape[:2], blocks * width, spec.routed, dtype=torch.int32)
     return query.new_empty(*query.shape[:3], value.shape[-1]), lse, chosen
 

@@ -18,13 +18,13 @@ from torch import Tensor
 from torch._higher_order_ops.flex_attention import flex_attention_backward
 from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
-from . import gate, rows
+from . import rows as plain
 from .block_masks import QUERY_TILE, Mask, block_mask, local_mask, routed_mask
 from .blocks import BlockLayout
 from .routing import Routes
 from .spec import Spec
 
-__all__ = ["TILE", "choose", "gather", "local", "local_backward", "merge", "routed", "routed_backward", "sum_rows"]
+__all__ = ["TILE", "choose", "local", "local_backward", "merge_routed", "merge_routed_backward"]
 
 TILE = QUERY_TILE
 
@@ -34,24 +34,14 @@ except ImportError:  # no Triton, so no CUDA either
     kernels = None
 
 
+def _steps(x: Tensor):
+    """The steps around attention: Triton kernels on a GPU, their plain twins elsewhere."""
+    return kernels if x.is_cuda else plain
+
+
 def choose(query: Tensor, key: Tensor, layout: BlockLayout, spec: Spec) -> Tensor:
     """The gate: see `moba_flex.gate.choose`."""
-    return (kernels if query.is_cuda else gate).choose(query, key, layout, spec)
-
-
-def gather(x: Tensor, routes: Routes, fill: float = 0.0) -> Tensor:
-    """The query of each row: see `moba_flex.rows.gather`."""
-    return (kernels if x.is_cuda else rows).gather(x, routes, fill)
-
-
-def merge(out: Tensor | None, lse: Tensor | None, row_out: Tensor, row_lse: Tensor, routes: Routes) -> tuple[Tensor, Tensor]:
-    """The sum of a query's partial outputs: see `moba_flex.rows.merge`."""
-    return (kernels if row_out.is_cuda else rows).merge(out, lse, row_out, row_lse, routes)
-
-
-def sum_rows(grad: Tensor | None, row_grad: Tensor, routes: Routes) -> Tensor:
-    """The sum of a query's gradients: see `moba_flex.rows.sum_rows`."""
-    return (kernels if row_grad.is_cuda else rows).sum_rows(grad, row_grad, routes)
+    return _steps(query).choose(query, key, layout, spec)
 
 
 def local(query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, spec: Spec) -> tuple[Tensor, Tensor]:
@@ -62,10 +52,19 @@ def local(query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, spec: 
     return out.view(*query.shape[:3], -1), lse.view(query.shape[:3])
 
 
-def routed(query: Tensor, key: Tensor, value: Tensor, routes: Routes, layout: BlockLayout, spec: Spec) -> tuple[Tensor, Tensor]:
+def merge_routed(
+    out: Tensor, lse: Tensor, query: Tensor, key: Tensor, value: Tensor, routes: Routes, layout: BlockLayout, spec: Spec
+) -> tuple[Tensor, Tensor]:
+    """Add what queries read along `routes` to an output `[B, H, N, Dv]` and its log-sum-exp `[B, H, N]`."""
+    steps = _steps(query)
+    row_out, row_lse = routed(steps.gather(query, routes), key, value, routes, layout, spec)
+    return steps.merge(out, lse, row_out, row_lse, routes)
+
+
+def routed(row_query: Tensor, key: Tensor, value: Tensor, routes: Routes, layout: BlockLayout, spec: Spec) -> tuple[Tensor, Tensor]:
     """Attention of each row `[R, D]` to its block of `key [B, G, C * P, D]`. Returns `[R, Dv]` and the log-sum-exp `[R]`."""
     mask = routed_mask(routes, layout, key.shape[1], spec.causal)
-    out, lse = _forward(query[None, None], _in_line(key), _in_line(value), mask, spec)
+    out, lse = _forward(row_query[None, None], _in_line(key), _in_line(value), mask, spec)
     return out[0, 0], lse[0, 0]
 
 
@@ -78,7 +77,8 @@ def local_backward(
     return dq.view(query.shape), dk.view(key.shape), dv.view(value.shape)
 
 
-def routed_backward(
+def merge_routed_backward(
+    grad_query: Tensor,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -89,9 +89,29 @@ def routed_backward(
     layout: BlockLayout,
     spec: Spec,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, added to `grad_query`, of key and of value that come along `routes`."""
+    steps = _steps(query)
+    # A spare row has no query. With a log-sum-exp of infinity its weights, and so its gradients, are 0.
+    fills = (0, 0, torch.inf, 0)
+    rows = [steps.gather(x, routes, fill) for x, fill in zip((query, grad, lse, delta), fills)]
+    row_dq, dk, dv = routed_backward(*rows, key, value, routes, layout, spec)
+    return steps.sum_rows(grad_query, row_dq, routes), dk, dv
+
+
+def routed_backward(
+    row_query: Tensor,
+    row_grad: Tensor,
+    row_lse: Tensor,
+    row_delta: Tensor,
+    key: Tensor,
+    value: Tensor,
+    routes: Routes,
+    layout: BlockLayout,
+    spec: Spec,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of the rows `[R, D]`, of key and of value that come through the routed call."""
     mask = routed_mask(routes, layout, key.shape[1], spec.causal)
-    query, grad, lse, delta = (x[None, None] for x in (query, grad, lse, delta))
+    query, grad, lse, delta = (x[None, None] for x in (row_query, row_grad, row_lse, row_delta))
     dq, dk, dv = _backward(query, _in_line(key), _in_line(value), grad, lse, delta, mask, spec)
     return dq[0, 0], dk.view(key.shape), dv.view(value.shape)
 

@@ -35,7 +35,7 @@ def route(chosen: Tensor, groups: int, n_blocks: int, tile: int, most_pairs: int
 
     The order within a block is that of the queries, so it is the same in every run.
     """
-    rows, heads, slots, count = chosen.shape
+    rows, heads, _, count = chosen.shape
     device, total = chosen.device, rows * groups * n_blocks
     group = torch.arange(rows * heads, device=device, dtype=torch.int32) // (heads // groups)
     block = torch.where(chosen < 0, total, chosen + (group * n_blocks).view(rows, heads, 1, 1)).flatten()

@@ -10,7 +10,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .gate import choose
 from .routing import Routes
+
+__all__ = ["choose", "gather", "merge", "sum_rows"]
 
 _QUERIES_AT_ONCE = 1 << 14
 
@@ -18,49 +21,54 @@ _QUERIES_AT_ONCE = 1 << 14
 def gather(x: Tensor, routes: Routes, fill: float = 0.0) -> Tensor:
     """`[B, H, N, ...]` -> `[R, ...]`: the query of each row, `fill` in spare rows."""
     out = x.flatten(0, 2).index_select(0, routes.query_of_row.clamp(min=0))
-    return out.masked_fill_((routes.query_of_row < 0).view(-1, *(1,) * (out.dim() - 1)), fill)
+    out[routes.query_of_row < 0] = fill
+    return out
 
 
-def merge(out: Tensor | None, lse: Tensor | None, row_out: Tensor, row_lse: Tensor, routes: Routes) -> tuple[Tensor, Tensor]:
+def merge(out: Tensor, lse: Tensor, row_out: Tensor, row_lse: Tensor, routes: Routes) -> tuple[Tensor, Tensor]:
     """The softmax-weighted sum of a query's partial outputs.
 
-    `out [B, H, N, Dv]` and `lse [B, H, N]` of the local call (None without one) and `row_out [R, Dv]`, `row_lse [R]` of the routed
-    call give the output over all blocks and its log-sum-exp.
+    `out [B, H, N, Dv]` and `lse [B, H, N]` of the local call and `row_out [R, Dv]`, `row_lse [R]` of the routed call give the output
+    over all blocks and its log-sum-exp.
     """
     pairs = routes.row_of_pair.flatten(0, 2)
-    queries, width = pairs.shape[0], row_out.shape[-1]
-    merged = row_out.new_empty(queries, width)
-    total = row_lse.new_empty(queries)
-    for start in range(0, queries, _QUERIES_AT_ONCE):
-        part = slice(start, start + _QUERIES_AT_ONCE)
-        pair = pairs[part]
-        index = pair.clamp(min=0).flatten()
-        part_lse = row_lse.index_select(0, index).view(pair.shape).masked_fill_(pair < 0, -torch.inf)
-        part_out = row_out.index_select(0, index).view(*pair.shape, width).to(row_lse.dtype)
-        part_out = part_out.masked_fill_((pair < 0)[..., None], 0)  # what stands there is another query's, perhaps NaN
-        if lse is not None:
-            part_lse = torch.cat([part_lse, lse.flatten()[part, None]], 1)
-        whole = part_lse.logsumexp(1)
-        weight = torch.exp(part_lse - whole.masked_fill(whole == -torch.inf, 0)[:, None])
-        result = torch.bmm(weight[:, None, : pair.shape[1]], part_out)[:, 0]
-        if out is not None:
-            result += weight[:, -1:] * out.flatten(0, 2)[part]
-        merged[part], total[part] = result.to(merged.dtype), whole
-    shape = routes.row_of_pair.shape[:3]
-    return merged.view(*shape, width), total.view(shape)
-
-
-def sum_rows(grad: Tensor | None, row_grad: Tensor, routes: Routes) -> Tensor:
-    """`grad [B, H, N, D]` (None: zeros) plus the gradients `row_grad [R, D]` of the rows that each query sent."""
-    pairs = routes.row_of_pair.flatten(0, 2)
-    total = row_grad.new_empty(pairs.shape[0], row_grad.shape[-1])
-    wide = torch.promote_types(row_grad.dtype, torch.float32)
+    shape, width = routes.row_of_pair.shape[:3], row_out.shape[-1]
+    merged = row_out.new_empty(pairs.shape[0], width, dtype=out.dtype)
+    total = row_lse.new_empty(pairs.shape[0])
     for start in range(0, pairs.shape[0], _QUERIES_AT_ONCE):
         part = slice(start, start + _QUERIES_AT_ONCE)
         pair = pairs[part]
-        rows = row_grad.index_select(0, pair.clamp(min=0).flatten()).view(*pair.shape, -1)
-        result = rows.masked_fill_((pair < 0)[..., None], 0).sum(1, dtype=wide)
-        if grad is not None:
-            result += grad.flatten(0, 2)[part]
-        total[part] = result.to(total.dtype)
+        part_lse = _take_rows(row_lse, pair).masked_fill_(pair < 0, -torch.inf)
+        part_lse = torch.cat([part_lse, lse.flatten()[part, None]], 1)
+        whole = part_lse.logsumexp(1)
+        weight = torch.exp(part_lse - whole.masked_fill(whole == -torch.inf, 0)[:, None])
+        result = _sum_of_rows(row_out, pair, weight[:, : pair.shape[1]])
+        merged[part] = result.addcmul_(weight[:, -1:], out.flatten(0, 2)[part].to(result.dtype))
+        total[part] = whole
+    return merged.view(*shape, width), total.view(shape)
+
+
+def sum_rows(grad: Tensor, row_grad: Tensor, routes: Routes) -> Tensor:
+    """`grad [B, H, N, D]` plus the gradients `row_grad [R, D]` of the rows that each query sent."""
+    pairs = routes.row_of_pair.flatten(0, 2)
+    total = row_grad.new_empty(pairs.shape[0], row_grad.shape[-1])
+    for start in range(0, pairs.shape[0], _QUERIES_AT_ONCE):
+        part = slice(start, start + _QUERIES_AT_ONCE)
+        total[part] = _sum_of_rows(row_grad, pairs[part]).add_(grad.flatten(0, 2)[part])
     return total.view(*routes.row_of_pair.shape[:3], -1)
+
+
+def _take_rows(rows: Tensor, pair: Tensor) -> Tensor:
+    return rows.index_select(0, pair.clamp(min=0).flatten()).view(*pair.shape, *rows.shape[1:])
+
+
+def _sum_of_rows(rows: Tensor, pair: Tensor, weight: Tensor | None = None) -> Tensor:
+    """`[R, D]`, rows of each query `[n, S]`, -1 for none -> their sum `[n, D]`, weighted by `weight [n, S]`, in float32 at least."""
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    if rows.dtype == wide:  # one pass over the rows; those that are none are left out, so that what stands there cannot matter
+        real = pair >= 0
+        offsets = torch.nn.functional.pad(real.sum(1).cumsum(0), (1, 0))[:-1]
+        weight = None if weight is None else weight[real]
+        return torch.nn.functional.embedding_bag(pair[real].long(), rows, offsets, mode="sum", per_sample_weights=weight)
+    taken = _take_rows(rows, pair).to(wide).masked_fill_((pair < 0)[..., None], 0)
+    return taken.sum(1) if weight is None else torch.bmm(weight[:, None], taken)[:, 0]

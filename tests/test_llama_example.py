@@ -156,7 +156,7 @@ def test_ctrl_c(tiny, tmp_path, when):
         write(tmp_path / source.name, source.read_text())
     script = run_script(["--model", tmp_path, "--prompt-file", file, "--max-new-tokens", 900_000])
     if when == "importing":
-        time.sleep(0.7)
+        time.sleep(1.5)
     else:
         while "1 tokens" not in (line := script.stdout.readline()):
             assert line, script.stderr.read()

@@ -37,18 +37,14 @@ def _merge_kernel(
 ):
     n, d = tl.program_id(0).to(tl.int64) * M + tl.arange(0, M), tl.arange(0, DP)
     here, seen = n < N, d[None, :] < D
-    most = tl.zeros([M], tl.float32) + float("-inf")
-    if LSE is not None:
-        most = tl.load(LSE + n, mask=here, other=float("-inf"))
+    most = tl.load(LSE + n, mask=here, other=float("-inf"))
     for s in tl.static_range(S):
         row = tl.load(PAIR + n * S + s, mask=here, other=-1).to(tl.int64)
         most = tl.maximum(most, tl.load(ROW_LSE + row, mask=row >= 0, other=float("-inf")), propagate_nan=tl.PropagateNan.ALL)
     most = tl.where(most == float("-inf"), 0.0, most)
 
-    total, acc = tl.zeros([M], tl.float32), tl.zeros([M, DP], tl.float32)
-    if LSE is not None:
-        total = tl.exp(tl.load(LSE + n, mask=here, other=float("-inf")) - most)
-        acc = total[:, None] * tl.load(OUT + n[:, None] * D + d[None, :], mask=here[:, None] & seen, other=0.0).to(tl.float32)
+    total = tl.exp(tl.load(LSE + n, mask=here, other=float("-inf")) - most)
+    acc = total[:, None] * tl.load(OUT + n[:, None] * D + d[None, :], mask=here[:, None] & seen, other=0.0).to(tl.float32)
     for s in tl.static_range(S):
         row = tl.load(PAIR + n * S + s, mask=here, other=-1).to(tl.int64)
         weight = tl.exp(tl.load(ROW_LSE + row, mask=row >= 0, other=float("-inf")) - most)
@@ -60,7 +56,7 @@ def _merge_kernel(
     tl.store(TO_LSE + n, most + tl.log(total), mask=here)
 
 
-def merge(out: Tensor | None, lse: Tensor | None, row_out: Tensor, row_lse: Tensor, routes: Routes) -> tuple[Tensor, Tensor]:
+def merge(out: Tensor, lse: Tensor, row_out: Tensor, row_lse: Tensor, routes: Routes) -> tuple[Tensor, Tensor]:
     """The softmax-weighted sum of a query's partial outputs: see `moba_flex.rows.merge`."""
     *shape, count = routes.row_of_pair.shape
     width, tile = row_out.shape[-1], 16
@@ -88,9 +84,7 @@ def _sum_kernel(GRAD, ROW_GRAD, PAIR, TO, N, S: tl.constexpr, D: tl.constexpr, D
     n, d = tl.program_id(0).to(tl.int64) * M + tl.arange(0, M), tl.arange(0, DP)
     here, seen = n < N, d[None, :] < D
     at = n[:, None] * D + d[None, :]
-    acc = tl.zeros([M, DP], tl.float32)
-    if GRAD is not None:
-        acc = tl.load(GRAD + at, mask=here[:, None] & seen, other=0.0).to(tl.float32)
+    acc = tl.load(GRAD + at, mask=here[:, None] & seen, other=0.0).to(tl.float32)
     for s in tl.static_range(S):
         row = tl.load(PAIR + n * S + s, mask=here, other=-1).to(tl.int64)
         part = tl.load(ROW_GRAD + row[:, None] * D + d[None, :], mask=(row[:, None] >= 0) & seen, other=0.0)
@@ -98,8 +92,8 @@ def _sum_kernel(GRAD, ROW_GRAD, PAIR, TO, N, S: tl.constexpr, D: tl.constexpr, D
     tl.store(TO + at, acc.to(TO.dtype.element_ty), mask=here[:, None] & seen)
 
 
-def sum_rows(grad: Tensor | None, row_grad: Tensor, routes: Routes) -> Tensor:
-    """`grad [B, H, N, D]` (None: zeros) plus the gradients `row_grad [R, D]` of the rows that each query sent."""
+def sum_rows(grad: Tensor, row_grad: Tensor, routes: Routes) -> Tensor:
+    """`grad [B, H, N, D]` plus the gradients `row_grad [R, D]` of the rows that each query sent."""
     *shape, count = routes.row_of_pair.shape
     width, tile = row_grad.shape[-1], 16
     total = row_grad.new_empty(*shape, width)
