@@ -10,9 +10,8 @@ import argparse
 import torch
 import torch.nn.functional as F
 
-from moba_flex import flex, moba_attention
+from moba_flex import flex, kernels, moba_attention
 from moba_flex.blocks import dense_layout, slots_per_block
-from moba_flex.routing import route
 from moba_flex.spec import Spec
 
 
@@ -45,25 +44,24 @@ def phases(heads: int, groups: int, tokens: int, width: int, block_size: int, to
     q, k, v, grad = layout.query_slots(q), layout.key_slots(k), layout.key_slots(v), layout.query_slots(grad)
     pairs = heads * layout.most_pairs(spec.routed, True)
 
-    chosen = flex.choose(q, k, layout, spec)
-    routes = route(chosen, groups, layout.n_key_blocks, flex.TILE, pairs)
-    row_q = flex.gather(q, routes)
+    chosen = kernels.choose(q, k, layout, spec)
+    routes = flex.route(chosen, groups, layout.n_key_blocks, pairs)
+    row_q = kernels.gather(q, routes)
     row_out, row_lse = flex.routed(row_q, k, v, routes, layout, spec)
     out, lse = flex.local(q, k, v, layout, spec)
     delta = (out * grad).sum(-1).float()
-    row_grad = flex.gather(grad, routes)
-    rows = (row_q, k, v, row_grad, flex.gather(lse, routes, torch.inf), flex.gather(delta, routes))
-    row_dq = flex.routed_backward(*rows, routes, layout, spec)[0]
+    rows = [kernels.gather(x, routes, fill) for x, fill in ((q, 0), (grad, 0), (lse, torch.inf), (delta, 0))]
+    row_dq = flex.routed_backward(*rows, k, v, routes, layout, spec)[0]
     steps = {
-        "gate": lambda: flex.choose(q, k, layout, spec),
-        "order rows": lambda: route(chosen, groups, layout.n_key_blocks, flex.TILE, pairs),
-        "gather queries": lambda: flex.gather(q, routes),
+        "gate": lambda: kernels.choose(q, k, layout, spec),
+        "order rows": lambda: flex.route(chosen, groups, layout.n_key_blocks, pairs),
+        "gather queries": lambda: kernels.gather(q, routes),
         "routed call": lambda: flex.routed(row_q, k, v, routes, layout, spec),
         "local call": lambda: flex.local(q, k, v, layout, spec),
-        "merge": lambda: flex.merge(out, lse, row_out, row_lse, routes),
-        "routed backward": lambda: flex.routed_backward(*rows, routes, layout, spec),
+        "merge": lambda: kernels.merge(out, lse, row_out, row_lse, routes),
+        "routed backward": lambda: flex.routed_backward(*rows, k, v, routes, layout, spec),
         "local backward": lambda: flex.local_backward(q, k, v, grad, lse, delta, layout, spec),
-        "sum gradients": lambda: flex.sum_rows(grad, row_dq, routes),
+        "sum gradients": lambda: kernels.sum_rows(grad, row_dq, routes),
     }
     return {name: milliseconds(step) for name, step in steps.items()}
 

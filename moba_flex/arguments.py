@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import torch
@@ -76,14 +77,10 @@ def check_query_key(query: Tensor, key: Tensor, **others: Tensor) -> None:
     if query.shape[3] == 0:
         raise ValueError(f"query must have a width (dimension 3) of at least 1, but has shape {tuple(query.shape)}")
     if query.shape[0] != key.shape[0] or query.shape[3] != key.shape[3]:
-        raise ValueError(
-            f"query {tuple(query.shape)} and key {tuple(key.shape)} must agree in batch (dimension 0) and width (dimension 3)"
-        )
+        raise ValueError(f"query {tuple(query.shape)} and key {tuple(key.shape)} must agree in batch (dimension 0) and width (dimension 3)")
     value = others.get("value", key)
     if key.shape[:3] != value.shape[:3]:
-        raise ValueError(
-            f"key {tuple(key.shape)} and value {tuple(value.shape)} must agree in batch, heads and tokens (dimensions 0 to 2)"
-        )
+        raise ValueError(f"key {tuple(key.shape)} and value {tuple(value.shape)} must agree in batch, heads and tokens (dimensions 0 to 2)")
     _check_heads(query.shape[1], key.shape[1])
     if query.shape[2] > key.shape[2]:
         raise ValueError(
@@ -108,9 +105,7 @@ def check_padding_mask(padding_mask: Tensor | None, query: Tensor, key: Tensor) 
         runs = starts.sum(1) + padding_mask[:, 0]
         if (runs > 1).any():
             row = int((runs > 1).nonzero()[0])
-            raise ValueError(
-                f"padding_mask has a hole in row {row}: real tokens must be one run, with padding on the left or right only"
-            )
+            raise ValueError(f"padding_mask has a hole in row {row}: real tokens must be one run, with padding on the left or right only")
 
 
 def check_packed(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor) -> None:
@@ -134,7 +129,7 @@ def check_packed(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor) 
     _check_devices(query=query, cu_seqlens=cu_seqlens)
     if readable(cu_seqlens):
         bounds = cu_seqlens.tolist()
-        if bounds[0] != 0 or bounds[-1] != tokens or any(b < a for a, b in zip(bounds, bounds[1:])):
+        if bounds[0] != 0 or bounds[-1] != tokens or any(b < a for a, b in itertools.pairwise(bounds)):
             shown = bounds if len(bounds) <= 8 else [*bounds[:4], "...", *bounds[-3:]]
             raise ValueError(f"cu_seqlens must start at 0, never fall and end at {tokens} (the tokens of query), but is {shown}")
 

@@ -24,7 +24,6 @@ from torch import Tensor
 
 from . import eager, flex
 from .blocks import BlockLayout, dense_layout, one_block, packed_layout, padded_layout, slots_per_block
-from .routing import route
 from .spec import Spec
 
 _BACKENDS: dict[str, ModuleType] = {"eager": eager, "flex": flex}
@@ -45,7 +44,7 @@ def forward(
         local = backend.local if spec.causal else nothing_local
         partial = local(part_q, part_k, part_v, of_rows, spec)
         if pairs := most_pairs(part_q, layout, spec):
-            routes = route(chosen[rows, heads], part_k.shape[1], layout.n_key_blocks, backend.TILE, pairs)
+            routes = backend.route(chosen[rows, heads], part_k.shape[1], layout.n_key_blocks, pairs)
             partial = backend.merge_routed(*partial, part_q, part_k, part_v, routes, of_rows, spec)
         if part_q.shape[:2] == q.shape[:2]:
             out, lse = partial[0].to(q.dtype), partial[1]
@@ -84,7 +83,7 @@ def backward(
         local_backward = backend.local_backward if spec.causal else nothing_local_backward
         dq, dk, dv = local_backward(upstream[0], part_k, part_v, *upstream[1:], of_rows, spec)
         if pairs := most_pairs(upstream[0], layout, spec):
-            routes = route(chosen[rows, heads], part_k.shape[1], layout.n_key_blocks, backend.TILE, pairs)
+            routes = backend.route(chosen[rows, heads], part_k.shape[1], layout.n_key_blocks, pairs)
             operands = upstream[0], part_k, part_v, *upstream[1:]
             dq, routed_dk, routed_dv = backend.merge_routed_backward(dq, *operands, routes, of_rows, spec)
             dk, dv = dk + routed_dk, dv + routed_dv
@@ -112,9 +111,7 @@ def most_pairs(query: Tensor, layout: BlockLayout, spec: Spec) -> int:
     return query.shape[0] * query.shape[1] * layout.most_pairs(spec.routed, spec.causal)
 
 
-def chunks(
-    query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, spec: Spec, budget: int
-) -> Iterator[tuple[slice, slice, slice]]:
+def chunks(query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, spec: Spec, budget: int) -> Iterator[tuple[slice, slice, slice]]:
     """Slices of rows, key heads and query heads whose routed rows fit into `budget` bytes; all of one shape.
 
     One key head of one row with its query heads is the least; more of them share a chunk when they fit.

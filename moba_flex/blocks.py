@@ -185,9 +185,7 @@ def padded_layout(padding_mask: Tensor, n_query: int, block_size: int, width: in
         query_token = torch.where(query_token >= 0, query_token - skipped, -1)
         position = torch.arange(skipped, n_key, device=padding_mask.device) - start
         shift = (first_query // block_size) * width
-        query_slot = torch.where(
-            (position >= 0) & (position < length), position // block_size * width + position % block_size - shift, -1
-        )
+        query_slot = torch.where((position >= 0) & (position < length), position // block_size * width + position % block_size - shift, -1)
     return BlockLayout(
         block_size,
         width,

@@ -8,19 +8,20 @@ B rows, H query heads, G key heads, Q query blocks, C key blocks, P slots a bloc
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .blocks import BlockLayout
 from .gate import choose
-from .routing import Routes
+from .routing import order_pairs
 from .spec import Spec
 
-__all__ = ["TILE", "choose", "local", "local_backward", "merge_routed", "merge_routed_backward"]
+__all__ = ["choose", "local", "local_backward", "merge_routed", "merge_routed_backward", "route"]
 
-TILE = 1  # rows need no padding here
 _SCORES_AT_ONCE = 1 << 21  # about what a core's cache holds
 _ROWS_AT_ONCE = 4096
 
@@ -34,10 +35,16 @@ def _scores(query: Tensor, key: Tensor, spec: Spec) -> Tensor:
     return score if spec.softcap is None else score.div_(spec.softcap).tanh_().mul_(spec.softcap)
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, causal: bool, spec: Spec) -> tuple[Tensor, Tensor]:
+def _fusible(query: Tensor, key: Tensor, value: Tensor, spec: Spec) -> bool:
+    """Whether PyTorch's fused kernel for CPUs computes this. It lets NaN vanish, so it gets finite numbers alone."""
+    if query.is_cuda or spec.softcap is not None or query.shape[-1] != value.shape[-1]:
+        return False
+    return all(math.isfinite(bound) for x in (query, key, value) for bound in torch.aminmax(x))
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, causal: bool, spec: Spec, fused: bool) -> tuple[Tensor, Tensor]:
     """Softmax attention of `[..., M, D]` to `[..., K, D]` and its log-sum-exp; `causal` (M = K): to keys up to the query's own."""
-    if not query.is_cuda and spec.softcap is None and query.shape[-1] == value.shape[-1]:
-        # What scaled_dot_product_attention runs on a CPU. Called by name because only so it hands out its log-sum-exp.
+    if fused:  # what scaled_dot_product_attention runs; called by name because only so it hands out its log-sum-exp
         operands = (x.reshape(1, -1, *x.shape[-2:]) for x in (query, key, value))
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*operands, 0.0, causal, scale=spec.scale)
         return out.view(*query.shape[:-1], -1), lse.view(query.shape[:-1])
@@ -73,34 +80,33 @@ def _attend_backward(
     return grad_score @ key, grad_score.mT @ query, grad_value
 
 
-def _local_parts(rows: int, layout: BlockLayout) -> Iterator[tuple[slice, Tensor]]:
-    """Query blocks a few at a time, and their own blocks `[B, q]`."""
-    step = max(1, _SCORES_AT_ONCE // (rows * layout.width**2))
-    for start in range(0, layout.n_query_blocks, step):
-        part = slice(start, min(start + step, layout.n_query_blocks))
-        yield part, layout.own[:, part].long()
+def _local_heads(
+    query: Tensor, key: Tensor, layout: BlockLayout, per_query: tuple[Tensor, ...], per_key: tuple[Tensor, ...]
+) -> Iterator[tuple[Tensor, list[Tensor], list[Tensor]]]:
+    """Each query head with its key head, some query blocks at a time: their own blocks `[q]`, and all that there is of them.
 
-
-def _take_blocks(x: Tensor, block: Tensor, layout: BlockLayout) -> Tensor:
-    """`[B, G, C * P, D]` -> `[B, G, q, P, D]`."""
-    by_block = x.unflatten(2, (layout.n_key_blocks, layout.width))
-    return _wide(torch.stack([by_block[b].index_select(1, block[b]) for b in range(block.shape[0])]))
-
-
-def _query_blocks(x: Tensor, groups: int, layout: BlockLayout) -> Tensor:
-    """`[B, H, Q * P, ...]` -> `[H / G, B, G, Q, P, ...]`: each entry meets a key head of its own, which is what products are fast at."""
-    return x.unflatten(2, (layout.n_query_blocks, layout.width)).unflatten(1, (groups, -1)).movedim(2, 0)
+    `per_query [B, H, Q * P, ...]` comes as `[q, P, ...]`, `per_key [B, G, C * P, ...]` as `[C, P, ...]`.
+    """
+    repeats = query.shape[1] // key.shape[1]
+    by_block = [x.unflatten(2, (-1, layout.width)) for x in (*per_query, *per_key)]
+    step = max(1, _SCORES_AT_ONCE // layout.width**2)
+    for b in range(query.shape[0]):
+        own = layout.own[b].long()
+        for h in range(query.shape[1]):
+            of_query = [x[b, h] for x in by_block[: len(per_query)]]
+            of_key = [x[b, h // repeats] for x in by_block[len(per_query) :]]
+            for start in range(0, layout.n_query_blocks, step):
+                part = slice(start, start + step)
+                yield own[part], [x[part] for x in of_query], of_key
 
 
 def local(query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, spec: Spec) -> tuple[Tensor, Tensor]:
     """Causal attention of each query to its own block: `[B, H, Q * P, Dv]` and the log-sum-exp `[B, H, Q * P]`, in float32 at least."""
-    groups, wide = key.shape[1], torch.promote_types(query.dtype, torch.float32)
+    wide, fused = torch.promote_types(query.dtype, torch.float32), _fusible(query, key, value, spec)
     out, lse = query.new_empty(*query.shape[:3], value.shape[-1], dtype=wide), query.new_empty(query.shape[:3], dtype=wide)
-    heads = list(zip(*(_query_blocks(x, groups, layout) for x in (query, out, lse))))
-    for part, own in _local_parts(key.shape[0] * groups, layout):
-        k, v = _take_blocks(key, own, layout), _take_blocks(value, own, layout)
-        for q, o, l in heads:
-            o[:, :, part], l[:, :, part] = _attend(_wide(q[:, :, part]), k, v, True, spec)
+    for own, (q, o, l), (k, v) in _local_heads(query, key, layout, (query, out, lse), (key, value)):
+        part, part_lse = _attend(_wide(q), _wide(k[own]), _wide(v[own]), True, spec, fused)
+        o.copy_(part), l.copy_(part_lse)
     return out, lse
 
 
@@ -108,30 +114,40 @@ def local_backward(
     query: Tensor, key: Tensor, value: Tensor, grad: Tensor, lse: Tensor, delta: Tensor, layout: BlockLayout, spec: Spec
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value that come through the local call."""
-    groups, hidden = key.shape[1], _later(layout.width, query.device)
+    hidden = _later(layout.width, query.device)
     grad_query = torch.empty_like(query, dtype=lse.dtype)
     grad_key, grad_value = (torch.zeros_like(x, dtype=lse.dtype) for x in (key, value))
-    totals = [x.unflatten(2, (layout.n_key_blocks, layout.width)) for x in (grad_key, grad_value)]
-    heads = list(zip(*(_query_blocks(x, groups, layout) for x in (query, grad, lse, delta, grad_query))))
-    for part, own in _local_parts(key.shape[0] * groups, layout):
-        k, v = _take_blocks(key, own, layout), _take_blocks(value, own, layout)
-        for q, do, of_lse, of_delta, dq in heads:
-            upstream = (_wide(x[:, :, part]) for x in (do, of_lse, of_delta))
-            dq[:, :, part], *parts = _attend_backward(_wide(q[:, :, part]), k, v, *upstream, hidden, spec)
-            for total, gathered in zip(totals, parts):
-                for b in range(own.shape[0]):
-                    total[b].index_add_(1, own[b], gathered[b])
+    per_query, per_key = (query, grad, lse, delta, grad_query), (key, value, grad_key, grad_value)
+    for own, (*of_query, dq), (k, v, dk, dv) in _local_heads(query, key, layout, per_query, per_key):
+        q, *upstream = (_wide(x) for x in of_query)
+        part, part_k, part_v = _attend_backward(q, _wide(k[own]), _wide(v[own]), *upstream, hidden, spec)
+        dq.copy_(part)
+        dk.index_add_(0, own, part_k)
+        dv.index_add_(0, own, part_v)
     return grad_query, grad_key, grad_value
 
 
+@dataclass(frozen=True, eq=False)
+class Routes:
+    """The queries of each block: those of block i are `queries[first[i] : first[i + 1]]`, none of them twice."""
+
+    queries: Tensor  # [pairs] int64, `(b * H + h) * N + n`
+    first: list[int]
+
+
+def route(chosen: Tensor, groups: int, n_blocks: int, most_pairs: int) -> Routes:
+    """The pairs of `chosen [B, H, N, S]`, ordered by block."""
+    _, order, first = order_pairs(chosen, groups, n_blocks)
+    return Routes(order[:most_pairs] // chosen.shape[-1], first.tolist())
+
+
 def _routed_parts(routes: Routes, layout: BlockLayout, groups: int) -> Iterator[tuple[Tensor, slice]]:
-    """For each block with rows: the rows' queries, no query twice, and the block's real keys among all keys `[B * G * C * P]`."""
-    first, query_of_row = routes.first_tile.tolist(), routes.query_of_row.long()
+    """For each block that was chosen: its queries, and its real keys among all keys `[B * G * C * P]`."""
     keys = layout.block_keys[:, None].expand(-1, groups, -1).flatten().tolist()
     for block, n_keys in enumerate(keys):
-        for start in range(first[block], first[block + 1], _ROWS_AT_ONCE):
-            rows = slice(start, min(start + _ROWS_AT_ONCE, first[block + 1]))
-            yield query_of_row[rows], slice(block * layout.width, block * layout.width + n_keys)
+        queries = routes.queries[routes.first[block] : routes.first[block + 1]]
+        for part in queries.split(_ROWS_AT_ONCE) if len(queries) else ():
+            yield part, slice(block * layout.width, block * layout.width + n_keys)
 
 
 def merge_routed(
@@ -142,14 +158,13 @@ def merge_routed(
     Merging after each block keeps no partial output: they would be `top_k` times the size of the output.
     """
     q, total, sums = query.flatten(0, 2), lse.flatten(), out.flatten(0, 2)
-    k, v = key.flatten(0, 2), value.flatten(0, 2)
+    k, v, fused = key.flatten(0, 2), value.flatten(0, 2), _fusible(query, key, value, spec)
     for queries, keys in _routed_parts(routes, layout, key.shape[1]):
-        part, part_lse = _attend(_wide(q.index_select(0, queries)), _wide(k[keys]), _wide(v[keys]), False, spec)
+        part, part_lse = _attend(_wide(q.index_select(0, queries)), _wide(k[keys]), _wide(v[keys]), False, spec, fused)
         before = total.index_select(0, queries)
-        merged = torch.logaddexp(before, part_lse)
-        share, part_share = (torch.exp(x - merged)[:, None] for x in (before, part_lse))
-        sums.index_copy_(0, queries, sums.index_select(0, queries).mul_(share).addcmul_(part, part_share))
-        total.index_copy_(0, queries, merged)
+        share = torch.sigmoid(part_lse - before)[:, None]  # of the block in the sum of both
+        sums.index_copy_(0, queries, torch.lerp(sums.index_select(0, queries), part, share))
+        total.index_copy_(0, queries, torch.logaddexp(before, part_lse))
     return out, lse
 
 

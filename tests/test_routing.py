@@ -87,9 +87,7 @@ def test_routing_holds_every_chosen_pair_exactly_once(choice: Choice):
     pairs = int((chosen >= 0).sum())
     routes = route(chosen, choice.groups, choice.n_blocks, choice.tile, max(1, pairs + choice.spare))
     taken = []
-    for query, (row_of_choice, blocks) in enumerate(
-        zip(routes.row_of_pair.flatten(0, 2).tolist(), chosen.flatten(0, 2).tolist())
-    ):
+    for query, (row_of_choice, blocks) in enumerate(zip(routes.row_of_pair.flatten(0, 2).tolist(), chosen.flatten(0, 2).tolist())):
         batch, head = divmod(query // choice.slots, choice.heads)
         group = batch * choice.groups + head // (choice.heads // choice.groups)
         for row, block in zip(row_of_choice, blocks):
@@ -286,8 +284,6 @@ def test_tokens_that_lie_in_blocks_already_are_not_copied():
         assert move(x).data_ptr() == x.data_ptr()
 
 
-@pytest.mark.parametrize(
-    ("block_size", "width"), [(1, 16), (16, 16), (17, 32), (33, 64), (64, 64), (65, 128), (129, 192), (4096, 4096)]
-)
+@pytest.mark.parametrize(("block_size", "width"), [(1, 16), (16, 16), (17, 32), (33, 64), (64, 64), (65, 128), (129, 192), (4096, 4096)])
 def test_a_block_s_width_can_be_cut_into_tiles(block_size: int, width: int):
     assert slots_per_block(block_size) == width

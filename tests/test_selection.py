@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import flex_attention
 
 from moba_flex import select_blocks
-from moba_flex.gate import sortable
+from moba_flex.gate import best_blocks
 from moba_flex.naive import naive_selection
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
@@ -97,8 +97,15 @@ def test_equal_keys_choose_the_earliest_blocks(dtype: torch.dtype):
 def test_nan_scores_as_infinity_and_the_two_zeros_are_equal():
     nan, inf = torch.nan, torch.inf
     score = torch.tensor([-inf, 0.0, -0.0, 1e-40, -1.5, inf, -nan, 2.0, nan, -inf])
-    assert sortable(score).argsort(descending=True).tolist() == [5, 6, 8, 7, 3, 1, 2, 4, 0, 9]
-    assert sortable(score.flip(0)).argsort(descending=True).tolist() == [1, 3, 4, 2, 6, 7, 8, 5, 0, 9]
+    rising = [5, 6, 8, 7, 3, 1, 2, 4, 0, 9]  # best first, among equals the earlier
+    for count in range(1, 11):
+        chosen = best_blocks(score.clone(), torch.ones(10, dtype=torch.bool), count, finite=False)
+        assert sorted(chosen.tolist()) == sorted(rising[:count]), count
+
+
+def test_only_candidates_are_chosen_whatever_their_scores():
+    score, candidate = torch.tensor([-torch.inf, 3.0, torch.nan, 1.0]), torch.tensor([True, False, False, True])
+    assert sorted(best_blocks(score, candidate, 3, finite=False).tolist()) == [-1, 0, 3]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)

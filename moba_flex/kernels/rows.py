@@ -32,9 +32,7 @@ def gather(x: Tensor, routes: Routes, fill: float = 0.0) -> Tensor:
 
 
 @triton.jit
-def _merge_kernel(
-    OUT, LSE, ROW_OUT, ROW_LSE, PAIR, TO, TO_LSE, N, S: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr
-):
+def _merge_kernel(OUT, LSE, ROW_OUT, ROW_LSE, PAIR, TO, TO_LSE, N, S: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr):
     n, d = tl.program_id(0).to(tl.int64) * M + tl.arange(0, M), tl.arange(0, DP)
     here, seen = n < N, d[None, :] < D
     most = tl.load(LSE + n, mask=here, other=float("-inf"))

@@ -103,9 +103,7 @@ def _check_supported(module: nn.Module, naive: bool, kwargs: dict) -> tuple[floa
             'model\'s configuration, or use "moba_naive"'
         )
     if weights and not naive:
-        raise ValueError(
-            'output_attentions=True asks for attention weights, which MoBA never builds: set it to False, or use "moba_naive"'
-        )
+        raise ValueError('output_attentions=True asks for attention weights, which MoBA never builds: set it to False, or use "moba_naive"')
     return dropout, weights
 
 
@@ -117,9 +115,7 @@ def _autocast(*tensors: Tensor) -> list[Tensor]:
     return list(tensors)
 
 
-def _visible(
-    query: Tensor, key: Tensor, mask: MobaMask | Tensor | BlockMask | None, is_causal: bool | None, module: nn.Module
-) -> Visible:
+def _visible(query: Tensor, key: Tensor, mask: MobaMask | Tensor | BlockMask | None, is_causal: bool | None, module: nn.Module) -> Visible:
     if isinstance(mask, MobaMask):
         return mask.visible(query, key)
     if mask is not None:
@@ -157,9 +153,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, visible: Visible, call: d
     return out[0].unflatten(1, (rows, -1)).transpose(0, 1)
 
 
-def _attend_with_weights(
-    query: Tensor, key: Tensor, value: Tensor, visible: Visible, dropout: float, call: dict
-) -> tuple[Tensor, Tensor]:
+def _attend_with_weights(query: Tensor, key: Tensor, value: Tensor, visible: Visible, dropout: float, call: dict) -> tuple[Tensor, Tensor]:
     """The output and the weights `[B, H, Nq, Nk]`, which are what attention makes of an identity matrix of values."""
     n_key = key.shape[2]
     identity = torch.eye(n_key, dtype=value.dtype, device=value.device).expand(*value.shape[:2], n_key, n_key)

@@ -97,14 +97,10 @@ class MobaMask(BlockMask):
     __str__ = __repr__
 
     def __getattr__(self, name: str):
-        raise AttributeError(
-            f"the model's code reads {name!r} of its attention mask, which MoBA does not build: it cannot use MoBA"
-        )
+        raise AttributeError(f"the model's code reads {name!r} of its attention mask, which MoBA does not build: it cannot use MoBA")
 
 
-def moba_mask(
-    batch_size: int, q_length: int, kv_length: int, q_offset: int | Tensor = 0, kv_offset: int = 0, **request
-) -> MobaMask:
+def moba_mask(batch_size: int, q_length: int, kv_length: int, q_offset: int | Tensor = 0, kv_offset: int = 0, **request) -> MobaMask:
     """The mask function of "moba" and "moba_naive", called by transformers' `create_causal_mask` and its like."""
     sizes = {"batch_size": batch_size, "q_length": q_length, "kv_length": kv_length}
     return MobaMask({**sizes, "q_offset": q_offset, "kv_offset": kv_offset, "device": torch.device("cpu"), **request})
