@@ -476,7 +476,7 @@ def test_training_works_after_inference_mode_saw_the_same_shape():
 @pytest.mark.parametrize("name", ["query", "key", "value"])
 def test_nan_and_infinity_reach_the_outputs_that_can_see_them(implementation, name, bad, position, top_k):
     case = Case(2, 2, 1, 23, 23, block_size=4, top_k=top_k, seed=8)
-    tensors = operands(case, torch.float32)
+    tensors = operands(case, torch.float64)
     tensors = {other: x.abs() for other, x in tensors.items()}  # so that a key of infinity has a score of infinity
     clean, _ = attend(case, tensors, implementation)
     tensors[name][1, 0, position] = bad
@@ -498,7 +498,7 @@ def test_nan_and_infinity_reach_the_outputs_that_can_see_them(implementation, na
 @pytest.mark.parametrize("name", ["key", "value"])
 def test_nan_does_not_reach_earlier_blocks_or_other_packed_sequences(name: str):
     packed = Packed((10, 13), Case(1, 2, 1, 23, 23, block_size=4, top_k=3, seed=9))
-    tensors = operands(packed.case, torch.float32)
+    tensors = operands(packed.case, torch.float64)
     clean, _ = attend_packed(packed, tensors)
     tensors[name][:, :, 10 + 6] = torch.nan
     out, _ = attend_packed(packed, tensors)
@@ -510,7 +510,7 @@ def test_nan_does_not_reach_earlier_blocks_or_other_packed_sequences(name: str):
 @examples(25)
 @given(cases(), st.sampled_from([torch.nan, torch.inf, -torch.inf]), st.sampled_from([0.05, 0.5, 1.0]))
 def test_no_input_crashes(implementation: str, case: Case, bad: float, share: float):
-    tensors = operands(case, torch.float32)
+    tensors = operands(case, torch.float64)
     for i, (name, x) in enumerate(tensors.items()):
         tensors[name] = x.masked_fill(random(*x.shape, seed=case.seed + i).sigmoid() < share, bad).requires_grad_()
     outputs = attend(case, tensors, implementation)
