@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import arguments
@@ -12,6 +13,7 @@ from .naive import naive_attention
 # Bytes of working memory for the routed rows of one chunk, beside inputs and outputs. Heads are worked through in chunks that fit.
 DEFAULT_WORKING_MEMORY = 2 << 30
 _working_memory = DEFAULT_WORKING_MEMORY
+_LEAST_WIDTH = 16
 
 
 def set_working_memory(n_bytes: int = DEFAULT_WORKING_MEMORY) -> int:
@@ -196,7 +198,11 @@ def attend(
             out, lse = run(query, key, value, **blocks, **which, causal=causal, scale=scale, softcap=softcap)
     else:
         settings = (block_size, top_k, sink_blocks, recent_blocks, causal, scale, softcap, implementation, _working_memory)
-        out, lse, _ = attention(query, key, value, padding_mask, cu_seqlens, *settings)
+        values = value
+        if implementation == "flex":  # a GPU's tiles are 16 numbers wide at least; zeros change neither scores nor outputs
+            query, key, values = (F.pad(x, (0, max(0, _LEAST_WIDTH - x.shape[-1]))) for x in (query, key, value))
+        out, lse, _ = attention(query, key, values, padding_mask, cu_seqlens, *settings)
+        out = out[..., : value.shape[-1]]
     if sinks is not None:
         sink = sinks.to(lse.dtype)[:, None]
         empty = lse == -torch.inf

@@ -30,6 +30,12 @@ SCRIPT = ROOT / "examples" / "llama.py"
 CONTEXT = 128
 
 
+@pytest.fixture(autouse=True)
+def _on_the_cpu(monkeypatch):
+    """What a GPU prints in bfloat16 is no matter of these tests."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory) -> Path:
     """The folder of a small random Llama whose tokens are the words w0 to w49."""
