@@ -153,14 +153,45 @@ def _routed_parts(routes: Routes, layout: BlockLayout, groups: int) -> Iterator[
 def merge_routed(
     out: Tensor, lse: Tensor, query: Tensor, key: Tensor, value: Tensor, routes: Routes, layout: BlockLayout, spec: Spec
 ) -> tuple[Tensor, Tensor]:
-    """Add what queries read along `routes` to an output `[B, H, N, Dv]` and its log-sum-exp `[B, H, N]`, in place.
+    """The output `[B, H, N, Dv]` and log-sum-exp `[B, H, N]` with what queries read along `routes` added to them.
 
-    Merging after each block keeps no partial output: they would be `top_k` times the size of the output.
+    Merging block after block keeps no partial output: they would be `top_k` times the size of the output.
     """
-    q, total, sums = query.flatten(0, 2), lse.flatten(), out.flatten(0, 2)
-    k, v, fused = key.flatten(0, 2), value.flatten(0, 2), _fusible(query, key, value, spec)
+    operands = (out, lse, query, key, value, routes, layout, spec)
+    summed = _sum_routed(*operands) if spec.causal else None
+    return _merge_one_by_one(*operands) if summed is None else summed
+
+
+def _sum_routed(
+    out: Tensor, lse: Tensor, query: Tensor, key: Tensor, value: Tensor, routes: Routes, layout: BlockLayout, spec: Spec
+) -> tuple[Tensor, Tensor] | None:
+    """Softmax weights relative to the local call's log-sum-exp, so that blocks add up and nothing has to be rescaled.
+
+    None if something is too large for that: a score some 80 above the local log-sum-exp (float32), infinity or NaN. A score far
+    below is no matter, since its weight is nothing beside the local call's 1.
+    """
+    q, reference = query.flatten(0, 2), lse.flatten()
+    k, v = key.flatten(0, 2), value.flatten(0, 2)
+    sums, total = torch.zeros_like(out).flatten(0, 2), torch.ones_like(reference)
     for queries, keys in _routed_parts(routes, layout, key.shape[1]):
-        part, part_lse = _attend(_wide(q.index_select(0, queries)), _wide(k[keys]), _wide(v[keys]), False, spec, fused)
+        score = _scores(_wide(q.index_select(0, queries)), _wide(k[keys]), spec)
+        weight = score.sub_(reference.index_select(0, queries)[:, None]).exp_()
+        total.index_add_(0, queries, weight.sum(-1))
+        sums.index_add_(0, queries, weight @ _wide(v[keys]))
+    if not all(math.isfinite(bound) for x in (total, sums) for bound in torch.aminmax(x)):
+        return None
+    sums, total = sums.view(out.shape), total.view(lse.shape)
+    return sums.add_(out).div_(total[..., None]), total.log_().add_(lse)
+
+
+def _merge_one_by_one(
+    out: Tensor, lse: Tensor, query: Tensor, key: Tensor, value: Tensor, routes: Routes, layout: BlockLayout, spec: Spec
+) -> tuple[Tensor, Tensor]:
+    """The same for any scores: each block's output is a softmax of its own, merged with what came before it. In place."""
+    q, total, sums = query.flatten(0, 2), lse.flatten(), out.flatten(0, 2)
+    k, v = key.flatten(0, 2), value.flatten(0, 2)
+    for queries, keys in _routed_parts(routes, layout, key.shape[1]):
+        part, part_lse = _attend(_wide(q.index_select(0, queries)), _wide(k[keys]), _wide(v[keys]), False, spec, False)
         before = total.index_select(0, queries)
         share = torch.sigmoid(part_lse - before)[:, None]  # of the block in the sum of both
         sums.index_copy_(0, queries, torch.lerp(sums.index_select(0, queries), part, share))
