@@ -13,7 +13,7 @@ from .naive import naive_attention
 # Bytes of working memory for the routed rows of one chunk, beside inputs and outputs. Heads are worked through in chunks that fit.
 DEFAULT_WORKING_MEMORY = 2 << 30
 _working_memory = DEFAULT_WORKING_MEMORY
-_LEAST_WIDTH = 16
+_LEAST_WIDTH = 16  # of a GPU's tiles
 
 
 def set_working_memory(n_bytes: int = DEFAULT_WORKING_MEMORY) -> int:
@@ -198,11 +198,12 @@ def attend(
             out, lse = run(query, key, value, **blocks, **which, causal=causal, scale=scale, softcap=softcap)
     else:
         settings = (block_size, top_k, sink_blocks, recent_blocks, causal, scale, softcap, implementation, _working_memory)
-        values = value
-        if implementation == "flex":  # a GPU's tiles are 16 numbers wide at least; zeros change neither scores nor outputs
-            query, key, values = (F.pad(x, (0, max(0, _LEAST_WIDTH - x.shape[-1]))) for x in (query, key, value))
-        out, lse, _ = attention(query, key, values, padding_mask, cu_seqlens, *settings)
-        out = out[..., : value.shape[-1]]
+        narrow = implementation == "flex" and min(query.shape[-1], value.shape[-1]) < _LEAST_WIDTH
+        if narrow:  # zeros change neither scores nor outputs
+            width = value.shape[-1]
+            query, key, value = (F.pad(x, (0, max(0, _LEAST_WIDTH - x.shape[-1]))) for x in (query, key, value))
+        out, lse, _ = attention(query, key, value, padding_mask, cu_seqlens, *settings)
+        out = out[..., :width] if narrow else out
     if sinks is not None:
         sink = sinks.to(lse.dtype)[:, None]
         empty = lse == -torch.inf

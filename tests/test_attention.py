@@ -578,3 +578,22 @@ def test_torch_compile_sees_one_graph_for_packed_sequences():
     tensors = [x[0].transpose(0, 1) for x in operands(packed.case).values()]
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
     assert_same(compiled(*tensors, packed.cu_seqlens()), run(*tensors, packed.cu_seqlens()))
+
+
+@pytest.mark.parametrize("height", [1.0, 30.0, 1e4], ids=["small", "too large to add up", "huge"])
+def test_a_past_block_may_outweigh_the_own_one_by_any_amount(height: float, monkeypatch):
+    """Scores far above those of the own block overflow a plain sum of exponentials, and are merged another way."""
+    added_up = []
+    plain = eager._sum_routed
+    monkeypatch.setattr(eager, "_sum_routed", lambda *operands: added_up.append(plain(*operands) is not None) or plain(*operands))
+    query = torch.randn(1, 2, 60, 8)
+    query[..., 0] = height
+    key, value = torch.randn(1, 1, 60, 8), torch.randn(1, 1, 60, 8)
+    key[:, :, 10:20, 0] += height
+    results = [
+        moba_attention(query, key, value, block_size=10, top_k=3, return_lse=True, implementation=implementation)
+        for implementation in ("eager", "naive")
+    ]
+    for got, wanted in zip(*results):
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+    assert added_up == [height == 1.0]

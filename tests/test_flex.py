@@ -16,6 +16,7 @@ from moba_flex import flex, gate
 from moba_flex.attention import attention
 from moba_flex.block_masks import local_mask, routed_mask
 from moba_flex.blocks import dense_layout, packed_layout, padded_layout, slots_per_block
+from moba_flex.functional import attend
 from moba_flex.routing import route
 from moba_flex.spec import Spec
 
@@ -165,3 +166,13 @@ def test_the_lists_of_the_routed_mask_say_what_its_rule_says(case):
     assert (every | (listed < 2)).all(), case  # nothing that the rule hides is listed as full
     if spec.causal and layout.whole:
         assert (listed[some] == 2).all(), case  # no mask is evaluated for a past block
+
+
+def test_heads_narrower_than_a_tile_are_widened_with_zeros():
+    leaves = [torch.randn(1, heads, 90, width, requires_grad=True) for heads, width in ((4, 8), (2, 8), (2, 5))]
+    results = []
+    for implementation in ("eager", "flex"):
+        out = attend(*leaves, block_size=16, top_k=3, implementation=implementation)
+        results.append((out, *torch.autograd.grad(out.sin().sum(), leaves)))
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
