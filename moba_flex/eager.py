@@ -37,7 +37,7 @@ def _scores(query: Tensor, key: Tensor, spec: Spec) -> Tensor:
 
 def _fusible(query: Tensor, key: Tensor, value: Tensor, spec: Spec) -> bool:
     """Whether PyTorch's fused kernel for CPUs computes this. It lets NaN vanish, so it gets finite numbers alone."""
-    if query.is_cuda or spec.softcap is not None or query.shape[-1] != value.shape[-1]:
+    if query.device.type != "cpu" or spec.softcap is not None or query.shape[-1] != value.shape[-1]:
         return False
     return all(math.isfinite(bound) for x in (query, key, value) for bound in torch.aminmax(x))
 
