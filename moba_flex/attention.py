@@ -37,7 +37,7 @@ def forward(
     q, k, v = (x.contiguous() for x in (layout.query_slots(query), layout.key_slots(key), layout.key_slots(value)))
     chosen = backend.choose(q, k, layout, spec)
 
-    out, lse = q.new_empty(*q.shape[:3], v.shape[-1]), q.new_empty(q.shape[:3], dtype=_wide(q.dtype))
+    out = lse = None
     for rows, groups, heads in chunks(q, k, v, layout, spec, budget):
         of_rows = layout.rows(rows)
         part_q, part_k, part_v = q[rows, heads], k[rows, groups].contiguous(), v[rows, groups].contiguous()
@@ -46,10 +46,12 @@ def forward(
         if pairs := most_pairs(part_q, layout, spec):
             routes = backend.route(chosen[rows, heads], part_k.shape[1], layout.n_key_blocks, pairs)
             partial = backend.merge_routed(*partial, part_q, part_k, part_v, routes, of_rows, spec)
-        if part_q.shape[:2] == q.shape[:2]:
+        if part_q.shape[:2] == q.shape[:2]:  # one chunk: nothing to copy together
             out, lse = partial[0].to(q.dtype), partial[1]
-        else:
-            out[rows, heads], lse[rows, heads] = partial
+            continue
+        if out is None:
+            out, lse = q.new_empty(*q.shape[:3], v.shape[-1]), q.new_empty(q.shape[:3], dtype=_wide(q.dtype))
+        out[rows, heads], lse[rows, heads] = partial
     return layout.query_tokens(out), layout.query_tokens(lse, fill=-torch.inf), chosen
 
 

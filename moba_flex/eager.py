@@ -81,18 +81,18 @@ def _attend_backward(
 
 
 def _local_heads(
-    query: Tensor, key: Tensor, layout: BlockLayout, per_query: tuple[Tensor, ...], per_key: tuple[Tensor, ...]
+    layout: BlockLayout, per_query: tuple[Tensor, ...], per_key: tuple[Tensor, ...]
 ) -> Iterator[tuple[Tensor, list[Tensor], list[Tensor]]]:
     """Each query head with its key head, some query blocks at a time: their own blocks `[q]`, and all that there is of them.
 
     `per_query [B, H, Q * P, ...]` comes as `[q, P, ...]`, `per_key [B, G, C * P, ...]` as `[C, P, ...]`.
     """
-    repeats = query.shape[1] // key.shape[1]
+    rows, heads, repeats = per_query[0].shape[0], per_query[0].shape[1], per_query[0].shape[1] // per_key[0].shape[1]
     by_block = [x.unflatten(2, (-1, layout.width)) for x in (*per_query, *per_key)]
     step = max(1, _SCORES_AT_ONCE // layout.width**2)
-    for b in range(query.shape[0]):
+    for b in range(rows):
         own = layout.own[b].long()
-        for h in range(query.shape[1]):
+        for h in range(heads):
             of_query = [x[b, h] for x in by_block[: len(per_query)]]
             of_key = [x[b, h // repeats] for x in by_block[len(per_query) :]]
             for start in range(0, layout.n_query_blocks, step):
@@ -104,7 +104,7 @@ def local(query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, spec: 
     """Causal attention of each query to its own block: `[B, H, Q * P, Dv]` and the log-sum-exp `[B, H, Q * P]`, in float32 at least."""
     wide, fused = torch.promote_types(query.dtype, torch.float32), _fusible(query, key, value, spec)
     out, lse = query.new_empty(*query.shape[:3], value.shape[-1], dtype=wide), query.new_empty(query.shape[:3], dtype=wide)
-    for own, (q, o, l), (k, v) in _local_heads(query, key, layout, (query, out, lse), (key, value)):
+    for own, (q, o, l), (k, v) in _local_heads(layout, (query, out, lse), (key, value)):
         part, part_lse = _attend(_wide(q), _wide(k[own]), _wide(v[own]), True, spec, fused)
         o.copy_(part), l.copy_(part_lse)
     return out, lse
@@ -118,7 +118,7 @@ def local_backward(
     grad_query = torch.empty_like(query, dtype=lse.dtype)
     grad_key, grad_value = (torch.zeros_like(x, dtype=lse.dtype) for x in (key, value))
     per_query, per_key = (query, grad, lse, delta, grad_query), (key, value, grad_key, grad_value)
-    for own, (*of_query, dq), (k, v, dk, dv) in _local_heads(query, key, layout, per_query, per_key):
+    for own, (*of_query, dq), (k, v, dk, dv) in _local_heads(layout, per_query, per_key):
         q, *upstream = (_wide(x) for x in of_query)
         part, part_k, part_v = _attend_backward(q, _wide(k[own]), _wide(v[own]), *upstream, hidden, spec)
         dq.copy_(part)

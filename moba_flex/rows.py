@@ -64,11 +64,5 @@ def _take_rows(rows: Tensor, pair: Tensor) -> Tensor:
 
 def _sum_of_rows(rows: Tensor, pair: Tensor, weight: Tensor | None = None) -> Tensor:
     """`[R, D]`, rows of each query `[n, S]`, -1 for none -> their sum `[n, D]`, weighted by `weight [n, S]`, in float32 at least."""
-    wide = torch.promote_types(rows.dtype, torch.float32)
-    if rows.dtype == wide:  # one pass over the rows; those that are none are left out, so that what stands there cannot matter
-        real = pair >= 0
-        offsets = torch.nn.functional.pad(real.sum(1).cumsum(0), (1, 0))[:-1]
-        weight = None if weight is None else weight[real]
-        return torch.nn.functional.embedding_bag(pair[real].long(), rows, offsets, mode="sum", per_sample_weights=weight)
-    taken = _take_rows(rows, pair).to(wide).masked_fill_((pair < 0)[..., None], 0)
+    taken = _take_rows(rows, pair).to(torch.promote_types(rows.dtype, torch.float32)).masked_fill((pair < 0)[..., None], 0)
     return taken.sum(1) if weight is None else torch.bmm(weight[:, None], taken)[:, 0]
