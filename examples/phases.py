@@ -46,22 +46,25 @@ def phases(heads: int, groups: int, tokens: int, width: int, block_size: int, to
 
     chosen = kernels.choose(q, k, layout, spec)
     routes = flex.route(chosen, groups, layout.n_key_blocks, pairs)
-    row_q = kernels.gather(q, routes)
+    row_q = kernels.dispatch(q, routes)
     row_out, row_lse = flex.routed(row_q, k, v, routes, layout, spec)
     out, lse = flex.local(q, k, v, layout, spec)
-    delta = (out * grad).sum(-1).float()
-    rows = [kernels.gather(x, routes, fill) for x, fill in ((q, 0), (grad, 0), (lse, torch.inf), (delta, 0))]
+    delta = kernels.delta(out, grad, None)
+    rows = kernels.dispatch_backward(q, grad, lse, delta, routes)
+    merged, total = torch.empty_like(out), torch.empty_like(lse)
     row_dq = flex.routed_backward(*rows, k, v, routes, layout, spec)[0]
     steps = {
         "gate": lambda: kernels.choose(q, k, layout, spec),
         "order rows": lambda: flex.route(chosen, groups, layout.n_key_blocks, pairs),
-        "gather queries": lambda: kernels.gather(q, routes),
+        "dispatch": lambda: kernels.dispatch(q, routes),
         "routed call": lambda: flex.routed(row_q, k, v, routes, layout, spec),
         "local call": lambda: flex.local(q, k, v, layout, spec),
-        "merge": lambda: kernels.merge(out, lse, row_out, row_lse, routes),
+        "merge": lambda: kernels.merge(out, lse, row_out, row_lse, routes, (merged, total)),
+        "delta": lambda: kernels.delta(out, grad, None),
+        "dispatch backward": lambda: kernels.dispatch_backward(q, grad, lse, delta, routes),
         "routed backward": lambda: flex.routed_backward(*rows, k, v, routes, layout, spec),
         "local backward": lambda: flex.local_backward(q, k, v, grad, lse, delta, layout, spec),
-        "sum gradients": lambda: kernels.sum_rows(grad, row_dq, routes),
+        "sum gradients": lambda: kernels.sum_rows(grad, row_dq, routes, merged),
     }
     return {name: milliseconds(step) for name, step in steps.items()}
 

@@ -37,21 +37,20 @@ def forward(
     q, k, v = (x.contiguous() for x in (layout.query_slots(query), layout.key_slots(key), layout.key_slots(value)))
     chosen = backend.choose(q, k, layout, spec)
 
-    out = lse = None
+    out, lse = q.new_empty(*q.shape[:3], v.shape[-1]), q.new_empty(q.shape[:3], dtype=_wide(q.dtype))
     for rows, groups, heads in chunks(q, k, v, layout, spec, budget):
-        of_rows = layout.rows(rows)
-        part_q, part_k, part_v = q[rows, heads], k[rows, groups].contiguous(), v[rows, groups].contiguous()
+        of_rows, operands, into = (
+            layout.rows(rows),
+            (q[rows, heads], k[rows, groups], v[rows, groups]),
+            (out[rows, heads], lse[rows, heads]),
+        )
         local = backend.local if spec.causal else nothing_local
-        partial = local(part_q, part_k, part_v, of_rows, spec)
-        if pairs := most_pairs(part_q, layout, spec):
-            routes = backend.route(chosen[rows, heads], part_k.shape[1], layout.n_key_blocks, pairs)
-            partial = backend.merge_routed(*partial, part_q, part_k, part_v, routes, of_rows, spec)
-        if part_q.shape[:2] == q.shape[:2]:  # one chunk: nothing to copy together
-            out, lse = partial[0].to(q.dtype), partial[1]
-            continue
-        if out is None:
-            out, lse = q.new_empty(*q.shape[:3], v.shape[-1]), q.new_empty(q.shape[:3], dtype=_wide(q.dtype))
-        out[rows, heads], lse[rows, heads] = partial
+        partial = local(*operands, of_rows, spec)
+        if pairs := most_pairs(operands[0], layout, spec):
+            routes = backend.route(chosen[rows, heads], operands[1].shape[1], layout.n_key_blocks, pairs)
+            backend.merge_routed(*partial, *operands, routes, of_rows, spec, into)
+        else:
+            _copy(partial, into)
     return layout.query_tokens(out), layout.query_tokens(lse, fill=-torch.inf), chosen
 
 
@@ -71,25 +70,22 @@ def backward(
     budget: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value. Rows are gathered again, chunk by chunk, and come back by gathering too."""
-    delta = (out.to(lse.dtype) * grad).sum(-1)
-    if grad_lse is not None:
-        delta = delta - grad_lse
+    grad = grad.contiguous()
+    delta = backend.delta(out, grad, grad_lse)
     q, k, v = (x.contiguous() for x in (layout.query_slots(query), layout.key_slots(key), layout.key_slots(value)))
-    grad, lse, delta = layout.query_slots(grad), layout.query_slots(lse), layout.query_slots(delta)
+    grad, lse, delta = (layout.query_slots(x).contiguous() for x in (grad, lse, delta))
 
     grad_q, grad_k, grad_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     for rows, groups, heads in chunks(q, k, v, layout, spec, budget):
-        of_rows = layout.rows(rows)
-        part_k, part_v = k[rows, groups].contiguous(), v[rows, groups].contiguous()
-        upstream = [x[rows, heads] for x in (q, grad, lse, delta)]
+        of_rows, into = layout.rows(rows), (grad_q[rows, heads], grad_k[rows, groups], grad_v[rows, groups])
+        operands = q[rows, heads], k[rows, groups], v[rows, groups], *(x[rows, heads] for x in (grad, lse, delta))
         local_backward = backend.local_backward if spec.causal else nothing_local_backward
-        dq, dk, dv = local_backward(upstream[0], part_k, part_v, *upstream[1:], of_rows, spec)
-        if pairs := most_pairs(upstream[0], layout, spec):
-            routes = backend.route(chosen[rows, heads], part_k.shape[1], layout.n_key_blocks, pairs)
-            operands = upstream[0], part_k, part_v, *upstream[1:]
-            dq, routed_dk, routed_dv = backend.merge_routed_backward(dq, *operands, routes, of_rows, spec)
-            dk, dv = dk + routed_dk, dv + routed_dv
-        grad_q[rows, heads], grad_k[rows, groups], grad_v[rows, groups] = dq, dk, dv
+        partial = local_backward(*operands, of_rows, spec)
+        if pairs := most_pairs(operands[0], layout, spec):
+            routes = backend.route(chosen[rows, heads], operands[1].shape[1], layout.n_key_blocks, pairs)
+            backend.merge_routed_backward(partial, *operands, routes, of_rows, spec, into)
+        else:
+            _copy(partial, into)
     return layout.query_tokens(grad_q), layout.key_tokens(grad_k), layout.key_tokens(grad_v)
 
 
@@ -102,6 +98,11 @@ def nothing_local(query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout
 def nothing_local_backward(query: Tensor, key: Tensor, value: Tensor, *_) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of `nothing_local`."""
     return tuple(torch.zeros_like(x, dtype=_wide(x.dtype)) for x in (query, key, value))
+
+
+def _copy(tensors: tuple[Tensor, ...], into: tuple[Tensor, ...]) -> None:
+    for x, to in zip(tensors, into):
+        to.copy_(x)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -62,12 +62,9 @@ def local_mask(layout: BlockLayout, heads: int, groups: int) -> Mask:
 
     A tile of queries meets the same tile of its own block in part, and the earlier tiles of it in full.
     """
-    if (key := ("local_mask", heads, groups)) not in layout.cache:
-        layout.cache[key] = _local_mask(layout, heads, groups)
-    return layout.cache[key]
+    return layout.cached(("local mask", heads, groups), lambda: _local_mask(layout, heads, groups))
 
 
-@torch.inference_mode(False)
 def _local_mask(layout: BlockLayout, heads: int, groups: int) -> Mask:
     own = layout.own.repeat_interleave(groups, 0)
     tile = math.gcd(layout.width, QUERY_TILE)
@@ -97,11 +94,11 @@ def _routed_rule(tile: int, width: int) -> Callable[..., Tensor]:
 
 def routed_mask(routes: Routes, layout: BlockLayout, groups: int, causal: bool) -> Mask:
     """Each tile of routed rows `[1, 1, T * tile, D]` meets one whole block of the keys `[1, 1, B * G * C * P, D]`."""
-    tile, width, block = routes.tile, layout.width, routes.block_of_tile
-    n_keys = layout.block_keys.repeat_interleave(groups, 0).flatten()
-    first = routes.first_tile[:-1].clamp(max=block.numel() - 1)
-    listed = (routes.tile_in_use, block), (routes.first_tile.diff(), first)
-    empty = (torch.zeros_like(routes.tile_in_use), block), (torch.zeros_like(first), first)
+    tile, width, block, first = routes.tile, layout.width, routes.block_of_tile, routes.first_tile
+    n_keys = layout.cached(("block keys", groups), lambda: layout.block_keys.repeat_interleave(groups, 0).flatten())
+    nothing = layout.cached(("nothing", block.numel(), first.numel()), lambda: block.new_zeros(block.numel() + first.numel()))
+    listed = (routes.tile_in_use, block), (routes.tiles_of_block, first)
+    empty = (nothing[: block.numel()], block), (nothing[block.numel() :], first)
     # Past blocks are full of keys, so that nothing of a tile is masked, unless a block has more slots than tokens.
     full = causal and layout.whole
     (kv, q), (full_kv, full_q) = (empty, listed) if full else (listed, empty)

@@ -10,12 +10,16 @@ B rows, C key blocks a row, Q query blocks a row, P slots a block (`width`), N t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 def slots_per_block(block_size: int) -> int:
@@ -56,7 +60,7 @@ class BlockLayout:
     slot_of_key: Tensor | None = None  # [B, Nk] int64, -1 for padding
     token_of_query_slot: Tensor | None = None
     slot_of_query: Tensor | None = None
-    cache: dict = field(default_factory=dict)  # what else follows from the layout, for who wants to keep it
+    _cache: dict = field(default_factory=dict)
 
     @property
     def n_query_blocks(self) -> int:
@@ -66,6 +70,13 @@ class BlockLayout:
     def whole(self) -> bool:
         """Whether every block that a causal query can be routed to fills all its slots (past blocks are full of tokens)."""
         return self.width == self.block_size
+
+    def cached(self, name: tuple, make: Callable[[], T]) -> T:
+        """What `make` returns, kept with the layout: it must follow from the layout and `name` alone."""
+        if name not in self._cache:
+            with torch.inference_mode(False):  # what is made within inference mode could not be used outside of it
+                self._cache[name] = make()
+        return self._cache[name]
 
     def key_slots(self, x: Tensor) -> Tensor:
         """`[B, G, Nk, D]` -> `[B, G, C * P, D]`, zeros where no token is."""
@@ -96,7 +107,7 @@ class BlockLayout:
         if rows.stop - rows.start == self.own.shape[0]:
             return self
         names = ("own", "first", "end", "query_start", "query_stop", "block_keys")
-        return replace(self, cache={}, **{name: getattr(self, name)[rows] for name in names})
+        return self.cached((rows.start, rows.stop), lambda: replace(self, _cache={}, **{name: getattr(self, name)[rows] for name in names}))
 
     def last_own(self, query_block: int) -> int:
         """A bound, known without reading data, of the own block of `query_block` in any row."""
@@ -141,10 +152,17 @@ def _take(x: Tensor, index: Tensor, fill: float = 0) -> Tensor:
     return out.masked_fill_(index < 0, fill)
 
 
+def dense_layout(rows: int, n_query: int, n_key: int, block_size: int, width: int, device: torch.device) -> BlockLayout:
+    """Rows of equal length without padding; the queries are the last `n_query` of `n_key` positions. Kept for the next call."""
+    # Tensors made while a CUDA graph is captured have no contents before its replay: they are for that graph alone.
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    make = _dense_layout.__wrapped__ if capturing else _dense_layout
+    return make(rows, n_query, n_key, block_size, width, device)
+
+
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)
-def dense_layout(rows: int, n_query: int, n_key: int, block_size: int, width: int, device: torch.device) -> BlockLayout:
-    """Rows of equal length without padding; the queries are the last `n_query` of `n_key` positions."""
+def _dense_layout(rows: int, n_query: int, n_key: int, block_size: int, width: int, device: torch.device) -> BlockLayout:
     n_blocks, first_block = -(-n_key // block_size), (n_key - n_query) // block_size
     own = torch.arange(first_block, n_blocks, device=device, dtype=torch.int32).expand(rows, -1)
     return BlockLayout(

@@ -18,9 +18,10 @@ from torch import Tensor
 from .blocks import BlockLayout
 from .gate import choose
 from .routing import order_pairs
+from .rows import delta
 from .spec import Spec
 
-__all__ = ["choose", "local", "local_backward", "merge_routed", "merge_routed_backward", "route"]
+__all__ = ["choose", "delta", "local", "local_backward", "merge_routed", "merge_routed_backward", "route"]
 
 _SCORES_AT_ONCE = 1 << 21  # about what a core's cache holds
 _ROWS_AT_ONCE = 4096
@@ -151,15 +152,25 @@ def _routed_parts(routes: Routes, layout: BlockLayout, groups: int) -> Iterator[
 
 
 def merge_routed(
-    out: Tensor, lse: Tensor, query: Tensor, key: Tensor, value: Tensor, routes: Routes, layout: BlockLayout, spec: Spec
-) -> tuple[Tensor, Tensor]:
-    """The output `[B, H, N, Dv]` and log-sum-exp `[B, H, N]` with what queries read along `routes` added to them.
+    out: Tensor,
+    lse: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    routes: Routes,
+    layout: BlockLayout,
+    spec: Spec,
+    into: tuple[Tensor, Tensor],
+) -> None:
+    """What queries read along `routes`, added to an output `[B, H, N, Dv]` and its log-sum-exp `[B, H, N]`, written `into` such.
 
     Merging block after block keeps no partial output: they would be `top_k` times the size of the output.
     """
     operands = (out, lse, query, key, value, routes, layout, spec)
     summed = _sum_routed(*operands) if spec.causal else None
-    return _merge_one_by_one(*operands) if summed is None else summed
+    merged = _merge_one_by_one(*operands) if summed is None else summed
+    for x, to in zip(merged, into):
+        to.copy_(x)
 
 
 def _sum_routed(
@@ -200,7 +211,7 @@ def _merge_one_by_one(
 
 
 def merge_routed_backward(
-    grad_query: Tensor,
+    local: tuple[Tensor, Tensor, Tensor],
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -210,15 +221,16 @@ def merge_routed_backward(
     routes: Routes,
     layout: BlockLayout,
     spec: Spec,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, added to `grad_query` in place, of key and of value that come along `routes`."""
-    grad_key, grad_value = (torch.zeros_like(x, dtype=lse.dtype) for x in (key, value))
+    into: tuple[Tensor, Tensor, Tensor],
+) -> None:
+    """Gradients of query, key and value that come along `routes`, added to those that came otherwise, written `into` such."""
     per_query = [x.flatten(0, 2) for x in (query, grad, lse, delta)]
-    dq, k, v, dk, dv = (x.flatten(0, 2) for x in (grad_query, key, value, grad_key, grad_value))
+    k, v, dq, dk, dv = (x.flatten(0, 2) for x in (key, value, *local))
     for queries, keys in _routed_parts(routes, layout, key.shape[1]):
         q, *upstream = (_wide(x.index_select(0, queries)) for x in per_query)
         part, part_k, part_v = _attend_backward(q, _wide(k[keys]), _wide(v[keys]), *upstream, None, spec)
         dq.index_add_(0, queries, part)
         dk[keys] += part_k
         dv[keys] += part_v
-    return grad_query, grad_key, grad_value
+    for x, to in zip(local, into):
+        to.copy_(x)

@@ -18,14 +18,13 @@ from torch import Tensor
 from torch._higher_order_ops.flex_attention import flex_attention_backward
 from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
-from . import routing
 from . import rows as plain
 from .block_masks import QUERY_TILE, Mask, block_mask, local_mask, routed_mask
 from .blocks import BlockLayout
 from .routing import Routes
 from .spec import Spec
 
-__all__ = ["TILE", "choose", "local", "local_backward", "merge_routed", "merge_routed_backward", "route"]
+__all__ = ["TILE", "choose", "delta", "local", "local_backward", "merge_routed", "merge_routed_backward", "route"]
 
 TILE = QUERY_TILE
 
@@ -42,7 +41,7 @@ def _steps(x: Tensor):
 
 def route(chosen: Tensor, groups: int, n_blocks: int, most_pairs: int) -> Routes:
     """Rows for all pairs, ordered by block in whole tiles: see `moba_flex.routing.route`."""
-    return routing.route(chosen, groups, n_blocks, TILE, most_pairs)
+    return _steps(chosen).route(chosen, groups, n_blocks, TILE, most_pairs)
 
 
 def choose(query: Tensor, key: Tensor, layout: BlockLayout, spec: Spec) -> Tensor:
@@ -59,12 +58,25 @@ def local(query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, spec: 
 
 
 def merge_routed(
-    out: Tensor, lse: Tensor, query: Tensor, key: Tensor, value: Tensor, routes: Routes, layout: BlockLayout, spec: Spec
-) -> tuple[Tensor, Tensor]:
-    """Add what queries read along `routes` to an output `[B, H, N, Dv]` and its log-sum-exp `[B, H, N]`."""
+    out: Tensor,
+    lse: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    routes: Routes,
+    layout: BlockLayout,
+    spec: Spec,
+    into: tuple[Tensor, Tensor],
+) -> None:
+    """What queries read along `routes`, added to an output `[B, H, N, Dv]` and its log-sum-exp `[B, H, N]`, written `into` such."""
     steps = _steps(query)
-    row_out, row_lse = routed(steps.gather(query, routes), key, value, routes, layout, spec)
-    return steps.merge(out, lse, row_out, row_lse, routes)
+    row_out, row_lse = routed(steps.dispatch(query, routes), key, value, routes, layout, spec)
+    steps.merge(out, lse, row_out, row_lse, routes, into)
+
+
+def delta(out: Tensor, grad: Tensor, grad_lse: Tensor | None) -> Tensor:
+    """`out . grad - grad_lse`: see `moba_flex.rows.delta`."""
+    return _steps(out).delta(out, grad, grad_lse)
 
 
 def routed(row_query: Tensor, key: Tensor, value: Tensor, routes: Routes, layout: BlockLayout, spec: Spec) -> tuple[Tensor, Tensor]:
@@ -84,7 +96,7 @@ def local_backward(
 
 
 def merge_routed_backward(
-    grad_query: Tensor,
+    local: tuple[Tensor, Tensor, Tensor],
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -94,14 +106,15 @@ def merge_routed_backward(
     routes: Routes,
     layout: BlockLayout,
     spec: Spec,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, added to `grad_query`, of key and of value that come along `routes`."""
+    into: tuple[Tensor, Tensor, Tensor],
+) -> None:
+    """Gradients of query, key and value that come along `routes`, added to those that came otherwise, written `into` such."""
     steps = _steps(query)
-    # A spare row has no query. With a log-sum-exp of infinity its weights, and so its gradients, are 0.
-    fills = (0, 0, torch.inf, 0)
-    rows = [steps.gather(x, routes, fill) for x, fill in zip((query, grad, lse, delta), fills)]
+    rows = steps.dispatch_backward(query, grad, lse, delta, routes)
     row_dq, dk, dv = routed_backward(*rows, key, value, routes, layout, spec)
-    return steps.sum_rows(grad_query, row_dq, routes), dk, dv
+    steps.sum_rows(local[0], row_dq, routes, into[0])
+    torch.add(local[1], dk, out=into[1])
+    torch.add(local[2], dv, out=into[2])
 
 
 def routed_backward(

@@ -34,42 +34,53 @@ class Routes:
     """Where each pair went. Blocks are numbered as in `order_pairs`. All int32."""
 
     tile: int
-    query_of_row: Tensor  # [R] the flat query `(b * H + h) * N + n` of each row, -1 for spare rows
     row_of_pair: Tensor  # [B, H, N, S] the row of each pair, -1 where the query chose fewer blocks
     block_of_tile: Tensor  # [T] the block that each tile of rows meets; some valid block for spare tiles
     tile_in_use: Tensor  # [T] 1 or 0
-    first_tile: Tensor  # [B * G * C + 1] the first tile of each block; the last entry is the number of tiles in use
+    first_tile: Tensor  # [B * G * C] the first tile of each block; some valid tile where it has none
+    tiles_of_block: Tensor  # [B * G * C] how many tiles it has
+    rows_of_block: Tensor  # [B * G * C] how many rows it has; what is left of its last tile is spare
+
+    @property
+    def n_rows(self) -> int:
+        """R: rows of all tiles, spare ones included."""
+        return self.block_of_tile.numel() * self.tile
 
     @property
     def n_blocks(self) -> int:
-        return self.first_tile.numel() - 1
+        return self.first_tile.numel()
+
+
+def tiles_needed(most_pairs: int, n_blocks: int, tile: int) -> int:
+    """T: enough tiles for `most_pairs` pairs however they spread over `n_blocks` blocks."""
+    return -(-most_pairs // tile) + min(n_blocks, most_pairs)
 
 
 def route(chosen: Tensor, groups: int, n_blocks: int, tile: int, most_pairs: int) -> Routes:
     """A row for each pair of `chosen [B, H, N, S]`, of which at most `most_pairs` are real; each block's rows in whole tiles."""
-    count, device = chosen.shape[-1], chosen.device
+    device = chosen.device
     ordered, order, first = order_pairs(chosen, groups, n_blocks)
     total = first.numel() - 1
-    first_tile = torch.zeros(total + 1, device=device, dtype=torch.int32)
-    first_tile[1:] = ((first.diff() + (tile - 1)) // tile).cumsum(0)
-    n_tiles = -(-most_pairs // tile) + min(total, most_pairs)
+    rows_of_block = first.diff()
+    tiles_of_block = (rows_of_block + (tile - 1)) // tile
+    end_tile = tiles_of_block.cumsum(0, dtype=torch.int32)
+    first_tile = end_tile - tiles_of_block
+    n_tiles = tiles_needed(most_pairs, total, tile)
 
-    ordered, order = ordered[:most_pairs], order[:most_pairs]
     used = ordered < total
-    row = torch.arange(ordered.numel(), device=device, dtype=torch.int32)
-    row = torch.where(used, row + (first_tile * tile - first)[ordered], n_tiles * tile).long()
-    row_of_pair = torch.full((chosen.numel(),), -1, device=device, dtype=torch.int32)
-    row_of_pair[order] = torch.where(used, row, -1).int()
-    query_of_row = torch.full((n_tiles * tile + 1,), -1, device=device, dtype=torch.int32)
-    query_of_row[row] = (order // count).int()  # pairs that are none all write to the entry that is cut off
+    block = ordered.clamp(max=total - 1)
+    position = torch.arange(ordered.numel(), device=device, dtype=torch.int32)
+    row_of_pair = torch.empty_like(chosen).flatten()
+    row_of_pair[order] = torch.where(used, position + (first_tile * tile - first[:-1])[block], -1)
 
     t = torch.arange(n_tiles, device=device, dtype=torch.int32)
-    block_of_tile = torch.searchsorted(first_tile, t, right=True, out_int32=True) - 1
+    block_of_tile = torch.searchsorted(end_tile, t, right=True, out_int32=True)
     return Routes(
         tile,
-        query_of_row[:-1],
         row_of_pair.view(chosen.shape),
         block_of_tile.clamp_(max=total - 1),
-        (t < first_tile[-1]).int(),
-        first_tile,
+        (t < end_tile[-1]).int(),
+        first_tile.clamp(max=n_tiles - 1),
+        tiles_of_block,
+        rows_of_block,
     )

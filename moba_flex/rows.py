@@ -1,4 +1,4 @@
-"""Moving between queries and routed rows, in plain PyTorch: gather, merge, and the sum of gradients.
+"""Moving between queries and routed rows, in plain PyTorch: dispatch, merge, and the sum of gradients.
 
 Nothing here adds with atomics: what comes back to a query is gathered through `row_of_pair`, so two runs give the same bits.
 
@@ -11,30 +11,35 @@ import torch
 from torch import Tensor
 
 from .gate import choose
-from .routing import Routes
+from .routing import Routes, route
 
-__all__ = ["choose", "gather", "merge", "sum_rows"]
+__all__ = ["choose", "delta", "dispatch", "dispatch_backward", "merge", "route", "sum_rows"]
 
 _QUERIES_AT_ONCE = 1 << 14
 
 
-def gather(x: Tensor, routes: Routes, fill: float = 0.0) -> Tensor:
-    """`[B, H, N, ...]` -> `[R, ...]`: the query of each row, `fill` in spare rows."""
-    out = x.flatten(0, 2).index_select(0, routes.query_of_row.clamp(min=0))
-    out[routes.query_of_row < 0] = fill
+def dispatch(x: Tensor, routes: Routes, spare: float = 0.0) -> Tensor:
+    """`[B, H, N, ...]` -> `[R, ...]`: the query of each row, `spare` in spare rows."""
+    pairs = routes.row_of_pair.flatten(0, 2)
+    query, choice = (pairs >= 0).nonzero(as_tuple=True)
+    out = x.new_full((routes.n_rows, *x.shape[3:]), spare)
+    out[pairs[query, choice].long()] = x.flatten(0, 2)[query]
     return out
 
 
-def merge(out: Tensor, lse: Tensor, row_out: Tensor, row_lse: Tensor, routes: Routes) -> tuple[Tensor, Tensor]:
+def dispatch_backward(query: Tensor, grad: Tensor, lse: Tensor, delta: Tensor, routes: Routes) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Rows of all that the backward pass reads. Spare rows get a log-sum-exp of infinity, so that their weights are 0."""
+    return dispatch(query, routes), dispatch(grad, routes), dispatch(lse, routes, torch.inf), dispatch(delta, routes)
+
+
+def merge(out: Tensor, lse: Tensor, row_out: Tensor, row_lse: Tensor, routes: Routes, into: tuple[Tensor, Tensor]) -> None:
     """The softmax-weighted sum of a query's partial outputs.
 
     `out [B, H, N, Dv]` and `lse [B, H, N]` of the local call and `row_out [R, Dv]`, `row_lse [R]` of the routed call give the output
-    over all blocks and its log-sum-exp.
+    over all blocks and its log-sum-exp, written `into` two tensors of these shapes.
     """
     pairs = routes.row_of_pair.flatten(0, 2)
-    shape, width = routes.row_of_pair.shape[:3], row_out.shape[-1]
-    merged = row_out.new_empty(pairs.shape[0], width, dtype=out.dtype)
-    total = row_lse.new_empty(pairs.shape[0])
+    merged, total = (x.flatten(0, 2) for x in into)
     for start in range(0, pairs.shape[0], _QUERIES_AT_ONCE):
         part = slice(start, start + _QUERIES_AT_ONCE)
         pair = pairs[part]
@@ -45,17 +50,20 @@ def merge(out: Tensor, lse: Tensor, row_out: Tensor, row_lse: Tensor, routes: Ro
         result = _sum_of_rows(row_out, pair, weight[:, : pair.shape[1]])
         merged[part] = result.addcmul_(weight[:, -1:], out.flatten(0, 2)[part].to(result.dtype))
         total[part] = whole
-    return merged.view(*shape, width), total.view(shape)
 
 
-def sum_rows(grad: Tensor, row_grad: Tensor, routes: Routes) -> Tensor:
-    """`grad [B, H, N, D]` plus the gradients `row_grad [R, D]` of the rows that each query sent."""
-    pairs = routes.row_of_pair.flatten(0, 2)
-    total = row_grad.new_empty(pairs.shape[0], row_grad.shape[-1])
+def sum_rows(grad: Tensor, row_grad: Tensor, routes: Routes, into: Tensor) -> None:
+    """`grad [B, H, N, D]` plus the gradients `row_grad [R, D]` of the rows that each query sent, written `into` the first's like."""
+    pairs, total = routes.row_of_pair.flatten(0, 2), into.flatten(0, 2)
     for start in range(0, pairs.shape[0], _QUERIES_AT_ONCE):
         part = slice(start, start + _QUERIES_AT_ONCE)
         total[part] = _sum_of_rows(row_grad, pairs[part]).add_(grad.flatten(0, 2)[part])
-    return total.view(*routes.row_of_pair.shape[:3], -1)
+
+
+def delta(out: Tensor, grad: Tensor, grad_lse: Tensor | None) -> Tensor:
+    """`out . grad - grad_lse` `[B, H, N]`, in float32 at least: what every score's gradient has subtracted."""
+    total = (out.to(torch.promote_types(out.dtype, torch.float32)) * grad).sum(-1)
+    return total if grad_lse is None else total - grad_lse
 
 
 def _take_rows(rows: Tensor, pair: Tensor) -> Tensor:

@@ -154,7 +154,7 @@ def test_the_lists_of_the_routed_mask_say_what_its_rule_says(case):
         assert spec.routed == 0 or layout.most_pairs(spec.routed, spec.causal) == 0
         return
     mask = routed_mask(routes, layout, case["groups"], spec.causal)
-    n_query, n_key = routes.query_of_row.numel(), layout.own.shape[0] * case["groups"] * layout.n_key_blocks * layout.width
+    n_query, n_key = routes.n_rows, layout.own.shape[0] * case["groups"] * layout.n_key_blocks * layout.width
     by_query, by_key = tile_maps(mask, n_query, n_key)
     used = routes.tile_in_use.bool()
     assert torch.equal(by_query, by_key), case

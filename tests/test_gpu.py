@@ -7,8 +7,13 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 
-from moba_flex import moba_attention, moba_attention_varlen, select_blocks, set_working_memory
+from moba_flex import gate, moba_attention, moba_attention_varlen, routing, select_blocks, set_working_memory
+from moba_flex.blocks import dense_layout
 from moba_flex.naive import naive_selection
+from moba_flex.spec import Spec
+
+if torch.cuda.is_available():
+    from moba_flex import kernels
 
 pytestmark = [
     pytest.mark.gpu,
@@ -210,3 +215,46 @@ def test_empty_and_single_tokens():
         assert out.shape == (2, 4, length, 64)
         if length:
             assert torch.equal(out, value.repeat_interleave(2, 1))
+
+
+@pytest.mark.parametrize("skewed", [False, True])
+@pytest.mark.parametrize(
+    ("heads", "groups", "slots", "count", "n_blocks"), [(4, 2, 3000, 7, 100), (3, 1, 130, 2, 5), (2, 2, 40_000, 15, 2000)]
+)
+def test_routing_on_a_gpu_is_that_of_plain_pytorch(heads, groups, slots, count, n_blocks, skewed):
+    chosen = torch.rand(2, heads, slots, n_blocks, device="cuda").topk(count, -1).indices.int() if n_blocks < 1000 else None
+    if chosen is None:  # too many scores to draw them all
+        chosen = (
+            torch.randint(0, n_blocks // count, (2, heads, slots, count), device="cuda") * count + torch.arange(count, device="cuda")
+        ).int()
+    chosen = chosen.masked_fill(torch.rand(chosen.shape, device="cuda") < 0.1, -1)
+    if skewed:
+        chosen[..., 0] = 3
+        chosen[..., 1:] = chosen[..., 1:].masked_fill(chosen[..., 1:] == 3, -1)
+    given = chosen, groups, n_blocks, 128, chosen.numel()
+    got, wanted = kernels.route(*given), routing.route(*given)
+    for name in ("row_of_pair", "tile_in_use", "first_tile", "tiles_of_block", "rows_of_block"):
+        assert torch.equal(getattr(got, name), getattr(wanted, name)), name
+    used = wanted.tile_in_use.bool()
+    assert torch.equal(got.block_of_tile[used], wanted.block_of_tile[used])
+
+
+@pytest.mark.parametrize("top_k", [5, 9, 13, 20])
+@pytest.mark.parametrize("block_size", [16, 128])
+def test_the_gate_is_exact_where_the_best_blocks_share_a_lane(block_size, top_k):
+    """The fast search keeps four blocks a lane (numbers equal modulo 32 or 64): here the best ones all lie in one, and some are equal."""
+    n_blocks = 300
+    query = torch.randn(1, 2, n_blocks * block_size, 64, device="cuda")
+    key = torch.randn_like(query) * 0.01
+    favourites = torch.arange(5, n_blocks, 64, device="cuda")
+    key.unflatten(2, (n_blocks, block_size))[:, :, favourites] += torch.randn(64, device="cuda")
+    key.unflatten(2, (n_blocks, block_size))[:, :, 7:11] = key[:, :, :1, None]
+    for dtype in (torch.float32, torch.bfloat16):
+        q, k = query.to(dtype), key.to(dtype)
+        got = select_blocks(q, k, block_size=block_size, top_k=top_k).indices
+        layout = dense_layout(1, q.shape[2], q.shape[2], block_size, block_size, q.device)
+        wanted = gate.choose(q.double(), k.double(), layout, Spec(block_size, top_k, 0, 0, True, 1.0))
+        last = torch.iinfo(torch.int32).max
+        wanted = torch.where(wanted < 0, last, wanted).sort(-1).values
+        different = (torch.where(got < 0, last, got) != wanted).any(-1)
+        assert different.float().mean() < 1e-3, (int(different.sum()), dtype)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from moba_flex import eager
 from moba_flex.attention import chunks
 from moba_flex.blocks import BlockLayout, dense_layout, packed_layout, padded_layout, slots_per_block
-from moba_flex.routing import route
+from moba_flex.routing import Routes, route
 from moba_flex.spec import Spec
 
 
@@ -80,6 +80,15 @@ def choices(draw) -> Choice:
     )
 
 
+def query_of_row(routes: Routes) -> torch.Tensor:
+    """`[R]`: the flat query of each row, -1 for spare rows."""
+    pairs = routes.row_of_pair.flatten(0, 2)
+    query, choice = (pairs >= 0).nonzero(as_tuple=True)
+    rows = torch.full((routes.n_rows,), -1)
+    rows[pairs[query, choice].long()] = query
+    return rows
+
+
 @examples(100)
 @given(choices())
 def test_routing_holds_every_chosen_pair_exactly_once(choice: Choice):
@@ -95,11 +104,10 @@ def test_routing_holds_every_chosen_pair_exactly_once(choice: Choice):
                 assert row == -1
                 continue
             taken.append(row)
-            assert routes.query_of_row[row] == query
             assert routes.block_of_tile[row // choice.tile] == group * choice.n_blocks + block
             assert routes.tile_in_use[row // choice.tile] == 1
     assert len(set(taken)) == len(taken) == pairs
-    assert int((routes.query_of_row >= 0).sum()) == pairs, "a row holds a pair that nobody chose"
+    assert all(0 <= row < routes.n_rows for row in taken)
 
 
 @examples(100)
@@ -110,20 +118,23 @@ def test_rows_of_a_block_are_contiguous_in_order_and_padded_to_whole_tiles(choic
     most = max(1, int((chosen >= 0).sum()) + choice.spare)
     routes = route(chosen, choice.groups, choice.n_blocks, choice.tile, most)
 
-    first = routes.first_tile.tolist()
-    n_tiles = routes.block_of_tile.numel()
-    assert routes.n_blocks == total and len(first) == total + 1 and first[0] == 0
-    assert routes.tile == choice.tile and routes.query_of_row.numel() == n_tiles * choice.tile
-    assert first[-1] <= n_tiles <= most // choice.tile + 1 + total, "too few tiles, or more than can be needed"
-    used = torch.arange(n_tiles) < first[-1]
-    assert torch.equal(routes.tile_in_use.bool(), used)
+    n_tiles, of_row = routes.block_of_tile.numel(), query_of_row(routes)
+    n_used = int(routes.tiles_of_block.sum())
+    assert routes.n_blocks == routes.tiles_of_block.numel() == routes.rows_of_block.numel() == total
+    assert routes.tile == choice.tile and routes.n_rows == n_tiles * choice.tile
+    assert n_used <= n_tiles <= most // choice.tile + 1 + total, "too few tiles, or more than can be needed"
+    assert torch.equal(routes.tile_in_use.bool(), torch.arange(n_tiles) < n_used)
     assert ((routes.block_of_tile >= 0) & (routes.block_of_tile < total)).all()
-    assert (routes.query_of_row[first[-1] * choice.tile :] == -1).all()
-    for block in range(total):
-        assert (routes.block_of_tile[first[block] : first[block + 1]] == block).all()
-        held = routes.query_of_row[first[block] * choice.tile : first[block + 1] * choice.tile].tolist()
+    assert ((routes.first_tile >= 0) & (routes.first_tile < n_tiles)).all()
+    assert (of_row[n_used * choice.tile :] == -1).all()
+    for block, (first, tiles, rows) in enumerate(
+        zip(*(x.tolist() for x in (routes.first_tile, routes.tiles_of_block, routes.rows_of_block)))
+    ):
+        assert (routes.block_of_tile[first : first + tiles] == block).all()
+        held = of_row[first * choice.tile : (first + tiles) * choice.tile].tolist()
         queries = [query for query in held if query >= 0]
-        assert first[block + 1] - first[block] == -(-len(queries) // choice.tile), "tiles that hold no row"
+        assert len(queries) == rows
+        assert tiles == -(-rows // choice.tile), "tiles that hold no row"
         assert held[: len(queries)] == queries, "spare rows stand before real ones"
         assert queries == sorted(queries), "not in the order of the queries"
 
@@ -132,7 +143,8 @@ def test_rows_of_a_block_are_contiguous_in_order_and_padded_to_whole_tiles(choic
 @given(choices())
 def test_every_index_of_routing_is_int32(choice: Choice):
     routes = route(choice.chosen(), choice.groups, choice.n_blocks, choice.tile, choice.slots * 100)
-    indices = (routes.query_of_row, routes.row_of_pair, routes.block_of_tile, routes.tile_in_use, routes.first_tile)
+    indices = [value for value in vars(routes).values() if isinstance(value, torch.Tensor)]
+    assert len(indices) == 6
     assert {x.dtype for x in indices} == {torch.int32}
 
 

@@ -18,6 +18,9 @@ from ..blocks import BlockLayout
 from ..gate import candidates
 from ..spec import Spec
 
+# With more blocks to choose five of them too often share a lane, and with fewer bits too many scores look equal.
+_MOST_IN_LANES, _MOST_BITS = 16, 8
+
 
 @triton.jit
 def _means_kernel(
@@ -77,13 +80,109 @@ def block_means(key: Tensor, layout: BlockLayout) -> tuple[Tensor, Tensor | None
 
 
 @triton.jit
-def _choose_kernel(
-    QUERY, HIGH, LOW, OUT, FIRST, LAST, START, STOP, stride_b, stride_h, stride_n, H, G, C, N_BLOCKS,
+def _scores(q, HIGH, LOW, at, mask):
+    if LOW is None:
+        score = tl.dot(q, tl.load(HIGH + at, mask=mask, other=0.0), input_precision="ieee")
+    else:
+        score = tl.dot(q, tl.load(LOW + at, mask=mask, other=0.0))
+        score = tl.dot(q, tl.load(HIGH + at, mask=mask, other=0.0), score)
+    return score
+
+
+@triton.jit
+def _lanes_kernel(
+    QUERY, HIGH, LOW, OUT, REDO, FIRST, LAST, START, STOP, stride_b, stride_h, stride_n, H, G, C, N_BLOCKS,
+    SINK: tl.constexpr, RECENT: tl.constexpr, FREE: tl.constexpr, P: tl.constexpr,
+    M: tl.constexpr, R: tl.constexpr, T: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    BITS: tl.constexpr, REDO_M: tl.constexpr,
+):  # fmt: skip
+    # One program: M queries. Block c belongs to lane c mod T, and each lane keeps its best four, so that nothing is compared across
+    # lanes until the end. A lane needs no second number for the block: which of its blocks it was replaces the score's last BITS bits.
+    # So the choice is certain if the last bits do not decide what is chosen, and no lane had to drop what might have been. Where
+    # it is not, and at infinity or NaN, REDO asks for the exact search.
+    tile, bh = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)
+    b, h = bh // H, bh % H
+    group = (b * G + h // (H // G)).to(tl.int64)
+    slot = tile * M + tl.arange(0, M)
+    block = (tile * M + tl.arange(0, R)) // P  # R is 1 where all queries share a block: what follows from it is then one number
+    meta, exists = b * N_BLOCKS + block, block < N_BLOCKS
+    first, last = tl.load(FIRST + meta, mask=exists, other=C), tl.load(LAST + meta, mask=exists, other=0)
+    start, stop = tl.load(START + meta, mask=exists, other=0), tl.load(STOP + meta, mask=exists, other=0)
+    real = (slot - block * P >= start) & (slot - block * P < stop)
+    d, lane = tl.arange(0, DP), tl.arange(0, T)
+    q = tl.load(
+        QUERY + b.to(tl.int64) * stride_b + h.to(tl.int64) * stride_h + slot.to(tl.int64)[:, None] * stride_n + d[None, :],
+        mask=real[:, None] & (d[None, :] < D),
+        other=0.0,
+    )
+
+    none: tl.constexpr = -3.4028234e38
+    turn_bits: tl.constexpr = (1 << BITS) - 1
+    nan: tl.constexpr = tl.PropagateNan.ALL  # NaN stays in the lanes, and so does infinity, which takes last bits to be NaN
+    best1 = tl.full([M, T], none, tl.float32)
+    best2, best3, best4, left = best1, best1, best1, best1
+    begin, end = tl.min(first, 0) + SINK, tl.max(last, 0) - RECENT
+    for turn in range(0, tl.cdiv(end - begin, T)):
+        c = begin + turn * T + lane
+        at = (group * C + c.to(tl.int64))[None, :] * D + d[:, None]
+        score = _scores(q, HIGH, LOW, at, (c[None, :] < end) & (d[:, None] < D))
+        score = ((score.to(tl.int32, bitcast=True) & ~turn_bits) | turn).to(tl.float32, bitcast=True)
+        candidate = c[None, :] < last[:, None] - RECENT
+        if R > 1:
+            candidate = candidate & (c[None, :] >= first[:, None] + SINK)
+        score = tl.where(candidate, score, none)
+        best1, score = tl.maximum(best1, score, nan), tl.minimum(best1, score, nan)
+        best2, score = tl.maximum(best2, score, nan), tl.minimum(best2, score, nan)
+        best3, score = tl.maximum(best3, score, nan), tl.minimum(best3, score, nan)
+        best4, score = tl.maximum(best4, score, nan), tl.minimum(best4, score, nan)
+        left = tl.maximum(left, score, nan)
+
+    out = OUT + (bh.to(tl.int64) * N_BLOCKS * P + slot.to(tl.int64)) * (FREE + SINK + RECENT)
+    here = slot < N_BLOCKS * P
+    found = tl.zeros([M], tl.int32)
+    normal = tl.full([M], 1, tl.int32)
+    most = tl.zeros([M], tl.float32)
+    for j in tl.static_range(FREE):
+        most = tl.max(best1, 1)
+        of_lane = tl.min(tl.where(best1 == most[:, None], lane[None, :], T), 1)
+        some = most > none
+        chosen = begin + (most.to(tl.int32, bitcast=True) & turn_bits) * T + of_lane
+        tl.store(out + j, tl.where(real & some, chosen, -1), mask=here)
+        found += some.to(tl.int32)
+        normal &= (tl.abs(most) > 1.2e-38).to(tl.int32)  # smaller numbers may lose their last bits
+        taken = lane[None, :] == of_lane[:, None]
+        best1 = tl.where(taken, best2, best1)
+        best2 = tl.where(taken, best3, best2)
+        best3 = tl.where(taken, best4, best3)
+        best4 = tl.where(taken, none, best4)
+    forced = out + FREE
+    for s in tl.static_range(SINK):
+        tl.store(forced + s, tl.where(real & (first + s < last), first + s, -1), mask=here)
+    for r in tl.static_range(RECENT):
+        tl.store(forced + SINK + r, tl.where(real & (last - 1 - r >= first + SINK), last - 1 - r, -1), mask=here)
+
+    next_best = tl.max(tl.maximum(best1, left, nan), 1)
+    ahead = (most.to(tl.int32, bitcast=True) & ~turn_bits).to(tl.float32, bitcast=True)
+    behind = (next_best.to(tl.int32, bitcast=True) & ~turn_bits).to(tl.float32, bitcast=True)
+    wanted = tl.minimum(tl.maximum(last - RECENT - first - SINK, 0), FREE)
+    finite = tl.min((left == left).to(tl.int32), 1)
+    certain = ((ahead > behind) | (next_best == none)) & (found == wanted) & (normal > 0) & (finite > 0)
+    redo = tl.reshape((real & ~certain).to(tl.int32), [M // REDO_M, REDO_M])
+    flags = tl.program_id(1) * tl.num_programs(0) * (M // REDO_M) + tile * (M // REDO_M) + tl.arange(0, M // REDO_M)
+    tl.store(REDO + flags, tl.max(redo, 1))
+
+
+@triton.jit
+def _search_kernel(
+    QUERY, HIGH, LOW, OUT, REDO, FIRST, LAST, START, STOP, stride_b, stride_h, stride_n, H, G, C, N_BLOCKS, TILES, M_OF_TILE,
     SINK: tl.constexpr, RECENT: tl.constexpr, FREE: tl.constexpr, K: tl.constexpr, P: tl.constexpr,
     M: tl.constexpr, T: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
 ):  # fmt: skip
     # One program: M queries of one query block and head, which all choose from the same blocks. Longest searches start first.
     tile, bh = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)
+    if REDO is not None:  # noqa: SIM102 -- a kernel's `and` would load all the same
+        if tl.load(REDO + bh * TILES + tile * M // M_OF_TILE) == 0:
+            return
     b, h = bh // H, bh % H
     group = (b * G + h // (H // G)).to(tl.int64)
     block = tile * M // P
@@ -108,11 +207,7 @@ def _choose_kernel(
         ok = c < last - RECENT
         at = (group * C + c.to(tl.int64))[None, :] * D + d[:, None]
         mask = ok[None, :] & (d[:, None] < D)
-        if LOW is None:
-            score = tl.dot(q, tl.load(HIGH + at, mask=mask, other=0.0), input_precision="ieee")
-        else:
-            score = tl.dot(q, tl.load(LOW + at, mask=mask, other=0.0))
-            score = tl.dot(q, tl.load(HIGH + at, mask=mask, other=0.0), score)
+        score = _scores(q, HIGH, LOW, at, mask)
         score = tl.where(score != score, float("inf"), tl.maximum(score, -3.4028234e38))
         score = tl.where(ok[None, :], score, float("-inf"))
         # Most tiles hold nothing better than what a query has: take the best of the tile out as long as any query wants it. Blocks come
@@ -142,35 +237,28 @@ def choose(query: Tensor, key: Tensor, layout: BlockLayout, spec: Spec) -> Tenso
     chosen = torch.empty(rows, heads, slots, spec.routed, dtype=torch.int32, device=query.device)
     if spec.routed == 0:
         return chosen
-    high, low = block_means(key, layout)
-    first, last = candidates(layout, spec)
     free = spec.routed - spec.sink_blocks - spec.recent_blocks
-    most = 64 if query.dtype != torch.float32 else 32
-    tile = math.gcd(layout.width, most)
-    _choose_kernel[(slots // tile, rows * heads)](
-        query,
-        high,
-        low,
-        chosen,
-        first,
-        last,
-        layout.query_start,
-        layout.query_stop,
-        *query.stride()[:3],
-        heads,
-        key.shape[1],
-        layout.n_key_blocks,
-        layout.n_query_blocks,
-        spec.sink_blocks,
-        spec.recent_blocks,
-        free,
-        triton.next_power_of_2(max(free, 2)),
-        layout.width,
-        tile,
-        most,
-        width,
-        max(16, triton.next_power_of_2(width)),
-        num_warps=4,
-        num_stages=3,
+    shape = heads, key.shape[1], layout.n_key_blocks, layout.n_query_blocks
+    sizes = {"D": width, "DP": max(16, triton.next_power_of_2(width)), "P": layout.width}
+    forced = {"SINK": spec.sink_blocks, "RECENT": spec.recent_blocks, "FREE": free}
+    operands = query, *block_means(key, layout), chosen
+    places = *candidates(layout, spec), layout.query_start, layout.query_stop, *query.stride()[:3], *shape
+
+    tile, lanes = (32, 32) if query.dtype == torch.float32 else (128, 32) if free <= 8 else (64, 64)
+    searched, most = min(tile, 64), 64 if query.dtype != torch.float32 else 32
+    bits = (triton.cdiv(layout.n_key_blocks, lanes) - 1).bit_length()
+    tiles, redo = triton.cdiv(slots, tile), None
+    if 0 < free <= _MOST_IN_LANES and bits <= _MOST_BITS:
+        redo = chosen.new_empty(rows * heads * tiles * tile // searched)
+        spans = 1 if layout.width % tile == 0 else tile
+        options = {"num_warps": 8 if tile * lanes >= 4096 else 4, "num_stages": 3}
+        if (tile, lanes) == (128, 32):  # then two programs share a multiprocessor, and nothing spills
+            options["maxnreg"] = 128
+        _lanes_kernel[(tiles, rows * heads)](
+            *operands, redo, *places, **sizes, **forced, M=tile, R=spans, T=lanes, BITS=bits, REDO_M=searched, **options
+        )
+    m, k = math.gcd(layout.width, searched), triton.next_power_of_2(max(free, 2))
+    _search_kernel[(slots // m, rows * heads)](
+        *operands, redo, *places, tiles * tile // searched, searched, **sizes, **forced, K=k, M=m, T=most, num_warps=4, num_stages=3
     )
     return chosen

@@ -1,34 +1,95 @@
-"""Gather, merge and sum over routed rows: each reads what it needs once and writes its result once."""
+"""Dispatch, merge and sum over routed rows: each reads what it needs once and writes its result once."""
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import rows as plain
 from ..routing import Routes
 
 
 @triton.jit
-def _gather_kernel(X, QUERY, OUT, R, D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr):
-    r, d = tl.program_id(0).to(tl.int64) * M + tl.arange(0, M), tl.arange(0, DP)
-    query = tl.load(QUERY + r, mask=r < R, other=-1).to(tl.int64)
-    x = tl.load(X + query[:, None] * D + d[None, :], mask=(query[:, None] >= 0) & (d[None, :] < D), other=0.0)
-    tl.store(OUT + r[:, None] * D + d[None, :], x, mask=(r[:, None] < R) & (d[None, :] < D))
+def _dispatch_kernel(X, PAIR, OUT, N, S, D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr):
+    # One program: M queries, each written to the row of each of its pairs.
+    n, d = tl.program_id(0).to(tl.int64) * M + tl.arange(0, M), tl.arange(0, DP)
+    here, seen = n < N, d[None, :] < D
+    x = tl.load(X + n[:, None] * D + d[None, :], mask=here[:, None] & seen, other=0.0)
+    for s in range(S):
+        row = tl.load(PAIR + n * S + s, mask=here, other=-1).to(tl.int64)
+        tl.store(OUT + row[:, None] * D + d[None, :], x, mask=(row[:, None] >= 0) & seen)
 
 
-def gather(x: Tensor, routes: Routes, fill: float = 0.0) -> Tensor:
-    """`[B, H, N, D]` -> `[R, D]`, or `[B, H, N]` -> `[R]`: the query of each row, `fill` in spare rows."""
-    if x.dim() == 3 or fill != 0:
-        return plain.gather(x, routes, fill)
-    n_rows, width = routes.query_of_row.numel(), x.shape[-1]
-    out = x.new_empty(n_rows, width)
-    tile = 32
-    _gather_kernel[(triton.cdiv(n_rows, tile),)](
-        x.contiguous(), routes.query_of_row, out, n_rows, width, triton.next_power_of_2(width), tile, num_warps=4
+def dispatch(x: Tensor, routes: Routes) -> Tensor:
+    """`[B, H, N, D]` -> `[R, D]`: the query of each row. Spare rows hold anything: no output of theirs is ever read."""
+    n_query, count, width, tile = x.numel() // x.shape[-1], routes.row_of_pair.shape[-1], x.shape[-1], 32
+    out = x.new_empty(routes.n_rows, width)
+    _dispatch_kernel[(triton.cdiv(n_query, tile),)](
+        x, routes.row_of_pair, out, n_query, count, width, triton.next_power_of_2(width), tile, num_warps=4
     )
     return out
+
+
+@triton.jit
+def _dispatch_backward_kernel(
+    QUERY, GRAD, LSE, DELTA, PAIR, FIRST, ROWS, TILES, TO_QUERY, TO_GRAD, TO_LSE, TO_DELTA, N, S,
+    TILE: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, M: tl.constexpr,
+):  # fmt: skip
+    d, dv = tl.arange(0, DP)[None, :], tl.arange(0, DVP)[None, :]
+    programs = tl.cdiv(N, M)
+    if tl.program_id(0) < programs:  # M queries
+        n = tl.program_id(0).to(tl.int64) * M + tl.arange(0, M)
+        here = n < N
+        query = tl.load(QUERY + n[:, None] * D + d, mask=here[:, None] & (d < D), other=0.0)
+        grad = tl.load(GRAD + n[:, None] * DV + dv, mask=here[:, None] & (dv < DV), other=0.0)
+        lse, delta = tl.load(LSE + n, mask=here, other=0.0), tl.load(DELTA + n, mask=here, other=0.0)
+        for s in range(S):
+            row = tl.load(PAIR + n * S + s, mask=here, other=-1).to(tl.int64)
+            real = row >= 0
+            tl.store(TO_QUERY + row[:, None] * D + d, query, mask=real[:, None] & (d < D))
+            tl.store(TO_GRAD + row[:, None] * DV + dv, grad, mask=real[:, None] & (dv < DV))
+            tl.store(TO_LSE + row, lse, mask=real)
+            tl.store(TO_DELTA + row, delta, mask=real)
+    else:  # The spare rows of one block.
+        block = tl.program_id(0) - programs
+        first = tl.load(FIRST + block).to(tl.int64) * TILE
+        stop = first + tl.load(TILES + block) * TILE
+        for start in range(first + tl.load(ROWS + block), stop, M):
+            row = start + tl.arange(0, M)
+            spare = row < stop
+            tl.store(TO_QUERY + row[:, None] * D + d, tl.zeros([M, DP], TO_QUERY.dtype.element_ty), mask=spare[:, None] & (d < D))
+            tl.store(TO_GRAD + row[:, None] * DV + dv, tl.zeros([M, DVP], TO_GRAD.dtype.element_ty), mask=spare[:, None] & (dv < DV))
+            tl.store(TO_LSE + row, tl.full([M], float("inf"), tl.float32), mask=spare)
+            tl.store(TO_DELTA + row, tl.zeros([M], tl.float32), mask=spare)
+
+
+def dispatch_backward(query: Tensor, grad: Tensor, lse: Tensor, delta: Tensor, routes: Routes) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Rows of all that the backward pass reads. Spare rows get a log-sum-exp of infinity, so that their weights are 0."""
+    n_query, count, tile = lse.numel(), routes.row_of_pair.shape[-1], 32
+    width, value_width = query.shape[-1], grad.shape[-1]
+    rows = [x.new_empty(routes.n_rows, *x.shape[3:]) for x in (query, grad, lse, delta)]
+    _dispatch_backward_kernel[(triton.cdiv(n_query, tile) + routes.n_blocks,)](
+        query,
+        grad,
+        lse,
+        delta,
+        routes.row_of_pair,
+        routes.first_tile,
+        routes.rows_of_block,
+        routes.tiles_of_block,
+        *rows,
+        n_query,
+        count,
+        routes.tile,
+        width,
+        triton.next_power_of_2(width),
+        value_width,
+        triton.next_power_of_2(value_width),
+        tile,
+        num_warps=4,
+    )
+    return tuple(rows)
 
 
 @triton.jit
@@ -54,27 +115,13 @@ def _merge_kernel(OUT, LSE, ROW_OUT, ROW_LSE, PAIR, TO, TO_LSE, N, S: tl.constex
     tl.store(TO_LSE + n, most + tl.log(total), mask=here)
 
 
-def merge(out: Tensor, lse: Tensor, row_out: Tensor, row_lse: Tensor, routes: Routes) -> tuple[Tensor, Tensor]:
+def merge(out: Tensor, lse: Tensor, row_out: Tensor, row_lse: Tensor, routes: Routes, into: tuple[Tensor, Tensor]) -> None:
     """The softmax-weighted sum of a query's partial outputs: see `moba_flex.rows.merge`."""
-    *shape, count = routes.row_of_pair.shape
-    width, tile = row_out.shape[-1], 16
-    merged, total = row_out.new_empty(*shape, width), row_lse.new_empty(shape)
-    _merge_kernel[(triton.cdiv(total.numel(), tile),)](
-        out,
-        lse,
-        row_out,
-        row_lse,
-        routes.row_of_pair,
-        merged,
-        total,
-        total.numel(),
-        count,
-        width,
-        triton.next_power_of_2(width),
-        tile,
-        num_warps=4,
+    count, width, tile = routes.row_of_pair.shape[-1], row_out.shape[-1], 16
+    n_query = lse.numel()
+    _merge_kernel[(triton.cdiv(n_query, tile),)](
+        out, lse, row_out, row_lse, routes.row_of_pair, *into, n_query, count, width, triton.next_power_of_2(width), tile, num_warps=4
     )
-    return merged, total
 
 
 @triton.jit
@@ -90,13 +137,32 @@ def _sum_kernel(GRAD, ROW_GRAD, PAIR, TO, N, S: tl.constexpr, D: tl.constexpr, D
     tl.store(TO + at, acc.to(TO.dtype.element_ty), mask=here[:, None] & seen)
 
 
-def sum_rows(grad: Tensor, row_grad: Tensor, routes: Routes) -> Tensor:
+def sum_rows(grad: Tensor, row_grad: Tensor, routes: Routes, into: Tensor) -> None:
     """`grad [B, H, N, D]` plus the gradients `row_grad [R, D]` of the rows that each query sent."""
-    *shape, count = routes.row_of_pair.shape
-    width, tile = row_grad.shape[-1], 16
-    total = row_grad.new_empty(*shape, width)
-    n = total.numel() // width
-    _sum_kernel[(triton.cdiv(n, tile),)](
-        grad, row_grad, routes.row_of_pair, total, n, count, width, triton.next_power_of_2(width), tile, num_warps=4
+    count, width, tile = routes.row_of_pair.shape[-1], row_grad.shape[-1], 16
+    n_query = grad.numel() // width
+    _sum_kernel[(triton.cdiv(n_query, tile),)](
+        grad, row_grad, routes.row_of_pair, into, n_query, count, width, triton.next_power_of_2(width), tile, num_warps=4
     )
-    return total
+
+
+@triton.jit
+def _delta_kernel(OUT, GRAD, GRAD_LSE, TO, N, D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr):
+    n, d = tl.program_id(0).to(tl.int64) * M + tl.arange(0, M), tl.arange(0, DP)
+    at, mask = n[:, None] * D + d[None, :], (n < N)[:, None] & (d[None, :] < D)
+    out, grad = tl.load(OUT + at, mask=mask, other=0.0), tl.load(GRAD + at, mask=mask, other=0.0)
+    delta = tl.sum(out.to(tl.float32) * grad.to(tl.float32), 1)
+    if GRAD_LSE is not None:
+        delta -= tl.load(GRAD_LSE + n, mask=n < N, other=0.0)
+    tl.store(TO + n, delta, mask=n < N)
+
+
+def delta(out: Tensor, grad: Tensor, grad_lse: Tensor | None) -> Tensor:
+    """`out . grad - grad_lse`, float32 `[B, H, N]`."""
+    width, tile = out.shape[-1], 32
+    to = torch.empty(out.shape[:-1], dtype=torch.float32, device=out.device)
+    grad_lse = None if grad_lse is None else grad_lse.contiguous()
+    _delta_kernel[(triton.cdiv(to.numel(), tile),)](
+        out.contiguous(), grad.contiguous(), grad_lse, to, to.numel(), width, triton.next_power_of_2(width), tile, num_warps=4
+    )
+    return to
