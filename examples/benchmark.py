@@ -1,0 +1,214 @@
+"""MoBA against dense attention and other implementations of MoBA, in one run on the same random tensors.
+
+    python examples/benchmark.py                     # on a GPU FlashMoBA's own setting, on a CPU a smaller one
+    python examples/benchmark.py --quick             # within a minute
+    python examples/benchmark.py --preset report     # other settings that have been published
+    python examples/benchmark.py --model llama-8b    # the prefill of a whole model
+    python examples/benchmark.py --plot-only benchmark.json
+
+Prints tables and writes `benchmark.json` and, with matplotlib, `benchmark.png`. After Ctrl-C the same command goes on where it was.
+
+`PRESETS` are the settings; what is compared is the table `SYSTEMS` in `benchmarking/attention.py`, where a system more is a line more.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))  # Ctrl-C during the imports ends quietly
+
+import argparse
+import os
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Protocol
+
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as in llama.py, and before PyTorch is imported
+
+import torch
+from benchmarking.attention import SYSTEMS, Attention, Settings, available
+from benchmarking.measure import Call, attempt, over_limit
+from benchmarking.model import MODELS, ModelPrefill
+from benchmarking.results import TIME_UP, Results, ResultsError, environment, find, load, plot, skewed_over_uniform, tables
+from tqdm import tqdm
+
+ROW = {"batch": 2, "heads": 16, "key_heads": 16, "width": 128, "block_size": 128, "top_k": 8, "dtype": "bfloat16"}
+MILLION = 1 << 20
+PRESETS = {
+    "flashmoba": ROW | {"lengths": [8192, 32768, 131072, 524288]},
+    "official": ROW | {"block_size": 2048, "top_k": 3, "lengths": [32768, 131072]},
+    "skewed": ROW | {"lengths": [32768, 131072], "keys": "skewed"},
+    "report": ROW | {"batch": 1, "heads": 4, "key_heads": 1, "block_size": 4096, "top_k": 12, "lengths": [MILLION], "forward_only": True},
+    "msa": ROW | {"batch": 1, "heads": 32, "key_heads": 8, "top_k": 16, "lengths": [MILLION], "forward_only": True},
+    "cpu": {"batch": 1, "heads": 9, "key_heads": 3, "width": 64, "block_size": 128, "top_k": 8, "dtype": "float32"}
+    | {"lengths": [2048, 8192, 32768]},
+}
+MODEL_PRESET = {"block_size": 128, "top_k": 8, "lengths": [512 << i for i in range(10)]}
+QUICK = {"cuda": {"lengths": [4096, 16384], "batch": 1}, "cpu": {"lengths": [1024, 4096]}}
+QUICK_SECONDS = 35  # after that no further measurement begins
+TIMES = "milliseconds", "least", "most", "estimate"
+
+
+class Workload(Protocol):
+    """What `run` needs to know of a comparison; `Attention` here, and `ModelPrefill`."""
+
+    device: torch.device
+    systems: list[str]
+    passes: list[str]
+    scale: int  # times are multiplied by it
+
+    def title(self) -> str: ...
+    def settings(self) -> dict: ...
+    def growth(self, system: str) -> int: ...
+    def call(self, system: str, pass_: str, tokens: int, sample: int) -> Call: ...
+
+
+def run(workload: Workload, found: dict, results: Results, args: argparse.Namespace, deadline: float) -> None:
+    """Measure what the run `found` lacks. All systems at one length come one after another; forward passes come first."""
+    lengths, repeats, limit = args.lengths, args.repeats, args.limit
+    todo = [(s, p, n) for p in workload.passes for n in lengths for s in workload.systems if find(found, s, p, n) is None]
+    total = len(workload.passes) * len(lengths) * len(workload.systems)
+    if len(todo) < total:
+        print(f"{total - len(todo)} of {total} measurements are in {results.file} already.", flush=True)
+    with tqdm(todo, unit="measurement") as bar:
+        for system, pass_, tokens in bar:
+            bar.set_postfix_str(f"{system}, {pass_}, {tokens:,} tokens")
+            if time.monotonic() > deadline:
+                record = {"skipped": TIME_UP}
+            elif (record := expected_over_limit(workload, found, system, pass_, tokens, repeats, limit)) is None:
+                record = attempt(partial(workload.call, system, pass_, tokens), workload.device, repeats, limit)
+            scaled = {k: x * workload.scale if k in TIMES else x for k, x in record.items()}
+            found["results"].append({"system": system, "pass": pass_, "tokens": tokens, **scaled})
+            results.save()
+            if "failed" in record and workload.device.type == "cuda":
+                torch.cuda.synchronize()  # raises if the GPU is of no use any more: then nothing else may count as failed
+
+
+def expected_over_limit(workload: Workload, found: dict, system: str, pass_: str, tokens: int, repeats: int, limit: float) -> dict | None:
+    """The record of a measurement that need not be tried: it would take too long, to judge by the longest shorter one."""
+    known = [r for r in found["results"] if (r["system"], r["pass"]) == (system, pass_) and r["tokens"] < tokens]
+    times = {r["tokens"]: t for r in known if (t := r.get("milliseconds") or r.get("estimate"))}
+    if not times:
+        return None
+    longest = max(times)
+    estimate = times[longest] / workload.scale * (tokens / longest) ** workload.growth(system)
+    return over_limit(estimate, 1 + repeats, limit)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the benchmark; the exit code: 0, 1 if it had to stop, 2 for something that whoever runs it can mend, 130 after Ctrl-C."""
+    start = time.monotonic()
+    args = parse(argv)
+    try:
+        if args.plot_only:
+            runs = load(args.plot_only)
+            print(report(runs))
+            draw(runs, args.plot or args.plot_only.with_suffix(".png"))
+            return 0
+        results = Results(args.json)
+    except ResultsError as error:
+        print(f"benchmark.py: error: {error}", file=sys.stderr)
+        return 2
+    deadline = start + QUICK_SECONDS if args.quick else float("inf")
+    runs, code = [], 0
+    try:
+        for workload in workloads(args):
+            runs.append(results.run(workload.title(), workload.settings(), environment(workload.device)))
+            run(workload, runs[-1], results, args, deadline)
+    except KeyboardInterrupt:
+        print("\nInterrupted; the same command goes on from here.", file=sys.stderr)
+        code = 130
+    except torch.OutOfMemoryError:
+        print(f"\nThe weights of {args.model} do not fit into memory.", file=sys.stderr)
+        code = 1
+    except torch.AcceleratorError as error:
+        print(f"\nThe GPU can no longer be used: {error}\nThe same command goes on from here.", file=sys.stderr)
+        code = 1
+    results.save()
+    print(f"\n{report(runs)}\n\nWritten: {args.json}")
+    draw(runs, args.plot or args.json.with_suffix(".png"))
+    return code
+
+
+def report(runs: list[dict]) -> str:
+    return "\n\n".join(filter(None, [*map(tables, runs), skewed_over_uniform(runs)]))
+
+
+def draw(runs: list[dict], file: Path) -> None:
+    if not (runs := [run for run in runs if run["results"]]):
+        return
+    try:
+        plot(runs, file)
+        print(f"Written: {file}")
+    except ImportError as error:
+        print(f'No plot ({error}). `pip install "moba_flex[viz]"`, here or elsewhere, then --plot-only with the JSON file.')
+
+
+def workloads(args: argparse.Namespace) -> Iterator[Workload]:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if args.model:
+        yield ModelPrefill(args.model, args.block_size, args.top_k, args.dtype, args.repeats, args.systems, device)
+        return
+    systems, missing = available(args.systems, device)
+    for name, reason in missing.items():
+        print(f"Without {name}: {reason}", flush=True)
+    fields = {name: getattr(args, name) for name in Settings.__dataclass_fields__ if name != "keys"}
+    for keys in ("uniform", "skewed") if args.keys == "skewed" else ("uniform",):
+        yield Attention(Settings(**fields, keys=keys), device, systems, args.forward_only)
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flag = parser.add_argument
+    flag("--preset", choices=PRESETS, help="a published setting (default: flashmoba on a GPU, else cpu); other flags change it")
+    flag("--quick", action="store_true", help="two short lengths, within a minute")
+    flag("--model", choices=MODELS, help="prefill of one prompt by a whole model of this shape, random weights, against sdpa")
+    for name in ("batch", "heads", "key-heads", "width", "block-size", "top-k"):
+        flag(f"--{name}", type=positive, metavar="N")
+    flag("--lengths", type=positive, nargs="+", metavar="N", help="tokens")
+    flag("--dtype", choices=["float32", "bfloat16", "float16"])
+    flag("--systems", nargs="+", metavar="NAME", help=f"of {', '.join(SYSTEMS)}; with --model of {', '.join(ModelPrefill.SYSTEMS)}")
+    flag("--forward-only", action="store_true", default=None)
+    flag("--one-group", action="store_true", default=None, help="measure one key head of one sequence and multiply its times")
+    flag("--repeats", type=positive, default=5, metavar="N", help="timings, of which the median counts (default: 5)")
+    flag("--limit", type=float, default=300.0, metavar="SECONDS", help="skip a measurement that would take longer (default: 300)")
+    flag("--json", type=Path, default=Path("benchmark.json"), help="results, continued if there are some (default: benchmark.json)")
+    flag("--plot", type=Path, help="default: the JSON file's name with .png")
+    flag("--plot-only", type=Path, metavar="JSON", help="print and plot the results in a file; measure nothing")
+    args = parser.parse_args(argv)
+
+    preset = dict(PRESETS[args.preset or ("flashmoba" if device == "cuda" else "cpu")])
+    if args.model:
+        if wrong := [n for n in (*ROW, "preset", "one_group", "forward_only") if n not in (*MODEL_PRESET, "dtype") and getattr(args, n)]:
+            parser.error(f"argument --{wrong[0].replace('_', '-')}: does not go with --model, whose shape and pass are fixed")
+        preset = MODEL_PRESET | {"dtype": PRESETS["flashmoba" if device == "cuda" else "cpu"]["dtype"]}
+    if args.quick:
+        preset |= QUICK[device]
+    args.keys = preset.pop("keys", "uniform")
+    for name, value in preset.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    args.one_group, args.forward_only = bool(args.one_group), bool(args.forward_only)
+    known = ModelPrefill.SYSTEMS if args.model else SYSTEMS
+    if unknown := [name for name in args.systems or () if name not in known]:
+        parser.error(f"argument --systems: no system {unknown[0]!r}; there are {', '.join(known)}")
+    if not args.model and args.heads % args.key_heads:
+        parser.error(f"argument --heads: must be a multiple of --key-heads, but is {args.heads} with {args.key_heads}")
+    args.lengths = sorted(set(args.lengths))
+    return args
+
+
+def positive(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, but is {number}")
+    return number
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.exit(main())
