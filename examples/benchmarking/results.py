@@ -34,7 +34,7 @@ class ResultsError(Exception):
 
 def environment(device: torch.device) -> dict[str, str]:
     """The device and all versions that a time depends on; of this package the source files too, as its version stays while they change."""
-    found = {"device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{cpu_name()}, {torch.get_num_threads()} threads"}
+    found = {"device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{cpu_name()}, threads: {torch.get_num_threads()}"}
     found |= {"python": platform.python_version(), "torch": torch.__version__}
     for name in ("triton", "transformers", "flash_moba", "moba"):
         try:
@@ -193,7 +193,7 @@ def plot(runs: list[dict], file: Path) -> None:
 
 
 def draw(panel, run: dict, pass_: str, style: dict) -> None:
-    from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
     lengths = of(run, "tokens")
     for system in of(run, "system"):
@@ -206,6 +206,7 @@ def draw(panel, run: dict, pass_: str, style: dict) -> None:
     panel.set(xscale="log", yscale="log", title=pass_, xlabel="tokens", ylabel="milliseconds")
     panel.set_xticks(lengths, [short(n) for n in lengths])
     panel.xaxis.set_minor_locator(NullLocator())
+    panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
     panel.yaxis.set_minor_formatter(NullFormatter())
     panel.grid(True, alpha=0.3)
