@@ -110,28 +110,39 @@ def check_padding_mask(padding_mask: Tensor | None, query: Tensor, key: Tensor) 
 
 def check_packed(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor) -> None:
     """`[T, H, D]`, `[T, G, D]`, `[T, G, Dv]` and rising `cu_seqlens [n + 1]` from 0 to T."""
+    check_packed_operands(query, key, value)
+    if key.shape[0] != query.shape[0]:
+        raise ValueError(f"query {tuple(query.shape)} and key {tuple(key.shape)} must agree in tokens (dimension 0)")
+    check_cu_seqlens("cu_seqlens", cu_seqlens, query, query.shape[0])
+
+
+def check_packed_operands(query: Tensor, key: Tensor, value: Tensor) -> None:
+    """`[T, H, D]`, `[Tk, G, D]`, `[Tk, G, Dv]` that belong together."""
     _check_operands(query=query, key=key, value=value)
-    _check_tensor("cu_seqlens", cu_seqlens)
     for name, t in (("query", query), ("key", key), ("value", value)):
         if t.dim() != 3:
             raise ValueError(f"{name} must have 3 dimensions (tokens, heads, width), but has shape {tuple(t.shape)}")
-    tokens = query.shape[0]
-    if key.shape[0] != tokens or value.shape[:2] != key.shape[:2] or query.shape[2] != key.shape[2]:
+    if value.shape[:2] != key.shape[:2] or query.shape[2] != key.shape[2]:
         raise ValueError(
-            f"query {tuple(query.shape)}, key {tuple(key.shape)} and value {tuple(value.shape)} must agree in tokens, "
-            "key and value in heads, query and key in width"
+            f"query {tuple(query.shape)}, key {tuple(key.shape)} and value {tuple(value.shape)} must agree: "
+            "key and value in tokens and heads, query and key in width"
         )
     _check_heads(query.shape[1], key.shape[1])
+
+
+def check_cu_seqlens(name: str, cu_seqlens: Tensor, query: Tensor, tokens: int) -> None:
+    """The argument `name`: whole numbers that rise from 0 to `tokens`, on the query's device."""
+    _check_tensor(name, cu_seqlens)
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"cu_seqlens must be int32, but is {cu_seqlens.dtype}")
+        raise TypeError(f"{name} must be int32, but is {cu_seqlens.dtype}")
     if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1:
-        raise ValueError(f"cu_seqlens must have one dimension and at least one entry, but has shape {tuple(cu_seqlens.shape)}")
-    _check_devices(query=query, cu_seqlens=cu_seqlens)
+        raise ValueError(f"{name} must have one dimension and at least one entry, but has shape {tuple(cu_seqlens.shape)}")
+    _check_devices(query=query, **{name: cu_seqlens})
     if readable(cu_seqlens):
         bounds = cu_seqlens.tolist()
         if bounds[0] != 0 or bounds[-1] != tokens or any(b < a for a, b in itertools.pairwise(bounds)):
             shown = bounds if len(bounds) <= 8 else [*bounds[:4], "...", *bounds[-3:]]
-            raise ValueError(f"cu_seqlens must start at 0, never fall and end at {tokens} (the tokens of query), but is {shown}")
+            raise ValueError(f"{name} must start at 0, never fall and end at {tokens} (the number of tokens), but is {shown}")
 
 
 def check_scores(query: Tensor, heads: int, scale: float | None, softcap: float | None, sinks: Tensor | None) -> None:
