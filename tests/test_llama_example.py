@@ -18,47 +18,19 @@ import huggingface_hub
 import llama
 import pytest
 import torch
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, MambaConfig, MambaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, MambaConfig, MambaForCausalLM
 
 import moba_flex
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "examples" / "llama.py"
-CONTEXT = 128
+CONTEXT = 128  # of the model `tiny`
 
 
 @pytest.fixture(autouse=True)
 def _on_the_cpu(monkeypatch):
     """What a GPU prints in bfloat16 is no matter of these tests."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-
-
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory) -> Path:
-    """The folder of a small random Llama whose tokens are the words w0 to w49."""
-    folder = tmp_path_factory.mktemp("tiny")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=51,
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=CONTEXT,
-        initializer_range=0.3,  # with the default, attention is nearly uniform, whatever it reads
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=50,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    words = Tokenizer(WordLevel({**{f"w{i}": i for i in range(50)}, "?": 50}, unk_token="?"))
-    words.pre_tokenizer = Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="?", pad_token="?").save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture

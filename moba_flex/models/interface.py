@@ -53,6 +53,8 @@ def moba_attention_forward(
     visible = _visible(query, key, attention_mask, kwargs.get("is_causal"), module)
     key, value = key[:, :, : visible.n_key], value[:, :, : visible.n_key]
     call = _call(query, key, value, visible, settings, naive, kwargs)
+    if (watch := getattr(module, "_watch", None)) is not None:  # see moba_flex.tracing
+        watch(module, query, key, visible, settings)
     with torch.autocast(query.device.type, enabled=False):  # the gate compares in float32 whatever the model computes in
         if dropout or weights:
             out, probabilities = _attend_with_weights(query, key, value, visible, dropout, call)

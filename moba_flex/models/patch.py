@@ -46,7 +46,7 @@ def patch(model: nn.Module, config: MobaConfig | Mapping | None = None, **settin
     >>> model.config.moba.full_attention_layers
     (-1,)
     """
-    every, replaceable = _layers(model)
+    every, replaceable = find_layers(model)
     if config is not None and settings:
         raise TypeError(f"patch takes a MobaConfig or keywords, but got both: {config!r} and {', '.join(settings)}")
     if config is None and not settings:
@@ -103,13 +103,13 @@ def set_attention(model: nn.Module, attention: str, layers: Iterable[int] | None
     """
     if attention not in ATTENTION:
         raise ValueError(f"attention must be one of {', '.join(ATTENTION)}, but is {attention!r}")
-    _, replaceable = _layers(model)
+    _, replaceable = find_layers(model)
     chosen = replaceable
     if layers is not None:
         found = sorted({layer.layer_idx for layer in replaceable})
         wanted = resolve_layers("layers", layer_indices("layers", layers), replaceable[0].config.num_hidden_layers, found, model)
         chosen = [layer for layer in replaceable if layer.layer_idx in wanted]
-    if not _is_patched(replaceable):
+    if not is_patched(replaceable):
         if attention == "full":
             return model
         patch(model)
@@ -135,10 +135,10 @@ def full_attention(model: nn.Module) -> Iterator[nn.Module]:
     >>> with full_attention(model):
     ...     logits = model(torch.arange(32)[None]).logits
     """
-    _, replaceable = _layers(model)
+    _, replaceable = find_layers(model)
     before = [layer.__dict__.get("_moba") for layer in replaceable]
     try:
-        if _is_patched(replaceable):
+        if is_patched(replaceable):
             _use(replaceable, "full")
         yield model
     finally:
@@ -148,7 +148,7 @@ def full_attention(model: nn.Module) -> Iterator[nn.Module]:
                 layer._moba = state
 
 
-def _layers(model: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
+def find_layers(model: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
     """All attention layers that share a configuration with one that MoBA can replace, and those that it can."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a transformers model, but is a {type(model).__name__}")
@@ -169,7 +169,7 @@ def _configs(modules: list[nn.Module]) -> list:
     return list({id(module.config): module.config for module in modules}.values())
 
 
-def _is_patched(replaceable: list[nn.Module]) -> bool:
+def is_patched(replaceable: list[nn.Module]) -> bool:
     return all(config._attn_implementation in MOBA for config in _configs(replaceable))
 
 
