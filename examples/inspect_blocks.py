@@ -1,5 +1,6 @@
 """Which blocks does a pretrained model read? Two pictures of the demo's model and text, see examples/llama.py.
 
+    pip install ".[demo,viz]"
     python examples/inspect_blocks.py             # writes blocks.png, one layer's heads, and model.png, all layers
     python examples/inspect_blocks.py --layer 12 --moba-topk 4 --folder pictures
     python examples/inspect_blocks.py --model meta-llama/Llama-3.2-1B-Instruct --prompt-file book.txt --moba-chunk-size 512
@@ -31,6 +32,8 @@ import moba_flex
 
 
 def run(args: argparse.Namespace) -> None:
+    with one_line('cannot draw, since matplotlib is not installed: pip install ".[demo,viz]"'):
+        import matplotlib.figure  # noqa: F401
     with one_line("these flags do not fit together"):
         settings = moba_flex.MobaConfig(block_size=args.moba_chunk_size, top_k=args.moba_topk, sink_blocks=args.moba_sink_blocks)
     with one_line("cannot write to the folder"):

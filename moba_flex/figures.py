@@ -97,7 +97,7 @@ def trace_figure(trace: Trace) -> Figure:
     panels[0].set_ylabel("layer", fontsize=11)
     step = -(-len(trace.layers) // 16)
     panels[0].set_yticks(range(0, len(trace.layers), step), [str(layer) for layer in trace.layers[::step]])
-    figure.suptitle(f"{trace.share_of_keys.mean():.1%} of the keys are read", fontsize=12)
+    figure.suptitle(f"MoBA layers: {trace.share_of_keys.mean():.1%} of the keys are read", fontsize=12)
     return figure
 
 

@@ -35,7 +35,8 @@ class Trace:
 
     Attributes:
         layers: the indices of the L layers that use MoBA.
-        share_of_keys: `[L, H]` float64, the keys that all queries read, over those that they would read with full attention.
+        share_of_keys: `[L, H]` float64, the keys that all queries read, over those that they would read with full attention. As long as
+            every query reads `top_k` blocks or all there are, it follows from the lengths alone.
         overlap: `[L, H]` float64, the share of a query's chosen blocks that the next query chooses too. It is the mean over neighbours
             in one block that have more blocks to choose from than they may choose; NaN where there are none.
         chosen: `[L, H, C]` int64, how many queries chose a block. A query's own block is not chosen, it is always read.
@@ -122,7 +123,7 @@ def trace(
             raise ValueError(f'all layers of this {type(model).__name__} use full attention now: use set_attention(model, "moba")')
         keep = resolve_layers("selections", wanted, layers[0].config.num_hidden_layers, found, model)
         model.eval()
-        with logging.tqdm(total=len(layers), desc="Tracing", unit="layer") as bar, torch.compiler.set_stance("force_eager"):
+        with logging.tqdm(total=len(layers), desc="Tracing", unit="layer") as bar:
             watcher = Watcher(keep, bar)
             for layer in layers:
                 layer._watch = watcher
@@ -139,6 +140,7 @@ class Watcher:
         self._numbers: list[tuple[Tensor, ...]] = []
         self._selections: dict[int, Selection] = {}
 
+    @torch.compiler.disable  # a layer that was compiled in place has a graph on either side of it
     def __call__(self, layer: nn.Module, query: Tensor, key: Tensor, visible: Visible, settings: MobaConfig) -> None:
         names = inspect.signature(select_blocks).parameters
         blocks = {name: value for name, value in settings.items() if name in names}

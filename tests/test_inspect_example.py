@@ -60,6 +60,13 @@ def test_errors_are_one_line(flags, more, words, capsys):
         assert word in err
 
 
+def test_without_matplotlib_it_says_what_to_install_before_any_work(flags, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setattr(inspect_blocks, "load", lambda *args: pytest.fail("the model was loaded"))
+    assert inspect_blocks.main(flags) == 2
+    assert 'pip install ".[demo,viz]"' in capsys.readouterr().err
+
+
 def test_it_runs_as_a_script(flags, tmp_path):
     script = Path(inspect_blocks.__file__)
     done = subprocess.run([sys.executable, script, *flags], capture_output=True, text=True, cwd=tmp_path)

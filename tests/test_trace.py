@@ -147,6 +147,22 @@ def test_a_padded_batch_counts_what_its_rows_count_alone(side):
     assert not found.chosen.any() and not found.candidates.any()
 
 
+def test_without_a_causal_mask_all_blocks_are_options():
+    query, key = torch.randn(2, 4, 30, 8), torch.randn(2, 2, 30, 8)
+    mask = torch.arange(30) < torch.tensor([30, 17])[:, None]
+    selection = select_blocks(query, key, block_size=4, top_k=3, causal=False, padding_mask=mask)
+    share, overlap, chosen, candidates = tracing.numbers(selection)
+    dense = selection.to_dense()
+    assert torch.equal(chosen, dense.sum((0, 2)))
+    assert torch.equal(candidates, torch.tensor([47] * 5 + [30] * 3)), "the second row has 17 queries and 5 blocks"
+    for head in range(4):
+        read = sum(int(dense[row, head, :, t // 4].sum()) for row, length in enumerate((30, 17)) for t in range(length))
+        assert share[head].item() == pytest.approx(read / (30**2 + 17**2))
+        pairs = [(row, i) for row, length in enumerate((30, 17)) for i in range(length - 1)]
+        shared = [int((dense[row, head, i] & dense[row, head, i + 1]).sum()) / 3 for row, i in pairs]
+        assert overlap[head].item() == pytest.approx(sum(shared) / len(shared))
+
+
 def test_top_k_1_and_short_inputs_have_no_choice():
     for settings in ({"block_size": 4, "top_k": 1}, {"block_size": 64, "top_k": 8}):
         found = trace(build(), **batch(), **settings)
@@ -284,6 +300,16 @@ def test_a_compiled_model_is_traced_without_compiling():
 
     compiled = torch.compile(model, backend=refuse)
     assert torch.equal(trace(compiled, **batch()).chosen, expected.chosen)
+
+
+def test_layers_compiled_in_place_are_traced():
+    model = patch(build(), **SPARSE)
+    expected = trace(model, **batch())
+    for layer in model.model.layers:
+        layer.compile(backend="eager")
+    model(**batch())
+    found = trace(model, **batch())
+    assert found.layers == expected.layers and torch.equal(found.chosen, expected.chosen)
 
 
 # The progress bar
