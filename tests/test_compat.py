@@ -273,3 +273,24 @@ def test_flash_moba_wants_as_many_sequences_of_queries_as_of_keys():
 def test_moba_attn_varlen_wants_one_key_a_query(function):
     with pytest.raises(ValueError, match="agree in tokens"):
         function(torch.zeros(10, 2, 4), torch.zeros(9, 2, 4), torch.zeros(9, 2, 4), bounds(10), 10, 4, 1)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@every
+@pytest.mark.parametrize("topk", [1, 3])
+def test_on_a_gpu_in_bfloat16_too(function, topk):
+    sizes = [70, 0, 213]
+    tensors = {name: x.detach().bfloat16() for name, x in operands(283, 283, (4, 2), (64, 64), seed=0).items()}
+    exact = {name: x.double().requires_grad_() for name, x in tensors.items()}
+    given = {name: x.cuda().requires_grad_() for name, x in tensors.items()}
+    expected = reference(exact, sizes, sizes, 16, topk, dense=function is moba_attn_varlen and topk == 1)
+    length_arguments = {name: 213 if name.startswith("max_") else bounds(*sizes).cuda() for name in inspect.signature(function).parameters}
+    length_arguments = {name: x for name, x in length_arguments.items() if "seqlen" in name}
+    out = function(**given, **length_arguments, moba_chunk_size=16, moba_topk=topk)
+    upstream = random(*out.shape, seed=1)
+    wanted = torch.autograd.grad(expected, list(exact.values()), upstream)
+    got = torch.autograd.grad(out, list(given.values()), upstream.cuda().bfloat16())
+    for name, a, b in zip(("output", *tensors), (out, *got), (expected, *wanted)):
+        distance = (a.cpu().double() - b).norm() / b.norm()
+        assert distance < 1e-2, f"{name}: {distance:.1e}"

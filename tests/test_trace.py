@@ -367,3 +367,15 @@ def test_a_model_without_moba_layers_says_so():
 
 def test_the_package_exports_it():
     assert moba_flex.trace is trace and moba_flex.Trace is tracing.Trace
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_on_a_gpu_as_on_a_cpu():
+    model, inputs = patch(build(), block_size=16, top_k=3), batch("left", (200, 90))
+    expected = trace(model, **inputs)
+    found = trace(model.cuda(), **{name: x.cuda() for name, x in inputs.items()})
+    assert_same(found.share_of_keys, expected.share_of_keys)
+    assert torch.equal(found.candidates, expected.candidates)
+    differ = (found.chosen - expected.chosen).abs().sum() / expected.chosen.sum()
+    assert differ < 0.01, "but for choices between scores that differ in the last bits"
