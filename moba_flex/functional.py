@@ -196,6 +196,13 @@ def attend(
         blocks = {"block_size": block_size, "top_k": top_k, "sink_blocks": sink_blocks, "recent_blocks": recent_blocks}
         with torch.autocast(query.device.type, enabled=False):
             out, lse = run(query, key, value, **blocks, **which, causal=causal, scale=scale, softcap=softcap)
+    elif (
+        implementation == "flex"
+        and not return_lse
+        and _is_plain(query, key, value, block_size * top_k, causal, padding_mask, cu_seqlens, softcap, sinks)
+    ):
+        with torch.autocast(query.device.type, enabled=False):
+            return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=query.shape[1] != key.shape[1])
     else:
         settings = (block_size, top_k, sink_blocks, recent_blocks, causal, scale, softcap, implementation, _working_memory)
         narrow = implementation == "flex" and min(query.shape[-1], value.shape[-1]) < _LEAST_WIDTH
@@ -211,6 +218,12 @@ def attend(
         out = torch.where(empty[..., None], 0, out * share[..., None]).to(out.dtype)
         lse = torch.where(empty, lse, torch.logaddexp(lse, sink))
     return (out, lse) if return_lse else out
+
+
+def _is_plain(query: Tensor, key: Tensor, value: Tensor, reach: int, causal: bool, *more: Tensor | float | None) -> bool:
+    """Whether every query reads all `reach` tokens there are, so that PyTorch's fused dense attention computes the same, for less."""
+    every_token = causal and query.shape[2] == key.shape[2] <= reach and all(x is None for x in more)
+    return every_token and query.dtype != torch.float32 and query.shape[-1] == value.shape[-1] <= 256 and query.shape[-1] % 8 == 0
 
 
 def _naive_packed(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, **settings) -> tuple[Tensor, Tensor]:

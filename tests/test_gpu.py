@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from moba_flex import gate, moba_attention, moba_attention_varlen, routing, select_blocks, set_working_memory
+from moba_flex import gate, moba_attention, moba_attention_varlen, patch, routing, select_blocks, set_working_memory
 from moba_flex.blocks import dense_layout
 from moba_flex.naive import naive_selection
 from moba_flex.spec import Spec
@@ -258,3 +259,30 @@ def test_the_gate_is_exact_where_the_best_blocks_share_a_lane(block_size, top_k)
         wanted = torch.where(wanted < 0, last, wanted).sort(-1).values
         different = (torch.where(got < 0, last, got) != wanted).any(-1)
         assert different.float().mean() < 1e-3, (int(different.sum()), dtype)
+
+
+def test_where_every_block_is_read_it_is_dense_attention():
+    query, key, value = Case("").tensors()
+    for settings in (blocks(128, 6), blocks(1024, 1), blocks(16, 44)):  # 700 tokens
+        results = []
+        for implementation in ("flex", "naive"):
+            out = moba_attention(query, key, value, implementation=implementation, **settings)
+            results.append((out, *torch.autograd.grad(out.float().sin().sum(), (query, key, value))))
+        for a, b in zip(*results):
+            assert distance(a, b) < TOLERANCE[torch.bfloat16], settings
+
+
+def test_a_model_reads_a_short_prompt_with_the_attention_that_it_had():
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=128, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
+    )
+    model = LlamaForCausalLM(config).to("cuda", torch.bfloat16)
+    ids = torch.randint(64, (2, 600), device="cuda")
+    mask = torch.ones_like(ids)
+    mask[0, :100] = 0
+    with torch.no_grad():
+        wanted = model(ids, attention_mask=mask).logits
+        longer = model(ids.repeat(1, 2)).logits
+        patch(model, block_size=64, top_k=10)
+        assert torch.equal(model(ids, attention_mask=mask).logits, wanted)
+        assert not torch.equal(model(ids.repeat(1, 2)).logits, longer)

@@ -49,12 +49,16 @@ def moba_attention_forward(
 
     naive = attention == "moba_naive" or settings.implementation == "naive"
     dropout, weights = _check_supported(module, naive, kwargs)
+    inputs = query, key, value
     query, key, value = _autocast(query, key, value)
     visible = _visible(query, key, attention_mask, kwargs.get("is_causal"), module)
     key, value = key[:, :, : visible.n_key], value[:, :, : visible.n_key]
     call = _call(query, key, value, visible, settings, naive, kwargs)
     if (watch := getattr(module, "_watch", None)) is not None:  # see moba_flex.tracing
         watch(module, query, key, visible, settings)
+    if call["implementation"] == "flex" and visible.causal and visible.n_key <= settings.block_size * settings.top_k:
+        # Every query reads all that it may see: what the layer had before computes just that, and for a short prompt in less time.
+        return _ordinary(module, *inputs, attention_mask, kwargs)
     with torch.autocast(query.device.type, enabled=False):  # the gate compares in float32 whatever the model computes in
         if dropout or weights:
             out, probabilities = _attend_with_weights(query, key, value, visible, dropout, call)
