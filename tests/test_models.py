@@ -1,4 +1,4 @@
-"""What `patch` and its companions promise, on small random models."""
+"""What `patch` and its companions promise beyond what each family of models must show (test_families.py)."""
 
 from __future__ import annotations
 
@@ -9,19 +9,28 @@ import pickle
 import pytest
 import torch
 import transformers
-from torch import Tensor, nn
+from families import (
+    ALL_BLOCKS,
+    FAMILIES,
+    SIZES,
+    SPARSE,
+    TOKENS,
+    assert_close,
+    attentions,
+    build,
+    each_decode,
+    each_side,
+    logits,
+    padded,
+    snapshot,
+    tokens,
+)
+from torch import Tensor
 from transformers import (
-    BertConfig,
-    BertModel,
     CLIPVisionConfig,
-    Gemma2Config,
-    GptOssConfig,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
-    MistralConfig,
-    PreTrainedModel,
-    Qwen3Config,
     StaticCache,
 )
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
@@ -31,179 +40,11 @@ from moba_flex.config import MobaConfig
 from moba_flex.models import AutoModelForCausalLM, full_attention, patch, set_attention, unpatch
 from moba_flex.models import mask as mask_module
 
-VOCABULARY, TOKENS = 64, 53
-SIZES = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 32,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "initializer_range": 0.3,  # attention of weights as small as the default is all but uniform, whatever its mask
-    "max_position_embeddings": 256,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": None,
-}
-FAMILIES = {
-    "llama": lambda: LlamaConfig(**SIZES),
-    "qwen3": lambda: Qwen3Config(**SIZES),
-    "gemma2": lambda: Gemma2Config(**SIZES, sliding_window=8, query_pre_attn_scalar=8, attn_logit_softcapping=2.0),
-    "gpt_oss": lambda: GptOssConfig(**SIZES, sliding_window=8, num_local_experts=4, num_experts_per_tok=2),
-}
-HYBRID = ("gemma2", "gpt_oss")  # layers 0 and 2 have sliding windows
-each_family = pytest.mark.parametrize("family", FAMILIES)
-each_side = pytest.mark.parametrize("side", ["none", "left", "right"])
-each_decode = pytest.mark.parametrize("decode", ["full", "sparse"])
-SPARSE = {"block_size": 8, "top_k": 2}
-ALL_BLOCKS = {"block_size": 8, "top_k": 100}
+FEW = ("llama", "qwen3", "gemma2", "gpt_oss")
+each_family = pytest.mark.parametrize("family", FEW)
 
 
-def build(family: str = "llama", attention: str | None = "eager") -> PreTrainedModel:
-    """`attention` None: transformers' default, which for Gemma 2 was once sdpa, that left its soft-capping out."""
-    torch.manual_seed(0)
-    attention = "sdpa" if attention and family in ("llama", "qwen3") else attention
-    return transformers.AutoModelForCausalLM.from_config(FAMILIES[family](), attn_implementation=attention).eval()
-
-
-def tokens(rows: int = 2, length: int = TOKENS, seed: int = 1) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(2, VOCABULARY, (rows, length), generator=generator)
-
-
-def padded(side: str, lengths: tuple[int, ...] = (TOKENS, 30)) -> dict[str, Tensor]:
-    """Inputs of a batch whose rows have `lengths` real tokens."""
-    ids = tokens(len(lengths), max(lengths))
-    mask = torch.zeros_like(ids)
-    for row, length in enumerate(lengths):
-        mask[row, -length:] = side == "left"
-        mask[row, :length] = mask[row, :length] | (side == "right")
-    if side == "none":
-        return {"input_ids": ids}
-    position_ids = (mask.cumsum(1) - 1).clamp(min=0)
-    return {"input_ids": ids * mask, "attention_mask": mask, "position_ids": position_ids}
-
-
-@torch.no_grad()
-def logits(model: PreTrainedModel, inputs: dict[str, Tensor] | Tensor, **kwargs) -> Tensor:
-    """The logits at real tokens."""
-    inputs = {"input_ids": inputs} if isinstance(inputs, Tensor) else inputs
-    out = model(**inputs, **kwargs).logits
-    return out[inputs["attention_mask"].bool()] if "attention_mask" in inputs else out
-
-
-def attentions(model: nn.Module) -> list[nn.Module]:
-    return [module for name, module in model.named_modules() if name.endswith("self_attn")]
-
-
-def snapshot(model: PreTrainedModel) -> tuple:
-    """Everything that patching may touch."""
-    return (
-        model.config.to_dict(),
-        model.config._attn_implementation,
-        [sorted(module.__dict__) for module in model.modules()],
-    )
-
-
-def assert_close(actual: Tensor, expected: Tensor, case: str) -> None:
-    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=2e-4, msg=lambda m: f"{case}: {m}")
-
-
-# The same answer as before, and as the specification
-
-
-@each_family
-@each_side
-def test_with_every_block_taken_a_patched_model_is_the_unpatched_one(family, side):
-    model, inputs = build(family), padded(side)
-    before = logits(model, inputs)
-    assert_close(logits(patch(model, **ALL_BLOCKS), inputs), before, f"{family}, padding {side}")
-
-
-@each_family
-@each_side
-def test_a_patched_model_is_the_same_with_the_specification(family, side):
-    model, inputs = build(family), padded(side)
-    before = logits(model, inputs)
-    settings = {"block_size": 8, "top_k": 3, "sink_blocks": 1}
-    sparse = logits(patch(model, **settings), inputs)
-    assert (sparse - before).abs().max() > 1e-2, f"{family}, padding {side}: MoBA was not used"
-    assert_close(logits(set_attention(model, "moba_naive"), inputs), sparse, f"{family}, padding {side}, moba_naive")
-    patch(model, **settings, implementation="naive")
-    assert_close(logits(model, inputs), sparse, f"{family}, padding {side}, implementation naive")
-
-
-@each_family
-def test_unpatch_gives_the_model_back_bit_for_bit(family):
-    model, inputs = build(family), padded("left")
-    state, before = snapshot(model), logits(model, inputs)
-    patch(model, **SPARSE)
-    logits(model, inputs)
-    set_attention(model, "full", layers=[1])
-    set_attention(model, "moba_naive")
-    assert unpatch(model) is model
-    assert snapshot(model) == state, family
-    assert torch.equal(logits(model, inputs), before), family
-    unpatch(model)
-    assert snapshot(model) == state, f"{family}: unpatching twice"
-
-
-@each_family
-@each_side
-def test_full_attention_of_a_patched_model_is_the_models_own_bit_for_bit(family, side):
-    model, inputs = build(family), padded(side)
-    before = logits(model, inputs)
-    patch(model, **SPARSE)
-    set_attention(model, "full")
-    assert torch.equal(logits(model, inputs), before), f"{family}, padding {side}"
-
-
-@pytest.mark.parametrize("family", HYBRID)
-@each_side
-def test_sliding_layers_get_what_they_always_got(family, side, monkeypatch):
-    model, inputs = build(family), padded(side)
-    source = __import__(type(attentions(model)[0]).__module__, fromlist=["eager_attention_forward"])
-    seen, eager = {}, source.eager_attention_forward
-
-    def record(module, query, key, value, attention_mask, **kwargs):
-        seen[module.layer_idx] = attention_mask, sorted(kwargs)
-        return eager(module, query, key, value, attention_mask, **kwargs)
-
-    monkeypatch.setattr(source, "eager_attention_forward", record)
-    logits(model, inputs)
-    before = dict(seen)
-    seen.clear()
-    logits(patch(model, **SPARSE), inputs)
-    assert sorted(seen) == [0, 2], f"{family}: only sliding layers keep ordinary attention"
-    for layer, (mask, names) in seen.items():
-        assert torch.equal(mask, before[layer][0]) and names == before[layer][1], f"{family}, layer {layer}"
-
-
-def test_padded_rows_are_those_rows_alone():
-    model = patch(build(), **SPARSE)
-    for side in ("left", "right"):
-        inputs = padded(side, (TOKENS, 30, 17))
-        out, kept = model(**inputs).logits, inputs["attention_mask"].bool()
-        for row in range(3):
-            alone = model(inputs["input_ids"][row, kept[row]][None]).logits[0]
-            assert_close(out[row, kept[row]], alone, f"padding {side}, row {row}")
-
-
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2"])  # transformers' GPT-OSS does not tell packed sequences
-def test_packed_sequences_are_the_sequences_alone(family):
-    model, ids = patch(build(family), block_size=4, top_k=2), tokens(2, 40)
-    lengths = ((13, 1, 26), (40,))
-    position_ids = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in lengths])
-    with torch.no_grad():
-        packed = model(ids, position_ids=position_ids, use_cache=False).logits
-    for row, sizes in enumerate(lengths):
-        for part, alone in zip(packed[row].split(sizes), ids[row].split(sizes)):
-            assert_close(part, logits(model, alone[None])[0], f"{family}, sequence of {len(part)} in row {row}")
-    set_attention(model, "moba_naive")
-    with torch.no_grad():
-        naive = model(ids, position_ids=position_ids, use_cache=False).logits
-    assert_close(packed, naive, f"{family}, moba_naive")
+# Parts, directions and precisions
 
 
 def test_of_a_model_of_several_parts_only_the_language_model_is_patched(tmp_path):
@@ -369,32 +210,6 @@ def test_a_sequence_that_fits_into_its_top_k_blocks_is_decoded_alike():
 
 
 # Training
-
-
-def gradients(model: PreTrainedModel, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    model.zero_grad()
-    model(**inputs, labels=inputs["input_ids"]).loss.backward()
-    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
-
-
-@each_family
-def test_a_training_step_has_the_gradients_of_the_specification(family):
-    model, inputs = patch(build(family), **SPARSE).train(), padded("right")
-    for parameters in model.parameters():
-        parameters.data *= 0.3  # loss and gradients of a size at which absolute errors mean something
-    sparse = gradients(model, inputs)
-    for name, expected in gradients(set_attention(model, "moba_naive"), inputs).items():
-        assert torch.isfinite(sparse[name]).all(), f"{family}, {name}"
-        assert_close(sparse[name], expected, f"{family}, {name}")
-
-
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_gradient_checkpointing_changes_no_gradient(reentrant):
-    model, inputs = patch(build(), **SPARSE, full_attention_layers=(1,)).train(), padded("right")
-    plain = gradients(model, inputs)
-    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-    for name, gradient in gradients(model, inputs).items():
-        assert_close(gradient, plain[name], f"reentrant {reentrant}, {name}")
 
 
 def test_attention_dropout_is_refused_in_training_but_not_by_the_specification():
@@ -599,24 +414,6 @@ def test_patch_refuses_bad_settings_and_leaves_the_model_as_it_was(settings, err
     with pytest.raises(error, match=message):
         patch(model, **settings)
     assert snapshot(model) == state
-
-
-def test_patch_refuses_models_without_a_layer_that_moba_can_replace():
-    sliding = transformers.AutoModelForCausalLM.from_config(MistralConfig(**SIZES, sliding_window=8))
-    encoder = BertModel(BertConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8))
-    for model, message in (
-        (sliding, r"MistralForCausalLM has no layer .* attention layers: 0 to 3 \(MistralAttention\)"),
-        (encoder, r"BertModel has no layer .* attention layers: 0 \(BertSelfAttention\)"),
-        (nn.Linear(2, 2), r"Linear has no layer .* \(none that use transformers' attention registry\)"),
-    ):
-        state = [sorted(module.__dict__) for module in model.modules()]
-        for call in (patch, lambda m: set_attention(m, "moba"), lambda m: full_attention(m).__enter__()):
-            with pytest.raises(ValueError, match=message):
-                call(model)
-        assert [sorted(module.__dict__) for module in model.modules()] == state
-    assert unpatch(sliding) is sliding
-    with pytest.raises(TypeError, match="model must be a transformers model, but is a str"):
-        patch("model")
 
 
 @pytest.mark.parametrize("patched", [False, True])

@@ -51,7 +51,7 @@ def moba_attention_forward(
     dropout, weights = _check_supported(module, naive, kwargs)
     inputs = query, key, value
     query, key, value = _autocast(query, key, value)
-    visible = _visible(query, key, attention_mask, kwargs.get("is_causal"), module)
+    visible = _visible(query, key, attention_mask, kwargs, module)
     key, value = key[:, :, : visible.n_key], value[:, :, : visible.n_key]
     call = _call(query, key, value, visible, settings, naive, kwargs)
     if (watch := getattr(module, "_watch", None)) is not None:  # see moba_flex.tracing
@@ -121,9 +121,10 @@ def _autocast(*tensors: Tensor) -> list[Tensor]:
     return list(tensors)
 
 
-def _visible(query: Tensor, key: Tensor, mask: MobaMask | Tensor | BlockMask | None, is_causal: bool | None, module: nn.Module) -> Visible:
+def _visible(query: Tensor, key: Tensor, mask: MobaMask | Tensor | BlockMask | None, kwargs: dict, module: nn.Module) -> Visible:
+    packed = kwargs.get("cu_seq_lens_q"), kwargs.get("cu_seq_lens_k")
     if isinstance(mask, MobaMask):
-        return mask.visible(query, key)
+        return mask.visible(query, key, *packed)
     if mask is not None:
         raise ValueError(
             f"{type(module).__name__} {module.layer_idx} got an attention mask of shape {tuple(mask.shape)}, which "
@@ -134,7 +135,7 @@ def _visible(query: Tensor, key: Tensor, mask: MobaMask | Tensor | BlockMask | N
             f"{type(module).__name__} {module.layer_idx} has {query.shape[2]} queries, {key.shape[2]} keys and no mask "
             "that says where the queries lie: call the whole model, which makes one"
         )
-    return Visible(key.shape[2], is_causal is not False)
+    return Visible(key.shape[2], kwargs.get("is_causal") is not False).packed(query, *packed)
 
 
 def _call(query: Tensor, key: Tensor, value: Tensor, visible: Visible, settings: MobaConfig, naive: bool, kwargs: dict) -> dict:

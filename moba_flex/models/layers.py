@@ -41,6 +41,8 @@ def takes_moba(layer: nn.Module) -> bool:
     index, config = getattr(layer, "layer_idx", None), layer.config
     if index is None or getattr(layer, "is_cross_attention", False) or not getattr(layer, "is_causal", True):
         return False
+    if _has_position_bias(type(layer)):
+        return False
     types = getattr(config, "layer_types", None)
     if types is not None and index < len(types):
         return types[index] in _FULL_LAYER_TYPES and getattr(layer, "sliding_window", None) is None
@@ -113,6 +115,12 @@ def default_implementation(layer_class: type) -> str:
     models = [m for m in vars(source).values() if inspect.isclass(m) and issubclass(m, PreTrainedModel)] if source else []
     models = [m for m in models if m is not PreTrainedModel]
     return "sdpa" if models and all(m._supports_sdpa for m in models) else "eager"
+
+
+@lru_cache(maxsize=256)
+def _has_position_bias(layer_class: type) -> bool:
+    """Whether a number for each query and key is added to the scores, as in T5 and its kin: MoBA never has such a matrix."""
+    return "position_bias" in inspect.signature(layer_class.forward).parameters
 
 
 @lru_cache(maxsize=256)

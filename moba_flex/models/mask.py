@@ -10,7 +10,7 @@ B batch, N tokens (Nq queries, Nk keys).
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,8 @@ from transformers.masking_utils import (
     causal_mask_function,
 )
 
+from .. import arguments
+
 
 @dataclass(frozen=True)
 class Visible:
@@ -31,6 +33,26 @@ class Visible:
     causal: bool = True
     padding_mask: Tensor | None = None  # [B, n_key] bool; None: all tokens are real
     cu_seqlens: Tensor | None = None  # [n + 1] int32 over all rows' tokens one after another; None: a row is one sequence
+
+    def packed(self, query: Tensor, cu_seqlens: Tensor | None, key_cu_seqlens: Tensor | None) -> Visible:
+        """The same with the sequences that a call names itself, as transformers does for FlashAttention; they go before those that
+        transformers sees in `position_ids`. Without `cu_seqlens` it stays what it is.
+
+        Raises ValueError or TypeError if they do not fit.
+        """
+        if cu_seqlens is None:
+            return self
+        n_tokens = query.shape[0] * query.shape[2]
+        arguments.check_cu_seqlens("cu_seq_lens_q", cu_seqlens, query, n_tokens)
+        if self.n_key != query.shape[2]:
+            raise ValueError(
+                f"cu_seq_lens_q is for packed sequences without cached keys, but there are {query.shape[2]} queries and {self.n_key} keys"
+            )
+        if self.padding_mask is not None:
+            raise ValueError("attention_mask has padding, but cu_seq_lens_q packs sequences without padding: pass one of the two")
+        if key_cu_seqlens is not None and arguments.readable(cu_seqlens) and not torch.equal(cu_seqlens, key_cu_seqlens):
+            raise ValueError("cu_seq_lens_k must equal cu_seq_lens_q, since MoBA is self-attention, but does not")
+        return replace(self, cu_seqlens=cu_seqlens.int())
 
     def to(self, device: torch.device) -> Visible:
         moved = (x if x is None else x.to(device, non_blocking=True) for x in (self.padding_mask, self.cu_seqlens))
@@ -70,10 +92,11 @@ class MobaMask(BlockMask):
         mask = self._ordinary[implementation]
         return mask if mask is None else mask.to(device)
 
-    def visible(self, query: Tensor, key: Tensor) -> Visible:
+    def visible(self, query: Tensor, key: Tensor, cu_seqlens: Tensor | None = None, key_cu_seqlens: Tensor | None = None) -> Visible:
         """The same for MoBA. It reads values, so it is worked out once for all layers.
 
-        Raises ValueError for what MoBA cannot express: custom masks, padding inside a row, keys that have been dropped.
+        Raises ValueError for what MoBA cannot express: custom masks, padding inside a row, keys that have been dropped, packed sequences
+        that do not fit.
         """
         expected, got = (self.shape[2], self.shape[3]), (query.shape[2], key.shape[2])
         if expected != got:
@@ -82,7 +105,7 @@ class MobaMask(BlockMask):
                 f"{expected[1]}: MoBA needs a cache that returns all keys, and an attention_mask of their length"
             )
         if self._visible is None:
-            self._visible = _read(self._request)
+            self._visible = _read(self._request).packed(query, cu_seqlens, key_cu_seqlens)
         return self._visible if query.device == self._request["device"] else self._visible.to(query.device)
 
     def to(self, *args, **kwargs) -> MobaMask:

@@ -156,10 +156,13 @@ def find_layers(model: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
     replaceable = [layer for layer in every if takes_moba(layer)]
     if not replaceable:
         found = show(sorted({layer.layer_idx for layer in every if getattr(layer, "layer_idx", None) is not None}))
-        kinds = ", ".join(sorted({type(layer).__name__ for layer in every})) or "none that use transformers' attention registry"
+        kinds = ", ".join(sorted({type(layer).__name__ for layer in every}))
+        layers = (
+            f"its attention layers: {found} ({kinds})" if every else "none of its modules asks transformers' registry for its attention"
+        )
         raise ValueError(
-            f"{type(model).__name__} has no layer that MoBA can replace, which must be full causal self-attention; "
-            f"its attention layers: {found} ({kinds})"
+            f"{type(model).__name__} has no layer that MoBA can replace, which must be full causal self-attention without a position bias: "
+            f"{layers}"
         )
     shared = {id(layer.config) for layer in replaceable}
     return [layer for layer in every if id(layer.config) in shared], replaceable
