@@ -1,5 +1,7 @@
 """Mixture of Block Attention (arXiv 2502.13189) through PyTorch's FlexAttention, for transformers models."""
 
+from typing import TYPE_CHECKING
+
 from . import compat
 from .config import MobaConfig
 from .figures import visualize
@@ -8,9 +10,13 @@ from .models import AutoModelForCausalLM, full_attention, patch, set_attention, 
 from .selection import Selection, select_blocks
 from .tracing import Trace, trace
 
+if TYPE_CHECKING:
+    from .schedule import MobaSchedule
+
 __all__ = [
     "AutoModelForCausalLM",
     "MobaConfig",
+    "MobaSchedule",
     "Selection",
     "Trace",
     "compat",
@@ -26,3 +32,11 @@ __all__ = [
     "visualize",
 ]
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> object:
+    if name == "MobaSchedule":  # only now: it needs transformers' training part, which loads PEFT where that is installed
+        from .schedule import MobaSchedule
+
+        return MobaSchedule
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -10,17 +10,32 @@ import inspect
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, wraps
 from types import ModuleType
+from typing import TypeVar
 
+import torch
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 
 from ..config import MobaConfig
 
 MOBA = ("moba", "moba_naive")
+T = TypeVar("T")
 # "attention" was the name before transformers 5.18; "hybrid" layers have full attention beside a state-space part.
 _FULL_LAYER_TYPES = ("full_attention", "attention", "hybrid")
+
+
+def _of_a_class(find: Callable[[type], T]) -> Callable[[type], T]:
+    """Look a class of layers up once. torch.compile takes the answer as a constant, without tracing how it is found."""
+    once = lru_cache(maxsize=256)(find)
+
+    @torch.compiler.assume_constant_result
+    @wraps(find)
+    def found(layer_class: type) -> T:
+        return once(layer_class)
+
+    return found
 
 
 @dataclass(frozen=True)
@@ -108,7 +123,7 @@ def ordinary_attention(layer: nn.Module, implementation: str) -> Callable:
     return registry.get_interface(implementation, eager)
 
 
-@lru_cache(maxsize=256)
+@_of_a_class
 def default_implementation(layer_class: type) -> str:
     """What transformers gives a model that asks for nothing: "sdpa" where its source says so, else "eager"."""
     source = _source(layer_class)
@@ -117,13 +132,13 @@ def default_implementation(layer_class: type) -> str:
     return "sdpa" if models and all(m._supports_sdpa for m in models) else "eager"
 
 
-@lru_cache(maxsize=256)
+@_of_a_class
 def _has_position_bias(layer_class: type) -> bool:
     """Whether a number for each query and key is added to the scores, as in T5 and its kin: MoBA never has such a matrix."""
     return "position_bias" in inspect.signature(layer_class.forward).parameters
 
 
-@lru_cache(maxsize=256)
+@_of_a_class
 def _source(layer_class: type) -> ModuleType | None:
     """The Python module whose forward looks attention up in transformers' registry, for this class or a base of it."""
     for cls in layer_class.__mro__:

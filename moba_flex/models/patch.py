@@ -12,6 +12,7 @@ from .layers import (
     MOBA,
     LayerState,
     attention_layers,
+    attention_of,
     full_layers,
     ordinary_implementation,
     resolve_layers,
@@ -146,6 +147,22 @@ def full_attention(model: nn.Module) -> Iterator[nn.Module]:
             layer.__dict__.pop("_moba", None)
             if state is not None:
                 layer._moba = state
+
+
+def moba_layers(model: nn.Module) -> dict[int, str]:
+    """What each layer uses now that `patch` gave to MoBA, those in `full_attention_layers` left out: "moba", "moba_naive" or "full".
+
+    Raises ValueError if the model is not patched or MoBA can replace none of its layers.
+    """
+    _, replaceable = find_layers(model)
+    if not is_patched(replaceable):
+        raise ValueError(f"{type(model).__name__} is not patched: call moba_flex.patch(model, ...) first")
+    now = {}
+    for layer in replaceable:
+        settings = MobaConfig.of(layer.config)
+        if layer.layer_idx not in full_layers(settings, layer.config.num_hidden_layers, layer):
+            now[layer.layer_idx] = attention_of(layer, settings)
+    return now
 
 
 def find_layers(model: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
