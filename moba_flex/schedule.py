@@ -16,7 +16,7 @@ ORDERS = ("last_to_first", "first_to_last")
 
 
 class MobaSchedule(TrainerCallback, ExportableState):
-    """Train a patched model with MoBA first and full attention last (report, section 2.2), or the other way round.
+    """Train a patched model with MoBA first and full attention last (report, section 3.2), or the other way round.
 
     The layers that switch are those that MoBA can replace, without those in `full_attention_layers`. What they use follows from the
     number of the step alone, so a run that resumes from a checkpoint goes on as if it had never stopped. The checkpoint also keeps the

@@ -105,6 +105,20 @@ def test_sliding_layers_get_what_they_always_got(family, side, monkeypatch):
         assert torch.equal(mask, before[layer][0]) and names == before[layer][1], f"{family}, layer {layer}"
 
 
+@each_family
+def test_autocast_costs_no_more_exactness_than_with_full_attention(family):
+    """With every block taken, where no choice of blocks can turn on a rounding. Rotary embeddings leave query and key wider than value."""
+    model, ids = patch(build(family), **ALL_BLOCKS), tokens()
+    exact, errors = logits(model, ids), {}
+    for attention in ("full", "moba"):
+        set_attention(model, attention)
+        with torch.autocast("cpu", torch.bfloat16):
+            rounded = logits(model, ids, use_cache=False)
+        assert rounded.dtype == torch.bfloat16
+        errors[attention] = (rounded - exact).norm()
+    assert errors["moba"] < 1.5 * errors["full"], f"{family}: {errors}"
+
+
 # Generation
 
 

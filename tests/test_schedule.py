@@ -49,28 +49,23 @@ class Record(TrainerCallback):
         self.steps[state.global_step] = list(moba_layers(model).values())
 
 
-class InOrder(Trainer):
-    """Rows in the order of the dataset."""
-
-    def _get_train_sampler(self, dataset: Dataset | None = None) -> torch.utils.data.Sampler:
-        return torch.utils.data.SequentialSampler(self.train_dataset)
-
-
 def trainer(model: nn.Module, folder: Path, schedule: MobaSchedule, n_steps: int = 10, rows: int = 2, **settings) -> tuple[Trainer, Record]:
     record = Record()
-    settings = {"learning_rate": 1e-2, "lr_scheduler_type": "constant", "save_strategy": "no", **settings}
+    settings = {"learning_rate": 1e-2, "save_strategy": "no", **settings}
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=n_steps,
         per_device_train_batch_size=rows,
         logging_steps=1,
+        lr_scheduler_type="constant",
+        train_sampling_strategy="sequential",
         report_to="none",
         use_cpu=True,
         disable_tqdm=True,
         **settings,
     )
     data = Rows(n_steps * rows * arguments.gradient_accumulation_steps)
-    return InOrder(model, arguments, train_dataset=data, callbacks=[schedule, record]), record
+    return Trainer(model, arguments, train_dataset=data, callbacks=[schedule, record]), record
 
 
 def patched(**settings) -> nn.Module:
@@ -217,10 +212,10 @@ def test_a_model_of_peft_is_switched_by_trainer(tmp_path):
 # Checkpoints
 
 
-@pytest.mark.parametrize("stopped_at", [4, 8])
+@pytest.mark.parametrize("stopped_at", [4, 8, 10])
 def test_a_resumed_run_is_the_run_that_never_stopped(stopped_at, tmp_path):
-    schedule = {"switch_at": 0.5, "switch_over": 0.2}
-    saving = {"save_strategy": "steps", "save_steps": 4}
+    schedule = {"switch_at": 0.5, "switch_over": 0.5}
+    saving = {"save_strategy": "steps", "save_steps": 2}
     whole, record = trainer(patched(), tmp_path, MobaSchedule(**schedule), **saving)
     whole.train()
     again, later = trainer(patched(), tmp_path, MobaSchedule(**schedule), **saving)
@@ -229,6 +224,14 @@ def test_a_resumed_run_is_the_run_that_never_stopped(stopped_at, tmp_path):
     for (name, parameter), other in zip(whole.model.named_parameters(), again.model.parameters()):
         assert torch.equal(parameter, other), name
     assert moba_layers(again.model) == moba_layers(whole.model)
+
+
+def test_resuming_a_finished_run_leaves_the_attention_of_its_last_step(tmp_path):
+    for attempt in range(2):
+        run, record = trainer(patched(), tmp_path, MobaSchedule(switch_at=1.0), n_steps=2, save_strategy="steps", save_steps=2)
+        run.train(resume_from_checkpoint=bool(attempt))
+        assert len(record.steps) == (0 if attempt else 2)
+        assert list(moba_layers(run.model).values()) == MOBA_ALL
 
 
 def test_a_checkpoint_restores_the_schedules_settings_where_that_is_asked_for(tmp_path):
@@ -262,8 +265,7 @@ def tiny(**settings) -> nn.Module:
     return patch(build(num_hidden_layers=2, initializer_range=0.05), **settings)
 
 
-@pytest.mark.parametrize("first", ["moba", "full"])
-@pytest.mark.parametrize("switch_over, switches", [(0.0, [28]), (0.2, [28, 32])])
+@pytest.mark.parametrize("first, switch_over, switches", [("moba", 0.0, [28]), ("full", 0.0, [28]), ("moba", 0.2, [28, 32])])
 def test_the_loss_does_not_jump_where_layers_switch(first, switch_over, switches, tmp_path):
     loss = losses(tiny(block_size=8, top_k=3), tmp_path, MobaSchedule(first, 0.7, switch_over), 40)
     assert statistics.mean(loss[-5:]) < 0.75 * loss[0], "nothing was learned that could be lost"
