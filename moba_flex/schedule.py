@@ -19,9 +19,10 @@ class MobaSchedule(TrainerCallback, ExportableState):
     """Train a patched model with MoBA first and full attention last (report, section 3.2), or the other way round.
 
     The layers that switch are those that MoBA can replace, without those in `full_attention_layers`. What they use follows from the
-    number of the step alone, so a run that resumes from a checkpoint goes on as if it had never stopped. The checkpoint also keeps the
-    schedule's settings, which `TrainingArguments(restore_callback_states_from_checkpoint=True)` puts back. Evaluation and saving
-    between two steps see the attention of the step before; after training the model has the attention of the last step.
+    number of the step and of all steps alone, so a run that resumes from a checkpoint goes on as if it had never stopped (and one that
+    resumes with more steps than it was to have has its switch later). The checkpoint also keeps the schedule's settings, which
+    `TrainingArguments(restore_callback_states_from_checkpoint=True)` puts back. Evaluation and saving between two steps see the
+    attention of the step before; after training the model has the attention of the last step.
 
     Args:
         first: the attention that training begins with, "moba" or "full"; it ends with the other.
