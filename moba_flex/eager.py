@@ -25,6 +25,7 @@ __all__ = ["choose", "delta", "local", "local_backward", "merge_routed", "merge_
 
 _SCORES_AT_ONCE = 1 << 21  # about what a core's cache holds
 _ROWS_AT_ONCE = 4096
+_SMALL = 60.0  # e^60 summed over many keys is far from float32's largest number, and e^-60 from its smallest
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -176,23 +177,36 @@ def merge_routed(
 def _sum_routed(
     out: Tensor, lse: Tensor, query: Tensor, key: Tensor, value: Tensor, routes: Routes, layout: BlockLayout, spec: Spec
 ) -> tuple[Tensor, Tensor] | None:
-    """Softmax weights relative to the local call's log-sum-exp, so that blocks add up and nothing has to be rescaled.
+    """Softmax weights relative to one number a query, so that blocks add up and nothing has to be rescaled.
 
-    None if something is too large for that: a score some 80 above the local log-sum-exp (float32), infinity or NaN. A score far
-    below is no matter, since its weight is nothing beside the local call's 1.
+    That number is 0 if no score can be large, and else the local call's log-sum-exp. None if something is too large even so: a
+    score some 80 above it (float32), infinity or NaN. A score far below is no matter, since its weight is nothing beside the local
+    call's 1.
     """
-    q, reference = query.flatten(0, 2), lse.flatten()
-    k, v = key.flatten(0, 2), value.flatten(0, 2)
-    sums, total = torch.zeros_like(out).flatten(0, 2), torch.ones_like(reference)
+    small = _largest_score(query, key, spec) < _SMALL
+    q, k, v = (x.flatten(0, 2) for x in (query, key, value))
+    relative = None if small else lse.flatten()
+    sums, total = torch.zeros_like(out).flatten(0, 2), lse.exp().flatten() if small else torch.ones_like(lse).flatten()
     for queries, keys in _routed_parts(routes, layout, key.shape[1]):
         score = _scores(_wide(q.index_select(0, queries)), _wide(k[keys]), spec)
-        weight = score.sub_(reference.index_select(0, queries)[:, None]).exp_()
+        if relative is not None:
+            score -= relative.index_select(0, queries)[:, None]
+        weight = score.exp_()
         total.index_add_(0, queries, weight.sum(-1))
         sums.index_add_(0, queries, weight @ _wide(v[keys]))
     if not all(math.isfinite(bound) for x in (total, sums) for bound in torch.aminmax(x)):
         return None
     sums, total = sums.view(out.shape), total.view(lse.shape)
+    if small:
+        return sums.addcmul_(out, lse.exp()[..., None]).div_(total[..., None]), total.log_()
     return sums.add_(out).div_(total[..., None]), total.log_().add_(lse)
+
+
+def _largest_score(query: Tensor, key: Tensor, spec: Spec) -> float:
+    """A bound on all scores' magnitude: a product is at most that of the lengths. NaN where there is one."""
+    longest = [float(torch.linalg.vector_norm(x, dim=-1, dtype=torch.promote_types(x.dtype, torch.float32)).max()) for x in (query, key)]
+    bound = longest[0] * longest[1] * abs(spec.scale)
+    return bound if spec.softcap is None else min(bound, spec.softcap)
 
 
 def _merge_one_by_one(
