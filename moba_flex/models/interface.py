@@ -41,6 +41,8 @@ def moba_attention_forward(
     """
     settings = MobaConfig.of(module.config)
     attention = attention_of(module, settings) if takes_moba(module) else "full"
+    if getattr(module, "_context_parallel", None) is not None:
+        return _across_processes(module, query, key, value, attention_mask, settings, attention, kwargs), None
     mask_is_local = isinstance(attention_mask, MobaMask) and attention_mask.is_local
     is_local = mask_is_local or kwargs.get("sliding_window") is not None
     decodes = query.shape[2] == 1 and key.shape[2] > 1 and settings.decode == "full"
@@ -65,6 +67,35 @@ def moba_attention_forward(
         else:
             out, probabilities = _attend(query, key, value, visible, call), None
     return out.transpose(1, 2).contiguous(), probabilities if weights else None
+
+
+def _across_processes(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: MobaMask | Tensor | BlockMask | None,
+    settings: MobaConfig,
+    attention: str,
+    kwargs: dict,
+) -> Tensor:
+    """A layer of a model whose sequences are cut into slices, see `moba_flex.distributed`: `[B, L, H, Dv]`."""
+    context, naive = module._context_parallel, attention == "moba_naive" or settings.implementation == "naive"
+    dropout, weights = _check_supported(module, naive, kwargs)
+    query, key, value = _autocast(query, key, value)
+    visible = _visible(query, key, mask, kwargs.get("is_causal"), module)
+    call = _call(query, key, value, visible, settings, naive, kwargs)
+    if dropout or weights or not visible.causal or visible.padding_mask is not None or visible.cu_seqlens is not None:
+        raise ValueError(
+            f"{type(module).__name__} {module.layer_idx} works on a slice of a sequence, without attention dropout or weights, padding "
+            "or packed sequences: call the model with what `ContextParallel.shard` returns"
+        )
+    if attention == "full" and (call["softcap"] is not None or call["sinks"] is not None):
+        raise ValueError(f"{type(module).__name__} {module.layer_idx} has a softcap or sinks, which full attention of slices does not do")
+    with torch.autocast(query.device.type, enabled=False):
+        if attention == "full":
+            return context.attend_full(query, key, value, call["scale"]).transpose(1, 2).contiguous()
+        return context.attend(query, key, value, **call).transpose(1, 2).contiguous()
 
 
 def _ordinary(

@@ -73,6 +73,8 @@ def unpatch(model: nn.Module) -> nn.Module:
     A model that is not patched stays as it is. Returns the same model.
     """
     layers = attention_layers(model)
+    if any(hasattr(layer, "_context_parallel") for layer in layers):
+        raise ValueError(f"{type(model).__name__} is context-parallel, which it can only be with MoBA: call ContextParallel.remove() first")
     ordinary = {id(layer.config): ordinary_implementation(layer) for layer in layers}
     # A model of several parts that was loaded with "moba" has that name in the configurations above its layers' too.
     holders = [module for module in model.modules() if hasattr(module, "config")]

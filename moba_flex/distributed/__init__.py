@@ -1,0 +1,9 @@
+"""Sequences longer than one process holds: context parallelism for the operation and for models.
+
+`attention` the operation on slices, `exchange` how slices travel, `model` what a transformers model needs for it.
+"""
+
+from .attention import moba_attention_cp
+from .model import ContextParallel, context_parallel
+
+__all__ = ["ContextParallel", "context_parallel", "moba_attention_cp"]

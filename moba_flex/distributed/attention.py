@@ -1,0 +1,169 @@
+"""Attention of sequences that are cut into slices, one a process.
+
+Causal attention of a slice's queries reads the keys up to the slice's end and none behind, and `moba_attention` takes queries that are the
+last of the keys. So each process makes an ordinary call on its own queries and the keys so far, and the gate, blocks that cross a slice's
+border and grouped heads need nothing of their own. What is left is how keys get there: `exchange="keys"` or `exchange="heads"`.
+
+W processes. B batch, H query heads, G key heads, L tokens of a slice, N = W * L tokens, D and Dv widths.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.nn.attention.bias import causal_lower_right
+
+from .. import arguments
+from ..functional import attend
+from .exchange import gathered_keys, heads_to_tokens, tokens_to_heads
+
+EXCHANGES = ("keys", "heads")
+
+# Attention of queries that are the last of the keys, for some of the query heads: output and log-sum-exp, or None if nobody wants that.
+Attention = Callable[[Tensor, Tensor, Tensor, slice], tuple[Tensor, Tensor | None]]
+
+
+def moba_attention_cp(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mesh: DeviceMesh | dist.ProcessGroup,
+    *,
+    exchange: str = "keys",
+    block_size: int,
+    top_k: int,
+    sink_blocks: int = 0,
+    recent_blocks: int = 0,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    return_lse: bool = False,
+    implementation: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`moba_attention` of a sequence of which each process holds a slice: context parallelism. Causal.
+
+    All processes of the mesh call it together, process r with the tokens `r * L` to `(r + 1) * L - 1`. Slices have the same length;
+    a sequence that does not divide is padded at its end, which causal attention never sees.
+
+    Args:
+        query: `[B, H, L, D]`, the same shape on all processes.
+        key: `[B, G, L, D]`.
+        value: `[B, G, L, Dv]`.
+        mesh: a DeviceMesh of one dimension, or of several one of which is named "cp"; or a process group. Its order is that of the slices.
+        exchange: "keys" gathers keys and values of all processes, some heads at a time, while attention works on other heads. "heads"
+            exchanges tokens for heads before and after (Ulysses): fewer bytes from H / G + 2 processes on, but H must be a multiple of the
+            processes, and G a multiple or a divisor of them. docs/scaling.md says which is faster when.
+
+    The other arguments and what is raised are those of `moba_attention`; `sinks [H]` are those of all heads.
+
+    Returns:
+        `[B, H, L, Dv]`, this slice's outputs, and with `return_lse` also float32 `[B, H, L]`: what one process would compute for the whole
+        sequence. Differentiable in query, key, value and sinks (whose gradient on each process is that of its slice: sum them).
+
+    Raises:
+        ValueError, TypeError: as `moba_attention`; a mesh without a dimension for it; heads that do not fit the processes.
+        RuntimeError: another process has ended.
+    """
+    arguments.check_query_key(query, key, value=value)
+    arguments.check_blocks(block_size, top_k, sink_blocks, recent_blocks)
+    arguments.check_scores(query, query.shape[1], scale, softcap, sinks)
+    blocks = {"block_size": block_size, "top_k": top_k, "sink_blocks": sink_blocks, "recent_blocks": recent_blocks}
+    scores = {"scale": scale, "softcap": softcap}
+    implementation = arguments.resolve_implementation(implementation, query)
+    attention = moba(sinks=sinks, **blocks, **scores, return_lse=return_lse, implementation=implementation)
+    out, lse = across(query, key, value, group_of(mesh), exchange, attention)
+    return (out, lse) if return_lse else out
+
+
+def moba(*, sinks: Tensor | None, return_lse: bool = False, **settings) -> Attention:
+    """MoBA with the arguments of `moba_flex.functional.attend`."""
+
+    def attention(query: Tensor, key: Tensor, value: Tensor, heads: slice) -> tuple[Tensor, Tensor | None]:
+        out, lse = attend(query, key, value, sinks=None if sinks is None else sinks[heads], return_lse=True, **settings)
+        return out, lse if return_lse else None
+
+    return attention
+
+
+def full(scale: float | None) -> Attention:
+    """Dense causal attention, for the layers that keep it. It has no log-sum-exp."""
+
+    def attention(query: Tensor, key: Tensor, value: Tensor, heads: slice) -> tuple[Tensor, None]:
+        repeats = query.shape[1] // key.shape[1]
+        by_group = query.unflatten(1, (-1, repeats)).flatten(0, 1)  # a key head is shared by expanding it: no copies
+        key, value = (x.flatten(0, 1)[:, None].expand(-1, repeats, -1, -1) for x in (key, value))
+        visible = causal_lower_right(query.shape[2], key.shape[2])
+        out = F.scaled_dot_product_attention(by_group, key, value, attn_mask=visible, scale=scale)
+        return out.reshape(*query.shape[:3], -1), None
+
+    return attention
+
+
+def across(
+    query: Tensor, key: Tensor, value: Tensor, group: dist.ProcessGroup, exchange: str, attention: Attention
+) -> tuple[Tensor, Tensor | None]:
+    """`attention` of the whole sequence's slices: `[B, H, L, Dv]` and `[B, H, L]`, or None where it gives no log-sum-exp.
+
+    Raises ValueError for an exchange that does not exist, slices of other lengths than the queries, and heads that do not fit.
+    """
+    check_exchange(exchange, query.shape[1], key.shape[1], group.size())
+    if query.shape[2] != key.shape[2]:
+        raise ValueError(
+            f"query has {query.shape[2]} tokens and key {key.shape[2]}, but each process holds one slice of both: "
+            "context parallelism takes whole sequences, without a cache"
+        )
+    return (_keys if exchange == "keys" else _heads)(query, key, value, group, attention)
+
+
+def _keys(query: Tensor, key: Tensor, value: Tensor, group: dist.ProcessGroup, attention: Attention) -> tuple[Tensor, Tensor | None]:
+    repeats, n_key = query.shape[1] // key.shape[1], (group.rank() + 1) * key.shape[2]
+    outs, lses = [], []
+    for part, part_key, part_value in gathered_keys(key, value, group, n_key):
+        heads = slice(part.start * repeats, part.stop * repeats)
+        out, lse = attention(query[:, heads], part_key, part_value, heads)
+        outs.append(out)
+        lses.append(lse)
+    return torch.cat(outs, 1), None if lses[0] is None else torch.cat(lses, 1)
+
+
+def _heads(query: Tensor, key: Tensor, value: Tensor, group: dist.ProcessGroup, attention: Attention) -> tuple[Tensor, Tensor | None]:
+    copies = max(1, group.size() // key.shape[1])  # of a key head, when several processes share its query heads
+    if copies > 1:
+        key, value = key.repeat_interleave(copies, 1), value.repeat_interleave(copies, 1)
+    share = query.shape[1] // group.size()
+    heads = slice(group.rank() * share, (group.rank() + 1) * share)
+    out, lse = attention(*tokens_to_heads(group, query, key, value), heads)
+    (out,) = heads_to_tokens(group, out)
+    if lse is not None:
+        lse = heads_to_tokens(group, lse[..., None])[0][..., 0]
+    return out, lse
+
+
+def check_exchange(exchange: str, n_heads: int, n_key_heads: int, n_processes: int) -> None:
+    """ValueError if there is no such exchange, or if heads cannot be dealt out to the processes."""
+    if exchange not in EXCHANGES:
+        raise ValueError(f"exchange must be one of {', '.join(EXCHANGES)}, but is {exchange!r}")
+    if exchange == "heads" and (n_heads % n_processes or (n_key_heads % n_processes and n_processes % n_key_heads)):
+        raise ValueError(
+            f'exchange="heads" deals {n_heads} query heads and {n_key_heads} key heads out to {n_processes} processes: query heads must be '
+            'a multiple of the processes, and key heads a multiple or a divisor of them; use exchange="keys", which takes any number'
+        )
+
+
+def group_of(mesh: DeviceMesh | dist.ProcessGroup) -> dist.ProcessGroup:
+    """The process group of a mesh's only dimension, or of the one named "cp"."""
+    if isinstance(mesh, dist.ProcessGroup):
+        return mesh
+    if not isinstance(mesh, DeviceMesh):
+        raise TypeError(f"mesh must be a DeviceMesh or a process group, but is a {type(mesh).__name__}")
+    names = mesh.mesh_dim_names or ()
+    if mesh.ndim == 1:
+        return mesh.get_group()
+    if "cp" not in names:
+        raise ValueError(f'mesh must have one dimension, or one named "cp", but has {mesh.ndim}, named {names}')
+    return mesh["cp"].get_group()

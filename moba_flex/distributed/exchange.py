@@ -1,0 +1,174 @@
+"""Slices of keys and heads between processes, differentiably.
+
+W processes hold a slice of L tokens each, in the order of their ranks, of sequences of N = W * L tokens. There are two exchanges:
+
+- `gathered_keys`: every process gets the keys and values of all tokens, a few heads at a time. The next heads travel while the caller
+  works on these ones. Backward, gradients of keys and values travel home in the same way, summed over the processes.
+- `tokens_to_heads` and back: every process gets all tokens of its share of the heads (Ulysses, arXiv 2309.14509).
+
+Collectives are issued in the same order by all processes, forward and backward, for shapes are the same on all of them.
+
+B batch, H query heads, G key heads, g key heads that travel together, L tokens of a slice, N tokens of all slices, D and Dv widths.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+# PyTorch 2.13 renamed two of them.
+_all_gather = dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor
+_reduce_scatter = dist.reduce_scatter_single if hasattr(dist, "reduce_scatter_single") else dist.reduce_scatter_tensor
+
+# Bytes of gathered keys and values from which on key heads travel in another message: enough to fill the links, few enough that the
+# first message, which nothing hides, is a small part of a long sequence's.
+MESSAGE_BYTES = 64 << 20
+
+_Started = list[tuple[dist.Work, Tensor]]  # collectives under way, and what they read, which must live as long
+
+
+def gathered_keys(key: Tensor, value: Tensor, group: dist.ProcessGroup, n_key: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Slices `[B, G, L, D]`, `[B, G, L, Dv]` -> which key heads, and their first `n_key` tokens `[B, g, n_key, D]`, `[B, g, n_key, Dv]`.
+
+    Differentiable: gradients are summed over the processes. What is yielded together came in one message; the next one is under way.
+    """
+    heads = key_heads_of_messages(key, value, group.size())
+    coming_home: _Started = []
+    parts = _Pack.apply(key, value, heads, coming_home)
+    under_way: _Started = []
+    message = _Gather.apply(parts[0], group, under_way, coming_home)
+    for i, part in enumerate(heads):
+        arrived = under_way.pop()
+        following = _Gather.apply(parts[i + 1], group, under_way, coming_home) if i + 1 < len(heads) else None
+        _wait(*arrived)
+        yield part, *_Unpack.apply(message, n_key, key.shape[-1])
+        message = following
+
+
+def gathered(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """`[L, ...]` of every process -> `[N, ...]`. Differentiable: gradients are summed over the processes."""
+    return _Whole.apply(x, group)
+
+
+def key_heads_of_messages(key: Tensor, value: Tensor, n_processes: int) -> list[slice]:
+    """Which key heads travel together: as few as make up `MESSAGE_BYTES`."""
+    n_heads = key.shape[1]
+    head_bytes = n_processes * (key[:, :1].numel() + value[:, :1].numel()) * key.element_size()
+    together = min(n_heads, max(1, -(-MESSAGE_BYTES // max(1, head_bytes))))
+    return [slice(first, min(first + together, n_heads)) for first in range(0, n_heads, together)]
+
+
+class _Pack(torch.autograd.Function):
+    """`[B, G, L, D]`, `[B, G, L, Dv]` -> for each message `[L, B, g, D + Dv]`: tokens first, so that gathered slices lie end to end."""
+
+    @staticmethod
+    def forward(ctx, key: Tensor, value: Tensor, heads: list[slice], coming_home: _Started) -> tuple[Tensor, ...]:
+        ctx.coming_home, ctx.widths = coming_home, (key.shape[-1], value.shape[-1])
+        return tuple(torch.cat([key[:, part], value[:, part]], -1).permute(2, 0, 1, 3).contiguous() for part in heads)
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        while ctx.coming_home:  # until now they were under way while attention's backward worked on other heads
+            _wait(*ctx.coming_home.pop(0))
+        key, value = torch.cat(grads, 2).permute(1, 2, 0, 3).split(ctx.widths, -1)
+        return key, value, None, None
+
+
+class _Gather(torch.autograd.Function):
+    """`[L, ...]` -> `[N, ...]`, started and not waited for. Backward, `[N, ...]` is summed over processes to `[L, ...]` likewise."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, group: dist.ProcessGroup, under_way: _Started, coming_home: _Started) -> Tensor:
+        ctx.group, ctx.coming_home = group, coming_home
+        out = x.new_empty(group.size() * x.shape[0], *x.shape[1:])
+        under_way.append((_all_gather(out, x, group=group, async_op=True), x))
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        grad = grad.contiguous()
+        out = grad.new_empty(grad.shape[0] // ctx.group.size(), *grad.shape[1:])
+        ctx.coming_home.append((_reduce_scatter(out, grad, group=ctx.group, async_op=True), grad))
+        return out, None, None, None
+
+
+class _Unpack(torch.autograd.Function):
+    """`[N, B, g, D + Dv]` -> `[B, g, n_key, D]`, `[B, g, n_key, Dv]` without a copy. Later tokens have no gradient from here."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, n_key: int, width: int) -> tuple[Tensor, ...]:
+        ctx.shape, ctx.n_key, ctx.width = x.shape, n_key, width
+        seen = x.detach()[:n_key].permute(1, 2, 0, 3)
+        return seen[..., :width], seen[..., width:]
+
+    @staticmethod
+    def backward(ctx, key: Tensor, value: Tensor) -> tuple[Tensor | None, ...]:
+        grad = key.new_empty(ctx.shape)
+        grad[ctx.n_key :].zero_()
+        seen = grad[: ctx.n_key].permute(1, 2, 0, 3)
+        seen[..., : ctx.width], seen[..., ctx.width :] = key, value
+        return grad, None, None
+
+
+class _Whole(torch.autograd.Function):
+    """`_Gather`, waited for."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        out = x.new_empty(group.size() * x.shape[0], *x.shape[1:])
+        _wait(_all_gather(out, x, group=group, async_op=True), x)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        grad = grad.contiguous()
+        out = grad.new_empty(grad.shape[0] // ctx.group.size(), *grad.shape[1:])
+        _wait(_reduce_scatter(out, grad, group=ctx.group, async_op=True), grad)
+        return out, None
+
+
+def tokens_to_heads(group: dist.ProcessGroup, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """`[B, H, L, D]` -> `[B, H / W, N, D]`: all tokens of this process's heads. Tensors of one dtype travel in one message."""
+    return _AllToAll.apply(group, 1, 2, *tensors)
+
+
+def heads_to_tokens(group: dist.ProcessGroup, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """`[B, H / W, N, D]` -> `[B, H, L, D]`: the inverse."""
+    return _AllToAll.apply(group, 2, 1, *tensors)
+
+
+class _AllToAll(torch.autograd.Function):
+    """Each process gets its part of dimension `cut` from all, joined along dimension `join`."""
+
+    @staticmethod
+    def forward(ctx, group: dist.ProcessGroup, cut: int, join: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.group, ctx.cut, ctx.join = group, cut, join
+        return _all_to_all(group, cut, join, tensors)
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, None, *_all_to_all(ctx.group, ctx.join, ctx.cut, grads)
+
+
+def _all_to_all(group: dist.ProcessGroup, cut: int, join: int, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    parts = [torch.stack(x.chunk(group.size(), cut)) for x in tensors]  # one a process
+    sent = torch.cat([part.flatten(1) for part in parts], 1)
+    received = torch.empty_like(sent)
+    _wait(dist.all_to_all_single(received, sent, group=group, async_op=True), sent)
+    pieces = received.split([part[0].numel() for part in parts], 1)
+    return tuple(torch.cat(piece.reshape(part.shape).unbind(), join) for piece, part in zip(pieces, parts))
+
+
+def _wait(work: dist.Work, _sent: Tensor) -> None:
+    """On a GPU the current stream waits, and the host goes on."""
+    try:
+        work.wait()
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"an exchange between the processes of one sequence failed on rank {dist.get_rank()} of {dist.get_world_size()}: "
+            f"another process has ended or hangs, see what it printed ({error})"
+        ) from error

@@ -1,0 +1,184 @@
+"""Context parallelism of a transformers model: each process runs the whole model on its slice of every sequence.
+
+Everything but attention works token by token, so only attention layers and what feeds them know about slices: positions count through the
+whole sequence, and the label of a slice's last token is the first one of the next slice.
+
+B batch, N tokens, W processes, L tokens of a slice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from ..models.layers import MOBA, attention_layers, show, takes_moba
+from .attention import across, check_exchange, full, group_of, moba
+from .exchange import gathered
+
+_IGNORED = -100  # the label that PyTorch's cross entropy leaves out
+
+
+def context_parallel(model: nn.Module, mesh: DeviceMesh | dist.ProcessGroup, *, exchange: str = "keys") -> ContextParallel:
+    """Let a patched model work on sequences that are cut into slices, one a process.
+
+    Args:
+        model: a transformers model that uses MoBA, see `moba_flex.patch`. Layers with full attention become context-parallel too. FSDP2,
+            DDP (over this mesh's dimension too) and activation checkpointing go around it as around any model, before or after.
+        mesh: a DeviceMesh of one dimension, or of several one of which is named "cp", as `accelerator.torch_device_mesh` with
+            `ParallelismConfig(cp_size=...)` is; or a process group.
+        exchange: "keys" or "heads", see `moba_attention_cp`.
+
+    Returns:
+        What cuts batches into slices, `ContextParallel`. Its `remove()` ends context parallelism of the model.
+
+    Raises:
+        ValueError: the model is not patched; it has layers that a slice cannot compute, such as sliding-window or recurrent ones; the
+            mesh has no dimension for it; `exchange` does not exist or its heads do not fit the processes. The model is left as it was.
+        TypeError: `mesh` is no mesh.
+
+    >>> cp = context_parallel(model, accelerator.torch_device_mesh)  # doctest: +SKIP
+    >>> for batch in batches:  # doctest: +SKIP
+    ...     loss = model(**cp.shard(batch)).loss
+    """
+    layers = attention_layers(model)
+    patched = [layer for layer in layers if layer.config._attn_implementation in MOBA]
+    if not patched:
+        raise ValueError(
+            f"{type(model).__name__} does not use MoBA, whose attention layers context parallelism works through: patch it first"
+        )
+    _check_layers(model, patched)
+    group = group_of(mesh)
+    for config in {id(layer.config): layer.config for layer in patched}.values():
+        n_heads = config.num_attention_heads
+        check_exchange(exchange, n_heads, getattr(config, "num_key_value_heads", None) or n_heads, group.size())
+    context = ContextParallel(group, exchange, patched)
+    for layer in patched:
+        layer._context_parallel = context
+    return context
+
+
+def _check_layers(model: nn.Module, patched: list[nn.Module]) -> None:
+    other = sorted({layer.layer_idx for layer in patched if not takes_moba(layer)})
+    if other:
+        raise ValueError(
+            f"{type(model).__name__} has layers that are not full causal self-attention: {show(other)}. "
+            "Context parallelism can exchange what full attention and MoBA need, not what other layers need"
+        )
+    types = getattr(patched[0].config, "layer_types", None) or ()
+    recurrent = sorted({name for name in types if name not in ("full_attention", "attention")})
+    if recurrent:
+        raise ValueError(
+            f"{type(model).__name__} has layers of type {', '.join(recurrent)}: they carry a state along the sequence, which "
+            "would start anew in every slice"
+        )
+
+
+class ContextParallel:
+    """The processes that share a model's sequences, made by `context_parallel`. `rank` and `size` are this process's place among them."""
+
+    def __init__(self, group: dist.ProcessGroup, exchange: str, layers: list[nn.Module]) -> None:
+        self.group, self.exchange, self._layers = group, exchange, layers
+
+    @property
+    def rank(self) -> int:
+        return self.group.rank()
+
+    @property
+    def size(self) -> int:
+        return self.group.size()
+
+    def remove(self) -> None:
+        """End context parallelism of the model: it works on whole sequences again."""
+        for layer in self._layers:
+            layer.__dict__.pop("_context_parallel", None)
+
+    def __deepcopy__(self, _memo: dict) -> ContextParallel:
+        return self  # a copy of the model shares the processes
+
+    def shard(self, batch: Mapping[str, Tensor]) -> dict[str, Any]:
+        """This process's slice of a batch that all processes of the mesh hold whole: what to call the model with.
+
+        Args:
+            batch: `input_ids [B, N]`, and if there are any `labels [B, N]` (not shifted, as transformers takes them), `attention_mask
+                [B, N]` (padding on the right) and `position_ids` (consecutive). Any N: it is padded on the right to a multiple of the
+                processes.
+
+        Returns:
+            `input_ids` and `position_ids [B, L]`, which count through the whole sequence, and `use_cache=False`; with labels also `labels`
+            and `shift_labels [B, L]`, shifted across the slices' borders, and `num_items_in_batch`. With these, `model(...).loss` is such
+            that its mean over the processes is the mean over all labels of the batch; as DDP and FSDP average gradients over processes,
+            they are right too. The attention mask is gone: causal attention never sees what is on the right, and labels there are ignored.
+
+        Raises:
+            ValueError: an entry that it does not know, padding on the left, packed sequences, or another batch on another process.
+        """
+        ids = _read(batch)
+        self._check_same(ids)
+        n_tokens = ids.shape[1]
+        padding = -n_tokens % self.size
+        length = (n_tokens + padding) // self.size
+        mine = slice(self.rank * length, (self.rank + 1) * length)
+
+        position = torch.arange(mine.start, mine.stop, device=ids.device)
+        sliced = {"input_ids": F.pad(ids, (0, padding))[:, mine], "position_ids": position.expand(ids.shape[0], -1)}
+        sliced["use_cache"] = False
+        if batch.get("labels") is not None:
+            labels = batch["labels"]
+            if batch.get("attention_mask") is not None:
+                labels = labels.masked_fill(batch["attention_mask"] == 0, _IGNORED)
+            labels = F.pad(labels, (0, padding + 1), value=_IGNORED)
+            sliced["labels"], sliced["shift_labels"] = labels[:, mine], labels[:, mine.start + 1 : mine.stop + 1].contiguous()
+            n_labels = (labels[:, 1:] != _IGNORED).sum()
+            sliced["num_items_in_batch"] = n_labels / self.size
+        return sliced
+
+    def unshard(self, x: Tensor, n_tokens: int | None = None) -> Tensor:
+        """`[B, L, ...]` of all processes -> `[B, N, ...]`, the whole sequence's logits for example, on all of them; its first `n_tokens`
+        where the sequence was padded. Differentiable: gradients are summed over the processes."""
+        return gathered(x.transpose(0, 1).contiguous(), self.group).transpose(0, 1)[:, :n_tokens]
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, **settings) -> Tensor:
+        """MoBA of one layer's slices, with the arguments of `moba_flex.functional.attend`."""
+        return across(query, key, value, self.group, self.exchange, moba(**settings))[0]
+
+    def attend_full(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+        """The same for a layer with full attention."""
+        return across(query, key, value, self.group, self.exchange, full(scale))[0]
+
+    def _check_same(self, ids: Tensor) -> None:
+        device = ids.device if "gloo" in dist.get_backend(self.group) or ids.is_cuda else "cuda"
+        mine = torch.tensor([*ids.shape, int(ids.long().sum())], device=device)
+        every = [tuple(x) for x in gathered(mine[None], self.group).tolist()]
+        if len(set(every)) > 1:
+            batches = "; ".join(f"process {i}: {rows} x {tokens}, sum {total}" for i, (rows, tokens, total) in enumerate(every))
+            raise ValueError(
+                f"batch must be the same on all {self.size} processes of a sequence, but its input_ids are not ({batches}): deal batches "
+                "out by the data-parallel rank, not by process"
+            )
+
+
+def _read(batch: Mapping[str, Tensor]) -> Tensor:
+    """The batch's `input_ids`, if all of it is something that can be cut into slices."""
+    known = ("input_ids", "labels", "attention_mask", "position_ids")
+    unknown = [name for name in batch if name not in known]
+    if unknown or "input_ids" not in batch:
+        raise ValueError(f"batch must have input_ids and may have {', '.join(known[1:])}, but has {', '.join(batch)}")
+    ids = batch["input_ids"]
+    for name in known:
+        x = batch.get(name)
+        if x is not None and x.shape[-1:] != ids.shape[1:]:
+            raise ValueError(
+                f"batch has {name} of shape {tuple(x.shape)} and input_ids of shape {tuple(ids.shape)}, which must agree in tokens"
+            )
+    mask, position = batch.get("attention_mask"), batch.get("position_ids")
+    if mask is not None and (mask.dim() != 2 or (mask.int().diff(dim=1) > 0).any()):
+        raise ValueError("attention_mask of a sequence in slices must be [B, N] with padding on the right: pad with padding_side='right'")
+    if position is not None and (position != torch.arange(ids.shape[1], device=position.device)).any():
+        raise ValueError("position_ids of a sequence in slices must count from 0 to its end: packed sequences cannot be cut into slices")
+    return ids

@@ -1,0 +1,147 @@
+"""Processes for tests: a group that is started once and runs one check after another.
+
+    with Processes(4, tmp_path) as group:
+        results = group.run(check, *arguments)      # check(*arguments) on every process; one result each
+
+A check is a function of an importable module. Processes are spawned, talk through gloo on the loopback device, and find each other through
+a file, so no port is chosen by anyone. If a check raises on any process, or one ends, or time is up, `run` raises `ProcessesFailed` with
+what every process was doing, and the group is ended: its collectives are out of step. The next `run` starts a new one.
+"""
+
+from __future__ import annotations
+
+import datetime
+import faulthandler
+import multiprocessing
+import os
+import platform
+import signal
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+_START = 240.0  # seconds for imports on a busy machine
+_COLLECTIVE = 60.0  # seconds that a process waits for the others in a collective
+
+
+class ProcessesFailed(AssertionError):
+    """What went wrong, process by process."""
+
+
+class Processes:
+    def __init__(self, size: int, time_limit: float = 120.0) -> None:
+        self.size, self.time_limit = size, time_limit
+        self._children: list[multiprocessing.Process] = []
+        self._pipes: list[Connection] = []
+
+    def __enter__(self) -> Processes:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.end()
+
+    def run(self, check: Callable, *arguments: Any) -> list[Any]:
+        """`check(*arguments)` on every process; the results by rank."""
+        if not self._children:
+            self._start()
+        for pipe in self._pipes:
+            pipe.send((check, arguments))
+        return self._collect(check.__name__, self.time_limit)
+
+    def end(self) -> None:
+        for pipe in self._pipes:
+            pipe.close()
+        for child in self._children:
+            child.kill()  # nothing of theirs is worth waiting for
+        for child in self._children:
+            child.join()
+        self._children, self._pipes = [], []
+
+    def _start(self) -> None:
+        self._folder = tempfile.TemporaryDirectory()
+        context = multiprocessing.get_context("spawn")
+        for rank in range(self.size):
+            here, there = context.Pipe()
+            child = context.Process(target=_work, args=(rank, self.size, self._folder.name, there), daemon=True)
+            child.start()
+            there.close()
+            self._children.append(child)
+            self._pipes.append(here)
+        self._collect("start", _START)
+
+    def _collect(self, what: str, seconds: float) -> list[Any]:
+        answers: dict[int, tuple[str, Any]] = {}
+        deadline = time.monotonic() + seconds
+        while len(answers) < self.size and all(kind == "result" for kind, _ in answers.values()):
+            waiting = {self._pipes[rank]: rank for rank in range(self.size) if rank not in answers}
+            ready = wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
+            if not ready:
+                self._fail(f"{what}: no answer after {seconds:g} seconds", answers)
+            for pipe in ready:
+                try:
+                    answers[waiting[pipe]] = pipe.recv()
+                except (EOFError, ConnectionError):
+                    child = self._children[waiting[pipe]]
+                    child.join(5)
+                    answers[waiting[pipe]] = ("ended", f"ended with exit code {child.exitcode}")
+        if any(kind != "result" for kind, _ in answers.values()):
+            self._fail(f"{what} failed", answers)
+        return [answers[rank][1] for rank in range(self.size)]
+
+    def _fail(self, message: str, answers: dict[int, tuple[str, Any]]) -> None:
+        """Give the others a moment to say what they met, ask those that say nothing where they are, and raise."""
+        deadline = time.monotonic() + 3
+        for rank in set(range(self.size)) - set(answers):
+            if self._pipes[rank].poll(max(0.0, deadline - time.monotonic())):
+                try:
+                    answers[rank] = self._pipes[rank].recv()
+                except (EOFError, ConnectionError):
+                    answers[rank] = ("ended", "ended")
+        silent = set(range(self.size)) - set(answers)
+        where = {rank: self._where(rank) for rank in silent}
+        self.end()
+        lines = [message]
+        for rank in range(self.size):
+            kind, said = answers.get(rank) or ("silent", f"gave no answer; it was here:\n{where[rank]}")
+            lines.append(f"--- process {rank}: " + ("had finished" if kind == "result" else str(said)))
+        raise ProcessesFailed("\n".join(lines))
+
+    def _where(self, rank: int) -> str:
+        """A process's stack, innermost frame first."""
+        path = Path(self._folder.name) / f"where{rank}"
+        os.kill(self._children[rank].pid, signal.SIGUSR1)
+        for _ in range(20):
+            self._children[rank].join(0.1)
+            if text := path.read_text():
+                return text
+        return "(it does not say)"
+
+
+def _work(rank: int, size: int, folder: str, pipe: Connection) -> None:
+    """The life of one process."""
+    where = open(Path(folder) / f"where{rank}", "w")  # noqa: SIM115
+    faulthandler.register(signal.SIGUSR1, file=where)
+    if platform.system() == "Linux":
+        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size))
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    store = dist.FileStore(str(Path(folder) / "store"), size)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=datetime.timedelta(seconds=_COLLECTIVE))
+    pipe.send(("result", None))
+    while True:
+        try:
+            check, arguments = pipe.recv()
+        except EOFError:
+            return
+        try:
+            torch.manual_seed(0)
+            pipe.send(("result", check(*arguments)))
+        except BaseException:
+            pipe.send(("raised", traceback.format_exc()))

@@ -1,0 +1,151 @@
+"""Several processes give what one gives: outputs and gradients, for data, sharded, tensor and context parallelism; and clear errors."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Iterator
+from pathlib import Path
+
+import distributed_checks as checks
+import pytest
+import torch
+import torch.distributed as dist
+from cases import Case
+from processes import Processes, ProcessesFailed
+
+from moba_flex import select_blocks
+
+
+@pytest.fixture(scope="module")
+def four() -> Iterator[Processes]:
+    """Four processes, shared by all checks. Meshes make groups of two of them."""
+    with Processes(4) as group:
+        yield group
+
+
+@pytest.fixture(scope="module")
+def two() -> Iterator[Processes]:
+    with Processes(2) as group:
+        yield group
+
+
+WHOLE = Case(batch=2, heads=4, groups=2, n_query=64, n_key=64, width=6, value_width=4, block_size=8, top_k=3)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        WHOLE,
+        WHOLE.but(n_query=53, n_key=53, block_size=7),  # blocks cross the slices' borders, and nothing divides
+        WHOLE.but(n_query=37, n_key=37, block_size=16, heads=8, sink_blocks=1, recent_blocks=1, top_k=4),
+        WHOLE.but(n_query=50, n_key=50, block_size=50, top_k=1, softcap=2.0),  # all in one block
+        WHOLE.but(n_query=41, n_key=41, block_size=3, groups=4, sinks=True, scale=0.3),
+        WHOLE.but(n_query=5, n_key=5, block_size=2, heads=4, groups=1, batch=1),  # the last process has padding only
+    ],
+)
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("exchange", ["keys", "heads"])
+def test_context_parallel_attention_is_that_of_one_process(four: Processes, case: Case, size: int, exchange: str) -> None:
+    four.run(checks.operator_is_equal, case, size, exchange, "eager", 1)
+
+
+@pytest.mark.parametrize("exchange", ["keys", "heads"])
+@pytest.mark.parametrize(("size", "n_tokens", "checkpointing"), [(2, 45, False), (4, 45, True), (4, 64, False)])
+def test_a_model_in_slices_has_the_logits_loss_and_gradients_of_one_process(
+    four: Processes, size: int, n_tokens: int, checkpointing: bool, exchange: str
+) -> None:
+    four.run(checks.model_in_slices_is_equal, size, exchange, n_tokens, checkpointing)
+
+
+def test_data_parallel_has_the_gradients_of_one_process(four: Processes) -> None:
+    four.run(checks.data_parallel_is_equal)
+
+
+def test_sharded_parameters_have_the_gradients_of_one_process(four: Processes) -> None:
+    four.run(checks.sharded_is_equal)
+
+
+@pytest.mark.parametrize("exchange", ["keys", "heads"])
+def test_sharded_parameters_and_sequences_in_slices_together_have_the_gradients_of_one_process(four: Processes, exchange: str) -> None:
+    four.run(checks.sharded_in_slices_is_equal, exchange)
+
+
+@pytest.mark.parametrize("group", ["two", "four"])
+def test_tensor_parallel_has_the_logits_and_gradients_of_one_process(request: pytest.FixtureRequest, tmp_path: Path, group: str) -> None:
+    checks.save_tiny_model(tmp_path)
+    request.getfixturevalue(group).run(checks.tensor_parallel_is_equal, str(tmp_path))
+
+
+@pytest.mark.parametrize("exchange", ["keys", "heads"])
+def test_accelerate_shards_parameters_and_sequences_and_has_the_gradients_of_one_process(four: Processes, exchange: str) -> None:
+    four.run(checks.accelerate_is_equal, exchange)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize(("heads", "groups"), [(8, 2), (4, 4), (8, 1)])
+def test_bytes_sent_are_those_of_the_formulas(four: Processes, size: int, heads: int, groups: int) -> None:
+    """docs/scaling.md gives them for a token; here for one process, L tokens, D = Dv."""
+    length, width, e = 12, 8, 4
+    keys = (size - 1) * length * groups * 2 * width * e
+    for forward, backward in four.run(checks.bytes_sent, "keys", size, length, heads, groups, width):
+        assert forward == {"gather": keys, "reduce-scatter": 0, "all-to-all": 0}
+        assert backward == {"gather": 0, "reduce-scatter": keys, "all-to-all": 0}
+    exchanged = (size - 1) * length // size * (heads + max(groups, size)) * 2 * width * e
+    for forward, backward in four.run(checks.bytes_sent, "heads", size, length, heads, groups, width):
+        assert forward == backward == {"gather": 0, "reduce-scatter": 0, "all-to-all": exchanged}
+
+
+def test_contiguous_slices_have_equal_work_but_for_the_first() -> None:
+    """Pairs of a query and a past block that it reads; docs/scaling.md uses the closed form at lengths that no test can count."""
+    block_size, top_k, n_tokens, size = 8, 4, 512, 4
+    query, key = torch.randn(1, 2, n_tokens, 4), torch.randn(1, 1, n_tokens, 4)
+    chosen = select_blocks(query, key, block_size=block_size, top_k=top_k).indices >= 0
+    counted = chosen.unflatten(2, (size, -1)).sum((0, 1, 3, 4)).tolist()
+    assert counted == [2 * n for n in pairs_of_slices(n_tokens, size, block_size, top_k)]
+    assert counted[1] == counted[2] == counted[3] > counted[0]
+
+    work = pairs_of_slices(1 << 20, 8, 4096, 12)
+    assert max(work) / (sum(work) / 8) < 1.03  # of dense attention the last slice has 1.875 times the mean
+    work = pairs_of_slices(10 * (1 << 20), 1024, 4096, 12)
+    assert max(work) / (sum(work) / 1024) < 1.003
+
+
+def pairs_of_slices(n_tokens: int, size: int, block_size: int, top_k: int) -> list[int]:
+    length = n_tokens // size
+    return [sum(min(top_k - 1, n // block_size) for n in range(r * length, (r + 1) * length)) for r in range(size)]
+
+
+def test_bad_input_is_refused_on_every_process(four: Processes) -> None:
+    four.run(checks.bad_input_is_refused)
+
+
+def test_a_process_that_ends_is_named_and_the_others_say_what_they_waited_for() -> None:
+    before = set(multiprocessing.active_children())
+    with Processes(2) as group:
+        with pytest.raises(ProcessesFailed) as failure:
+            group.run(checks.one_ends)
+        said = str(failure.value)
+        assert "process 1: ended with exit code 7" in said
+        assert "on rank 0 of 2: another process has ended or hangs" in said
+        assert not set(multiprocessing.active_children()) - before
+
+
+def test_a_process_that_hangs_is_shown_and_the_next_check_runs() -> None:
+    with Processes(2, time_limit=3) as group:
+        with pytest.raises(ProcessesFailed, match="one_hangs: no answer after 3 seconds") as failure:
+            group.run(checks.one_hangs)
+        assert "in one_hangs" in str(failure.value)
+        group.time_limit = 120
+        assert group.run(dist.get_rank) == [0, 1]
+
+
+def test_keys_travel_while_attention_works_on_other_heads(four: Processes) -> None:
+    for forward, backward in four.run(checks.order_of_events):
+        assert forward == [
+            "start gather 0",
+            *("start gather 1", "wait for gather 0", "attention 0"),
+            *("start gather 2", "wait for gather 1", "attention 1"),
+            *("wait for gather 2", "attention 2"),
+        ]
+        assert backward.index("start sum 0") < backward.index("attention's backward 0")
+        assert backward[-3:] == ["wait for sum 0", "wait for sum 1", "wait for sum 2"]
