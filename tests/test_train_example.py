@@ -1,0 +1,169 @@
+"""examples/train.py: no step is lost or done twice, and losses do not depend on who shares the work."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import train
+from accelerate.state import AcceleratorState, GradientState
+from transformers import AutoModelForCausalLM
+
+ROOT = Path(__file__).parent.parent
+TINY = [
+    *("--tiny", "--cpu", "--text", str(ROOT / "moba_flex/naive.py"), str(ROOT / "moba_flex/gate.py")),
+    *("--sequence-length", "200", "--block-size", "24", "--top-k", "3", "--sink-blocks", "1", "--full-attention-layers", "-1"),
+    *("--batch-size", "4", "--learning-rate", "1e-3", "--warmup", "2", "--moba-share", "0.5"),
+]
+SHORT = [*TINY, "--steps", "6", "--checkpoint-every", "3"]
+
+
+@pytest.fixture
+def alone():
+    """accelerate keeps its state for the life of a process."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+
+
+@pytest.fixture(scope="module")
+def short(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six steps on one process, from beginning to end."""
+    output = tmp_path_factory.mktemp("short")
+    run([sys.executable, "examples/train.py", *SHORT, "--micro-batch-size", "2", "--output", str(output)])
+    return output
+
+
+def environment() -> dict[str, str]:
+    here = {name: x for name, x in os.environ.items() if not name.startswith(("ACCELERATE_", "FSDP_"))}
+    loopback = {"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return {**here, **loopback, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+
+
+def run(command: list[str]) -> str:
+    """What it printed. A command that hangs or fails says why, and its processes are ended."""
+    with start(command) as process:
+        try:
+            said, _ = process.communicate(timeout=150)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            pytest.fail(f"{' '.join(command)} did not end in 150 seconds:\n{process.communicate()[0][-6000:]}")
+    assert process.returncode == 0, said[-6000:]
+    return said
+
+
+def start(command: list[str]) -> subprocess.Popen:
+    out = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, cwd=ROOT, env=environment(), start_new_session=True, **out)
+
+
+def launch(config: str, script: str, *arguments: str, processes: int = 2, **parallelism: int) -> str:
+    options = [part for name, x in parallelism.items() for part in (f"--parallelism_config_{name}", str(x))]
+    config = str(ROOT / "examples/accelerate" / config)
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, "--mixed_precision", "no"]
+    return run([*launcher, "--num_processes", str(processes), *options, script, *arguments])
+
+
+def log(output: Path) -> list[dict]:
+    return [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+
+
+def losses(output: Path) -> list[float]:
+    entries = log(output)
+    assert [entry["step"] for entry in entries] == list(range(1, len(entries) + 1))
+    return [entry["loss"] for entry in entries]
+
+
+def assert_same_losses(output: Path, expected: Path) -> None:
+    torch.testing.assert_close(losses(output), losses(expected), rtol=1e-5, atol=0.0)
+
+
+def up_to_step_3(run: Path, output: Path) -> Path:
+    shutil.copytree(run, output, ignore=shutil.ignore_patterns("step-00000006", "model"))
+    return output
+
+
+def test_a_run_learns_logs_and_leaves_a_model_that_loads(short: Path) -> None:
+    entries = log(short)
+    assert [entry["attention"] for entry in entries] == ["moba"] * 3 + ["full"] * 3
+    assert all(entry["tokens_per_second"] > 0 for entry in entries)
+    assert losses(short)[-1] < losses(short)[0]
+    model = AutoModelForCausalLM.from_pretrained(short / "model", attn_implementation="moba")
+    assert model(torch.arange(64)[None]).logits.isfinite().all()
+    assert dict(model.config.moba)["block_size"] == 24
+
+
+def test_two_processes_have_the_losses_of_one(short: Path, tmp_path: Path) -> None:
+    launch("cpu.yaml", "examples/train.py", *SHORT, "--activation-checkpointing", "--output", str(tmp_path))
+    assert_same_losses(tmp_path, short)
+
+
+def test_sharded_parameters_and_sequences_have_the_losses_of_one_process(short: Path, tmp_path: Path) -> None:
+    sizes = {"dp_shard_size": 1, "cp_size": 2}
+    launch("fsdp2_cp.yaml", "tests/train_on_cpus.py", *SHORT, "--micro-batch-size", "2", "--output", str(tmp_path), **sizes)
+    assert_same_losses(tmp_path, short)
+
+
+def test_one_process_checkpoint_goes_on_with_sharded_parameters_on_two(short: Path, tmp_path: Path) -> None:
+    output = up_to_step_3(short, tmp_path / "run")
+    launch("fsdp2.yaml", "tests/train_on_cpus.py", *SHORT, "--resume", "--output", str(output))
+    assert_same_losses(output, short)
+
+
+def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(tmp_path: Path) -> None:
+    """Ctrl-C ends the step and writes a checkpoint. The same process count computes the same bits."""
+    command = [sys.executable, "examples/train.py", *TINY, "--steps", "40", "--output"]
+    run([*command, str(tmp_path / "whole")])
+    output = tmp_path / "interrupted"
+    process = start([*command, str(output)])
+    try:
+        while not (output / "log.jsonl").exists() or len(log(output)) < 3:
+            with pytest.raises(subprocess.TimeoutExpired):  # it still runs
+                process.wait(0.01)
+        process.send_signal(signal.SIGINT)
+        said, _ = process.communicate(timeout=120)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 0, said
+    steps = len(log(output))
+    assert 3 <= steps < 40 and (output / f"step-{steps:08d}").is_dir() and f"interrupted after step {steps}" in said
+    run([*command, str(output), "--resume"])
+    assert losses(output) == losses(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--micro-batch-size", "3"], "--batch-size, the sequences of one step, is 4, but must be a multiple of 3"),
+        (["--context-parallel", "2"], "--context-parallel must divide the 1 processes, but is 2"),
+        (["--sequence-length", "1000000"], "--text has .* tokens, but one sequence .* has 1000000"),
+        (["--resume"], "--resume: there is no checkpoint in"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_refused_in_one_sentence(alone: None, tmp_path: Path, arguments: list[str], words: str) -> None:
+    with pytest.raises(SystemExit, match=words):
+        train.train(train.parse([*SHORT, *arguments, "--output", str(tmp_path / "run")]))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_is_not_overwritten(alone: None, short: Path) -> None:
+    with pytest.raises(SystemExit, match="has checkpoints already: go on from the last one with --resume"):
+        train.train(train.parse([*SHORT, "--output", str(short)]))
+
+
+def test_what_a_step_depends_on_must_not_change(alone: None, short: Path) -> None:
+    with pytest.raises(SystemExit, match="these must not change: seed was 0 and is 1, top_k was 3 and is 4"):
+        train.train(train.parse([*SHORT, "--resume", "--seed", "1", "--top-k", "4", "--output", str(short)]))
+    assert len(losses(short)) == 6

@@ -1,0 +1,14 @@
+"""`accelerate launch ... train_on_cpus.py` is examples/train.py where accelerate takes CPUs for GPUs."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+
+import torch
+import train
+from cpus_as_gpus import let_cpus_pass_as_gpus
+
+let_cpus_pass_as_gpus()
+torch.accelerator.is_available = lambda: True
+train.train(train.parse([x for x in sys.argv[1:] if x != "--cpu"]))
