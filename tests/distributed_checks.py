@@ -21,6 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 from transformers.distributed import DistributedConfig
 
@@ -33,10 +34,15 @@ VOCABULARY = 64
 FLOAT32_LOSS = {"rtol": 1e-6, "atol": 1e-8}  # transformers takes a float64 model's loss in float32
 
 
+def here() -> torch.device:
+    """Processes that are to use CPUs see no GPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
 @lru_cache
 def mesh(*shape: int, names: tuple[str, ...]) -> DeviceMesh:
     """A mesh over all processes."""
-    return init_device_mesh("cpu", shape, mesh_dim_names=names)
+    return init_device_mesh(here().type, shape, mesh_dim_names=names)
 
 
 def context_mesh(size: int) -> DeviceMesh:
@@ -55,9 +61,9 @@ def operator_is_equal(case: Case, size: int, by: str, implementation: str, messa
     exchange.MESSAGE_BYTES = message_bytes
     of_cp = context_mesh(size)
     rank = of_cp["cp"].get_local_rank()
-    whole = operands(case, requires_grad=True)
+    whole = {name: x.to(here()).requires_grad_() for name, x in operands(case).items()}
     out, lse = moba_attention(**whole, **case.settings, return_lse=True, implementation="naive")
-    upstream = random(*out.shape, seed=1), random(*lse.shape, seed=2)
+    upstream = random(*out.shape, seed=1).to(here()), random(*lse.shape, seed=2).to(here())
     expected = dict(zip(whole, torch.autograd.grad((out, lse), list(whole.values()), upstream)))
 
     mine = {name: x.detach() if name == "sinks" else slices(x.detach(), size, rank) for name, x in whole.items()}
@@ -86,12 +92,12 @@ def tiny(**changes) -> LlamaConfig:
 def tiny_model(**changes) -> nn.Module:
     """A patched Llama with one layer of full attention, the same on all processes."""
     torch.manual_seed(0)
-    model = LlamaForCausalLM(tiny(**changes)).double()
+    model = LlamaForCausalLM(tiny(**changes)).double().to(here())
     return moba_flex.patch(model, block_size=7, top_k=3, sink_blocks=1, full_attention_layers=[1])
 
 
 def tokens(rows: int, n_tokens: int, seed: int = 0) -> Tensor:
-    return torch.randint(VOCABULARY, (rows, n_tokens), generator=torch.Generator().manual_seed(seed))
+    return torch.randint(VOCABULARY, (rows, n_tokens), generator=torch.Generator().manual_seed(seed)).to(here())
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
@@ -202,16 +208,18 @@ def tensor_parallel_is_equal(folder: str) -> None:
 
 def accelerate_is_equal(by: str) -> None:
     """accelerate's FSDP2 with activation checkpointing over all processes, two of which share a sequence each, by `ParallelismConfig`."""
-    let_cpus_pass_as_gpus()
+    if here().type == "cpu":
+        let_cpus_pass_as_gpus()
     plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="transformer_based_wrap", activation_checkpointing=True)
     accelerator = Accelerator(fsdp_plugin=plugin, parallelism_config=ParallelismConfig(dp_shard_size=2, cp_size=2))
     ids = tokens(2, 45)
     _, loss, expected = one_process({"input_ids": ids, "labels": ids})
     model = tiny_model()
-    model, _ = accelerator.prepare(model, torch.optim.AdamW(model.parameters()))
+    batches = DataLoader([{"input_ids": row, "labels": row} for row in ids])
+    model, _, batches = accelerator.prepare(model, torch.optim.AdamW(model.parameters()), batches)
     context = context_parallel(model, accelerator.torch_device_mesh, exchange=by)
-    mine = ids[accelerator.torch_device_mesh["dp_shard"].get_local_rank()][None]
-    out = model(**context.shard({"input_ids": mine, "labels": mine}))
+    (batch,) = batches  # accelerate gives the processes of one sequence the same one
+    out = model(**context.shard(batch))
     accelerator.backward(out.loss)
     assert_same(accelerator.reduce(out.loss.detach(), "mean"), loss, "loss", **FLOAT32_LOSS)
     assert_same_gradients({name.replace("_checkpoint_wrapped_module.", ""): grad for name, grad in gradients(model).items()}, expected)
@@ -243,7 +251,7 @@ class Sent:
 
 def bytes_sent(by: str, size: int, length: int, heads: int, groups: int, width: int) -> tuple[dict[str, int], dict[str, int]]:
     """Of one layer's forward and backward, at batch 1 in float32."""
-    q, k, v = (torch.randn(1, h, length, width, requires_grad=True) for h in (heads, groups, groups))
+    q, k, v = (torch.randn(1, h, length, width, device=here(), requires_grad=True) for h in (heads, groups, groups))
     with Sent() as forward:
         out = moba_attention_cp(q, k, v, context_mesh(size), exchange=by, block_size=8, top_k=2)
     with Sent() as backward:
@@ -273,7 +281,7 @@ def says(error: type[Exception], *words: str):
 def bad_input_is_refused() -> None:
     """Each with one clear error on every process, so that none waits for another."""
     of_cp = context_mesh(4)
-    q, k = torch.randn(1, 6, 8, 4), torch.randn(1, 3, 8, 4)
+    q, k = torch.randn(1, 6, 8, 4, device=here()), torch.randn(1, 3, 8, 4, device=here())
     blocks = {"block_size": 4, "top_k": 2}
     with says(ValueError, "6 query heads and 3 key heads", "4 processes", 'exchange="keys"'):
         moba_attention_cp(q, k, k, of_cp, exchange="heads", **blocks)
@@ -299,9 +307,9 @@ def bad_input_is_refused() -> None:
         moba_flex.unpatch(model)
     ids = tokens(2, 16)
     with says(ValueError, "padding on the right"):
-        context.shard({"input_ids": ids, "attention_mask": torch.arange(16).expand(2, -1) > 2})
+        context.shard({"input_ids": ids, "attention_mask": torch.arange(16, device=here()).expand(2, -1) > 2})
     with says(ValueError, "packed sequences cannot"):
-        context.shard({"input_ids": ids, "position_ids": torch.arange(16).expand(2, -1) % 8})
+        context.shard({"input_ids": ids, "position_ids": torch.arange(16, device=here()).expand(2, -1) % 8})
     with says(ValueError, "batch must have input_ids", "pixel_values"):
         context.shard({"input_ids": ids, "pixel_values": ids})
     with says(ValueError, "labels of shape (2, 8)", "(2, 16)"):
@@ -314,7 +322,7 @@ def bad_input_is_refused() -> None:
         cache = model(input_ids=ids, use_cache=True).past_key_values
         model(input_ids=ids[:, :1], past_key_values=cache)
     with says(ValueError, "padding or packed sequences"):
-        model(input_ids=ids, attention_mask=torch.arange(16).expand(2, -1) > 2)
+        model(input_ids=ids, attention_mask=torch.arange(16, device=here()).expand(2, -1) > 2)
     assert_same(copy.deepcopy(model)(**context.shard({"input_ids": ids})).logits, model(**context.shard({"input_ids": ids})).logits)
 
 
@@ -352,7 +360,7 @@ def order_of_events() -> tuple[list[str], list[str]]:
     exchange.MESSAGE_BYTES, exchange._all_gather, exchange._reduce_scatter = 1, log("gather", before[1]), log("sum", before[2])
     exchange._wait = wait
     try:
-        q, k, v = torch.randn(3, 1, 3, 4, 2, requires_grad=True).unbind()
+        q, k, v = torch.randn(3, 1, 3, 4, 2, device=here(), requires_grad=True).unbind()
         out, _ = across(q, k, v, context_mesh(2)["cp"].get_group(), "keys", attention)
         forward = list(events)
         events.clear()

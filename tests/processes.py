@@ -3,9 +3,10 @@
     with Processes(4, tmp_path) as group:
         results = group.run(check, *arguments)      # check(*arguments) on every process; one result each
 
-A check is a function of an importable module. Processes are spawned, talk through gloo on the loopback device, and find each other through
-a file, so no port is chosen by anyone. If a check raises on any process, or one ends, or time is up, `run` raises `ProcessesFailed` with
-what every process was doing, and the group is ended: its collectives are out of step. The next `run` starts a new one.
+A check is a function of an importable module. Processes are spawned, talk through gloo on the loopback device, or through NCCL with a
+GPU each, and find each other through a file, so no port is chosen by anyone. If a check raises on any process, or one ends, or time is up,
+`run` raises `ProcessesFailed` with what every process was doing, and the group is ended: its collectives are out of step. The next `run`
+starts a new one.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ class ProcessesFailed(AssertionError):
 
 
 class Processes:
-    def __init__(self, size: int, time_limit: float = 120.0) -> None:
-        self.size, self.time_limit = size, time_limit
+    def __init__(self, size: int, time_limit: float = 120.0, device: str = "cpu") -> None:
+        self.size, self.time_limit, self.device = size, time_limit, device
         self._children: list[multiprocessing.Process] = []
         self._pipes: list[Connection] = []
 
@@ -66,7 +67,7 @@ class Processes:
         context = multiprocessing.get_context("spawn")
         for rank in range(self.size):
             here, there = context.Pipe()
-            child = context.Process(target=_work, args=(rank, self.size, self._folder.name, there), daemon=True)
+            child = context.Process(target=_work, args=(rank, self.size, self.device, self._folder.name, there), daemon=True)
             child.start()
             there.close()
             self._children.append(child)
@@ -121,19 +122,24 @@ class Processes:
         return "(it does not say)"
 
 
-def _work(rank: int, size: int, folder: str, pipe: Connection) -> None:
+def _work(rank: int, size: int, device: str, folder: str, pipe: Connection) -> None:
     """The life of one process."""
     where = open(Path(folder) / f"where{rank}", "w")  # noqa: SIM115
     faulthandler.register(signal.SIGUSR1, file=where)
     if platform.system() == "Linux":
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size))
+    if device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     import torch
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    if device == "cuda":
+        torch.cuda.set_device(rank)
     store = dist.FileStore(str(Path(folder) / "store"), size)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=datetime.timedelta(seconds=_COLLECTIVE))
+    backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=datetime.timedelta(seconds=_COLLECTIVE))
     pipe.send(("result", None))
     while True:
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,18 +16,26 @@ from processes import Processes, ProcessesFailed
 
 from moba_flex import select_blocks
 
+DEVICE = os.environ.get("MOBA_FLEX_DISTRIBUTED_TESTS", "cpu")  # "cuda": through NCCL, with a GPU for each process
+
 
 @pytest.fixture(scope="module")
 def four() -> Iterator[Processes]:
     """Four processes, shared by all checks. Meshes make groups of two of them."""
-    with Processes(4) as group:
+    with processes(4) as group:
         yield group
 
 
 @pytest.fixture(scope="module")
 def two() -> Iterator[Processes]:
-    with Processes(2) as group:
+    with processes(2) as group:
         yield group
+
+
+def processes(size: int) -> Processes:
+    if DEVICE == "cuda" and torch.cuda.device_count() < size:
+        pytest.skip(f"needs {size} GPUs")
+    return Processes(size, device=DEVICE)
 
 
 WHOLE = Case(batch=2, heads=4, groups=2, n_query=64, n_key=64, width=6, value_width=4, block_size=8, top_k=3)

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -48,7 +49,7 @@ def environment() -> dict[str, str]:
     here = {name: x for name, x in os.environ.items() if not name.startswith(("ACCELERATE_", "FSDP_"))}
     loopback = {"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    return {**here, **loopback, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    return {**here, **loopback, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
 def run(command: list[str]) -> str:
@@ -141,6 +142,24 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(tmp_path: Path) -
     assert 3 <= steps < 40 and (output / f"step-{steps:08d}").is_dir() and f"interrupted after step {steps}" in said
     run([*command, str(output), "--resume"])
     assert losses(output) == losses(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(("processes", "rows"), [(1, 1), (1, 4), (2, 2), (4, 1)])
+def test_every_sequence_is_read_once_an_epoch_whoever_shares_the_work(tmp_path: Path, processes: int, rows: int) -> None:
+    """Also where an epoch ends in the middle of a step."""
+    (tmp_path / "text").write_text(" ".join(map(str, range(2100))))
+    args = train.parse([*SHORT, "--text", str(tmp_path / "text"), "--output", "-"])
+    text, alone = train.Text(args, None, 256), train.Text(args, None, 256)
+    shares = [SimpleNamespace(size=processes, rank=rank, rows=rows) for rank in range(processes)]
+    n = text.fingerprint[0] // args.sequence_length
+    assert n % args.batch_size == 2
+    steps = range(-(-2 * n // args.batch_size))
+    parts = range(args.batch_size // (processes * rows))
+    read = torch.cat([text.batch(step, i, share) for step in steps for i in parts for share in shares])
+    one = SimpleNamespace(size=1, rank=0, rows=args.batch_size)
+    assert read.equal(torch.cat([alone.batch(step, 0, one) for step in steps]))
+    first, second = read[:n], read[n : 2 * n]
+    assert len(first.unique(dim=0)) == n and first.unique(dim=0).equal(second.unique(dim=0)) and not first.equal(second)
 
 
 @pytest.mark.parametrize(
