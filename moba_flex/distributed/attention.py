@@ -51,7 +51,7 @@ def moba_attention_cp(
     a sequence that does not divide is padded at its end, which causal attention never sees.
 
     Args:
-        query: `[B, H, L, D]`, the same shape on all processes.
+        query: `[B, H, L, D]`, the same shape on all processes (not checked: other shapes fail or hang in the exchange).
         key: `[B, G, L, D]`.
         value: `[B, G, L, Dv]`.
         mesh: a DeviceMesh of one dimension, or of several one of which is named "cp"; or a process group. Its order is that of the slices.
@@ -128,6 +128,7 @@ def _keys(query: Tensor, key: Tensor, value: Tensor, group: dist.ProcessGroup, a
         out, lse = attention(query[:, heads], part_key, part_value, heads)
         outs.append(out)
         lses.append(lse)
+        del part_key, part_value  # before the next message takes its space
     return torch.cat(outs, 1), None if lses[0] is None else torch.cat(lses, 1)
 
 

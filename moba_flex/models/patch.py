@@ -71,6 +71,8 @@ def unpatch(model: nn.Module) -> nn.Module:
 
     A model that was loaded with `attn_implementation="moba"` gets the attention that transformers would have given it.
     A model that is not patched stays as it is. Returns the same model.
+
+    Raises ValueError if the model is context-parallel, see `moba_flex.distributed`.
     """
     layers = attention_layers(model)
     if any(hasattr(layer, "_context_parallel") for layer in layers):
