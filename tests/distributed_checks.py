@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
@@ -368,3 +369,25 @@ def order_of_events() -> tuple[list[str], list[str]]:
         return forward, events
     finally:
         exchange.MESSAGE_BYTES, exchange._all_gather, exchange._reduce_scatter, exchange._wait = before
+
+
+def most_messages_held() -> int:
+    """How many gathered messages there are at a time while attention works, without gradients."""
+    messages: list[StorageWeakRef] = []
+    held: list[int] = []
+    before = exchange.MESSAGE_BYTES, exchange._all_gather
+
+    def gather(out: Tensor, x: Tensor, **options) -> dist.Work:
+        messages.append(StorageWeakRef(out.untyped_storage()))
+        held.append(sum(not message.expired() for message in messages))
+        return before[1](out, x, **options)
+
+    exchange.MESSAGE_BYTES, exchange._all_gather = 1, gather
+    try:
+        with torch.no_grad():
+            q, k, v = torch.randn(3, 1, 4, 8, 2, device=here()).unbind()
+            moba_attention_cp(q, k, v, context_mesh(2), block_size=4, top_k=2)
+    finally:
+        exchange.MESSAGE_BYTES, exchange._all_gather = before
+    assert len(messages) == 4
+    return max(held)

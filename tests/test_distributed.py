@@ -158,3 +158,7 @@ def test_keys_travel_while_attention_works_on_other_heads(four: Processes) -> No
         ]
         assert backward.index("start sum 0") < backward.index("attention's backward 0")
         assert backward[-3:] == ["wait for sum 0", "wait for sum 1", "wait for sum 2"]
+
+
+def test_two_messages_are_held_at_a_time(four: Processes) -> None:
+    assert four.run(checks.most_messages_held) == [2] * 4
