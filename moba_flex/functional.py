@@ -43,6 +43,7 @@ def moba_attention(
     top_k: int,
     sink_blocks: int = 0,
     recent_blocks: int = 0,
+    share_selection: bool = False,
     causal: bool = True,
     scale: float | None = None,
     padding_mask: Tensor | None = None,
@@ -62,6 +63,8 @@ def moba_attention(
             the highest inner product with the query (in float32; among equals the earlier one); all of them when there are fewer.
         sink_blocks: how many blocks at the start of the sequence are always among the `top_k`.
         recent_blocks: how many blocks just before the own one are always among the `top_k`.
+        share_selection: the query heads of a key head choose together, by the sum of their scores, so that they all read the same
+            blocks.
         causal: with False, a query reads the `top_k` best of all blocks, none of them forced, and every key in them.
         scale: factor on the scores, `D ** -0.5` by default. The gate's order does not depend on it.
         padding_mask: `[B, Nk]` bool, True for real tokens; padding on the left or the right of a row. Blocks are counted from the
@@ -84,7 +87,7 @@ def moba_attention(
     torch.Size([1, 4, 100, 16])
     """
     arguments.check_query_key(query, key, value=value)
-    arguments.check_blocks(block_size, top_k, sink_blocks, recent_blocks, causal)
+    arguments.check_blocks(block_size, top_k, sink_blocks, recent_blocks, causal, share_selection)
     arguments.check_padding_mask(padding_mask, query, key)
     arguments.check_scores(query, query.shape[1], scale, softcap, sinks)
     implementation = arguments.resolve_implementation(implementation, query)
@@ -96,6 +99,7 @@ def moba_attention(
         top_k=top_k,
         sink_blocks=sink_blocks,
         recent_blocks=recent_blocks,
+        share_selection=share_selection,
         causal=causal,
         scale=scale,
         padding_mask=padding_mask,
@@ -116,6 +120,7 @@ def moba_attention_varlen(
     top_k: int,
     sink_blocks: int = 0,
     recent_blocks: int = 0,
+    share_selection: bool = False,
     causal: bool = True,
     scale: float | None = None,
     softcap: float | None = None,
@@ -142,7 +147,7 @@ def moba_attention_varlen(
     torch.Size([50, 2, 16])
     """
     arguments.check_packed(query, key, value, cu_seqlens)
-    arguments.check_blocks(block_size, top_k, sink_blocks, recent_blocks, causal)
+    arguments.check_blocks(block_size, top_k, sink_blocks, recent_blocks, causal, share_selection)
     arguments.check_scores(query, query.shape[1], scale, softcap, sinks)
     implementation = arguments.resolve_implementation(implementation, query)
     query, key, value = (x.transpose(0, 1)[None] for x in (query, key, value))
@@ -154,6 +159,7 @@ def moba_attention_varlen(
         top_k=top_k,
         sink_blocks=sink_blocks,
         recent_blocks=recent_blocks,
+        share_selection=share_selection,
         causal=causal,
         scale=scale,
         cu_seqlens=cu_seqlens,
@@ -175,6 +181,7 @@ def attend(
     top_k: int,
     sink_blocks: int = 0,
     recent_blocks: int = 0,
+    share_selection: bool = False,
     causal: bool = True,
     scale: float | None = None,
     padding_mask: Tensor | None = None,
@@ -194,10 +201,12 @@ def attend(
         run = _naive_packed if cu_seqlens is not None else naive_attention
         which = {"cu_seqlens": cu_seqlens} if cu_seqlens is not None else {"padding_mask": padding_mask}
         blocks = {"block_size": block_size, "top_k": top_k, "sink_blocks": sink_blocks, "recent_blocks": recent_blocks}
+        blocks["share_selection"] = share_selection
         with torch.autocast(query.device.type, enabled=False):
             out, lse = run(query, key, value, **blocks, **which, causal=causal, scale=scale, softcap=softcap)
     else:
-        settings = (block_size, top_k, sink_blocks, recent_blocks, causal, scale, softcap, implementation, _working_memory)
+        blocks = (block_size, top_k, sink_blocks, recent_blocks, causal, share_selection)
+        settings = (*blocks, scale, softcap, implementation, _working_memory)
         narrow = implementation == "flex" and min(query.shape[-1], value.shape[-1]) < _LEAST_WIDTH
         if narrow:  # zeros change neither scores nor outputs
             width = value.shape[-1]

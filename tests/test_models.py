@@ -126,7 +126,7 @@ def test_with_every_block_taken_a_patched_model_is_the_unpatched_one(family, sid
 def test_a_patched_model_is_the_same_with_the_specification(family, side):
     model, inputs = build(family), padded(side)
     before = logits(model, inputs)
-    settings = {"block_size": 8, "top_k": 3, "sink_blocks": 1}
+    settings = {"block_size": 8, "top_k": 3, "sink_blocks": 1, "share_selection": side == "right"}
     sparse = logits(patch(model, **settings), inputs)
     assert (sparse - before).abs().max() > 1e-2, f"{family}, padding {side}: MoBA was not used"
     assert_close(logits(set_attention(model, "moba_naive"), inputs), sparse, f"{family}, padding {side}, moba_naive")
@@ -577,6 +577,7 @@ BAD_PATCHES = [
     ({"block_size": 0}, ValueError, "block_size must be an int of at least 1, but is 0"),
     ({"top_k": 2.0}, ValueError, "top_k must be an int"),
     ({"top_k": 2, "sink_blocks": 2}, ValueError, "top_k=2 has no room"),
+    ({"share_selection": 1}, ValueError, "share_selection must be True or False, but is 1"),
     ({"decode": "dense"}, ValueError, "decode must be one of full, sparse, but is 'dense'"),
     ({"implementation": "cuda"}, ValueError, "implementation must be one of"),
     ({"topk": 2}, ValueError, "'topk' is no setting of MoBA: there are block_size, top_k"),

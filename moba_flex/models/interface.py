@@ -133,7 +133,7 @@ def _visible(query: Tensor, key: Tensor, mask: MobaMask | Tensor | BlockMask | N
 
 def _call(query: Tensor, key: Tensor, value: Tensor, visible: Visible, settings: MobaConfig, naive: bool, kwargs: dict) -> dict:
     """The arguments of `attend` apart from tensors and visibility, checked."""
-    blocks = {name: settings[name] for name in ("block_size", "top_k", "sink_blocks", "recent_blocks")}
+    blocks = {name: settings[name] for name in ("block_size", "top_k", "sink_blocks", "recent_blocks", "share_selection")}
     scale, softcap, sinks = kwargs.get("scaling"), kwargs.get("softcap"), kwargs.get("s_aux")
     arguments.check_query_key(query, key, value=value)
     arguments.check_blocks(**blocks, causal=visible.causal)
