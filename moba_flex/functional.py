@@ -8,6 +8,7 @@ from torch import Tensor
 
 from . import arguments
 from .attention import attention
+from .decoding import decode
 from .naive import naive_attention
 
 # Bytes of working memory for the routed rows of one chunk, beside inputs and outputs. Heads are worked through in chunks that fit.
@@ -214,12 +215,43 @@ def attend(
         out, lse, _ = attention(query, key, value, padding_mask, cu_seqlens, *settings)
         out = out[..., :width] if narrow else out
     if sinks is not None:
-        sink = sinks.to(lse.dtype)[:, None]
-        empty = lse == -torch.inf
-        share = torch.sigmoid(lse - sink)
-        out = torch.where(empty[..., None], 0, out * share[..., None]).to(out.dtype)
-        lse = torch.where(empty, lse, torch.logaddexp(lse, sink))
+        out, lse = _with_sinks(out, lse, sinks)
     return (out, lse) if return_lse else out
+
+
+def attend_decoding(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    means: Tensor,
+    length: Tensor | None,
+    start: Tensor | None,
+    *,
+    block_size: int,
+    top_k: int,
+    sink_blocks: int = 0,
+    recent_blocks: int = 0,
+    share_selection: bool = False,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    implementation: str,
+) -> Tensor:
+    """`attend` for the last tokens of a cache with block means, see `moba_flex.decoding.decode`: `[B, H, n, Dv]`."""
+    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    softcap = None if softcap is None else float(softcap)
+    blocks = (block_size, top_k, sink_blocks, recent_blocks, share_selection)
+    out, lse = decode(query, key, value, means, length, start, *blocks, scale, softcap, implementation)
+    return out if sinks is None else _with_sinks(out, lse, sinks)[0]
+
+
+def _with_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
+    """The output and its log-sum-exp with one more logit a head in the softmax's denominator."""
+    sink = sinks.to(lse.dtype)[:, None]
+    empty = lse == -torch.inf
+    share = torch.sigmoid(lse - sink)
+    out = torch.where(empty[..., None], 0, out * share[..., None]).to(out.dtype)
+    return out, torch.where(empty, lse, torch.logaddexp(lse, sink))
 
 
 def _naive_packed(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, **settings) -> tuple[Tensor, Tensor]:

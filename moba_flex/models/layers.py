@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from types import ModuleType
 
+import torch
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 
@@ -115,9 +116,14 @@ def default_implementation(layer_class: type) -> str:
     return "sdpa" if models and all(m._supports_sdpa for m in models) else "eager"
 
 
-@lru_cache(maxsize=256)
+@torch.compiler.assume_constant_result  # it looks into classes, which do not change and which torch.compile cannot follow
 def _source(layer_class: type) -> ModuleType | None:
     """The Python module whose forward looks attention up in transformers' registry, for this class or a base of it."""
+    return _find_source(layer_class)
+
+
+@lru_cache(maxsize=256)
+def _find_source(layer_class: type) -> ModuleType | None:
     for cls in layer_class.__mro__:
         forward = cls.__dict__.get("forward")
         code = getattr(inspect.unwrap(forward), "__code__", None) if callable(forward) else None
