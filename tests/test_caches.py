@@ -359,6 +359,22 @@ def test_decoding_with_a_static_cache_is_compiled_once(batch, full_layers):
     torch._dynamo.reset()
 
 
+def test_a_compiled_step_without_a_mask_serves_every_token():
+    from torch._dynamo.utils import counters
+
+    model, ids = build(layers=2, **SPARSE), tokens()
+    cache = StaticCache(config=model.config, max_cache_len=PROMPT + 20)
+    expected = run(model, ids, None)
+    run(model, ids[:, :30], cache)
+    torch._dynamo.reset()
+    counters.clear()
+    step = torch.compile(model, backend="aot_eager", fullgraph=True)
+    for i in range(30, PROMPT):
+        torch.testing.assert_close(run(step, ids[:, i : i + 1], cache)[:, 0], expected[:, i], rtol=1e-4, atol=2e-4)
+    assert counters["stats"]["unique_graphs"] == 1
+    torch._dynamo.reset()
+
+
 def test_full_decoding_with_a_static_cache_is_compiled():
     from torch._dynamo.utils import counters
 
@@ -374,6 +390,12 @@ def test_full_decoding_with_a_static_cache_is_compiled():
 
 
 # What cannot be
+
+
+def test_continuous_batching_is_refused():
+    """transformers lets its own attention functions in and no others."""
+    with pytest.raises(ValueError, match=r"moba.* is not supported"):
+        build(**SPARSE).generate_batch(inputs=[tokens()[0].tolist()], max_new_tokens=3)
 
 
 def test_padding_between_real_tokens_is_refused_with_a_static_cache_too():
