@@ -5,7 +5,7 @@ holds, and never changed by anything but another token written into the block. S
 the cut is computed again before it can be chosen. Means of blocks that are not complete are not defined, and never read.
 
 B rows, H query heads, G key heads, R = H / G, N tokens the cache has room for, n new tokens, C blocks, P tokens a block (`block_size`),
-K blocks read, D width. F: how many heads of a group choose for themselves, R, or 1 if they choose together.
+K blocks read, D width. F: how many heads of a group choose for themselves, R, or 1 if they choose together. L readers: see `decode_plain`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ except ImportError:  # no Triton, so no CUDA either
     kernels = None
 
 FEW = 32  # new tokens that are decoding: more of them are faster as a prefill
-_TOKENS_AT_ONCE = 1 << 16
+_TOKENS_AT_ONCE = 1 << 16  # whose keys are copied to compute means
+_NUMBERS_AT_ONCE = 1 << 24  # of keys and values that are copied to be read
 
 
 def mean_dtype(key: Tensor) -> torch.dtype:
@@ -99,31 +100,44 @@ def _(query, key, value, means, *_):
 def decode_plain(
     query: Tensor, key: Tensor, value: Tensor, means: Tensor, length: Tensor | None, start: Tensor | None, spec: Spec
 ) -> tuple[Tensor, Tensor]:
-    """`decode` in plain PyTorch: the chosen blocks of all rows and heads are gathered at once."""
-    new, device = query.shape[2], query.device
+    """`decode` in plain PyTorch. The blocks of all rows, heads and tokens are gathered at once, or as many as `_NUMBERS_AT_ONCE` allows."""
+    groups, new, device = key.shape[1], query.shape[2], query.device
     start = torch.zeros(query.shape[0], 1, dtype=torch.int64, device=device) if start is None else start[:, None]
     token = torch.arange(new, device=device) + ((key.shape[2] if length is None else length) - new)
     position = token - start  # [B, n], below 0 for padding
     _complete(means, key, position, start, spec.block_size)
-    by_group = query.unflatten(1, (key.shape[1], -1)).to(means.dtype)  # [B, G, R, n, D]
+    by_group = query.unflatten(1, (groups, -1)).to(means.dtype)  # [B, G, R, n, D]
     blocks = _blocks_to_read(by_group, means, position, spec)  # [B, G, F, n, K]
-
-    offset = torch.arange(min(spec.block_size, key.shape[2]), device=device)
-    at = start[:, None, None, None, :, None] + blocks[..., None] * spec.block_size + offset  # [B, G, F, n, K, P]
-    seen = ((blocks >= 0)[..., None] & (at <= token[:, None, None])).flatten(-2)  # [B, G, F, n, K * P]
-    at = at.flatten(-2).clamp(0, key.shape[2] - 1)
-    k, v = (_take(x, at).to(means.dtype) for x in (key, value))
-
     together = by_group.unflatten(2, (blocks.shape[2], -1)).movedim(3, 4)  # [B, G, F, n, R / F, D]
-    score = together @ k.mT * spec.scale
+
+    # From here on a reader is a token of heads that read together, [B * G * F * n], wherever it belongs.
+    shape, each = together.shape, torch.arange(blocks[..., 0].numel(), device=device)
+    group = each // (shape[2] * shape[3])
+    row, group, last = group // groups, group % groups, each % shape[3]
+    at_once = max(1, _NUMBERS_AT_ONCE // (blocks.shape[-1] * spec.block_size * (key.shape[-1] + value.shape[-1])))
+    parts = zip(*(x.split(at_once) for x in (together.flatten(0, 3), blocks.flatten(0, 3), row, group, token[last])))
+    out, lse = zip(*(_attend(q, key, value, chosen, b, g, start[b], t, spec) for q, chosen, b, g, t in parts))
+    out = torch.cat(out).view(*shape[:-1], -1).movedim(4, 3).flatten(1, 3)
+    return out.to(query.dtype), torch.cat(lse).view(shape[:-1]).movedim(4, 3).flatten(1, 3)
+
+
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, blocks: Tensor, row: Tensor, group: Tensor, start: Tensor, token: Tensor, spec: Spec
+) -> tuple[Tensor, Tensor]:
+    """Readers `[L, M, D]`, each of M heads at `token [L]`, attend to their `blocks [L, K]`: `[L, M, Dv]` and `[L, M]`."""
+    offset = torch.arange(min(spec.block_size, key.shape[2]), device=key.device)
+    at = (start + blocks * spec.block_size)[..., None] + offset  # [L, K, P]
+    seen = ((blocks >= 0)[..., None] & (at <= token[:, None, None])).flatten(1)  # [L, K * P]
+    at = at.flatten(1).clamp(0, key.shape[2] - 1)
+    k, v = (x[row[:, None], group[:, None], at].to(query.dtype) for x in (key, value))
+    score = query @ k.mT * spec.scale
     if spec.softcap is not None:
         score = spec.softcap * torch.tanh(score / spec.softcap)
-    score = score.masked_fill(~seen[..., None, :], -torch.inf)
-    some = seen.any(-1)[..., None]
+    score = score.masked_fill(~seen[:, None], -torch.inf)
+    some = seen.any(-1)[:, None]
     lse = score.masked_fill(~some[..., None], 0).logsumexp(-1)
     out = torch.exp(score - lse[..., None]) @ v.masked_fill(~seen[..., None], 0)
-    out, lse = torch.where(some[..., None], out, 0), torch.where(some, lse, -torch.inf)
-    return out.movedim(4, 3).flatten(1, 3).to(query.dtype), lse.movedim(4, 3).flatten(1, 3)
+    return torch.where(some[..., None], out, 0), torch.where(some, lse, -torch.inf)
 
 
 def _complete(means: Tensor, key: Tensor, position: Tensor, start: Tensor, block_size: int) -> None:
@@ -148,9 +162,3 @@ def _blocks_to_read(query: Tensor, means: Tensor, position: Tensor, spec: Spec) 
         candidate = (block >= spec.sink_blocks) & (block < own - spec.recent_blocks)
         parts.append(best_blocks(query @ means[:, :, None].mT, candidate, free, finite=False).long())
     return torch.cat(parts, -1)
-
-
-def _take(x: Tensor, at: Tensor) -> Tensor:
-    """`[B, G, N, D]` at tokens `[B, G, F, n, T]` -> `[B, G, F, n, T, D]`."""
-    index = at.flatten(2)[..., None].expand(-1, -1, -1, x.shape[-1])
-    return x.gather(2, index).unflatten(2, at.shape[2:])

@@ -6,6 +6,7 @@ import copy
 import pickle
 
 import pytest
+import test_models
 import torch
 from torch import Tensor
 from transformers import CompileConfig, DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel, StaticCache
@@ -128,6 +129,16 @@ def test_a_hybrid_of_full_and_sparse_layers_gives_the_tokens_of_recomputation(of
     full = build(**FULL, full_attention_layers=(-1,))
     patch(full, **SPARSE, full_attention_layers=(-1,))
     assert torch.equal(out, recomputed(full, ids))
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gpt_oss"])
+@pytest.mark.parametrize("decode", ["full", "sparse"])
+def test_drafts_are_verified_beside_sliding_layers(family, decode):
+    model, ids = patch(test_models.build(family), **{**SPARSE, "decode": decode}), tokens()
+    expected = model.generate(ids, **GREEDY)
+    assert torch.equal(model.generate(ids, prompt_lookup_num_tokens=5, **GREEDY), expected)
+    if decode == "sparse":
+        assert torch.equal(recomputed(model, ids), expected)
 
 
 @pytest.mark.parametrize("static", [False, True])

@@ -42,11 +42,12 @@ def decoded(case: Case, tensors: dict[str, torch.Tensor], means: torch.Tensor, l
 
 
 few = st.integers(1, 9)
+at_once = st.sampled_from([1, 200, 1 << 24])
 
 
 @examples(150)
-@given(cases(causal=True, sinks=False), few, st.booleans())
-def test_decoding_is_moba_attention_of_the_last_tokens(case: Case, n_new: int, room: bool):
+@given(cases(causal=True, sinks=False), few, st.booleans(), at_once)
+def test_decoding_is_moba_attention_of_the_last_tokens(case: Case, n_new: int, room: bool, numbers: int):
     case = left_padded(case.but(n_query=min(n_new, case.n_key)))
     tensors = operands(case)
     expected = attend(case, tensors, "naive")
@@ -54,8 +55,11 @@ def test_decoding_is_moba_attention_of_the_last_tokens(case: Case, n_new: int, r
     if room:
         tensors = {name: x if name == "query" else cached(x) for name, x in tensors.items()}
     means = means_before(case, tensors["key"], case.n_query)
-    for actual, wanted in zip(decoded(case, tensors, means, length), expected):
-        assert_same(actual, wanted)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decoding, "_NUMBERS_AT_ONCE", numbers)
+        actual = decoded(case, tensors, means, length)
+    for x, y in zip(actual, expected):
+        assert_same(x, y)
 
 
 @examples(40)
