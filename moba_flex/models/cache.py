@@ -112,8 +112,8 @@ class BlockMeans:
             self.starts = tuple(self.starts[row] for row in rows.tolist())
 
     @torch.no_grad()
-    def of_all_but(self, new: int, key: Tensor, block_size: int, start: Tensor | None, starts: tuple[int, ...] | None) -> Tensor | None:
-        """The means of `key [B, G, N, D]`, right for all blocks but those that its `new` last tokens complete: the caller writes these.
+    def of_all_but_new(self, key: Tensor, block_size: int, start: Tensor | None, starts: tuple[int, ...] | None) -> Tensor | None:
+        """The means of `key [B, G, N, D]`, right for all blocks but those that its newest tokens complete: the caller writes these.
 
         None if there is no room for them, which only happens while a graph is traced.
         """
@@ -121,7 +121,7 @@ class BlockMeans:
             self._make_room(key, block_size, starts)
         elif self.means is None or (self.block_size, self.means.shape[2]) != (block_size, _blocks(key, block_size)):
             return None
-        if self.stale and key.shape[2] > new:
+        if self.stale:
             write_means(self.means, key.detach(), start, block_size)
         self.stale = self._waiting = False
         return self.means
@@ -129,9 +129,10 @@ class BlockMeans:
     @torch.no_grad()
     def take_in(self, new: int, length: int, key: Tensor, block_size: int, start: Tensor | None, starts: tuple[int, ...] | None) -> None:
         """Write the means of all blocks that the last `new` of `length` tokens complete, and of all others that are not right."""
-        means = self.of_all_but(new, key, block_size, start, starts)
-        first = max(0, length - new - max(starts or (0,))) // block_size
-        write_means(means, key.detach(), start, block_size, first, length // block_size)
+        self._make_room(key, block_size, starts)
+        first = 0 if self.stale else max(0, length - new - max(starts or (0,))) // block_size
+        write_means(self.means, key.detach(), start, block_size, first, length // block_size)
+        self.stale = self._waiting = False
 
     def _make_room(self, key: Tensor, block_size: int, starts: tuple[int, ...] | None) -> None:
         if (self.block_size, self.starts) != (block_size, starts):

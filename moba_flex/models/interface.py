@@ -103,7 +103,7 @@ def _decode(query: Tensor, key: Tensor, value: Tensor, mask: MobaMask, places: P
     known = None
     if means is not None:
         starts = None if torch.compiler.is_compiling() else mask.visible(query, key).starts
-        known = means.of_all_but(query.shape[2], key, block_size, places.start, starts)
+        known = means.of_all_but_new(key, block_size, places.start, starts)
     if known is None:  # nothing is kept beside this cache
         known = write_means(means_for(key, max(1, key.shape[2] // block_size)), key, places.start, block_size)
     return attend_decoding(query, key, value, known, *place, **call)
