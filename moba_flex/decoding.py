@@ -129,15 +129,22 @@ def _attend(
     at = (start + blocks * spec.block_size)[..., None] + offset  # [L, K, P]
     seen = ((blocks >= 0)[..., None] & (at <= token[:, None, None])).flatten(1)  # [L, K * P]
     at = at.flatten(1).clamp(0, key.shape[2] - 1)
-    k, v = (x[row[:, None], group[:, None], at].to(query.dtype) for x in (key, value))
+    k, v = (_take(x, row[:, None], group[:, None], at).to(query.dtype) for x in (key, value))
     score = query @ k.mT * spec.scale
     if spec.softcap is not None:
         score = spec.softcap * torch.tanh(score / spec.softcap)
     score = score.masked_fill(~seen[:, None], -torch.inf)
     some = seen.any(-1)[:, None]
     lse = score.masked_fill(~some[..., None], 0).logsumexp(-1)
-    out = torch.exp(score - lse[..., None]) @ v.masked_fill(~seen[..., None], 0)
+    out = torch.exp(score - lse[..., None]) @ v.masked_fill_(~seen[..., None], 0)
     return torch.where(some[..., None], out, 0), torch.where(some, lse, -torch.inf)
+
+
+def _take(x: Tensor, row: Tensor, group: Tensor, at: Tensor) -> Tensor:
+    """A copy of `x [B, G, N, D]` at tokens `[L, T]`: `[L, T, D]`."""
+    if not x.is_contiguous():
+        return x[row, group, at]
+    return x.view(-1, x.shape[3]).index_select(0, ((row * x.shape[1] + group) * x.shape[2] + at).flatten()).view(*at.shape, -1)
 
 
 def _complete(means: Tensor, key: Tensor, position: Tensor, start: Tensor, block_size: int) -> None:
@@ -160,5 +167,6 @@ def _blocks_to_read(query: Tensor, means: Tensor, position: Tensor, spec: Spec) 
     if free := min(spec.routed - spec.sink_blocks - spec.recent_blocks, means.shape[2]):
         block = torch.arange(means.shape[2], device=own.device)
         candidate = (block >= spec.sink_blocks) & (block < own - spec.recent_blocks)
-        parts.append(best_blocks(query @ means[:, :, None].mT, candidate, free, finite=False).long())
+        score = (query.flatten(2, 3) @ means.mT).view(*query.shape[:4], -1)
+        parts.append(best_blocks(score, candidate, free, finite=False).long())
     return torch.cat(parts, -1)
