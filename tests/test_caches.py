@@ -264,6 +264,17 @@ def test_keys_that_sparse_attention_did_not_see_are_noticed():
             torch.testing.assert_close(run(model, new[:, i : i + 1], cache), run(model, new[:, i : i + 1], fresh), msg=change.__name__)
 
 
+@pytest.mark.parametrize("static", [False, True])
+def test_one_cache_serves_calls_with_and_without_inference_mode(static):
+    model, ids = build(**SPARSE), tokens()
+    cache = StaticCache(config=model.config, max_cache_len=60) if static else DynamicCache(config=model.config)
+    parts = []
+    for i, part in enumerate(ids.split((30, 1, 1, 4, 1, 1, 7, 1, 7), 1)):
+        with torch.inference_mode(i % 2 == 1), torch.no_grad():
+            parts.append(model(part, past_key_values=cache, use_cache=True).logits.clone())
+    torch.testing.assert_close(torch.cat(parts, 1), run(model, ids, None), rtol=1e-4, atol=2e-4)
+
+
 def test_other_settings_make_other_means():
     model, ids = build(**SPARSE), tokens()
     cache = filled(model, ids)
