@@ -18,12 +18,16 @@ def check_count(name: str, value: object, least: int) -> None:
         raise ValueError(f"{name} must be an int of at least {least}, but is {value!r}")
 
 
-def check_blocks(block_size: int, top_k: int, sink_blocks: int, recent_blocks: int, causal: bool = True) -> None:
-    """The four counts that define a selection, and that they fit together."""
+def check_blocks(
+    block_size: int, top_k: int, sink_blocks: int, recent_blocks: int, causal: bool = True, share_selection: bool = False
+) -> None:
+    """What defines a selection: the four counts and that they fit together, and whether the heads of a group share it."""
     check_count("block_size", block_size, 1)
     check_count("top_k", top_k, 1)
     check_count("sink_blocks", sink_blocks, 0)
     check_count("recent_blocks", recent_blocks, 0)
+    if not isinstance(share_selection, bool):
+        raise ValueError(f"share_selection must be True or False, but is {share_selection!r}")
     if not causal and (sink_blocks or recent_blocks):
         raise ValueError(f"sink_blocks and recent_blocks must be 0 with causal=False, but are {sink_blocks} and {recent_blocks}")
     if causal and 1 + sink_blocks + recent_blocks > top_k:

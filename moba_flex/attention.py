@@ -35,7 +35,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output `[B, H, Nq, Dv]`, log-sum-exp `[B, H, Nq]` and the chosen blocks `[B, H, Q * P, S]`."""
     q, k, v = (x.contiguous() for x in (layout.query_slots(query), layout.key_slots(key), layout.key_slots(value)))
-    chosen = backend.choose(q, k, layout, spec)
+    chosen = choose(q, k, layout, spec, backend)
 
     out, lse = q.new_empty(*q.shape[:3], v.shape[-1]), q.new_empty(q.shape[:3], dtype=_wide(q.dtype))
     for rows, groups, heads in chunks(q, k, v, layout, spec, budget):
@@ -87,6 +87,15 @@ def backward(
         else:
             _copy(partial, into)
     return layout.query_tokens(grad_q), layout.key_tokens(grad_k), layout.key_tokens(grad_v)
+
+
+def choose(query: Tensor, key: Tensor, layout: BlockLayout, spec: Spec, backend: ModuleType) -> Tensor:
+    """The gate of every head, or of every group of heads: the sum of scores is the score of the sum of the queries."""
+    if not spec.share_selection:
+        return backend.choose(query, key, layout, spec)
+    repeats, wide = query.shape[1] // key.shape[1], _wide(query.dtype)
+    together = query.unflatten(1, (-1, repeats)).sum(2, dtype=wide)
+    return backend.choose(together, key.to(wide), layout, spec).repeat_interleave(repeats, 1)
 
 
 def nothing_local(query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, spec: Spec) -> tuple[Tensor, Tensor]:
@@ -160,13 +169,14 @@ def attention(
     sink_blocks: int,
     recent_blocks: int,
     causal: bool,
+    share_selection: bool,
     scale: float,
     softcap: float | None,
     implementation: str,
     budget: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`[B, H, Nq, D]`, `[B, G, Nk, D]`, `[B, G, Nk, Dv]` -> output, log-sum-exp and the chosen blocks."""
-    spec = Spec(block_size, top_k, sink_blocks, recent_blocks, causal, scale, softcap)
+    spec = Spec(block_size, top_k, sink_blocks, recent_blocks, causal, scale, softcap, share_selection)
     query, key, value = query.detach(), key.detach(), value.detach()
     layout = layout_of(query, key, padding_mask, cu_seqlens, spec, implementation)
     with torch.autocast(query.device.type, enabled=False):  # the gate is a matter of float32
@@ -174,8 +184,8 @@ def attention(
 
 
 @attention.register_fake
-def _(query, key, value, padding_mask, cu_seqlens, block_size, top_k, sinks, recent, causal, scale, softcap, impl, budget):
-    spec = Spec(block_size, top_k, sinks, recent, causal, scale, softcap)
+def _(query, key, value, padding_mask, cu_seqlens, block_size, top_k, sinks, recent, causal, share, scale, softcap, impl, budget):
+    spec = Spec(block_size, top_k, sinks, recent, causal, scale, softcap, share)
     n_query, n_key = query.shape[2], key.shape[2]
     block_size, width = _sizes(block_size, n_key, impl)
     if cu_seqlens is not None:
@@ -206,13 +216,14 @@ def attention_backward(
     sink_blocks: int,
     recent_blocks: int,
     causal: bool,
+    share_selection: bool,
     scale: float,
     softcap: float | None,
     implementation: str,
     budget: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of query, key and value."""
-    spec = Spec(block_size, top_k, sink_blocks, recent_blocks, causal, scale, softcap)
+    spec = Spec(block_size, top_k, sink_blocks, recent_blocks, causal, scale, softcap, share_selection)
     grad, query, key, value, out, lse = (x.detach() for x in (grad, query, key, value, out, lse))
     layout = layout_of(query, key, padding_mask, cu_seqlens, spec, implementation)
     backend = _BACKENDS[implementation]

@@ -22,6 +22,7 @@ class MobaConfig(dict):
         top_k: how many blocks a query reads, its own one included.
         sink_blocks: how many blocks at the start of the sequence are always among the `top_k`.
         recent_blocks: how many blocks just before the own one are always among the `top_k`.
+        share_selection: whether the query heads of a key head choose together, by the sum of their scores.
         full_attention_layers: the layers that keep full attention; negative numbers count from the last layer. The
             report keeps the last three (section 2.2, layer-wise hybrid).
         decode: "full" lets tokens that are generated one by one read all keys, as in the report; "sparse" only their
@@ -39,12 +40,13 @@ class MobaConfig(dict):
     top_k: int = 12
     sink_blocks: int = 0
     recent_blocks: int = 0
+    share_selection: bool = False
     full_attention_layers: tuple[int, ...] = ()
     decode: str = "full"
     implementation: str = "auto"
 
     def __post_init__(self) -> None:
-        arguments.check_blocks(self.block_size, self.top_k, self.sink_blocks, self.recent_blocks)
+        arguments.check_blocks(self.block_size, self.top_k, self.sink_blocks, self.recent_blocks, share_selection=self.share_selection)
         _check_choice("decode", self.decode, DECODING)
         _check_choice("implementation", self.implementation, arguments.IMPLEMENTATIONS)
         layers = layer_indices("full_attention_layers", self.full_attention_layers)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from . import arguments
 from .attention import attention
+from .decoding import decode
 from .naive import naive_attention
 
 # Bytes of working memory for the routed rows of one chunk, beside inputs and outputs. Heads are worked through in chunks that fit.
@@ -43,6 +44,7 @@ def moba_attention(
     top_k: int,
     sink_blocks: int = 0,
     recent_blocks: int = 0,
+    share_selection: bool = False,
     causal: bool = True,
     scale: float | None = None,
     padding_mask: Tensor | None = None,
@@ -62,6 +64,8 @@ def moba_attention(
             the highest inner product with the query (in float32; among equals the earlier one); all of them when there are fewer.
         sink_blocks: how many blocks at the start of the sequence are always among the `top_k`.
         recent_blocks: how many blocks just before the own one are always among the `top_k`.
+        share_selection: the query heads of a key head choose together, by the sum of their scores, so that they all read the same
+            blocks.
         causal: with False, a query reads the `top_k` best of all blocks, none of them forced, and every key in them.
         scale: factor on the scores, `D ** -0.5` by default. The gate's order does not depend on it.
         padding_mask: `[B, Nk]` bool, True for real tokens; padding on the left or the right of a row. Blocks are counted from the
@@ -84,7 +88,7 @@ def moba_attention(
     torch.Size([1, 4, 100, 16])
     """
     arguments.check_query_key(query, key, value=value)
-    arguments.check_blocks(block_size, top_k, sink_blocks, recent_blocks, causal)
+    arguments.check_blocks(block_size, top_k, sink_blocks, recent_blocks, causal, share_selection)
     arguments.check_padding_mask(padding_mask, query, key)
     arguments.check_scores(query, query.shape[1], scale, softcap, sinks)
     implementation = arguments.resolve_implementation(implementation, query)
@@ -96,6 +100,7 @@ def moba_attention(
         top_k=top_k,
         sink_blocks=sink_blocks,
         recent_blocks=recent_blocks,
+        share_selection=share_selection,
         causal=causal,
         scale=scale,
         padding_mask=padding_mask,
@@ -116,6 +121,7 @@ def moba_attention_varlen(
     top_k: int,
     sink_blocks: int = 0,
     recent_blocks: int = 0,
+    share_selection: bool = False,
     causal: bool = True,
     scale: float | None = None,
     softcap: float | None = None,
@@ -142,7 +148,7 @@ def moba_attention_varlen(
     torch.Size([50, 2, 16])
     """
     arguments.check_packed(query, key, value, cu_seqlens)
-    arguments.check_blocks(block_size, top_k, sink_blocks, recent_blocks, causal)
+    arguments.check_blocks(block_size, top_k, sink_blocks, recent_blocks, causal, share_selection)
     arguments.check_scores(query, query.shape[1], scale, softcap, sinks)
     implementation = arguments.resolve_implementation(implementation, query)
     query, key, value = (x.transpose(0, 1)[None] for x in (query, key, value))
@@ -154,6 +160,7 @@ def moba_attention_varlen(
         top_k=top_k,
         sink_blocks=sink_blocks,
         recent_blocks=recent_blocks,
+        share_selection=share_selection,
         causal=causal,
         scale=scale,
         cu_seqlens=cu_seqlens,
@@ -175,6 +182,7 @@ def attend(
     top_k: int,
     sink_blocks: int = 0,
     recent_blocks: int = 0,
+    share_selection: bool = False,
     causal: bool = True,
     scale: float | None = None,
     padding_mask: Tensor | None = None,
@@ -194,6 +202,7 @@ def attend(
         run = _naive_packed if cu_seqlens is not None else naive_attention
         which = {"cu_seqlens": cu_seqlens} if cu_seqlens is not None else {"padding_mask": padding_mask}
         blocks = {"block_size": block_size, "top_k": top_k, "sink_blocks": sink_blocks, "recent_blocks": recent_blocks}
+        blocks["share_selection"] = share_selection
         with torch.autocast(query.device.type, enabled=False):
             out, lse = run(query, key, value, **blocks, **which, causal=causal, scale=scale, softcap=softcap)
     elif (
@@ -204,7 +213,8 @@ def attend(
         with torch.autocast(query.device.type, enabled=False):
             return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=query.shape[1] != key.shape[1])
     else:
-        settings = (block_size, top_k, sink_blocks, recent_blocks, causal, scale, softcap, implementation, _working_memory)
+        blocks = (block_size, top_k, sink_blocks, recent_blocks, causal, share_selection)
+        settings = (*blocks, scale, softcap, implementation, _working_memory)
         narrow = implementation == "flex" and min(query.shape[-1], value.shape[-1]) < _LEAST_WIDTH
         if narrow:  # zeros change neither scores nor outputs
             width = value.shape[-1]
@@ -212,11 +222,7 @@ def attend(
         out, lse, _ = attention(query, key, value, padding_mask, cu_seqlens, *settings)
         out = out[..., :width] if narrow else out
     if sinks is not None:
-        sink = sinks.to(lse.dtype)[:, None]
-        empty = lse == -torch.inf
-        share = torch.sigmoid(lse - sink)
-        out = torch.where(empty[..., None], 0, out * share[..., None]).to(out.dtype)
-        lse = torch.where(empty, lse, torch.logaddexp(lse, sink))
+        out, lse = _with_sinks(out, lse, sinks)
     return (out, lse) if return_lse else out
 
 
@@ -224,6 +230,41 @@ def _is_plain(query: Tensor, key: Tensor, value: Tensor, reach: int, causal: boo
     """Whether every query reads all `reach` tokens there are, so that PyTorch's fused dense attention computes the same, for less."""
     every_token = causal and query.shape[2] == key.shape[2] <= reach and all(x is None for x in more)
     return every_token and query.dtype != torch.float32 and query.shape[-1] == value.shape[-1] <= 256 and query.shape[-1] % 8 == 0
+
+
+def attend_decoding(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    means: Tensor,
+    length: Tensor | None,
+    start: Tensor | None,
+    *,
+    block_size: int,
+    top_k: int,
+    sink_blocks: int = 0,
+    recent_blocks: int = 0,
+    share_selection: bool = False,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    implementation: str,
+) -> Tensor:
+    """`attend` for the last tokens of a cache with block means, see `moba_flex.decoding.decode`: `[B, H, n, Dv]`."""
+    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    softcap = None if softcap is None else float(softcap)
+    blocks = (block_size, top_k, sink_blocks, recent_blocks, share_selection)
+    out, lse = decode(query, key, value, means, length, start, *blocks, scale, softcap, implementation)
+    return out if sinks is None else _with_sinks(out, lse, sinks)[0]
+
+
+def _with_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
+    """The output and its log-sum-exp with one more logit a head in the softmax's denominator."""
+    sink = sinks.to(lse.dtype)[:, None]
+    empty = lse == -torch.inf
+    share = torch.sigmoid(lse - sink)
+    out = torch.where(empty[..., None], 0, out * share[..., None]).to(out.dtype)
+    return out, torch.where(empty, lse, torch.logaddexp(lse, sink))
 
 
 def _naive_packed(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, **settings) -> tuple[Tensor, Tensor]:

@@ -45,6 +45,7 @@ def naive_selection(
     top_k: int,
     sink_blocks: int = 0,
     recent_blocks: int = 0,
+    share_selection: bool = False,
     causal: bool = True,
     padding_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -54,6 +55,9 @@ def naive_selection(
     of_key = block_of_key(key, padding_mask, block_size)
     block = torch.arange(n_blocks, device=key.device)
     score = gate_scores(query, key, of_key, n_blocks)
+    if share_selection:  # the heads of a group choose together, by the sum of their scores
+        repeats = query.shape[1] // key.shape[1]
+        score = score.unflatten(1, (-1, repeats)).sum(2).repeat_interleave(repeats, 1)
     own = of_key[:, None, n_key - n_query :, None]  # [B, 1, Nq, 1]
     exists = (of_key[..., None] == block).any(1)[:, None, None, :]
     if causal:
@@ -75,6 +79,7 @@ def naive_attention(
     top_k: int,
     sink_blocks: int = 0,
     recent_blocks: int = 0,
+    share_selection: bool = False,
     causal: bool = True,
     scale: float,
     padding_mask: Tensor | None = None,
@@ -91,6 +96,7 @@ def naive_attention(
         top_k=top_k,
         sink_blocks=sink_blocks,
         recent_blocks=recent_blocks,
+        share_selection=share_selection,
         causal=causal,
         padding_mask=padding_mask,
     )

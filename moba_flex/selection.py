@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from . import arguments, flex, gate
-from .attention import layout_of
+from .attention import choose, layout_of
 from .naive import block_of_key
 from .spec import Spec
 
@@ -83,6 +83,7 @@ def select_blocks(
     top_k: int,
     sink_blocks: int = 0,
     recent_blocks: int = 0,
+    share_selection: bool = False,
     causal: bool = True,
     padding_mask: Tensor | None = None,
 ) -> Selection:
@@ -96,15 +97,15 @@ def select_blocks(
     (torch.Size([1, 4, 100, 2]), torch.Size([1, 4, 100, 7]))
     """
     arguments.check_query_key(query, key)
-    arguments.check_blocks(block_size, top_k, sink_blocks, recent_blocks, causal)
+    arguments.check_blocks(block_size, top_k, sink_blocks, recent_blocks, causal, share_selection)
     arguments.check_padding_mask(padding_mask, query, key)
-    spec = Spec(block_size, top_k, sink_blocks, recent_blocks, causal, 1.0)
+    spec = Spec(block_size, top_k, sink_blocks, recent_blocks, causal, 1.0, share_selection=share_selection)
     implementation = arguments.resolve_implementation("auto", query)
     with torch.no_grad():
         layout = layout_of(query, key, padding_mask, None, spec, implementation)
         backend = flex if implementation == "flex" else gate
         if query.numel():
-            chosen = backend.choose(layout.query_slots(query), layout.key_slots(key), layout, spec)
+            chosen = choose(layout.query_slots(query), layout.key_slots(key), layout, spec, backend)
             indices = layout.query_tokens(chosen, fill=-1)
         else:
             indices = torch.full((*query.shape[:3], spec.routed), -1, dtype=torch.int32, device=query.device)

@@ -16,6 +16,7 @@ class Spec:
     causal: bool
     scale: float
     softcap: float | None = None
+    share_selection: bool = False
 
     @property
     def routed(self) -> int:

@@ -36,6 +36,7 @@ class Case:
     sink_blocks: int = 0
     recent_blocks: int = 0
     causal: bool = True
+    share_selection: bool = False
     scale: float | None = None
     softcap: float | None = None
     sinks: bool = False
@@ -45,7 +46,7 @@ class Case:
     @property
     def selection(self) -> dict:
         """The arguments that decide which blocks are read."""
-        names = ("block_size", "top_k", "sink_blocks", "recent_blocks", "causal")
+        names = ("block_size", "top_k", "sink_blocks", "recent_blocks", "causal", "share_selection")
         return {name: getattr(self, name) for name in names}
 
     @property
@@ -123,6 +124,7 @@ def cases(draw, *, max_tokens: int = 40, padded: bool = False, **fixed) -> Case:
         sink_blocks,
         recent_blocks,
         causal,
+        pick("share_selection", st.booleans()),
         pick("scale", st.none() | st.sampled_from([0.1, 1.0, 2.5])),
         pick("softcap", st.none() | st.sampled_from([0.5, 2.0, 30.0])),
         pick("sinks", st.booleans()),

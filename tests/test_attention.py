@@ -357,8 +357,9 @@ def test_output_has_the_query_s_dtype_and_the_log_sum_exp_is_float32(implementat
         Case(1, 4, 2, 150, 150, 32, 32, 16, 3, seed=1),
         Case(2, 3, 1, 70, 161, 16, 24, 13, 6, 1, 1, softcap=20.0, sinks=True, seed=2),
         Case(1, 2, 2, 90, 90, 16, 16, 10, 3, causal=False, scale=0.5, seed=3),
+        Case(1, 6, 2, 120, 120, 16, 16, 10, 3, share_selection=True, seed=4),
     ],
-    ids=["plain", "sinks and soft-cap", "not causal"],
+    ids=["plain", "sinks and soft-cap", "not causal", "shared selection"],
 )
 def test_low_precision_stays_close_to_float64(implementation: str, dtype: torch.dtype, case: Case):
     low = operands(case, dtype, requires_grad=True)
@@ -378,6 +379,8 @@ def _smallest_gap(case: Case, tensors: dict[str, torch.Tensor]) -> float:
     selected, of_key = naive_selection(query, key, **case.selection)
     block = torch.arange(case.n_blocks)
     score = gate_scores(query, key, of_key, case.n_blocks)
+    if case.share_selection:
+        score = score.unflatten(1, (case.groups, case.repeats)).sum(2).repeat_interleave(case.repeats, 1)
     own = positions(case)[0] // case.block_size
     choice = (block >= case.sink_blocks) & (block < own - case.recent_blocks) if case.causal else block >= 0
     worst = score.masked_fill(~(selected & choice), torch.inf).amin(-1)
@@ -526,6 +529,7 @@ OPERATOR_CASES = {
     "one block": Case(1, 2, 1, 3, 3, block_size=4, top_k=3),
     "tail": Case(1, 2, 1, 5, 11, block_size=4),
     "routed blocks only": Case(1, 2, 1, 9, 9, block_size=4, causal=False),
+    "shared selection": Case(1, 4, 2, 9, 9, 3, 5, block_size=3, share_selection=True),
     "padded": Case(2, 2, 1, 5, 11, block_size=4, padding=((3, 0), (0, 2)), softcap=3.0),
 }
 

@@ -35,6 +35,7 @@ BLOCKS = [
     ({"top_k": 1, "sink_blocks": 1}, ValueError, ["top_k=1", "sink_blocks=1", "at least 2"]),
     ({"top_k": 2, "recent_blocks": 2}, ValueError, ["top_k=2", "recent_blocks=2", "at least 3"]),
     ({"top_k": 4, "sink_blocks": 2, "recent_blocks": 2}, ValueError, ["top_k=4", "sink_blocks=2", "recent_blocks=2"]),
+    *[({"share_selection": value}, ValueError, ["share_selection", repr(value)]) for value in (1, None, "yes")],
     ({"causal": False, "sink_blocks": 1}, ValueError, ["sink_blocks", "causal=False", "1"]),
     ({"causal": False, "recent_blocks": 1}, ValueError, ["recent_blocks", "causal=False", "1"]),
 ]

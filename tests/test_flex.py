@@ -44,6 +44,7 @@ def cases(draw):
         "recent_blocks": forced[1],
         "causal": causal,
         "padding": draw(st.sampled_from(["none", "left", "right", "packed"])),
+        "share_selection": draw(st.booleans()),
         "softcap": draw(st.sampled_from([None, 1.5])),
         "seed": draw(st.integers(0, 1000)),
     }
@@ -92,7 +93,7 @@ def test_flex_equals_eager_values_and_gradients(case):
     n_query, rows = (case["n_key"], 1) if bounds is not None else (case["n_query"], case["rows"])
     shapes = (rows, case["heads"], n_query, 8), (rows, case["groups"], case["n_key"], 8), (rows, case["groups"], case["n_key"], 6)
     leaves = [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
-    blocks = [case[name] for name in ("block_size", "top_k", "sink_blocks", "recent_blocks", "causal")]
+    blocks = [case[name] for name in ("block_size", "top_k", "sink_blocks", "recent_blocks", "causal", "share_selection")]
     results = []
     for implementation in ("eager", "flex"):
         given_ = (*leaves, padding_mask, bounds, *blocks, 0.3, case["softcap"], implementation, 1 << 30)

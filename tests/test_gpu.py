@@ -70,6 +70,7 @@ CASES = [
     Case("float32", width=64, value_width=64, dtype=torch.float32, settings=blocks(128, 3)),
     Case("float32, block 32", width=64, value_width=64, dtype=torch.float32, settings=blocks(32, 5)),
     Case("soft-capped", settings=blocks(128, 3, softcap=2.0)),
+    Case("shared selection", heads=8, settings=blocks(128, 3, share_selection=True)),
     Case("not causal", settings=blocks(100, 3, causal=False)),
     Case("one query", n_query=1, settings=blocks(128, 3)),
     Case("one head a group", heads=2, settings=blocks(128, 1)),

@@ -382,6 +382,7 @@ BAD_PATCHES = [
     ({"block_size": 0}, ValueError, "block_size must be an int of at least 1, but is 0"),
     ({"top_k": 2.0}, ValueError, "top_k must be an int"),
     ({"top_k": 2, "sink_blocks": 2}, ValueError, "top_k=2 has no room"),
+    ({"share_selection": 1}, ValueError, "share_selection must be True or False, but is 1"),
     ({"decode": "dense"}, ValueError, "decode must be one of full, sparse, but is 'dense'"),
     ({"implementation": "cuda"}, ValueError, "implementation must be one of"),
     ({"topk": 2}, ValueError, "'topk' is no setting of MoBA: there are block_size, top_k"),

@@ -47,14 +47,16 @@ def selection_by_hand(case: Case, tensors: dict[str, torch.Tensor]) -> torch.Ten
     padding = case.padding or ((0, 0),) * case.batch
     for row, (left, right) in enumerate(padding):
         for head in range(case.heads):
-            keys = key[row, head // case.repeats, left : case.n_key - right]
+            group = head // case.repeats
+            together = range(group * case.repeats, (group + 1) * case.repeats) if case.share_selection else [head]
+            keys = key[row, group, left : case.n_key - right]
             means = [part.mean(0) for part in keys.split(case.block_size)] if len(keys) else []
             for i in range(case.n_query):
                 token = case.n_key - case.n_query + i
                 if not left <= token < case.n_key - right:
                     continue
                 own = (token - left) // case.block_size
-                scores = [float(query[row, head, i] @ mean) for mean in means]
+                scores = [sum(float(query[row, h, i] @ mean) for h in together) for mean in means]
                 best_first = sorted(range(len(means)), key=lambda block: (-scores[block], block))
                 if case.causal:
                     places = [own, *range(case.sink_blocks), *range(own - case.recent_blocks, own)]
@@ -170,6 +172,25 @@ def test_indices_are_the_past_blocks_in_rising_order(case: Case):
     for chosen, among in zip(indices.flatten(0, 2).tolist(), past.flatten(0, 2)):
         blocks = among.nonzero().flatten().tolist()
         assert chosen == blocks + [-1] * (case.top_k - 1 - len(blocks))
+
+
+@examples(40)
+@given(cases(softcap=None, sinks=False, scale=None, share_selection=True))
+def test_heads_that_share_a_selection_read_the_same_blocks(case: Case):
+    dense = select(case, operands(case)).to_dense().unflatten(1, (case.groups, case.repeats))
+    assert torch.equal(dense, dense[:, :, :1].expand_as(dense))
+
+
+def test_heads_choose_together_by_the_sum_of_their_scores():
+    """Two heads that want block 0 a little, and one that wants block 1 much."""
+    query = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 5.0], [0.0, 0.0]])[None, :, None].expand(1, 4, 12, 2)
+    key = torch.zeros(1, 1, 12, 2)
+    key[:, :, :4, 0], key[:, :, 4:8, 1] = 1, 1
+    call = {"block_size": 4, "top_k": 2}
+    assert select_blocks(query[:, :3], key, **call).indices[0, :, -1, 0].tolist() == [0, 0, 1]
+    assert select_blocks(query[:, :3], key, **call, share_selection=True).indices[0, :, -1, 0].tolist() == [1, 1, 1]
+    of_two_groups = select_blocks(query, key.expand(1, 2, 12, 2), **call, share_selection=True)
+    assert of_two_groups.indices[0, :, -1, 0].tolist() == [0, 0, 1, 1]
 
 
 # BlockMask

@@ -14,12 +14,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
+from transformers import Cache
 
 from .. import arguments
 from ..config import MobaConfig
-from ..functional import attend
+from ..decoding import means_for, write_means
+from ..functional import attend, attend_decoding
+from .cache import CACHE, DRAFTS, BlockMeans, means_of
 from .layers import attention_of, ordinary_attention, ordinary_implementation, takes_moba
-from .mask import MobaMask, Visible
+from .mask import MobaMask, Places, Visible
+
+_DECODING = Visible(0)
 
 # Arguments of some models that change who sees whom, or the scores, in ways that MoBA has no form of.
 _UNKNOWN_TO_MOBA = ("position_bias", "cache", "indices", "block_indices", "sinks")
@@ -39,33 +44,66 @@ def moba_attention_forward(
 
     Raises ValueError for what MoBA cannot do: attention dropout or weights without "moba_naive", custom masks, biases.
     """
+    cache, drafts = kwargs.pop(CACHE, None), kwargs.pop(DRAFTS, 0)
     settings = MobaConfig.of(module.config)
     attention = attention_of(module, settings) if takes_moba(module) else "full"
     if getattr(module, "_context_parallel", None) is not None:
         return _across_processes(module, query, key, value, attention_mask, settings, attention, kwargs), None
     mask_is_local = isinstance(attention_mask, MobaMask) and attention_mask.is_local
     is_local = mask_is_local or kwargs.get("sliding_window") is not None
-    decodes = query.shape[2] == 1 and key.shape[2] > 1 and settings.decode == "full"
-    if attention == "full" or is_local or decodes:
+    if attention == "full" or is_local:
         return _ordinary(module, query, key, value, attention_mask, kwargs)
+    if settings.decode == "full" and (decoded := _decoded(query, key, attention_mask, drafts)):
+        if decoded == query.shape[2]:
+            return _ordinary(module, query, key, value, attention_mask, kwargs)
+        before, last = attention_mask.split(decoded)
+        operands = query[:, :, :-decoded], key[:, :, :-decoded], value[:, :, :-decoded]
+        prompt, _ = _moba(module, *operands, before, settings, attention, cache, kwargs)
+        drafts, _ = _ordinary(module, query[:, :, -decoded:], key, value, last, kwargs)
+        return torch.cat([prompt, drafts], 1), None
 
+    return _moba(module, query, key, value, attention_mask, settings, attention, cache, kwargs)
+
+
+def _moba(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: MobaMask | Tensor | BlockMask | None,
+    settings: MobaConfig,
+    attention: str,
+    cache: Cache | None,
+    kwargs: dict,
+) -> tuple[Tensor, Tensor | None]:
     naive = attention == "moba_naive" or settings.implementation == "naive"
     dropout, weights = _check_supported(module, naive, kwargs)
     inputs = query, key, value
+    means = means_of(cache, module, key) if settings.decode == "sparse" else None
     query, key, value = _autocast(query, key, value)
-    visible = _visible(query, key, attention_mask, kwargs, module)
-    key, value = key[:, :, : visible.n_key], value[:, :, : visible.n_key]
+    plain = not (naive or weights or dropout or torch.is_grad_enabled())
+    if settings.decode == "sparse" and plain and isinstance(mask, MobaMask) and (places := mask.places(query, key)):
+        out = _decode(query, key, value, mask, places, means, _call(query, key, value, _DECODING, settings, naive, kwargs))
+        return out.transpose(1, 2).contiguous(), None
+
+    visible = _visible(query, key, mask, kwargs, module)
+    cached, key, value = key, key[:, :, : visible.n_key], value[:, :, : visible.n_key]
     call = _call(query, key, value, visible, settings, naive, kwargs)
     if (watch := getattr(module, "_watch", None)) is not None:  # see moba_flex.tracing
         watch(module, query, key, visible, settings)
+    probabilities = None
     if call["implementation"] == "flex" and visible.causal and visible.n_key <= settings.block_size * settings.top_k:
-        # Every query reads all that it may see: what the layer had before computes just that, and for a short prompt in less time.
-        return _ordinary(module, *inputs, attention_mask, kwargs)
-    with torch.autocast(query.device.type, enabled=False):  # the gate compares in float32 whatever the model computes in
-        if dropout or weights:
-            out, probabilities = _attend_with_weights(query, key, value, visible, dropout, call)
-        else:
-            out, probabilities = _attend(query, key, value, visible, call), None
+        # Every query reads all that it may see: what the layer had before computes just that, and a short prompt in less time.
+        out = _ordinary(module, *inputs, mask, kwargs)[0].transpose(1, 2)
+    else:
+        with torch.autocast(query.device.type, enabled=False):  # the gate compares in float32 whatever the model computes in
+            if dropout or weights:
+                out, probabilities = _attend_with_weights(query, key, value, visible, dropout, call)
+            else:
+                out = _attend(query, key, value, visible, call)
+    if means is not None and visible.causal and not torch.compiler.is_compiling():
+        start = None if visible.starts is None else torch.tensor(visible.starts, device=key.device)
+        means.take_in(query.shape[2], visible.n_key, cached, settings.block_size, start, visible.starts)
     return out.transpose(1, 2).contiguous(), probabilities if weights else None
 
 
@@ -83,7 +121,7 @@ def _across_processes(
     context, naive = module._context_parallel, attention == "moba_naive" or settings.implementation == "naive"
     dropout, weights = _check_supported(module, naive, kwargs)
     query, key, value = _autocast(query, key, value)
-    visible = _visible(query, key, mask, kwargs.get("is_causal"), module)
+    visible = _visible(query, key, mask, kwargs, module)
     call = _call(query, key, value, visible, settings, naive, kwargs)
     if dropout or weights or not visible.causal or visible.padding_mask is not None or visible.cu_seqlens is not None:
         raise ValueError(
@@ -96,6 +134,31 @@ def _across_processes(
         if attention == "full":
             return context.attend_full(query, key, value, call["scale"]).transpose(1, 2).contiguous()
         return context.attend(query, key, value, **call).transpose(1, 2).contiguous()
+
+
+def _decode(query: Tensor, key: Tensor, value: Tensor, mask: MobaMask, places: Places, means: BlockMeans | None, call: dict) -> Tensor:
+    """`[B, H, n, Dv]`: a few tokens at the end of a cache, by way of the block means beside it."""
+    place, block_size = (places.length, places.start), call["block_size"]
+    known = None
+    if means is not None:
+        starts = None if torch.compiler.is_compiling() else mask.visible(query, key).starts
+        known = means.of_all_but_new(key, block_size, places.start, starts)
+    if known is None:  # nothing is kept beside this cache
+        known = write_means(means_for(key, max(1, key.shape[2] // block_size)), key, places.start, block_size)
+    return attend_decoding(query, key, value, known, *place, **call)
+
+
+def _decoded(query: Tensor, key: Tensor, mask: MobaMask | Tensor | BlockMask | None, drafts: int) -> int:
+    """How many of the new tokens count as decoding, at the end of them: one that is alone, and drafts that are to be verified.
+
+    Drafts behind a single token, the last one that was accepted, are decoding together with it.
+    """
+    new, cached = query.shape[2], key.shape[2] - query.shape[2]
+    if new == 1:
+        return int(cached > 0)
+    if not drafts or not isinstance(mask, MobaMask):
+        return 0
+    return new if cached and drafts >= new - 1 else min(drafts, new - 1)
 
 
 def _ordinary(
@@ -171,7 +234,7 @@ def _visible(query: Tensor, key: Tensor, mask: MobaMask | Tensor | BlockMask | N
 
 def _call(query: Tensor, key: Tensor, value: Tensor, visible: Visible, settings: MobaConfig, naive: bool, kwargs: dict) -> dict:
     """The arguments of `attend` apart from tensors and visibility, checked."""
-    blocks = {name: settings[name] for name in ("block_size", "top_k", "sink_blocks", "recent_blocks")}
+    blocks = {name: settings[name] for name in ("block_size", "top_k", "sink_blocks", "recent_blocks", "share_selection")}
     scale, softcap, sinks = kwargs.get("scaling"), kwargs.get("softcap"), kwargs.get("s_aux")
     arguments.check_query_key(query, key, value=value)
     arguments.check_blocks(**blocks, causal=visible.causal)

@@ -23,6 +23,7 @@ from transformers.masking_utils import (
 )
 
 from .. import arguments
+from ..decoding import FEW
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Visible:
     causal: bool = True
     padding_mask: Tensor | None = None  # [B, n_key] bool; None: all tokens are real
     cu_seqlens: Tensor | None = None  # [n + 1] int32 over all rows' tokens one after another; None: a row is one sequence
+    starts: tuple[int, ...] | None = None  # the first real token of each row; None: 0 for all rows
 
     def packed(self, query: Tensor, cu_seqlens: Tensor | None, key_cu_seqlens: Tensor | None) -> Visible:
         """The same with the sequences that a call names itself, as transformers does for FlashAttention; they go before those that
@@ -56,7 +58,18 @@ class Visible:
 
     def to(self, device: torch.device) -> Visible:
         moved = (x if x is None else x.to(device, non_blocking=True) for x in (self.padding_mask, self.cu_seqlens))
-        return Visible(self.n_key, self.causal, *moved)
+        return Visible(self.n_key, self.causal, *moved, self.starts)
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where new tokens and their rows lie, as `moba_flex.decoding.decode` wants to know it: nothing that the host must read."""
+
+    length: Tensor | None  # int64 of no dimension: tokens with the new ones; None: all that the keys hold
+    start: Tensor | None  # [B] int64: the first real token of each row; None: 0
+
+    def to(self, device: torch.device) -> Places:
+        return Places(*(x if x is None else x.to(device, non_blocking=True) for x in (self.length, self.start)))
 
 
 class MobaMask(BlockMask):
@@ -72,7 +85,13 @@ class MobaMask(BlockMask):
             request["q_offset"] = request["q_offset"].clone()
         self._request = request
         self._ordinary: dict[str, Tensor | BlockMask | None] = {}
+        self._split: dict[int, tuple[MobaMask, MobaMask]] = {}
         self._visible: Visible | None = None
+        # generate makes the mask before it calls a compiled model: what changes its shape with each token must not be needed there
+        self._places = _place(request) if request["q_length"] <= FEW else None
+        if isinstance(request["q_offset"], Tensor) and not torch.compiler.is_compiling() and request.get("attention_mask") is not None:
+            _check_whole(request["attention_mask"])
+            torch._dynamo.maybe_mark_dynamic(request["attention_mask"], 1)
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -108,6 +127,28 @@ class MobaMask(BlockMask):
             self._visible = _read(self._request).packed(query, cu_seqlens, key_cu_seqlens)
         return self._visible if query.device == self._request["device"] else self._visible.to(query.device)
 
+    def places(self, query: Tensor, key: Tensor) -> Places | None:
+        """The same for decoding, if this is decoding: a few causal tokens behind others that a cache holds."""
+        if self._places is None or self._request.get("mask_function", causal_mask_function) is not causal_mask_function:
+            return None
+        if query.shape[2] == key.shape[2] or (self.shape[2], self.shape[3]) != (query.shape[2], key.shape[2]):
+            return None
+        places = self._places
+        if not torch.compiler.is_compiling() and self.visible(query, key).padding_mask is None:
+            places = Places(places.length, None)
+        return places if query.device == self._request["device"] else places.to(query.device)
+
+    def split(self, n_last: int) -> tuple[MobaMask, MobaMask]:
+        """The masks of all but the last `n_last` tokens, as if those had not come yet, and of these."""
+        if n_last not in self._split:
+            request = dict(self._request)
+            first, rest = request["q_length"] - n_last, request["kv_length"] - n_last
+            padding = request.get("attention_mask")
+            before = {"q_length": first, "kv_length": rest, "attention_mask": None if padding is None else padding[:, :rest]}
+            last = {"q_length": n_last, "q_offset": request["q_offset"] + first}
+            self._split[n_last] = MobaMask({**request, **before}), MobaMask({**request, **last})
+        return self._split[n_last]
+
     def to(self, *args, **kwargs) -> MobaMask:
         return self  # what layers get is moved when they ask
 
@@ -138,7 +179,7 @@ def _read(request: dict) -> Visible:
         raise ValueError(f"MoBA's queries are the last of the keys, but query {seen - 1} meets only {request['kv_length']} keys")
     if mask_function in (causal_mask_function, bidirectional_mask_function):
         padding_mask = _padding(attention_mask, seen)
-        return Visible(seen, mask_function is causal_mask_function, padding_mask)
+        return Visible(seen, mask_function is causal_mask_function, padding_mask, starts=_starts(padding_mask))
     if request.get("use_vmap") or attention_mask is not None or seen != request["q_length"]:
         raise ValueError(
             "MoBA cannot follow a custom mask function, only causal or bidirectional attention with padding or packed "
@@ -156,9 +197,33 @@ def _padding(attention_mask: Tensor | None, n_key: int) -> Tensor | None:
     padding_mask = attention_mask[:, :n_key].bool()
     if padding_mask.all():
         return None
-    if (F.pad(padding_mask, (1, 0)).int().diff(dim=1) > 0).sum(1).max() > 1:
-        raise ValueError("attention_mask has a row with padding between real tokens: MoBA takes padding on the left or the right")
+    _check_whole(padding_mask)
     return padding_mask
+
+
+def _check_whole(attention_mask: Tensor) -> None:
+    if (F.pad(attention_mask.bool(), (1, 0)).int().diff(dim=1) > 0).sum(1).max() > 1:
+        raise ValueError("attention_mask has a row with padding between real tokens: MoBA takes padding on the left or the right")
+
+
+def _starts(padding_mask: Tensor | None) -> tuple[int, ...] | None:
+    if padding_mask is None or padding_mask[:, 0].all():
+        return None
+    return tuple(_first_real(padding_mask).tolist())
+
+
+def _first_real(attention_mask: Tensor) -> Tensor:
+    """`[B]` int64: how many tokens of padding each row begins with."""
+    return (attention_mask.cumsum(1) == 0).sum(1)
+
+
+def _place(request: dict) -> Places:
+    seen, attention_mask = request["q_offset"] + request["q_length"], request.get("attention_mask")
+    if isinstance(seen, Tensor):
+        length = seen.to(torch.int64)
+    else:
+        length = None if seen == request["kv_length"] else torch.full((), seen, dtype=torch.int64, device=request["device"])
+    return Places(length, None if attention_mask is None else _first_real(attention_mask))
 
 
 def _sequences(mask_function: Callable, batch_size: int, n_tokens: int, device: torch.device) -> Tensor | None:

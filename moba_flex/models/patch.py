@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from torch import nn
 
 from ..config import MobaConfig, layer_indices
+from .cache import add_hooks, remove_hooks
 from .layers import (
     MOBA,
     LayerState,
@@ -59,6 +60,7 @@ def patch(model: nn.Module, config: MobaConfig | Mapping | None = None, **settin
     for layer in every:
         used = layer.config._attn_implementation
         layer._moba = LayerState(ordinary_implementation(layer) if used in MOBA else used)
+    add_hooks(model, replaceable)
     for model_config in _configs(replaceable):
         model_config.moba = config
         model_config._attn_implementation = {"": "moba"}  # its own only, not that of a vision part
@@ -87,6 +89,7 @@ def unpatch(model: nn.Module) -> nn.Module:
             del config.moba
     for layer in layers:
         layer.__dict__.pop("_moba", None)
+    remove_hooks(model)
     return model
 
 

@@ -1,0 +1,147 @@
+"""Decoding from block means: it is `moba_attention` of the last tokens, whatever the cache holds behind them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import Case, assert_same, attend, cases, examples, operands
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moba_flex import decoding
+from moba_flex.decoding import decode, means_for, write_means
+from moba_flex.functional import attend_decoding
+
+ROOM = 7  # slots of the cache behind the last token
+
+
+def left_padded(case: Case) -> Case:
+    """Decoding knows padding on the left alone."""
+    return case.but(padding=tuple((left, 0) for left, _ in case.padding) if case.padding else None)
+
+
+def starts(case: Case) -> torch.Tensor | None:
+    return torch.tensor([left for left, _ in case.padding]) if case.padding else None
+
+
+def cached(x: torch.Tensor, rubbish: float = torch.nan) -> torch.Tensor:
+    """A cache with more room than tokens."""
+    return torch.cat([x, torch.full_like(x[:, :, :1], rubbish).expand(-1, -1, ROOM, -1)], 2)
+
+
+def means_before(case: Case, key: torch.Tensor, n_new: int) -> torch.Tensor:
+    """Those of a cache of `key` when the last `n_new` of the case's tokens have not come yet."""
+    means = means_for(key, max(1, key.shape[2] // case.block_size))
+    return write_means(means, key[:, :, : case.n_key - n_new], starts(case), case.block_size).nan_to_num(nan=1e9)
+
+
+def decoded(case: Case, tensors: dict[str, torch.Tensor], means: torch.Tensor, length: torch.Tensor | None) -> tuple:
+    blocks = [case.selection[name] for name in ("block_size", "top_k", "sink_blocks", "recent_blocks", "share_selection")]
+    operands_ = (tensors[name] for name in ("query", "key", "value"))
+    return decode(*operands_, means, length, starts(case), *blocks, case.real_scale, case.softcap, "eager")
+
+
+few = st.integers(1, 9)
+at_once = st.sampled_from([1, 200, 1 << 24])
+
+
+@examples(150)
+@given(cases(causal=True, sinks=False), few, st.booleans(), at_once)
+def test_decoding_is_moba_attention_of_the_last_tokens(case: Case, n_new: int, room: bool, numbers: int):
+    case = left_padded(case.but(n_query=min(n_new, case.n_key)))
+    tensors = operands(case)
+    expected = attend(case, tensors, "naive")
+    length = torch.tensor(case.n_key) if room else None
+    if room:
+        tensors = {name: x if name == "query" else cached(x) for name, x in tensors.items()}
+    means = means_before(case, tensors["key"], case.n_query)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decoding, "_NUMBERS_AT_ONCE", numbers)
+        actual = decoded(case, tensors, means, length)
+    for x, y in zip(actual, expected):
+        assert_same(x, y)
+
+
+@examples(40)
+@given(cases(causal=True, sinks=False, max_tokens=60), st.lists(few, min_size=1, max_size=8))
+def test_new_tokens_keep_the_means_right(case: Case, sizes: list[int]):
+    """However the tokens are cut into calls: the means of complete blocks are what computing all of them gives."""
+    case = left_padded(case)
+    tensors = operands(case.but(n_query=case.n_key))
+    key, value = cached(tensors["key"]), cached(tensors["value"])
+    means, seen = means_before(case, key, case.n_key), 0
+    for size in sizes:
+        size, seen = min(size, case.n_key - seen), min(seen + size, case.n_key)
+        if not size:
+            break
+        part = {"query": tensors["query"][:, :, seen - size : seen], "key": key, "value": value}
+        decoded(case, part, means, torch.tensor(seen))
+        wanted = write_means(torch.zeros_like(means), key[:, :, :seen], starts(case), case.block_size)
+        for row, (left, _) in enumerate(case.padding or ((0, 0),) * case.batch):
+            complete = max(0, seen - left) // case.block_size
+            assert_same(means[row, :, :complete], wanted[row, :, :complete], f"row {row} after {seen} tokens")
+
+
+@examples(15)
+@given(cases(causal=True, sinks=True, padding=None))
+def test_decoding_takes_sinks(case: Case):
+    case = case.but(n_query=1)
+    tensors = operands(case)
+    settings = {name: value for name, value in case.settings.items() if name != "causal"}
+    means = means_before(case, tensors["key"], 1)
+    query, key, value = (tensors[name] for name in ("query", "key", "value"))
+    out = attend_decoding(query, key, value, means, None, None, **settings, sinks=tensors["sinks"], implementation="eager")
+    assert_same(out, attend(case, tensors, "naive")[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_means_of_low_precision_keys_are_float32(dtype: torch.dtype):
+    key = torch.randn(2, 2, 40, 8).to(dtype)
+    means = write_means(means_for(key, 5), key, None, 8)
+    assert means.dtype == torch.float32
+    torch.testing.assert_close(means, key.double().unflatten(2, (5, 8)).mean(3).float())
+
+
+def test_means_of_padded_rows_are_written_in_parts(monkeypatch):
+    monkeypatch.setattr(decoding, "_TOKENS_AT_ONCE", 8)
+    key, start = torch.randn(2, 2, 43, 3), torch.tensor([3, 11])
+    means = write_means(means_for(key, 10), key, start, 4)
+    for row, left in enumerate(start.tolist()):
+        complete = (43 - left) // 4
+        wanted = key[row, :, left : left + complete * 4].unflatten(1, (complete, 4)).mean(2)
+        torch.testing.assert_close(means[row, :, :complete], wanted)
+
+
+def test_the_operator_passes_opcheck():
+    case = Case(2, 4, 2, 3, 21, 3, 5, block_size=4, top_k=3, padding=((0, 0), (5, 0)), share_selection=True)
+    tensors = operands(case)
+    means = means_before(case, tensors["key"], 3)
+    given_ = (tensors["query"], tensors["key"], tensors["value"], means, torch.tensor(21), starts(case))
+    torch.library.opcheck(decode, (*given_, 4, 3, 1, 0, True, 0.5, None, "eager"))
+
+
+def test_a_cache_may_lie_in_memory_in_any_way():
+    case = Case(2, 4, 2, 3, 50, 8, 6, block_size=4, top_k=3)
+    tensors = operands(case)
+    views = {name: x.transpose(1, 2).contiguous().transpose(1, 2) for name, x in tensors.items()}
+    for x, y in zip(*(decoded(case, given_, means_before(case, given_["key"], 3), None) for given_ in (tensors, views))):
+        assert_same(x, y)
+
+
+def test_only_the_chosen_blocks_are_read():
+    """Of a long cache, decoding reads its chosen blocks and nothing more: all other keys and values may be rubbish."""
+    case = Case(1, 4, 2, 1, 4096, 8, 8, block_size=16, top_k=4)
+    tensors = operands(case)
+    means = means_before(case, tensors["key"], 1)
+    expected = decoded(case, tensors, means, None)
+    blocks = decoding._blocks_to_read(tensors["query"].unflatten(1, (2, 2)), means, torch.tensor([[4095]]), _spec(case))
+    unread = torch.ones(2, 256, dtype=torch.bool)
+    unread.scatter_(1, blocks.flatten(1).view(2, -1), False)
+    unread = unread.repeat_interleave(16, 1)[None, :, :, None]
+    spoilt = {name: x if name == "query" else x.masked_fill(unread, torch.nan) for name, x in tensors.items()}
+    for actual, wanted in zip(decoded(case, spoilt, means, None), expected):
+        assert_same(actual, wanted)
+
+
+def _spec(case: Case) -> decoding.Spec:
+    return decoding.Spec(**case.selection, scale=case.real_scale)
