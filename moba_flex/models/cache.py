@@ -55,6 +55,10 @@ def add_hooks(model: nn.Module, layers: list[nn.Module]) -> None:
             setattr(module, _HOOK, module.register_forward_pre_hook(hook, with_kwargs=True))
 
 
+def has_hooks(model: nn.Module) -> bool:
+    return any(_HOOK in module.__dict__ for module in model.modules())
+
+
 def remove_hooks(model: nn.Module) -> None:
     """Undo `add_hooks`."""
     for module in model.modules():
