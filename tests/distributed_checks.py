@@ -286,6 +286,8 @@ def bad_input_is_refused() -> None:
     blocks = {"block_size": 4, "top_k": 2}
     with says(ValueError, "6 query heads and 3 key heads", "4 processes", 'exchange="keys"'):
         moba_attention_cp(q, k, k, of_cp, exchange="heads", **blocks)
+    with says(ValueError, "share_selection=True", "2 key heads out to 4 processes", 'exchange="keys"'):
+        moba_attention_cp(q[:, :4], k[:, :2], k[:, :2], of_cp, exchange="heads", share_selection=True, **blocks)
     with says(ValueError, "exchange must be one of keys, heads, but is 'ring'"):
         moba_attention_cp(q, k, k, of_cp, exchange="ring", **blocks)
     with says(ValueError, 'one named "cp"', "('a', 'b')"):

@@ -49,6 +49,7 @@ WHOLE = Case(batch=2, heads=4, groups=2, n_query=64, n_key=64, width=6, value_wi
         WHOLE.but(n_query=37, n_key=37, block_size=16, heads=8, sink_blocks=1, recent_blocks=1, top_k=4),
         WHOLE.but(n_query=50, n_key=50, block_size=50, top_k=1, softcap=2.0),  # all in one block
         WHOLE.but(n_query=41, n_key=41, block_size=3, groups=4, sinks=True, scale=0.3),
+        WHOLE.but(n_query=43, n_key=43, block_size=5, groups=4, heads=8, share_selection=True),
         WHOLE.but(n_query=5, n_key=5, block_size=2, heads=4, groups=1, batch=1),  # the last process has padding only
     ],
 )

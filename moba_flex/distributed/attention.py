@@ -39,6 +39,7 @@ def moba_attention_cp(
     top_k: int,
     sink_blocks: int = 0,
     recent_blocks: int = 0,
+    share_selection: bool = False,
     scale: float | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
@@ -70,9 +71,11 @@ def moba_attention_cp(
         RuntimeError: another process has ended.
     """
     arguments.check_query_key(query, key, value=value)
-    arguments.check_blocks(block_size, top_k, sink_blocks, recent_blocks)
+    arguments.check_blocks(block_size, top_k, sink_blocks, recent_blocks, True, share_selection)
     arguments.check_scores(query, query.shape[1], scale, softcap, sinks)
     blocks = {"block_size": block_size, "top_k": top_k, "sink_blocks": sink_blocks, "recent_blocks": recent_blocks}
+    blocks["share_selection"] = share_selection
+    check_exchange(exchange, query.shape[1], key.shape[1], group_of(mesh).size(), share_selection)
     scores = {"scale": scale, "softcap": softcap}
     implementation = arguments.resolve_implementation(implementation, query)
     attention = moba(sinks=sinks, **blocks, **scores, return_lse=return_lse, implementation=implementation)
@@ -145,7 +148,7 @@ def _heads(query: Tensor, key: Tensor, value: Tensor, group: dist.ProcessGroup, 
     return out, lse
 
 
-def check_exchange(exchange: str, n_heads: int, n_key_heads: int, n_processes: int) -> None:
+def check_exchange(exchange: str, n_heads: int, n_key_heads: int, n_processes: int, share_selection: bool = False) -> None:
     """ValueError if there is no such exchange, or if heads cannot be dealt out to the processes."""
     if exchange not in EXCHANGES:
         raise ValueError(f"exchange must be one of {', '.join(EXCHANGES)}, but is {exchange!r}")
@@ -153,6 +156,11 @@ def check_exchange(exchange: str, n_heads: int, n_key_heads: int, n_processes: i
         raise ValueError(
             f'exchange="heads" deals {n_heads} query heads and {n_key_heads} key heads out to {n_processes} processes: query heads must be '
             'a multiple of the processes, and key heads a multiple or a divisor of them; use exchange="keys", which takes any number'
+        )
+    if exchange == "heads" and share_selection and n_processes > n_key_heads:
+        raise ValueError(
+            f'share_selection=True lets the query heads of a key head choose together, but exchange="heads" deals {n_key_heads} key heads '
+            f'out to {n_processes} processes, several of which share one: use exchange="keys", or at most {n_key_heads} processes'
         )
 
 

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from ..config import MobaConfig
 from ..models.layers import MOBA, attention_layers, show, takes_moba
 from .attention import across, check_exchange, full, group_of, moba
 from .exchange import gathered
@@ -56,7 +57,8 @@ def context_parallel(model: nn.Module, mesh: DeviceMesh | dist.ProcessGroup, *, 
     group = group_of(mesh)
     for config in {id(layer.config): layer.config for layer in patched}.values():
         n_heads = config.num_attention_heads
-        check_exchange(exchange, n_heads, getattr(config, "num_key_value_heads", None) or n_heads, group.size())
+        n_key_heads, shared = getattr(config, "num_key_value_heads", None) or n_heads, MobaConfig.of(config).share_selection
+        check_exchange(exchange, n_heads, n_key_heads, group.size(), shared)
     context = ContextParallel(group, exchange, patched)
     for layer in patched:
         layer._context_parallel = context
