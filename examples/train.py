@@ -37,9 +37,8 @@ from moba_flex.distributed import ContextParallel, context_parallel
 def train(args: argparse.Namespace) -> None:
     cpu = args.cpu or not torch.accelerator.is_available()  # accelerate would not see that several processes are meant for CPUs
     accelerator = Accelerator(cpu=cpu, log_with=args.log_with, project_dir=args.output)
-    if (
-        accelerator.is_fsdp2 and accelerator.mixed_precision == "bf16"
-    ):  # accelerate would also sum gradients, and give the loss, in bfloat16
+    if accelerator.is_fsdp2 and accelerator.mixed_precision == "bf16":
+        # accelerate would also sum gradients, and give the loss, in bfloat16
         accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32)
     share = Share(accelerator, args)
     model, tokenizer = load(args)

@@ -154,7 +154,7 @@ def data_parallel_is_equal() -> None:
     ids = tokens(4, 40)
     _, _, expected = one_process({"input_ids": ids, "labels": ids})
     model = DistributedDataParallel(tiny_model())
-    mine = ids[dist.get_rank()][None]
+    mine = ids.chunk(dist.get_world_size())[dist.get_rank()]
     model(input_ids=mine, labels=mine).loss.backward()
     assert_same_gradients(gradients(model), expected)
 
@@ -169,8 +169,8 @@ def sharded_is_equal() -> None:
     """FSDP2: parameters are sharded, every process has rows of its own; settings change under way."""
     ids = tokens(4, 40)
     _, _, expected = one_process({"input_ids": ids, "labels": ids})
-    model = sharded(tiny_model(), mesh(4, names=("dp",)))
-    mine = ids[dist.get_rank()][None]
+    model = sharded(tiny_model(), mesh(dist.get_world_size(), names=("dp",)))
+    mine = ids.chunk(dist.get_world_size())[dist.get_rank()]
     with torch.no_grad(), moba_flex.full_attention(model):
         model(input_ids=mine)
     model(input_ids=mine, labels=mine).loss.backward()

@@ -67,12 +67,14 @@ def test_a_model_in_slices_has_the_logits_loss_and_gradients_of_one_process(
     four.run(checks.model_in_slices_is_equal, size, exchange, n_tokens, checkpointing)
 
 
-def test_data_parallel_has_the_gradients_of_one_process(four: Processes) -> None:
-    four.run(checks.data_parallel_is_equal)
+@pytest.mark.parametrize("group", ["two", "four"])
+def test_data_parallel_has_the_gradients_of_one_process(request: pytest.FixtureRequest, group: str) -> None:
+    request.getfixturevalue(group).run(checks.data_parallel_is_equal)
 
 
-def test_sharded_parameters_have_the_gradients_of_one_process(four: Processes) -> None:
-    four.run(checks.sharded_is_equal)
+@pytest.mark.parametrize("group", ["two", "four"])
+def test_sharded_parameters_have_the_gradients_of_one_process(request: pytest.FixtureRequest, group: str) -> None:
+    request.getfixturevalue(group).run(checks.sharded_is_equal)
 
 
 @pytest.mark.parametrize("exchange", ["keys", "heads"])
