@@ -8,6 +8,7 @@ B rows, H query heads, G key heads, Q query blocks, C key blocks, P slots a bloc
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ __all__ = ["choose", "delta", "local", "local_backward", "merge_routed", "merge_
 
 _SCORES_AT_ONCE = 1 << 21  # about what a core's cache holds
 _ROWS_AT_ONCE = 4096
-_SMALL = 60.0  # e^60 summed over many keys is far from float32's largest number, and e^-60 from its smallest
+_SMALL_SCORE, _SMALL_SUM = 60.0, 1e10  # e^60 * 1e10 is far below float32's largest number, and e^-60 far above its smallest
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -33,7 +34,11 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def _scores(query: Tensor, key: Tensor, spec: Spec) -> Tensor:
-    score = query @ (key * spec.scale).mT
+    return _cap(query @ (key * spec.scale).mT, spec)
+
+
+def _cap(score: Tensor, spec: Spec) -> Tensor:
+    """In place."""
     return score if spec.softcap is None else score.div_(spec.softcap).tanh_().mul_(spec.softcap)
 
 
@@ -84,8 +89,8 @@ def _attend_backward(
 
 def _local_heads(
     layout: BlockLayout, per_query: tuple[Tensor, ...], per_key: tuple[Tensor, ...]
-) -> Iterator[tuple[Tensor, list[Tensor], list[Tensor]]]:
-    """Each query head with its key head, some query blocks at a time: their own blocks `[q]`, and all that there is of them.
+) -> Iterator[tuple[Tensor | slice, list[Tensor], list[Tensor]]]:
+    """Each query head with its key head, some query blocks at a time: their own blocks, and all that there is of them.
 
     `per_query [B, H, Q * P, ...]` comes as `[q, P, ...]`, `per_key [B, G, C * P, ...]` as `[C, P, ...]`.
     """
@@ -94,12 +99,15 @@ def _local_heads(
     step = max(1, _SCORES_AT_ONCE // layout.width**2)
     for b in range(rows):
         own = layout.own[b].long()
+        first, last = int(own[0]), int(own[-1])
+        follow = last - first == layout.n_query_blocks - 1  # one after another: then keys need not be copied
         for h in range(heads):
             of_query = [x[b, h] for x in by_block[: len(per_query)]]
             of_key = [x[b, h // repeats] for x in by_block[len(per_query) :]]
             for start in range(0, layout.n_query_blocks, step):
                 part = slice(start, start + step)
-                yield own[part], [x[part] for x in of_query], of_key
+                blocks = slice(first + part.start, min(first + part.stop, last + 1)) if follow else own[part]
+                yield blocks, [x[part] for x in of_query], of_key
 
 
 def local(query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, spec: Spec) -> tuple[Tensor, Tensor]:
@@ -124,8 +132,11 @@ def local_backward(
         q, *upstream = (_wide(x) for x in of_query)
         part, part_k, part_v = _attend_backward(q, _wide(k[own]), _wide(v[own]), *upstream, hidden, spec)
         dq.copy_(part)
-        dk.index_add_(0, own, part_k)
-        dv.index_add_(0, own, part_v)
+        for total, added in ((dk, part_k), (dv, part_v)):
+            if isinstance(own, slice):
+                total[own] += added
+            else:
+                total.index_add_(0, own, added)
     return grad_query, grad_key, grad_value
 
 
@@ -135,6 +146,11 @@ class Routes:
 
     queries: Tensor  # [pairs] int64, `(b * H + h) * N + n`
     first: list[int]
+
+    @property
+    def most_rows(self) -> int:
+        """The most queries that are worked on at a time."""
+        return min(_ROWS_AT_ONCE, max((stop - start for start, stop in itertools.pairwise(self.first)), default=0))
 
 
 def route(chosen: Tensor, groups: int, n_blocks: int, most_pairs: int) -> Routes:
@@ -167,52 +183,72 @@ def merge_routed(
 
     Merging block after block keeps no partial output: they would be `top_k` times the size of the output.
     """
-    operands = (out, lse, query, key, value, routes, layout, spec)
-    summed = _sum_routed(*operands) if spec.causal else None
-    merged = _merge_one_by_one(*operands) if summed is None else summed
-    for x, to in zip(merged, into):
-        to.copy_(x)
+    operands = (out, lse, query, key, value, routes, layout, spec, into)
+    if not (spec.causal and _sum_routed(*operands)):
+        _merge_one_by_one(*operands)
 
 
 def _sum_routed(
-    out: Tensor, lse: Tensor, query: Tensor, key: Tensor, value: Tensor, routes: Routes, layout: BlockLayout, spec: Spec
-) -> tuple[Tensor, Tensor] | None:
+    out: Tensor,
+    lse: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    routes: Routes,
+    layout: BlockLayout,
+    spec: Spec,
+    into: tuple[Tensor, Tensor],
+) -> bool:
     """Softmax weights relative to one number a query, so that blocks add up and nothing has to be rescaled.
 
-    That number is 0 if no score can be large, and else the local call's log-sum-exp. None if something is too large even so: a
-    score some 80 above it (float32), infinity or NaN. A score far below is no matter, since its weight is nothing beside the local
-    call's 1.
+    That number is 0 if no score can be large, and else the local call's log-sum-exp. False, and nothing done, if something is too large
+    even so: a score some 80 above it (float32), infinity or NaN. A score far below is no matter, since its weight is nothing beside
+    the local call's 1.
     """
-    small = _largest_score(query, key, spec) < _SMALL
-    q, k, v = (x.flatten(0, 2) for x in (query, key, value))
+    small = _all_small(query, key, value, spec)
+    q, k, v = (_wide(x).flatten(0, 2) for x in (query, key, value))
+    k = k * spec.scale
     relative = None if small else lse.flatten()
-    sums, total = torch.zeros_like(out).flatten(0, 2), lse.exp().flatten() if small else torch.ones_like(lse).flatten()
+    total = (lse.exp() if small else torch.ones_like(lse)).flatten()
+    sums = (out.mul_(total.view(lse.shape)[..., None]) if small else out.clone()).flatten(0, 2)
+    kept = [
+        total.new_empty(routes.most_rows, n) for n in (q.shape[1], layout.width, v.shape[1])
+    ]  # the same memory, so it stays in the cache
     for queries, keys in _routed_parts(routes, layout, key.shape[1]):
-        score = _scores(_wide(q.index_select(0, queries)), _wide(k[keys]), spec)
+        row_query, score, part = (x[: len(queries)] for x in kept)
+        torch.index_select(q, 0, queries, out=row_query)
+        weight = _cap(torch.mm(row_query, k[keys].mT, out=score[:, : keys.stop - keys.start]), spec)
         if relative is not None:
-            score -= relative.index_select(0, queries)[:, None]
-        weight = score.exp_()
-        total.index_add_(0, queries, weight.sum(-1))
-        sums.index_add_(0, queries, weight @ _wide(v[keys]))
-    if not all(math.isfinite(bound) for x in (total, sums) for bound in torch.aminmax(x)):
-        return None
+            weight -= relative.index_select(0, queries)[:, None]
+        total.index_add_(0, queries, weight.exp_().sum(-1))
+        sums.index_add_(0, queries, torch.mm(weight, v[keys], out=part))
+    if not small and not all(math.isfinite(bound) for x in (total, sums) for bound in torch.aminmax(x)):
+        return False
     sums, total = sums.view(out.shape), total.view(lse.shape)
-    if small:
-        return sums.addcmul_(out, lse.exp()[..., None]).div_(total[..., None]), total.log_()
-    return sums.add_(out).div_(total[..., None]), total.log_().add_(lse)
+    into[0].copy_(sums.div_(total[..., None])) if into[0].dtype != sums.dtype else torch.div(sums, total[..., None], out=into[0])
+    into[1].copy_(total.log_() if small else total.log_().add_(lse))
+    return True
 
 
-def _largest_score(query: Tensor, key: Tensor, spec: Spec) -> float:
-    """A bound on all scores' magnitude: a product is at most that of the lengths. NaN where there is one."""
-    longest = [float(torch.linalg.vector_norm(x, dim=-1, dtype=torch.promote_types(x.dtype, torch.float32)).max()) for x in (query, key)]
-    bound = longest[0] * longest[1] * abs(spec.scale)
-    return bound if spec.softcap is None else min(bound, spec.softcap)
+def _all_small(query: Tensor, key: Tensor, value: Tensor, spec: Spec) -> bool:
+    """Whether sums of values weighted with `exp(score)` stay far from float32's limits. A product is at most that of the lengths."""
+    lengths = [float(torch.linalg.vector_norm(x, dim=-1, dtype=torch.promote_types(x.dtype, torch.float32)).max()) for x in (query, key)]
+    score = lengths[0] * lengths[1] * abs(spec.scale)
+    return score < _SMALL_SCORE and max(abs(float(x)) for x in torch.aminmax(value)) * key.shape[2] < _SMALL_SUM  # False for NaN
 
 
 def _merge_one_by_one(
-    out: Tensor, lse: Tensor, query: Tensor, key: Tensor, value: Tensor, routes: Routes, layout: BlockLayout, spec: Spec
-) -> tuple[Tensor, Tensor]:
-    """The same for any scores: each block's output is a softmax of its own, merged with what came before it. In place."""
+    out: Tensor,
+    lse: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    routes: Routes,
+    layout: BlockLayout,
+    spec: Spec,
+    into: tuple[Tensor, Tensor],
+) -> None:
+    """The same for any scores: each block's output is a softmax of its own, merged with what came before it."""
     q, total, sums = query.flatten(0, 2), lse.flatten(), out.flatten(0, 2)
     k, v = key.flatten(0, 2), value.flatten(0, 2)
     for queries, keys in _routed_parts(routes, layout, key.shape[1]):
@@ -221,7 +257,8 @@ def _merge_one_by_one(
         share = torch.sigmoid(part_lse - before)[:, None]  # of the block in the sum of both
         sums.index_copy_(0, queries, torch.lerp(sums.index_select(0, queries), part, share))
         total.index_copy_(0, queries, torch.logaddexp(before, part_lse))
-    return out, lse
+    for x, to in zip((out, lse), into):
+        to.copy_(x)
 
 
 def merge_routed_backward(

@@ -589,7 +589,7 @@ def test_a_past_block_may_outweigh_the_own_one_by_any_amount(height: float, monk
     """Scores far above those of the own block overflow a plain sum of exponentials, and are merged another way."""
     added_up = []
     plain = eager._sum_routed
-    monkeypatch.setattr(eager, "_sum_routed", lambda *operands: added_up.append(plain(*operands) is not None) or plain(*operands))
+    monkeypatch.setattr(eager, "_sum_routed", lambda *operands: added_up.append(plain(*operands)) or added_up[-1])
     query = torch.randn(1, 2, 60, 8)
     query[..., 0] = height
     key, value = torch.randn(1, 1, 60, 8), torch.randn(1, 1, 60, 8)
