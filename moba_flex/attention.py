@@ -179,7 +179,8 @@ def attention(
     spec = Spec(block_size, top_k, sink_blocks, recent_blocks, causal, scale, softcap, share_selection)
     query, key, value = query.detach(), key.detach(), value.detach()
     layout = layout_of(query, key, padding_mask, cu_seqlens, spec, implementation)
-    with torch.autocast(query.device.type, enabled=False):  # the gate is a matter of float32
+    # The gate is a matter of float32. Triton launches on the current GPU, which need not be the one that holds this layer.
+    with torch.autocast(query.device.type, enabled=False), torch.cuda.device_of(query):
         return forward(query, key, value, layout, spec, _BACKENDS[implementation], budget)
 
 
@@ -227,7 +228,7 @@ def attention_backward(
     grad, query, key, value, out, lse = (x.detach() for x in (grad, query, key, value, out, lse))
     layout = layout_of(query, key, padding_mask, cu_seqlens, spec, implementation)
     backend = _BACKENDS[implementation]
-    with torch.autocast(query.device.type, enabled=False):
+    with torch.autocast(query.device.type, enabled=False), torch.cuda.device_of(query):
         return backward(grad, grad_lse, query, key, value, out, lse, chosen, layout, spec, backend, budget)
 
 

@@ -101,7 +101,7 @@ def select_blocks(
     arguments.check_padding_mask(padding_mask, query, key)
     spec = Spec(block_size, top_k, sink_blocks, recent_blocks, causal, 1.0, share_selection=share_selection)
     implementation = arguments.resolve_implementation("auto", query)
-    with torch.no_grad():
+    with torch.no_grad(), torch.cuda.device_of(query):
         layout = layout_of(query, key, padding_mask, None, spec, implementation)
         backend = flex if implementation == "flex" else gate
         if query.numel():
