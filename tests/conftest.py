@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import sys
 from pathlib import Path
 
@@ -14,8 +15,9 @@ import pytest
 import torch
 from hypothesis import settings
 from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE, WordLevel
+from tokenizers.pre_tokenizers import ByteLevel, Whitespace
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
@@ -53,6 +55,32 @@ def tiny(tmp_path_factory) -> Path:
     words = Tokenizer(WordLevel({**{f"w{i}": i for i in range(50)}, "?": 50}, unk_token="?"))
     words.pre_tokenizer = Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=words, unk_token="?", pad_token="?").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def byte_llama(tmp_path_factory) -> Path:
+    """The folder of a small random Llama that reads bytes."""
+    folder = tmp_path_factory.mktemp("byte_llama")
+    torch.manual_seed(0)
+    letters = sorted(ByteLevel.alphabet())
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=257, max_position_embeddings=1024, eos_token_id=256, **sizes)).save_pretrained(folder)
+    letters_and_end = {letter: i for i, letter in enumerate([*letters, "<end>"])}
+    read = Tokenizer(BPE(letters_and_end, merges=[]))
+    read.pre_tokenizer, read.decoder = ByteLevel(add_prefix_space=False), ByteLevelDecoder()
+    PreTrainedTokenizerFast(tokenizer_object=read, eos_token="<end>").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def text_folder(tmp_path_factory) -> Path:
+    """120 files of prose and 120 of code, of random words, 600 bytes or more each."""
+    folder, choice = tmp_path_factory.mktemp("text"), random.Random(0)
+    for i in range(120):
+        for end in ("md", "py"):
+            lines = [" ".join("".join(choice.choices("abcdefgh", k=6)) for _ in range(8)) for _ in range(12)]
+            (folder / f"{i}.{end}").write_text("\n".join(lines))
     return folder
 
 

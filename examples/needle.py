@@ -1,0 +1,279 @@
+"""Needle in a haystack: one fact in a long text, at every length and depth, asked for at the end. MoBA and full attention side by side.
+
+    python examples/needle.py --moba adapted/moba/adapter --full adapted/full/adapter --output needle    # what examples/adapt.py trained
+    python examples/needle.py --moba runs/moba/model --full runs/full/model --output needle              # models in transformers' format
+    python examples/needle.py --output needle                                                            # the demo's model, untrained
+
+A cell is right where greedy decoding gives the value of the fact, token for token. `--output` gets needle.json and needle.png, a heat
+map in the report's form; `--resume` goes on after the last cell. `training_sequence` makes the text from which a small model learns to
+do it.
+
+N tokens of a sequence, F tokens of the text around the facts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+from demo_weights import DemoError
+from llama import Parser, exit_code, load, one_line, with_adapter
+from package_text import KINDS, collect, default_roots
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+import moba_flex
+
+SIDES = ("moba", "full")
+MOST_FACTS = 8  # in one training sequence
+
+
+@dataclass(frozen=True)
+class Fact:
+    """A key and a value, both random, so that no other text says what belongs together."""
+
+    key: str
+    value: str
+
+    @classmethod
+    def random(cls, generator: torch.Generator) -> Fact:
+        def draw(letters: str, n: int) -> str:
+            return "".join(letters[i] for i in torch.randint(len(letters), (n,), generator=generator).tolist())
+
+        key = "".join(a + b for a, b in zip(draw("bdfgklmnprstvz", 4), draw("aeiou", 4)))
+        return cls(key, draw("0123456789", 6))
+
+    def statement(self, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+        return tokens(f"\nThe secret code of {self.key} is {self.value}.\n", tokenizer)
+
+    def question(self, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+        return tokens(f"\nQuestion: What is the secret code of {self.key}?\nAnswer: The secret code of {self.key} is", tokenizer)
+
+    def answer(self, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+        return tokens(f" {self.value}", tokenizer)
+
+
+def tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    return torch.tensor(tokenizer(text, add_special_tokens=False).input_ids, dtype=torch.long)
+
+
+def training_sequence(filler: Tensor, tokenizer: PreTrainedTokenizerBase, generator: torch.Generator) -> Tensor:
+    """`[N]`, as long as `filler`: its first tokens with up to 8 facts at random places, and questions about them with answers at the end.
+
+    A share of such sequences among the text that a model is trained on teaches it what this script asks for. Raises ValueError if
+    `filler` is too short for one fact, with twice as much text around it.
+    """
+    facts = [Fact.random(generator) for _ in range(MOST_FACTS)]
+    statements = [fact.statement(tokenizer) for fact in facts]
+    endings = [torch.cat([fact.question(tokenizer), fact.answer(tokenizer)]) for fact in facts]
+    sizes = torch.tensor([len(statement) + len(ending) for statement, ending in zip(statements, endings)]).cumsum(0)
+    n = int((3 * sizes <= len(filler)).sum())
+    if n == 0:
+        raise ValueError(f"filler must have at least {3 * int(sizes[0])} tokens, three times those of a fact, but has {len(filler)}")
+    around = filler[: len(filler) - int(sizes[n - 1])]
+    places = torch.randint(len(around) + 1, (n,), generator=generator).sort().values
+    order = torch.randperm(n, generator=generator).tolist()
+    parts = [part for pair in zip(around.tensor_split(places), statements[:n]) for part in pair]
+    return torch.cat([*parts, around[places[-1] :], *(endings[i] for i in order)])
+
+
+def haystack(text: Tensor, fact: Fact, length: int, depth: float, tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, Tensor]:
+    """A prompt `[N]` and the answer to it, together `length` tokens: a fact after the share `depth` of the text `[F]`, then the question.
+
+    Raises ValueError if `length` has no room for them or the text is shorter than what is around them.
+    """
+    needle, question, answer = fact.statement(tokenizer), fact.question(tokenizer), fact.answer(tokenizer)
+    around = length - len(needle) - len(question) - len(answer)
+    if not 0 <= around <= len(text):
+        raise ValueError(f"length must be from {length - around} to {length - around + len(text)} tokens, but is {length}")
+    place = round(depth * around)
+    return torch.cat([text[:place], needle, text[place:around], question]), answer
+
+
+@torch.inference_mode()
+def finds(model: PreTrainedModel, prompt: Tensor, answer: Tensor) -> bool:
+    """Whether greedy decoding after the prompt `[N]` gives the answer."""
+    ids = prompt[None].to(model.device)
+    options = {"attention_mask": torch.ones_like(ids), "do_sample": False, "pad_token_id": 0}
+    new = model.generate(ids, max_new_tokens=len(answer), **options)[0, len(prompt) :]
+    return new.cpu().equal(answer)
+
+
+def score(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: Tensor, length: int, depth: float, args) -> list[bool]:
+    """One cell: whether each trial is right. Its prompts follow from the seed and the cell alone, so that both sides get the same."""
+    generator, right = torch.Generator().manual_seed((args.seed << 40) + (length << 8) + round(100 * depth)), []
+    for _ in range(args.trials):
+        first = int(torch.randint(max(1, len(text) - length), (), generator=generator))
+        right.append(finds(model, *haystack(text[first:], Fact.random(generator), length, depth, tokenizer)))
+    return right
+
+
+def needle(args: argparse.Namespace) -> dict:
+    """Measure the cells that `--output` lacks, and draw."""
+    file = args.output / "needle.json"
+    if file.exists() and not args.resume:
+        raise DemoError(f"{file} is there already: go on with --resume, or choose another --output")
+    if not file.exists():
+        args.output.mkdir(parents=True, exist_ok=True)
+    for side in SIDES:
+        model, tokenizer, moba = load_side(side, args)
+        lengths = args.lengths or default_lengths(model)
+        asked = {"lengths": lengths, "depths": args.depths, "trials": args.trials, "seed": args.seed}
+        results = begin(file, asked)
+        results["models"][side] = {"model": name_of(getattr(args, side)), "moba": moba}
+        text = held_out_text(tokenizer, 2 * max(lengths), args)
+        cells = [(length, depth) for length in lengths for depth in args.depths if key(length, depth) not in results["right"][side]]
+        for length, depth in tqdm(cells, desc=side):
+            with one_line("a cell cannot be made"):
+                results["right"][side][key(length, depth)] = score(model, tokenizer, text, length, depth, args)
+            write(file, results)
+    heat_map(results).savefig(args.output / "needle.png", dpi=120)
+    report(results)
+    return results
+
+
+def load_side(side: str, args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, dict | None]:
+    """The model, its tokenizer, and MoBA's settings where it uses MoBA: those saved with it, and those given as flags."""
+    source: Path | None = getattr(args, side)
+    adapter = source is not None and (source / "adapter_config.json").is_file()
+    model, tokenizer = load(args.base if adapter or source is None else str(source), args.device, args.dtype)
+    if adapter:
+        model = with_adapter(model, source)
+    if side == "full":
+        return moba_flex.unpatch(model).eval(), tokenizer, None
+    saved = getattr(model.config, "moba", None) or {}
+    if adapter and (source / "moba.json").is_file():
+        saved = json.loads((source / "moba.json").read_text())
+    given = {name: getattr(args, name) for name in ("block_size", "top_k", "sink_blocks") if getattr(args, name) is not None}
+    if not saved and not {"block_size", "top_k"} <= given.keys():
+        raise DemoError("this model has no settings of MoBA saved with it: give --block-size and --top-k")
+    with one_line("this model cannot use MoBA"):
+        moba_flex.patch(model, {**saved, **given})
+    return model.eval(), tokenizer, json.loads(json.dumps(dict(model.config.moba)))
+
+
+def default_lengths(model: PreTrainedModel) -> list[int]:
+    """Powers of two from 1,024 tokens, or from an eighth of the model's context where that is short, to the context."""
+    context = model.config.max_position_embeddings
+    return [context >> i for i in reversed(range(8)) if context >> i >= min(1024, context // 8)]
+
+
+def held_out_text(tokenizer: PreTrainedTokenizerBase, n: int, args: argparse.Namespace) -> Tensor:
+    """`[F]`: prose and code that examples/adapt.py does not train on, n tokens or, from the beginning again, as many."""
+    with one_line("cannot read the text around the needle"):
+        documents = collect(args.text or default_roots(), megabytes=100 * n / 1e6)  # a tenth is held out; a token has up to 10 bytes
+    found = torch.cat([tokens(document.text, tokenizer) for kind in KINDS for document in documents[kind].held_out] or [torch.empty(0)])
+    if len(found) == 0:
+        raise DemoError("there is no held-out text to hide the needle in: name larger folders with --text")
+    return found.long().repeat(-(-n // len(found)))[:n]
+
+
+def begin(file: Path, asked: dict) -> dict:
+    """What is in the file already, which must have been asked for in the same way."""
+    if not file.exists():
+        about = {"date": time.strftime("%Y-%m-%d"), "torch": torch.__version__, "transformers": transformers.__version__}
+        return {**about, "asked": asked, "models": {}, "right": {side: {} for side in SIDES}}
+    results = json.loads(file.read_text())
+    changed = [f"{name} was {results['asked'][name]} and is {x}" for name, x in asked.items() if results["asked"][name] != x]
+    if changed:
+        raise DemoError(f"{file} cannot be continued: {', '.join(changed)}")
+    return results
+
+
+def write(file: Path, results: dict) -> None:
+    partial = file.with_suffix(".partial")
+    partial.write_text(json.dumps(results, indent=1))
+    partial.replace(file)
+
+
+def key(length: int, depth: float) -> str:
+    return f"{length} tokens, depth {depth:g}"
+
+
+def name_of(source: Path | None) -> str:
+    return "SmolLM2-135M-Instruct" if source is None else "/".join(source.parts[-2:])
+
+
+def shares(results: dict, side: str) -> Tensor:
+    """`[depths, lengths]`: the share of trials that are right."""
+    asked, right = results["asked"], results["right"][side]
+    rows = [[right[key(length, depth)] for length in asked["lengths"]] for depth in asked["depths"]]
+    return torch.tensor(rows, dtype=torch.float).mean(-1)
+
+
+def heat_map(results: dict):
+    """A `matplotlib.figure.Figure`: lengths to the right, depths downwards, from red (never right) to green (always), a panel a side."""
+    from matplotlib.figure import Figure
+
+    lengths, depths = results["asked"]["lengths"], results["asked"]["depths"]
+    figure = Figure(figsize=(4 + 1.1 * len(lengths), 4.6), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    for panel, side, title in zip(panels, SIDES, ("MoBA", "full attention")):
+        share = shares(results, side)
+        image = panel.imshow(100 * share.numpy(), vmin=0, vmax=100, cmap="RdYlGn", aspect="auto")
+        panel.set_title(f"{title}: {results['models'][side]['model']}\n{share.mean():.0%} right", fontsize=10)
+        panel.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths], rotation=45)
+        panel.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
+        panel.set_xticks([i + 0.5 for i in range(len(lengths) - 1)], minor=True)
+        panel.set_yticks([i + 0.5 for i in range(len(depths) - 1)], minor=True)
+        panel.grid(which="minor", color="white", linewidth=1)
+        panel.tick_params(which="minor", length=0)
+    figure.supxlabel("length, tokens", fontsize=10)
+    panels[0].set_ylabel("depth of the needle")
+    figure.colorbar(image, ax=panels, label="% of trials right")
+    return figure
+
+
+def report(results: dict) -> None:
+    """How many cells each side has right, and the cells that MoBA misses though full attention does not."""
+    moba, full = shares(results, "moba"), shares(results, "full")
+    print(f"\ncells always right, MoBA            {int((moba == 1).sum()):>4} of {moba.numel()}")
+    print(f"cells always right, full attention  {int((full == 1).sum()):>4} of {full.numel()}")
+    missed = ((full == 1) & (moba < 1)).nonzero().tolist()
+    print(f"right with full attention only      {len(missed):>4}", flush=True)
+    for depth, length in missed:
+        print(f"    {key(results['asked']['lengths'][length], results['asked']['depths'][depth])}: MoBA {moba[depth, length]:.0%}")
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flag = parser.add_argument
+    flag("--moba", type=Path, metavar="FOLDER", help="what reads with MoBA: an adapter of examples/adapt.py or a saved model")
+    flag("--full", type=Path, metavar="FOLDER", help="what reads with full attention (default of both: the demo's model)")
+    flag("--base", help="the model of the adapters: a GGUF file, a folder or a model on the hub (default: the demo's)")
+    flag("--output", type=Path, required=True, help="folder for needle.json and needle.png")
+    flag("--resume", action="store_true", help="go on with what is in --output")
+    flag("--lengths", type=int, nargs="+", help="tokens (default: powers of two to the model's context)")
+    flag("--depths", type=float, nargs="+", default=[i / 10 for i in range(11)], help="shares of the text (default: 0 0.1 ... 1)")
+    flag("--trials", type=int, default=5, help="needles a cell (default: 5)")
+    flag("--block-size", type=int, help="default: what was saved with the model")
+    flag("--top-k", type=int, help="default: what was saved with the model")
+    flag("--sink-blocks", type=int, help="default: what was saved with the model")
+    flag("--text", type=Path, nargs="+", metavar="FOLDER", help="where text is looked for (default: all installed packages)")
+    flag("--seed", type=int, default=0)
+    flag("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda if there is one, else cpu")
+    flag("--dtype", choices=["float32", "bfloat16", "float16"], help="default: bfloat16 on cuda, else float32")
+    args = parser.parse_args(argv)
+    args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
+    if args.trials < 1:
+        parser.error(f"argument --trials: must be at least 1, but is {args.trials}")
+    if outside := [depth for depth in args.depths if not 0 <= depth <= 1]:
+        parser.error(f"argument --depths: must be from 0 to 1, but is {outside[0]}")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure and draw; the exit code: 0, or 2 for something that whoever runs it can mend."""
+    return exit_code("needle.py", lambda: needle(parse(argv)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,198 @@
+"""examples/adapt.py and its text: all runs read the same, nothing held out is trained on, and a stop changes no number."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import signal
+from pathlib import Path
+
+import adapt
+import llama
+import package_text
+import pytest
+import torch
+from peft import PeftModel
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import moba_flex
+
+BLOCKS = {"block_size": 32, "top_k": 3, "sink_blocks": 1}
+STEPS = 4
+
+
+@pytest.fixture(autouse=True)
+def _signals():
+    """The script remembers Ctrl-C instead of ending at once."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture(scope="module")
+def flags(byte_llama: Path, text_folder: Path) -> list[str]:
+    sizes = f"--steps {STEPS} --batch-size 4 --micro-batch-size 2 --sequence-length 600 --rank 2 --warmup 1 --held-out 3 --needle-share 0.5"
+    blocks = "--block-size 32 --top-k 3 --sink-blocks 1 --learning-rate 1e-2"
+    return ["--model", str(byte_llama), "--text", str(text_folder), "--device", "cpu", *sizes.split(), *blocks.split()]
+
+
+@pytest.fixture(scope="module")
+def whole(flags: list[str], tmp_path_factory) -> Path:
+    """The folder of a run from beginning to end."""
+    output = tmp_path_factory.mktemp("adapt") / "whole"
+    assert adapt.main([*flags, "--output", str(output)]) == 0
+    return output
+
+
+def log(output: Path) -> list[tuple]:
+    """Without the times."""
+    entries = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+    return [(entry["run"], entry["step"], entry["loss"], entry["learning_rate"]) for entry in entries]
+
+
+def results(output: Path) -> dict:
+    return json.loads((output / "results.json").read_text())
+
+
+def test_all_runs_are_logged_learn_and_are_measured_beside_the_model_before(whole: Path) -> None:
+    assert [entry[:2] for entry in log(whole)] == [(name, step + 1) for name in adapt.RUNS for step in range(STEPS)]
+    loss = results(whole)["loss"]
+    assert list(loss) == ["full, untrained", "moba, untrained", "full", "moba", "hybrid"]
+    for row, measured in loss.items():
+        for kind in ("prose", "code"):
+            assert len(measured[kind]) == 3, f"{row}, {kind}"
+            if "untrained" not in row:
+                assert sum(measured[kind]) < sum(loss["full, untrained"][kind]) - 0.1, f"{row}, {kind}"
+
+
+@pytest.mark.parametrize("name", adapt.RUNS)
+def test_what_is_measured_is_the_adapter_on_disk_with_the_attention_of_its_run(
+    whole: Path, byte_llama: Path, text_folder: Path, name: str
+) -> None:
+    """Held against PEFT, the dense specification, and the files named in the results."""
+    found = results(whole)
+    documents = {document.name: document.text for document in package_text.collect([text_folder], 60)["code"].held_out}
+    tokenizer = AutoTokenizer.from_pretrained(byte_llama)
+    ids = torch.tensor([x for file in found["held_out_files"]["code"] for x in [*tokenizer(documents[file]).input_ids, 256]])
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(byte_llama), str(whole / name / "adapter")).eval()
+    if name != "full":
+        settings = json.loads((whole / name / "adapter/moba.json").read_text())
+        last = [-3, -2, -1] if name == "hybrid" else []
+        assert settings == {**settings, **BLOCKS, "full_attention_layers": last}
+        moba_flex.patch(model, **BLOCKS, implementation="naive", full_attention_layers=last)
+    with torch.no_grad():
+        logits = [model(input_ids=row[None, :-1], use_cache=False).logits[0] for row in ids[:1800].view(3, 600)]
+    expected = torch.stack([cross_entropy(part, row[1:]) for part, row in zip(logits, ids[:1800].view(3, 600))])
+    torch.testing.assert_close(torch.tensor(found["loss"][name]["code"]), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_all_runs_start_from_the_same_model_on_the_same_sequences(whole: Path, flags: list[str]) -> None:
+    """MoBA's first loss is that of the untrained model with MoBA on the first batch; the order follows from the seed."""
+    args = adapt.parse([*flags, "--output", "-"])
+    model, tokenizer = llama.load(args.model, "cpu", "float32")
+    first = {name: loss for name, step, loss, _ in log(whole) if step == 1}
+    text, again = adapt.Text(args, tokenizer), adapt.Text(args, tokenizer)
+    assert all(text.batch(step).equal(again.batch(step)) for step in range(STEPS))
+    for name in adapt.RUNS:
+        losses = adapt.losses(adapt.attend(model, name, args), text.batch(0), name)
+        assert abs(sum(losses) / len(losses) - first[name]) < 1e-5, name
+
+
+def test_an_ended_run_goes_on_as_if_nothing_had_happened(whole: Path, flags: list[str], tmp_path: Path, monkeypatch, capsys) -> None:
+    """First time is up; then a step is logged whose checkpoint was never written."""
+    command = [*flags, "--output", str(tmp_path / "run"), "--checkpoint-seconds", "0"]
+    assert adapt.main([*command, "--minutes", "1e-9"]) == 0
+    assert "stopped in run full, whose checkpoint is written" in capsys.readouterr().out
+    assert len(log(tmp_path / "run")) == 1
+    save = adapt.Output.save
+
+    def killed(self, name, step, *rest):
+        if (name, step) == ("moba", 3):
+            raise KeyboardInterrupt
+        save(self, name, step, *rest)
+
+    monkeypatch.setattr(adapt.Output, "save", killed)
+    with pytest.raises(KeyboardInterrupt):
+        adapt.main([*command, "--resume"])
+    assert log(tmp_path / "run")[-1][:2] == ("moba", 3)
+    monkeypatch.undo()
+    assert adapt.main([*command, "--resume"]) == 0
+    assert log(tmp_path / "run") == log(whole)
+    assert results(tmp_path / "run")["loss"] == results(whole)["loss"]
+
+
+def test_what_decides_the_losses_must_not_change(whole: Path, flags: list[str], capsys) -> None:
+    assert adapt.main([*flags, "--output", str(whole), "--resume", "--seed", "1", "--top-k", "4"]) == 2
+    assert re.search("these must not change: seed was 0 and is 1, top_k was 3 and is 4\n", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--sequence-length", "1000000"], "its held-out prose has .* tokens, but one sequence has 1,000,000"),
+        (["--text", "nowhere"], "text is read from folders, but nowhere is none"),
+        (["--top-k", "1"], "sink_blocks"),
+        (["--model", "missing.gguf"], "missing.gguf"),
+    ],
+)
+def test_what_cannot_work_is_refused_in_one_sentence(flags: list[str], tmp_path: Path, more: list[str], words: str, capsys) -> None:
+    assert adapt.main([*flags, *more, "--output", str(tmp_path / "run")]) == 2
+    assert re.search(f"adapt.py: error: .*{words}", capsys.readouterr().err)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_finished_run_is_not_overwritten(whole: Path, flags: list[str], capsys) -> None:
+    assert adapt.main([*flags, "--output", str(whole)]) == 2
+    assert "has runs already: go on with --resume" in capsys.readouterr().err
+
+
+def test_the_demo_reads_with_the_adapter(whole: Path, byte_llama: Path, text_folder: Path, capsys) -> None:
+    command = ["--model", str(byte_llama), "--prompt-file", str(text_folder / "0.md"), "--moba-chunk-size", "32", "--moba-topk", "3"]
+    command += ["--max-new-tokens", "2", "--device", "cpu", "--compare"]
+    said = []
+    for more in ([], ["--adapted", str(whole / "moba/adapter")]):
+        assert llama.main([*command, *more]) == 0
+        said.append(float(re.search(r"mean log-likelihood, MoBA +(\S+)", capsys.readouterr().out)[1]))
+    assert said[1] > said[0] + 0.1
+
+
+def test_the_demo_says_where_an_adapter_is_missing_or_does_not_fit(whole: Path, tiny: Path, tmp_path: Path, capsys) -> None:
+    for folder, words in (
+        (tmp_path, f"there is no adapter in {tmp_path}: train one with examples/adapt.py"),
+        (whole / "moba/adapter", "fit"),
+    ):
+        assert llama.main(["--model", str(tiny), "--adapted", str(folder), "--device", "cpu"]) == 2
+        assert words in capsys.readouterr().err
+
+
+def test_every_machine_holds_out_the_same_files(text_folder: Path, tmp_path: Path) -> None:
+    """And no file is both held out and trained on."""
+    every = package_text.collect([text_folder], 60)
+    for file in sorted(text_folder.glob("*"))[::3]:
+        shutil.copy(file, tmp_path)
+    some = package_text.collect([tmp_path], 60)
+    for kind in package_text.KINDS:
+        train, held_out = ({document.name for document in part} for part in (every[kind].train, every[kind].held_out))
+        assert len(train) + len(held_out) == 120 and not train & held_out and 4 <= len(held_out) <= 24
+        assert {document.name for document in some[kind].train} < train
+        assert {document.name for document in some[kind].held_out} < held_out
+
+
+def test_a_copy_with_a_few_lines_changed_is_left_out_and_never_leaks_what_is_held_out(text_folder: Path, tmp_path: Path) -> None:
+    for file in text_folder.glob("*.md"):
+        lines = file.read_text().splitlines()
+        for copy in range(3):
+            (tmp_path / f"{copy}-{file.name}").write_text("\n".join([f"Copyright {copy} Somebody", *lines[copy:]]))
+    split = package_text.collect([tmp_path], 60)["prose"]
+    first_words = [document.text.splitlines()[-1] for document in (*split.train, *split.held_out)]
+    assert len(first_words) == len(set(first_words)) == 120
+
+
+def test_of_a_package_s_metadata_only_the_description_is_read(tmp_path: Path) -> None:
+    description = "\n".join(f"{word} is what this package is all about, among other things." for word in "abcdefghijkl")
+    (tmp_path / "METADATA").write_text(f"Name: package\nVersion: 1\n\n{description}")
+    split = package_text.collect([tmp_path], 1)["prose"]
+    assert [document.text for document in (*split.train, *split.held_out)] == [description]
