@@ -240,7 +240,9 @@ class Output:
         half = {name: x.to(torch.bfloat16).contiguous() for name, x in weights(model).items()}
         save_file(half, partial / "adapter_model.safetensors", metadata={"format": "pt"})
         config = copy.copy(model.peft_config["default"])
-        config.base_model_name_or_path, config.inference_mode = self._args.model or "HuggingFaceTB/SmolLM2-135M-Instruct", True
+        base = self._args.model or "HuggingFaceTB/SmolLM2-135M-Instruct"
+        config.base_model_name_or_path = Path(base).name if Path(base).exists() else base  # where it lies is nobody else's matter
+        config.inference_mode = True
         config.save_pretrained(partial)
         if name != "full":
             (partial / "moba.json").write_text(json.dumps(dict(moba_config(name, self._args))))

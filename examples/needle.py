@@ -118,6 +118,8 @@ def score(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: Tens
 
 def needle(args: argparse.Namespace) -> dict:
     """Measure the cells that `--output` lacks, and draw."""
+    with one_line('cannot draw, since matplotlib is not installed: pip install ".[demo,viz]"'):
+        import matplotlib.figure  # noqa: F401
     file = args.output / "needle.json"
     if file.exists() and not args.resume:
         raise DemoError(f"{file} is there already: go on with --resume, or choose another --output")
