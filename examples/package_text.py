@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 KINDS = ("prose", "code")
 SMALLEST, LARGEST = 500, 1_000_000  # bytes of a file: less says little, more is data
-HELD_OUT = 0.1  # share of the files
+HELD_OUT_OF = 10  # one file of so many is held out
 MOST_REPEATED = 0.3  # share of a file's lines that files before it may have had
 _PROSE = re.compile(r".*\.(md|rst)|(readme|licen[cs]e|copying|notice|changes|changelog|history|news|metadata)(\..*)?", re.IGNORECASE)
 _LETTERS = re.compile(r"[^a-z]+")
@@ -76,7 +76,7 @@ def _split(files: dict[str, Path], most_bytes: float) -> Split:
     """Held-out files first, so that a file which repeats one of them is not trained on."""
     split, seen = Split(), set()
     for held_out in (True, False):
-        limit = most_bytes * (HELD_OUT if held_out else 1 - HELD_OUT)
+        limit = most_bytes / HELD_OUT_OF * (1 if held_out else HELD_OUT_OF - 1)
         documents, size = (split.held_out if held_out else split.train), 0
         for name in sorted(files):
             if is_held_out(name) == held_out and size < limit:
@@ -91,7 +91,7 @@ def _split(files: dict[str, Path], most_bytes: float) -> Split:
 
 def is_held_out(name: str) -> bool:
     """Whether a file of that hash is held out, here and on every other machine."""
-    return int(name[-8:], 16) < HELD_OUT * 16**8
+    return int(name[:8], 16) % HELD_OUT_OF == 0
 
 
 def _fingerprints(text: str) -> Iterator[str]:
