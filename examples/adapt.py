@@ -1,6 +1,6 @@
 """Continues training of a pretrained model with MoBA, and, as the control, with full attention on the same tokens.
 
-    pip install ".[demo]" peft
+    pip install ".[demo]"
     python examples/adapt.py --output adapted              # SmolLM2-135M on the text of all installed packages; one GPU, under an hour
     python examples/adapt.py --output adapted --resume     # goes on after Ctrl-C, the end of --minutes, or a crash
     python examples/llama.py --adapted adapted/moba/adapter
