@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from . import arguments
 
 DECODING = ("full", "sparse")
+KERNEL_SIZES = (0, 3, 5)
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,9 @@ class MobaConfig(dict):
         sink_blocks: how many blocks at the start of the sequence are always among the `top_k`.
         recent_blocks: how many blocks just before the own one are always among the `top_k`.
         share_selection: whether the query heads of a key head choose together, by the sum of their scores.
+        key_conv: the kernel size, 3 or 5, of a depthwise causal convolution over keys that helps the gate (FlashMoBA, arXiv 2511.11571),
+            for training: its parameters are saved with the model and begin as zeros, which change nothing. 0: none. A model that was
+            saved with it is loaded by `moba_flex.AutoModelForCausalLM`.
         full_attention_layers: the layers that keep full attention; negative numbers count from the last layer. The
             report keeps the last three (section 2.2, layer-wise hybrid).
         decode: "full" lets tokens that are generated one by one read all keys, as in the report; "sparse" only their
@@ -41,12 +45,14 @@ class MobaConfig(dict):
     sink_blocks: int = 0
     recent_blocks: int = 0
     share_selection: bool = False
+    key_conv: int = 0
     full_attention_layers: tuple[int, ...] = ()
     decode: str = "full"
     implementation: str = "auto"
 
     def __post_init__(self) -> None:
         arguments.check_blocks(self.block_size, self.top_k, self.sink_blocks, self.recent_blocks, share_selection=self.share_selection)
+        _check_choice("key_conv", self.key_conv, KERNEL_SIZES)
         _check_choice("decode", self.decode, DECODING)
         _check_choice("implementation", self.implementation, arguments.IMPLEMENTATIONS)
         layers = layer_indices("full_attention_layers", self.full_attention_layers)
@@ -99,9 +105,9 @@ def layer_indices(name: str, layers: object) -> tuple[int, ...]:
     return listed
 
 
-def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, but is {value!r}")
+def _check_choice(name: str, value: object, choices: tuple) -> None:
+    if isinstance(value, bool) or value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, but is {value!r}")
 
 
 DEFAULT = MobaConfig()

@@ -54,6 +54,8 @@ def context_parallel(model: nn.Module, mesh: DeviceMesh | dist.ProcessGroup, *, 
             f"{type(model).__name__} does not use MoBA, whose attention layers context parallelism works through: patch it first"
         )
     _check_layers(model, patched)
+    if any(hasattr(layer, "key_conv") for layer in patched):
+        raise ValueError(f"{type(model).__name__} has key_conv, which would not see the keys before a slice: patch it with key_conv=0")
     group = group_of(mesh)
     for config in {id(layer.config): layer.config for layer in patched}.values():
         n_heads = config.num_attention_heads

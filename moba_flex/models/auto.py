@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import transformers
+from torch import nn
 from transformers import PreTrainedModel
 
-from .patch import ATTENTION, patch, set_attention
+from ..config import MobaConfig
+from .key_conv import KeyConv, set_key_convs
+from .patch import ATTENTION, find_layers, patch, set_attention
+
+# The arguments that say where a model's files are.
+_WHERE = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "trust_remote_code", "code_revision")
 
 
 class AutoModelForCausalLM:
@@ -26,13 +32,22 @@ class AutoModelForCausalLM:
             ValueError: there is no such `attn`, or the model has no layer that MoBA can replace.
         """
         _check(attn)
-        return _use(transformers.AutoModelForCausalLM.from_pretrained(name, *args, **kwargs), attn)
+        loader = transformers.AutoModelForCausalLM
+        config = kwargs.get("config") or transformers.AutoConfig.from_pretrained(name, **{k: kwargs[k] for k in _WHERE if k in kwargs})
+        if not MobaConfig.of(config).key_conv:
+            return _use(loader.from_pretrained(name, *args, **kwargs), attn)
+        original = loader._model_mapping[type(config)]
+        model = _with_key_convs(original).from_pretrained(name, *args, **kwargs)
+        model.__class__ = original
+        return _use(model, attn)
 
     @classmethod
     def from_config(cls, config: transformers.PreTrainedConfig, attn: str = "moba", **kwargs) -> PreTrainedModel:
         """The same for a new model with random weights."""
         _check(attn)
-        return _use(transformers.AutoModelForCausalLM.from_config(config, **kwargs), attn)
+        model = transformers.AutoModelForCausalLM.from_config(config, **kwargs)
+        settings = MobaConfig.of(model.config)
+        return _use(patch(model, settings) if settings.key_conv else model, attn)
 
 
 def _check(attn: str) -> None:
@@ -41,4 +56,25 @@ def _check(attn: str) -> None:
 
 
 def _use(model: PreTrainedModel, attn: str) -> PreTrainedModel:
-    return model if attn == "full" else set_attention(patch(model), attn)
+    if attn == "full" and not MobaConfig.of(model.config).key_conv:
+        return model
+    return set_attention(patch(model), attn)
+
+
+def _with_key_convs(original: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """A class of models that have their convolutions of keys before their weights are read."""
+
+    class WithKeyConvs(original):
+        def __init__(self, config: transformers.PreTrainedConfig, *args, **kwargs) -> None:
+            super().__init__(config, *args, **kwargs)
+            _, replaceable = find_layers(self)
+            set_key_convs(replaceable, MobaConfig.of(replaceable[0].config))
+
+        def _init_weights(self, module: nn.Module) -> None:  # of what the files do not hold
+            if isinstance(module, KeyConv):
+                nn.init.zeros_(module.weight)
+            else:
+                super()._init_weights(module)
+
+    WithKeyConvs.__name__ = original.__name__
+    return WithKeyConvs

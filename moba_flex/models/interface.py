@@ -21,6 +21,7 @@ from ..config import MobaConfig
 from ..decoding import means_for, write_means
 from ..functional import attend, attend_decoding
 from .cache import CACHE, DRAFTS, BlockMeans, means_of
+from .key_conv import check_key_conv
 from .layers import attention_of, ordinary_attention, ordinary_implementation, takes_moba
 from .mask import MobaMask, Places, Visible
 
@@ -47,6 +48,8 @@ def moba_attention_forward(
     cache, drafts = kwargs.pop(CACHE, None), kwargs.pop(DRAFTS, 0)
     settings = MobaConfig.of(module.config)
     attention = attention_of(module, settings) if takes_moba(module) else "full"
+    if attention != "full":
+        check_key_conv(module, settings)
     if getattr(module, "_context_parallel", None) is not None:
         return _across_processes(module, query, key, value, attention_mask, settings, attention, kwargs), None
     mask_is_local = isinstance(attention_mask, MobaMask) and attention_mask.is_local

@@ -9,6 +9,7 @@ from torch import nn
 
 from ..config import MobaConfig, layer_indices
 from .cache import add_hooks, remove_hooks
+from .key_conv import check_key_conv, remove_key_convs, set_key_convs
 from .layers import (
     MOBA,
     LayerState,
@@ -53,9 +54,12 @@ def patch(model: nn.Module, config: MobaConfig | Mapping | None = None, **settin
         raise TypeError(f"patch takes a MobaConfig or keywords, but got both: {config!r} and {', '.join(settings)}")
     if config is None and not settings:
         config = MobaConfig.of(replaceable[0].config)
+        for layer in replaceable:
+            check_key_conv(layer, config)
     elif not isinstance(config, MobaConfig):
         config = MobaConfig.from_dict(settings if config is None else config)
     full_layers(config, replaceable[0].config.num_hidden_layers, model)  # raises if one is not there
+    set_key_convs(replaceable, config)
 
     for layer in every:
         used = layer.config._attn_implementation
@@ -90,6 +94,7 @@ def unpatch(model: nn.Module) -> nn.Module:
     for layer in layers:
         layer.__dict__.pop("_moba", None)
     remove_hooks(model)
+    remove_key_convs(layers)
     return model
 
 

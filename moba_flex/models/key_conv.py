@@ -1,0 +1,207 @@
+"""A short convolution over keys, which gathers what belongs together into the same block and so helps the gate to find it.
+
+FlashMoBA (arXiv 2511.11571, "key convolution"): a depthwise causal convolution over the last 3 or 5 keys, SiLU, and a residual,
+
+    key'[t] = key[t] + silu(sum over l of weight[l] * key[t - l])
+
+Convolved keys take the place of keys: the gate's block means are theirs, and attention reads them, as FlashMoBA's operator has one
+argument for both. They are convolved as they come from the layer's `k_proj`, before any norm, rotary embedding or cache. (FlashMoBA's
+global layers have no rotary embedding; a SiLU of rotated keys would depend on absolute positions.) Weights begin as zeros, with which
+the layer is what it was, and have gradients all the same, for SiLU has the slope 1/2 at 0.
+
+The attention layer owns the module, as `key_conv`, and hooks of the layer and of its `k_proj` call it. The convolution crosses neither
+padding nor the borders of packed sequences. A growing cache keeps the last keys as they were before the convolution, together with
+a mark of the keys that they belong to: whoever changes those (beam search, drafts that are cut off) gets an error, not wrong keys.
+
+B rows, N tokens, K kernel size, C = G * D channels.
+"""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, EncoderDecoderCache
+
+from ..config import MobaConfig
+from .cache import DynamicLayerWithMeans
+from .layers import full_layers
+from .mask import MobaMask
+
+GROWING = (DynamicLayer, DynamicLayerWithMeans)  # kinds of cache layers, not kinds of them that drop or change keys
+
+
+class KeyConv(nn.Module):
+    """The convolution of one attention layer's keys; `weight [K, C]`, of lag 0 first."""
+
+    def __init__(self, kernel_size: int, k_proj: nn.Linear) -> None:
+        super().__init__()
+        like = k_proj.weight
+        dtype = like.dtype if like.is_floating_point() else torch.float32  # quantized weights are whole numbers
+        self.weight = nn.Parameter(torch.zeros(kernel_size, k_proj.out_features, dtype=dtype, device=like.device))
+        self._pass: Pass | None = None
+        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+
+    def forward(self, key: Tensor, position: Tensor | None = None, before: Tensor | None = None) -> Tensor:
+        """Convolve `key [B, N, C]`.
+
+        Args:
+            position: `[B, N]`, each token's place in its own sequence, below 0 for padding; None: rows are sequences.
+            before: `[B, K - 1, C]`, the keys before these; None: there are none.
+        """
+        n_tokens, last = key.shape[1], self.weight.shape[0] - 1
+        keys = F.pad(key, (0, 0, last, 0)) if before is None else torch.cat([before, key], 1)
+        mixed = torch.zeros_like(key)
+        for lag, weight in enumerate(self.weight):
+            past = keys[:, last - lag : last - lag + n_tokens]
+            mixed = mixed + weight * (past if position is None else past.where((position >= lag)[..., None], 0))
+        return (key + F.silu(mixed)).to(key.dtype)
+
+    def attach(self, layer: nn.Module) -> None:
+        layer.key_conv = self
+        self._hooks = [
+            layer.register_forward_pre_hook(self._begin, with_kwargs=True),
+            layer.k_proj.register_forward_hook(self._convolve),
+            layer.register_forward_hook(self._end),
+        ]
+
+    def detach(self, layer: nn.Module) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        del layer.key_conv
+
+    def _begin(self, layer: nn.Module, args: tuple, kwargs: dict) -> None:
+        if not torch.compiler.is_compiling() and self._hooks[1].id not in layer.k_proj._forward_hooks:
+            raise ValueError(
+                f"key_conv: the k_proj of {type(layer).__name__} {layer.layer_idx} was replaced after moba_flex.patch, so its keys would "
+                "not be convolved: leave k_proj as it was (with LoRA, out of target_modules)"
+            )
+        hidden, cache = args[0] if args else kwargs["hidden_states"], kwargs.get("past_key_values")
+        position = _positions(kwargs.get("attention_mask"), hidden, kwargs)
+        now = None if cache is None and position is None else Pass(position, cache, _keys_before(cache, layer))
+        if now is not self._pass:
+            self._pass = now
+
+    def _convolve(self, k_proj: nn.Module, args: tuple, key: Tensor) -> Tensor:
+        now = self._pass
+        if now is None:
+            return self(key)
+        if now.cache is not None:
+            last = self.weight.shape[0] - 1
+            keys = F.pad(key, (0, 0, last, 0)) if now.before is None else torch.cat([now.before, key], 1)
+            now.last_keys = keys[:, keys.shape[1] - last :].detach()
+        return self(key, now.position, now.before)
+
+    def _end(self, layer: nn.Module, args: tuple, out: Any) -> None:
+        now = self._pass
+        if now is None:
+            return
+        kept = _cache_layer(now.cache, layer)
+        if type(kept) in GROWING and not torch.compiler.is_compiling():
+            kept._moba_last_keys = LastKeys(now.last_keys, weakref.ref(kept.keys))
+        self._pass = None
+
+
+@dataclass
+class Pass:
+    """What one call of an attention layer tells the convolution of its keys."""
+
+    position: Tensor | None
+    cache: Cache | None
+    before: Tensor | None
+    last_keys: Tensor | None = None
+
+
+@dataclass
+class LastKeys:
+    """The last K - 1 keys of a cache layer before the convolution, and the convolved keys that end with them."""
+
+    keys: Tensor
+    of: weakref.ref
+
+    def __reduce__(self) -> tuple:
+        return LastKeys, (self.keys, _of_nothing)  # a copy of a cache has other keys
+
+
+def _of_nothing() -> None:
+    """What a `LastKeys` belongs to after it was copied."""
+
+
+def set_key_convs(layers: list[nn.Module], settings: MobaConfig) -> None:
+    """Give those of `layers` that use MoBA the convolution that the settings ask for, and take it from all others.
+
+    A convolution of the right size stays, with its weights. ValueError, before anything is changed, if a layer has no `k_proj`.
+    """
+    kernel_size = {layer: 0 if _is_full(layer, settings) else settings.key_conv for layer in layers}
+    for layer, size in kernel_size.items():
+        if size and not isinstance(getattr(layer, "k_proj", None), nn.Linear):
+            raise ValueError(
+                f"key_conv={size} convolves what a linear k_proj returns, which {type(layer).__name__} does not have: set key_conv to 0"
+            )
+    for layer, size in kernel_size.items():
+        now = getattr(layer, "key_conv", None)
+        if isinstance(now, KeyConv) and now.weight.shape[0] != size:
+            now.detach(layer)
+        if size and not hasattr(layer, "key_conv"):
+            KeyConv(size, layer.k_proj).attach(layer)
+
+
+def remove_key_convs(layers: list[nn.Module]) -> None:
+    """Undo `set_key_convs`; the weights are lost."""
+    for layer in layers:
+        if isinstance(conv := getattr(layer, "key_conv", None), KeyConv):
+            conv.detach(layer)
+
+
+def check_key_conv(layer: nn.Module, settings: MobaConfig) -> None:
+    """ValueError if a layer should have a convolution and has none: what loads a model must make it before the weights are read."""
+    if settings.key_conv and not _is_full(layer, settings) and not hasattr(layer, "key_conv"):
+        raise ValueError(
+            f"the model was saved with key_conv={settings.key_conv}, but {type(layer).__name__} {layer.layer_idx} has no convolution of "
+            "keys, for transformers alone does not load it: use moba_flex.AutoModelForCausalLM.from_pretrained, or begin with a new one "
+            "by moba_flex.patch(model, model.config.moba)"
+        )
+
+
+def _is_full(layer: nn.Module, settings: MobaConfig) -> bool:
+    return layer.layer_idx in full_layers(settings, layer.config.num_hidden_layers, layer)
+
+
+def _cache_layer(cache: Cache | None, layer: nn.Module) -> CacheLayerMixin | None:
+    cache = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+    return None if cache is None or layer.layer_idx >= len(cache.layers) else cache.layers[layer.layer_idx]
+
+
+def _keys_before(cache: Cache | None, layer: nn.Module) -> Tensor | None:
+    """`[B, K - 1, C]`, or None where the cache holds no keys yet."""
+    kept = _cache_layer(cache, layer)
+    if kept is None or not int(kept.get_seq_length()):
+        return None
+    last = getattr(kept, "_moba_last_keys", None)
+    if type(kept) not in GROWING or last is None or last.of() is not kept.keys:
+        raise ValueError(
+            f"key_conv needs the keys before the new ones, which this cache ({type(kept).__name__}) has lost: it must be a DynamicCache() "
+            "that only this model has written, without beam search or assisted generation; or generate with use_cache=False"
+        )
+    return last.keys
+
+
+def _positions(mask: MobaMask | Any, hidden: Tensor, kwargs: dict) -> Tensor | None:
+    """`[B, N]`, each new token's place in its own sequence, below 0 for padding; None if each row is one sequence."""
+    if not isinstance(mask, MobaMask):
+        return None
+    rows, n_tokens = hidden.shape[:2]
+    query, key = (hidden.new_empty(rows, 1, n, 0) for n in mask.shape[2:])
+    visible = mask.visible(query, key, kwargs.get("cu_seq_lens_q"), kwargs.get("cu_seq_lens_k"))
+    if visible.cu_seqlens is not None:
+        token = torch.arange(rows * n_tokens, device=hidden.device, dtype=torch.int32)
+        first = visible.cu_seqlens[torch.searchsorted(visible.cu_seqlens, token, right=True) - 1]
+        return (token - first).view(rows, n_tokens)
+    if visible.starts is None:
+        return None
+    start = torch.tensor(visible.starts, device=hidden.device)[:, None]
+    return torch.arange(visible.n_key - n_tokens, visible.n_key, device=hidden.device) - start
