@@ -1,0 +1,289 @@
+"""Trains small Llamas from scratch on source code, with full attention and with MoBA, and compares them.
+
+    python examples/pretrain.py --size 50M --context 8192 --tokens 100e6 --output results
+    python examples/pretrain.py --size 10M --context 32768 --runs full --blocks 8 16 32 64 128 --output results
+    python examples/pretrain.py --compare results/*.json --plot results/losses.png
+
+Needs no data set: it reads the source files of Python and of the installed packages (`pretraining/corpus.py`). Runs follow one another,
+and all of a seed begin with the same weights and read the same tokens in the same order. Ctrl-C, or the end of `--budget-seconds`, writes
+a checkpoint at the end of a step; the same command goes on from it to the same losses, and leaves out the runs that are done.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import time
+from contextlib import nullcontext
+from datetime import date
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from benchmarking.results import environment
+from pretraining.compare import compare
+from pretraining.corpus import Corpus, corpus, windows
+from pretraining.runs import NAMES, SIZES, Run, named, new_model, of_blocks
+from torch import Tensor, nn
+from tqdm import tqdm
+from train import Stop, learning_rate
+
+import moba_flex
+from moba_flex.models.mask import moba_mask
+
+LOG_EVERY = 10  # steps, whose mean loss is kept
+EVALUATIONS = 5  # of held-out loss in a run
+TRAILING = 2048  # tokens at the end of a context, whose loss is reported
+BINS = 16  # of positions
+
+
+def pretrain(args: argparse.Namespace) -> bool:
+    """Whether all runs are done."""
+    device = torch.device("cuda" if torch.cuda.is_available() and not args.cpu else "cpu")
+    torch.set_float32_matmul_precision("high")
+    text = corpus(args.corpus, args.sources, args.most_bytes)
+    stop, ends = Stop(), time.monotonic() + args.budget_seconds
+    runs = [named(name, args.block_size, args.top_k) for name in args.runs] + [of_blocks(n, args.context) for n in args.blocks]
+    for seed in args.seeds:
+        for run in runs:
+            training = Training(args, run, seed, text, device)
+            if not training.done and not training.go_on(lambda: stop.wanted or time.monotonic() > ends):
+                why = "interrupted" if stop.wanted else "the time is up"
+                print(f"{why} after step {training.step} of {training.name}: the same command goes on from there")
+                return False
+            del training
+            torch.compiler.reset()
+    return True
+
+
+class Training:
+    """One run: its model, what it has logged, and its files."""
+
+    def __init__(self, args: argparse.Namespace, run: Run, seed: int, text: Corpus, device: torch.device) -> None:
+        self.args, self.run, self.text, self.device = args, run, text, device
+        blocks = "" if run.full else f"-b{run.settings['block_size']}k{run.settings['top_k']}"
+        self.name = f"{args.size}-{args.context}-{run.name}{blocks}-seed{seed}"
+        self.file, self.checkpoint = args.output / f"{self.name}.json", args.checkpoints / f"{self.name}.pt"
+        rule = ("size", "context", "steps", "batch_tokens", "learning_rate", "warmup", "weight_decay", "clip")
+        self.settings = {name: getattr(args, name) for name in rule} | {"run": run.name, "seed": seed, "corpus": text.fingerprint}
+        self.settings |= json.loads(json.dumps(run.settings))
+        self.log = {"settings": self.settings, "train": [], "held_out": [], "tokens_per_second": [], "done": False}
+        self.step, self.recent = 0, []  # steps that are done, and the losses of those that are not logged yet
+        if self.file.exists():
+            self.log = json.loads(self.file.read_text())
+            self._check(self.log["settings"], self.file)
+
+    @property
+    def done(self) -> bool:
+        return self.log["done"]
+
+    def go_on(self, enough) -> bool:
+        """Train until the end, or until `enough()` after a step; whether it is the end."""
+        args = self.args
+        self.model = new_model(args.size, self.text.vocabulary, args.context, self.run, self.settings["seed"], self.device).train()
+        self.optimizer = optimizer_of(self.model, args)
+        self._resume()
+        self.held_out = self.text.held_out.to(self.device)
+        self.rows = rows_together(args)
+        self.mask = moba_mask(self.rows, args.context, args.context, device=self.device)
+        loss_of = torch.compile(losses, dynamic=False, fullgraph=True) if self._compiles() else losses
+        stream, saved, since = self.text.train.to(self.device), time.monotonic(), None
+
+        for step in tqdm(range(self.step, args.steps), desc=self.name, initial=self.step, total=args.steps, mininterval=5):
+            moba_flex.MobaSchedule(switch_at=self.run.switch_at).apply(self.model, step, args.steps)
+            for group in self.optimizer.param_groups:
+                group["lr"] = learning_rate(step, args)
+            self.recent.append(self._train(loss_of, stream, step))
+            self.step = step + 1
+            stopped, last = enough(), self.step == args.steps
+            if self.step % LOG_EVERY == 0 or last:
+                since = self._note(since)
+            if self.step % max(1, args.steps // EVALUATIONS) == 0 or last:
+                self.evaluate()
+                since = None
+            if stopped or time.monotonic() - saved > 60 * args.checkpoint_minutes:
+                self._save()
+                saved, since = time.monotonic(), None
+            if stopped and not last:
+                return False
+        self._finish()
+        return True
+
+    def _train(self, loss_of, stream: Tensor, step: int) -> Tensor:
+        """One step; its loss, which stays on the device."""
+        n, context, batch = (len(stream) - 1) // self.args.context, self.args.context, self.args.batch_tokens // self.args.context
+        which = order(n, step * batch, batch, self.settings["seed"]).to(self.device).split(self.rows)
+        total = torch.zeros((), device=self.device)
+        for part in which:
+            with self._autocast():
+                loss = loss_of(self.model, windows(stream, part, context), self.mask).mean() / len(which)
+            loss.backward()
+            total += loss.detach()
+        nn.utils.clip_grad_norm_(self.model.parameters(), self.args.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return total
+
+    @torch.no_grad()
+    def evaluate(self) -> None:
+        """Held-out loss with the attention of the step before, and loss by position; both replace what an earlier step had."""
+        context = self.args.context
+        n = min((len(self.held_out) - 1) // context, max(1, self.args.held_out_tokens // context))
+        mask, by_position = (
+            moba_mask(1, context, context, device=self.device),
+            torch.zeros(context, dtype=torch.float64, device=self.device),
+        )
+        for i in range(n):
+            with self._autocast():
+                loss = losses(self.model.eval(), windows(self.held_out, torch.tensor([i], device=self.device), context), mask)
+            by_position += loss[0] / n
+        self.model.train()
+        self.log["held_out"].append([self.step, round(by_position.mean().item(), 5)])
+        self.log["by_position"] = [round(part.mean().item(), 5) for part in by_position.chunk(BINS)]
+        self.log["trailing"] = round(by_position[-min(TRAILING, context // 4) :].mean().item(), 5)
+
+    def _note(self, since: tuple[int, float] | None) -> tuple[int, float]:
+        """Log the mean loss of the steps since the last note, and how fast they were if nothing else came in between."""
+        loss = torch.stack(self.recent).mean().item()
+        self.recent = []
+        if not math.isfinite(loss):
+            raise SystemExit(f"{self.name}: the loss at step {self.step} is {loss}: lower --learning-rate")
+        self.log["train"].append([self.step, round(loss, 5)])
+        now = time.perf_counter()
+        if since is not None:
+            self.log["tokens_per_second"].append(round((self.step - since[0]) * self.args.batch_tokens / (now - since[1])))
+        return self.step, now
+
+    def _autocast(self):
+        return torch.autocast("cuda", torch.bfloat16) if self.device.type == "cuda" else nullcontext()
+
+    def _compiles(self) -> bool:
+        return self.device.type == "cuda" and not self.args.no_compile
+
+    def _check(self, settings: dict, file: Path) -> None:
+        changed = [name for name, x in self.settings.items() if settings.get(name) != x]
+        if changed:
+            was = ", ".join(f"{name} was {settings.get(name)} and is {self.settings[name]}" for name in changed)
+            raise SystemExit(f"{file} is of a run with other settings: {was}. Choose another --output and --checkpoints, or delete it")
+
+    def _resume(self) -> None:
+        if not self.checkpoint.exists():
+            self.log |= {"train": [], "held_out": [], "tokens_per_second": []}
+            return
+        saved = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
+        self._check(saved["log"]["settings"], self.checkpoint)
+        self.model.load_state_dict(saved["model"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.log, self.step, self.recent = saved["log"], saved["step"], list(saved["recent"])
+
+    def _save(self) -> None:
+        """Complete or not there."""
+        self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
+        state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "log": self.log}
+        state |= {"step": self.step, "recent": self.recent}
+        partial = self.checkpoint.with_suffix(".partial")
+        torch.save(state, partial)
+        partial.replace(self.checkpoint)
+        self._write()
+
+    def _finish(self) -> None:
+        self.log |= {"done": True, "environment": environment(self.device), "date": str(date.today())}
+        self.log["parameters"] = sum(x.numel() for x in self.model.parameters())
+        self.model.save_pretrained(self.args.checkpoints / self.name)  # float32, with MoBA's settings
+        self._write()
+        self.checkpoint.unlink(missing_ok=True)
+        print(f"{self.name}: held-out loss {self.log['held_out'][-1][1]:.4f}, trailing {self.log['trailing']:.4f}")
+
+    def _write(self) -> None:
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.file.with_suffix(".partial")
+        partial.write_text(json.dumps(self.log))
+        partial.replace(self.file)
+
+
+def losses(model: nn.Module, ids: Tensor, mask) -> Tensor:
+    """`[B, N + 1]` -> `[B, N]`: the loss of each token after the first.
+
+    The mask says that rows are whole sequences. Left to itself, transformers would look for packed ones, and break a compiled graph.
+    """
+    hidden = model.model(ids[:, :-1], attention_mask=mask, use_cache=False).last_hidden_state
+    logits = model.lm_head(hidden).float().flatten(0, 1)
+    return F.cross_entropy(logits, ids[:, 1:].flatten(), reduction="none").view(hidden.shape[:2])
+
+
+def rows_together(args: argparse.Namespace) -> int:
+    """How many contexts the device works on at a time: at least one."""
+    return max(1, min(args.micro_tokens, args.batch_tokens) // args.context)
+
+
+def order(n: int, first: int, count: int, seed: int) -> Tensor:
+    """`[count]`: which of n windows come from place `first` on. Each epoch has an order of its own."""
+    places = torch.arange(first, first + count)
+    epochs = {}
+    for epoch in (places // n).unique().tolist():
+        epochs[epoch] = torch.randperm(n, generator=torch.Generator().manual_seed(1000 * seed + epoch))
+    return torch.stack([epochs[place // n][place % n] for place in places.tolist()])
+
+
+def optimizer_of(model: nn.Module, args: argparse.Namespace) -> torch.optim.AdamW:
+    """Weight decay for matrices; none for norms and convolutions."""
+    matrices = [x for name, x in model.named_parameters() if x.ndim == 2 and "key_conv" not in name]
+    others = [x for name, x in model.named_parameters() if x.ndim != 2 or "key_conv" in name]
+    groups = [{"params": matrices, "weight_decay": args.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=args.learning_rate, betas=(0.9, 0.95), fused=True)
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--compare", type=Path, nargs="+", metavar="LOG", help="print the table of these logs, and train nothing")
+    parser.add_argument("--plot", type=Path, help="with --compare: write a plot to this file")
+    parser.add_argument("--size", choices=SIZES, default="50M", help="parameters")
+    parser.add_argument("--context", type=int, default=8192, help="tokens")
+    parser.add_argument("--tokens", type=float, default=100e6, help="that a run reads")
+    parser.add_argument("--batch-tokens", type=int, default=131072, help="tokens a step")
+    parser.add_argument("--micro-tokens", type=int, default=32768, help="tokens that the device works on at a time")
+    parser.add_argument("--runs", nargs="*", choices=NAMES, default=list(NAMES[:4]))
+    parser.add_argument("--blocks", type=int, nargs="*", default=[], help="also MoBA with so many blocks, of which a query reads a quarter")
+    parser.add_argument("--block-size", type=int, default=512)
+    parser.add_argument("--top-k", type=int, default=3)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--warmup", type=int, help="steps; default: a twentieth")
+    parser.add_argument("--weight-decay", type=float, default=0.1)
+    parser.add_argument("--clip", type=float, default=1.0, help="norm of the gradient")
+    parser.add_argument("--held-out-tokens", type=int, default=1 << 20, help="that a held-out loss is of, if there are so many")
+    parser.add_argument("--output", type=Path, default=Path("pretraining-results"), help="folder for the logs")
+    checkpoints = os.environ.get("CHECKPOINT", "pretraining-checkpoints")
+    parser.add_argument(
+        "--checkpoints", type=Path, default=Path(checkpoints), help="folder for checkpoints and models; default: $CHECKPOINT"
+    )
+    parser.add_argument("--checkpoint-minutes", type=float, default=3)
+    parser.add_argument(
+        "--budget-seconds", type=float, default=float("inf"), help="after which a checkpoint is written and the program ends"
+    )
+    parser.add_argument("--corpus", type=Path, help="folder for the tokens; default: in --checkpoints")
+    parser.add_argument("--sources", type=Path, nargs="+", help="folders of source files; default: those of Python and its packages")
+    parser.add_argument("--most-bytes", type=int, help="of the sources")
+    parser.add_argument("--cpu", action="store_true", help="also where there is a GPU")
+    parser.add_argument("--no-compile", action="store_true", help="do not compile the model")
+    args = parser.parse_args(arguments)
+    rows, together = args.batch_tokens // args.context, rows_together(args)
+    if args.batch_tokens % args.context or rows % together:
+        parser.error(
+            f"--batch-tokens must be a multiple of {together * args.context}, the contexts that --micro-tokens has room for, "
+            f"but is {args.batch_tokens}"
+        )
+    args.steps = max(1, round(args.tokens / args.batch_tokens))
+    args.warmup = max(1, args.steps // 20) if args.warmup is None else args.warmup
+    args.corpus = args.corpus or args.checkpoints / "corpus"
+    return args
+
+
+if __name__ == "__main__":
+    given = parse()
+    if given.compare:
+        compare(given.compare, given.plot)
+    else:
+        pretrain(given)

@@ -1,0 +1,1 @@
+"""What `pretrain.py` is made of: the text, the runs and the comparison."""

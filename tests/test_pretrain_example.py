@@ -1,0 +1,237 @@
+"""examples/pretrain.py: runs differ in their attention alone, resume to the same losses, and are compared."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pretrain
+import pytest
+import torch
+from pretraining.compare import differences, group, held_out, table
+from pretraining.corpus import Corpus, corpus, windows
+from pretraining.runs import NAMES, SIZES, named, new_model, of_blocks
+from tokenizers import Tokenizer
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import moba_flex
+
+STDLIB = Path(os.__file__).parent / "json", Path(os.__file__).parent / "email", Path(os.__file__).parent / "encodings"
+TOY = ["--cpu", "--size", "toy", "--context", "128", "--batch-tokens", "512", "--micro-tokens", "256", "--tokens", str(512 * 24)]
+TOY += ["--block-size", "16", "--top-k", "3", "--held-out-tokens", "512"]
+
+
+@pytest.fixture(autouse=True)
+def _signals():
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("corpus")
+    corpus(folder, list(STDLIB))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All runs and a sweep, for two seeds; the logs are in `logs`, the models in `checkpoints`."""
+    folder = tmp_path_factory.mktemp("trained")
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    assert pretrain.pretrain(arguments(folder, text, "--runs", *NAMES, "--blocks", "4", "8"))
+    assert pretrain.pretrain(arguments(folder, text, "--runs", "full", "moba", "--seeds", "1"))
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    return folder
+
+
+def arguments(folder: Path, text: Path, *more: str):
+    return pretrain.parse(
+        [*TOY, "--corpus", str(text), "--output", str(folder / "logs"), "--checkpoints", str(folder / "checkpoints"), *more]
+    )
+
+
+def logs(folder: Path) -> dict[str, dict]:
+    return {file.stem: json.loads(file.read_text()) for file in sorted((folder / "logs").glob("*.json"))}
+
+
+# Text
+
+
+def test_text_is_split_by_file_and_survives_tokenising(text):
+    found, tokenizer = Corpus(text), Tokenizer.from_file(str(text / "tokenizer.json"))
+    counts = found.description
+    assert counts["train"]["files"] > 10 * counts["held_out"]["files"] > 0
+    assert (len(found.train), len(found.held_out)) == (counts["train"]["tokens"], counts["held_out"]["tokens"])
+    first = windows(found.held_out, torch.tensor([0]), 100)[0]
+    file = tokenizer.decode(first.tolist())
+    assert any(file[:80] in path.read_text(errors="ignore") for folder in STDLIB for path in folder.rglob("*.py"))
+
+
+def test_equal_files_count_once_and_hashes_name_the_held_out_ones(tmp_path):
+    sources = tmp_path / "sources"
+    sources.mkdir()
+    for i in range(200):
+        (sources / f"a{i}.py").write_text(f"x = {i}\n" * 20)
+        (sources / f"b{i}.py").write_text(f"x = {i}\n" * 20)
+    (sources / "binary.py").write_bytes(b"\xff\xfe\x00")
+    counts = corpus(tmp_path / "tokens", [sources]).description
+    assert counts["train"]["files"] + counts["held_out"]["files"] == 200
+    assert all(int(name[:8], 16) % 50 == 0 for name in counts["held_out"]["sha256"])
+    assert corpus(tmp_path / "tokens").fingerprint == counts["fingerprint"]  # what is there is not made again
+
+
+def test_too_little_text_is_refused(tmp_path):
+    (tmp_path / "one.py").write_text("x = 1")
+    with pytest.raises(SystemExit, match="only 1 different source files"):
+        corpus(tmp_path / "tokens", [tmp_path])
+    assert not (tmp_path / "tokens").exists()
+
+
+def test_windows_follow_one_another_and_share_one_token():
+    tokens = torch.arange(40_000, 40_021).to(torch.int16)
+    assert windows(tokens, torch.tensor([0, 2]), 5).tolist() == [[*range(40_000, 40_006)], [*range(40_010, 40_016)]]
+
+
+def test_an_epoch_reads_each_window_once():
+    got = torch.cat([pretrain.order(7, first, 3, seed=0) for first in range(0, 21, 3)]).view(3, 7)
+    assert (got.sort(1).values == torch.arange(7)).all() and len({tuple(row) for row in got.tolist()}) == 3
+
+
+# Models and runs
+
+
+@pytest.mark.parametrize("size", [size for size in SIZES if size != "toy"])
+def test_sizes_are_what_they_are_called(size):
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(**SIZES[size], vocab_size=8192, tie_word_embeddings=True))
+    assert sum(x.numel() for x in model.parameters()) == pytest.approx(float(size[:-1]) * 1e6, rel=0.1)
+
+
+def test_runs_of_a_seed_begin_with_the_same_weights():
+    models = [new_model("toy", 300, 128, named(name, 16, 3), 0, torch.device("cpu")) for name in NAMES]
+    expected = models[0].state_dict()
+    for model in models:
+        state = model.state_dict()
+        assert all(torch.equal(state[name], x) for name, x in expected.items())
+        assert all((x == 0).all() for name, x in state.items() if name not in expected)
+
+
+def test_a_sweep_reads_the_same_share_of_the_blocks():
+    assert [of_blocks(n, 32768).settings for n in (8, 32, 128)] == [
+        {"block_size": 4096, "top_k": 2},
+        {"block_size": 1024, "top_k": 8},
+        {"block_size": 256, "top_k": 32},
+    ]
+    with pytest.raises(SystemExit, match="divide the context, 32768, but 12 is not"):
+        of_blocks(12, 32768)
+
+
+# Training
+
+
+def test_every_run_trains_to_the_end(trained):
+    found = logs(trained)
+    assert len(found) == len(NAMES) + 2 + 2
+    for name, log in found.items():
+        assert log["done"] and [step for step, _ in log["train"]] == [10, 20, 24], name
+        assert log["held_out"][-1][1] < log["held_out"][0][1] < 9, name
+        assert len(log["by_position"]) == 16 and log["trailing"] > 0, name
+        assert log["held_out"][-1][1] == pytest.approx(sum(log["by_position"]) / 16, abs=1e-4), name
+
+
+def test_runs_differ_only_from_where_their_attention_does(trained):
+    found = logs(trained)
+    losses = {name: found[f"toy-128-{name}{'' if name == 'full' else '-b16k3'}-seed0"]["train"] for name in NAMES}
+    assert losses["moba-then-full"][:2] == losses["moba"][:2]  # the first 20 of 24 steps; it switches before the 23rd
+    assert losses["moba-then-full"][2] != losses["moba"][2]
+    assert len({str(x[:2]) for name, x in losses.items() if name != "moba-then-full"}) == len(NAMES) - 1
+
+
+def test_the_trained_model_is_kept_and_has_the_loss_that_was_logged(trained, text):
+    name = "toy-128-moba-conv-3-b16k3-seed0"
+    model = moba_flex.AutoModelForCausalLM.from_pretrained(trained / "checkpoints" / name).eval()
+    assert model.config.moba.key_conv == 3
+    ids = windows(Corpus(text).held_out, torch.arange(4), 128)
+    with torch.no_grad():
+        loss = torch.nn.functional.cross_entropy(model(ids[:, :-1]).logits.transpose(1, 2), ids[:, 1:])
+    assert loss.item() == pytest.approx(held_out(logs(trained)[name]), abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ["moba-then-full", "moba-conv-5"])
+def test_resuming_gives_the_losses_of_an_uninterrupted_run(trained, text, tmp_path, name, capsys):
+    command = arguments(tmp_path, text, "--runs", name, "--budget-seconds", "0")
+    for step in (1, 2, 3):  # one step each, as the time is up at once
+        assert not pretrain.pretrain(command)
+        assert f"the time is up after step {step} of toy-128-{name}" in capsys.readouterr().out
+    assert pretrain.pretrain(arguments(tmp_path, text, "--runs", name))
+    ((file, log),) = logs(tmp_path).items()
+    expected = logs(trained)[file]
+    assert {key: log[key] for key in ("train", "held_out", "by_position", "trailing")} == {
+        key: expected[key] for key in ("train", "held_out", "by_position", "trailing")
+    }
+    assert not list((tmp_path / "checkpoints").glob("*.pt"))
+
+
+def test_ctrl_c_writes_a_checkpoint_at_the_end_of_the_step(text, tmp_path, monkeypatch, capsys):
+    step = pretrain.Training._train
+
+    def interrupted(self, *args):
+        os.kill(os.getpid(), signal.SIGINT)
+        return step(self, *args)
+
+    monkeypatch.setattr(pretrain.Training, "_train", interrupted)
+    assert not pretrain.pretrain(arguments(tmp_path, text, "--runs", "moba"))
+    assert "interrupted after step 1" in capsys.readouterr().out
+    (checkpoint,) = (tmp_path / "checkpoints").glob("*.pt")
+    assert torch.load(checkpoint, weights_only=True)["step"] == 1
+
+
+def test_runs_that_are_done_are_left_out(trained, text, monkeypatch):
+    monkeypatch.setattr(pretrain.Training, "go_on", lambda *_: pytest.fail("trained again"))
+    assert pretrain.pretrain(arguments(trained, text, "--runs", "full", "moba"))
+
+
+def test_other_settings_under_the_same_name_are_refused(trained, text):
+    with pytest.raises(SystemExit, match=r"learning_rate was 0.001 and is 0.5"):
+        pretrain.pretrain(arguments(trained, text, "--runs", "moba", "--learning-rate", "0.5"))
+
+
+def test_a_batch_that_is_not_whole_contexts_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        pretrain.parse(["--context", "8192", "--batch-tokens", "10000"])
+    assert "--batch-tokens must be a multiple of 8192" in capsys.readouterr().err
+
+
+# Comparing
+
+
+def test_the_table_has_differences_to_full_attention_of_the_same_seed(trained):
+    ((title, runs),) = group(list(logs(trained).values())).items()
+    assert "size toy, context 128" in title
+    moba, found = "moba (16, top-3)", logs(trained)
+    expected = [held_out(found[f"toy-128-moba-b16k3-seed{seed}"]) - held_out(found[f"toy-128-full-seed{seed}"]) for seed in (0, 1)]
+    assert differences(runs, moba, held_out) == expected
+    lines = table(runs)
+    assert lines[2].startswith("| full |")
+    (row,) = [line for line in lines if line.startswith(f"| {moba} |")]
+    mean, deviation = sum(expected) / 2, abs(expected[0] - expected[1]) / 2**0.5
+    assert f"{mean:+.4f} ± {deviation:.4f}" in row and row.endswith("| 0, 1 |")
+
+
+def test_compare_prints_and_plots(trained, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    pretrain.compare(sorted((trained / "logs").glob("*.json")), tmp_path / "losses.png")
+    assert "moba-8-blocks (16, top-2)" in capsys.readouterr().out
+    assert (tmp_path / "losses.png").stat().st_size > 20_000
+
+
+def test_a_file_that_is_no_log_is_refused(tmp_path):
+    (tmp_path / "x.json").write_text("[]")
+    with pytest.raises(SystemExit, match=r"x\.json is no log of pretrain"):
+        pretrain.compare([tmp_path / "x.json"])
