@@ -31,10 +31,10 @@ from tqdm import tqdm
 from train import Stop, learning_rate
 
 import moba_flex
-from moba_flex.models.mask import moba_mask
+from moba_flex.models.mask import MobaMask, moba_mask
 
 LOG_EVERY = 10  # steps, whose mean loss is kept
-EVALUATIONS = 5  # of held-out loss in a run
+EVALUATIONS = 4  # of held-out loss in a run
 TRAILING = 2048  # tokens at the end of a context, whose loss is reported
 BINS = 16  # of positions
 
@@ -87,7 +87,7 @@ class Training:
         self._resume()
         self.held_out = self.text.held_out.to(self.device)
         self.rows = rows_together(args)
-        self.mask = moba_mask(self.rows, args.context, args.context, device=self.device)
+        self.mask = mask_of(self.rows, args.context, self.device)
         loss_of = torch.compile(losses, dynamic=False, fullgraph=True) if self._compiles() else losses
         stream, saved, since = self.text.train.to(self.device), time.monotonic(), None
 
@@ -203,14 +203,22 @@ class Training:
         partial.replace(self.file)
 
 
-def losses(model: nn.Module, ids: Tensor, mask) -> Tensor:
-    """`[B, N + 1]` -> `[B, N]`: the loss of each token after the first.
-
-    The mask says that rows are whole sequences. Left to itself, transformers would look for packed ones, and break a compiled graph.
-    """
+def losses(model: nn.Module, ids: Tensor, mask: MobaMask) -> Tensor:
+    """`[B, N + 1]` -> `[B, N]`: the loss of each token after the first."""
     hidden = model.model(ids[:, :-1], attention_mask=mask, use_cache=False).last_hidden_state
     logits = model.lm_head(hidden).float().flatten(0, 1)
     return F.cross_entropy(logits, ids[:, 1:].flatten(), reduction="none").view(hidden.shape[:2])
+
+
+def mask_of(rows: int, context: int, device: torch.device) -> MobaMask:
+    """The mask of rows that are whole sequences. Left to itself, transformers would look for packed ones, and break a compiled graph.
+
+    All that layers will ask of it is worked out now: a graph would be compiled again when it is there.
+    """
+    mask, empty = moba_mask(rows, context, context, device=device), torch.empty(rows, 1, context, 0, device=device)
+    mask.visible(empty, empty)
+    mask.ordinary("sdpa", device)
+    return mask
 
 
 def rows_together(args: argparse.Namespace) -> int:

@@ -135,6 +135,25 @@ def test_a_sweep_reads_the_same_share_of_the_blocks():
 # Training
 
 
+@pytest.mark.parametrize("name", ["full", "moba-then-full", "moba-conv-3"])
+def test_a_step_compiles_to_one_graph_and_again_only_where_attention_switches(name):
+    torch.compiler.reset()
+    run, device = named(name, 16, 3), torch.device("cpu")
+    model, mask = new_model("toy", 300, 128, run, 0, device), pretrain.mask_of(2, 128, device)
+    graphs = []
+
+    def count(graph, _):
+        graphs.append(graph)
+        return graph
+
+    compiled, ids = torch.compile(pretrain.losses, backend=count, fullgraph=True), torch.randint(300, (2, 129))
+    for step in range(4):
+        moba_flex.MobaSchedule(switch_at=run.switch_at).apply(model, 7 + step, 10)
+        torch.testing.assert_close(compiled(model, ids, mask), pretrain.losses(model, ids, mask))
+    assert len(graphs) == (2 if name == "moba-then-full" else 1)
+    torch.compiler.reset()
+
+
 def test_every_run_trains_to_the_end(trained):
     found = logs(trained)
     assert len(found) == len(NAMES) + 2 + 2
