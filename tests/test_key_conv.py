@@ -14,6 +14,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, Phi3Config
 
 import moba_flex
 from moba_flex import MobaConfig, patch, set_attention, unpatch
+from moba_flex.distributed import context_parallel
 from moba_flex.models.key_conv import KeyConv
 from moba_flex.models.mask import moba_mask
 
@@ -257,3 +258,8 @@ def test_a_replaced_k_proj_is_refused():
     model.model.layers[0].self_attn.k_proj = torch.nn.Linear(32, 16, bias=False)
     with pytest.raises(ValueError, match="k_proj of LlamaAttention 0 was replaced"):
         model(tokens())
+
+
+def test_slices_of_a_sequence_are_refused():
+    with pytest.raises(ValueError, match=r"has key_conv, .* key_conv=0"):
+        context_parallel(model_with(), mesh=None)

@@ -71,7 +71,7 @@ def _spread(values: list[float]) -> str:
 
 
 def draw(settings: dict[str, dict[str, dict[int, dict]]], file: Path) -> None:
-    """For each setting: the loss in training, held-out loss by position less that of full attention, and loss by number of blocks."""
+    """For each setting: the loss in training, held-out loss by position less that of full attention, and that by number of blocks."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -83,7 +83,8 @@ def draw(settings: dict[str, dict[str, dict[int, dict]]], file: Path) -> None:
         full = runs.get("full", {})
         training.set(title=", ".join(title.split(", ")[:2]), xlabel="step", ylabel="loss in training, nats a token")
         positions.set(xlabel="position, tokens", ylabel="held-out loss minus that of full attention")
-        blocks.set(xlabel="blocks in a context", ylabel="held-out loss", xscale="log")
+        blocks.set(xlabel="blocks in a context", ylabel=positions.get_ylabel())
+        blocks.set_xscale("log", base=2)
         for name, by_seed in sorted(runs.items()):
             log = next(iter(by_seed.values()))
             training.plot(*zip(*log["train"]), label=name, linewidth=1)
@@ -92,12 +93,14 @@ def draw(settings: dict[str, dict[str, dict[int, dict]]], file: Path) -> None:
                 curves = [[x - y for x, y in zip(by_seed[seed]["by_position"], full[seed]["by_position"])] for seed in both]
                 mean = [fmean(values) for values in zip(*curves)]
                 positions.plot([(i + 0.5) * context / len(mean) for i in range(len(mean))], mean, marker=".", label=name)
-        swept = [log for name, by_seed in runs.items() if "-blocks" in name for log in by_seed.values()]
-        sweep = sorted((context // log["settings"]["block_size"], held_out(log)) for log in swept)
+        sweep = {
+            context // next(iter(by_seed.values()))["settings"]["block_size"]: fmean(less)
+            for name, by_seed in runs.items()
+            if "-blocks" in name and (less := differences(runs, name, held_out))
+        }
         if sweep:
-            blocks.plot(*zip(*sweep), marker="o", label="MoBA, a quarter of the blocks")
-        if full:
-            blocks.axhline(fmean(map(held_out, full.values())), color="black", linestyle="--", label="full")
+            blocks.plot(*zip(*sorted(sweep.items())), marker="o", label="MoBA, a quarter of the blocks read")
+            blocks.axhline(0, color="black", linestyle="--", label="full")
         for axes in (training, positions, blocks):
             if axes.get_legend_handles_labels()[0]:
                 axes.legend(fontsize=8)
