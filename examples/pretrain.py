@@ -41,20 +41,23 @@ BINS = 16  # of positions
 
 def pretrain(args: argparse.Namespace) -> bool:
     """Whether all runs are done."""
+    stop, ends = Stop(), time.monotonic() + args.budget_seconds
     device = torch.device("cuda" if torch.cuda.is_available() and not args.cpu else "cpu")
     torch.set_float32_matmul_precision("high")
     text = corpus(args.corpus, args.sources, args.most_bytes)
-    stop, ends = Stop(), time.monotonic() + args.budget_seconds
     runs = [named(name, args.block_size, args.top_k) for name in args.runs] + [of_blocks(n, args.context) for n in args.blocks]
-    for seed in args.seeds:
-        for run in runs:
-            training = Training(args, run, seed, text, device)
-            if not training.done and not training.go_on(lambda: stop.wanted or time.monotonic() > ends):
-                why = "interrupted" if stop.wanted else "the time is up"
-                print(f"{why} after step {training.step} of {training.name}: the same command goes on from there")
-                return False
-            del training
-            torch.compiler.reset()
+
+    def enough() -> bool:
+        return stop.wanted or time.monotonic() > ends
+
+    every = [Training(args, run, seed, text, device) for seed in args.seeds for run in runs]
+    pending = [training for training in every if not training.done]
+    for i, training in enumerate(pending):
+        if (i and enough()) or not training.go_on(enough):  # a step at least, however little time there is
+            why = "interrupted" if stop.wanted else "the time is up"
+            print(f"{why} after step {training.step} of {training.name}, {len(pending) - i} runs left: the same command goes on from there")
+            return False
+        training.release()
     return True
 
 
@@ -110,6 +113,11 @@ class Training:
                 return False
         self._finish()
         return True
+
+    def release(self) -> None:
+        """Let go of the memory of a run that is done, and of its compiled graphs."""
+        del self.model, self.optimizer, self.held_out
+        torch.compiler.reset()
 
     def _train(self, loss_of, stream: Tensor, step: int) -> Tensor:
         """One step; its loss, which stays on the device."""

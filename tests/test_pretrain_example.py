@@ -211,6 +211,13 @@ def test_ctrl_c_writes_a_checkpoint_at_the_end_of_the_step(text, tmp_path, monke
     assert torch.load(checkpoint, weights_only=True)["step"] == 1
 
 
+def test_no_run_begins_when_the_time_is_up(text, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(pretrain.Training, "go_on", lambda *_: True)
+    monkeypatch.setattr(pretrain.Training, "release", lambda _: None)
+    assert not pretrain.pretrain(arguments(tmp_path, text, "--runs", "full", "moba", "--budget-seconds", "0"))
+    assert "the time is up after step 0 of toy-128-moba-b16k3-seed0, 1 runs left" in capsys.readouterr().out
+
+
 def test_runs_that_are_done_are_left_out(trained, text, monkeypatch):
     monkeypatch.setattr(pretrain.Training, "go_on", lambda *_: pytest.fail("trained again"))
     assert pretrain.pretrain(arguments(trained, text, "--runs", "full", "moba"))
