@@ -24,11 +24,12 @@ import torch
 import torch.nn.functional as F
 from benchmarking.results import environment
 from pretraining.compare import compare
-from pretraining.corpus import Corpus, corpus, windows
+from pretraining.corpus import END, Corpus, corpus, windows
 from pretraining.runs import NAMES, SIZES, Run, named, new_model, of_blocks
 from torch import Tensor, nn
 from tqdm import tqdm
 from train import Stop, learning_rate
+from transformers import PreTrainedTokenizerFast
 
 import moba_flex
 from moba_flex.models.mask import MobaMask, moba_mask
@@ -199,7 +200,10 @@ class Training:
     def _finish(self) -> None:
         self.log |= {"done": True, "environment": environment(self.device), "date": str(date.today())}
         self.log["parameters"] = sum(x.numel() for x in self.model.parameters())
-        self.model.save_pretrained(self.args.checkpoints / self.name)  # float32, with MoBA's settings
+        folder = self.args.checkpoints / self.name
+        self.model.save_pretrained(folder)  # float32, with MoBA's settings
+        tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(self.args.corpus / "tokenizer.json"), eos_token=END)
+        tokenizer.save_pretrained(folder)
         self._write()
         self.checkpoint.unlink(missing_ok=True)
         print(f"{self.name}: held-out loss {self.log['held_out'][-1][1]:.4f}, trailing {self.log['trailing']:.4f}")

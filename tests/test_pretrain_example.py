@@ -14,7 +14,7 @@ from pretraining.compare import differences, group, held_out, table
 from pretraining.corpus import Corpus, corpus, windows
 from pretraining.runs import NAMES, SIZES, named, new_model, of_blocks
 from tokenizers import Tokenizer
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import moba_flex
 
@@ -175,6 +175,8 @@ def test_runs_differ_only_from_where_their_attention_does(trained):
 def test_the_trained_model_is_kept_and_has_the_loss_that_was_logged(trained, text):
     name = "toy-128-moba-conv-3-b16k3-seed0"
     model = moba_flex.AutoModelForCausalLM.from_pretrained(trained / "checkpoints" / name).eval()
+    tokenizer = AutoTokenizer.from_pretrained(trained / "checkpoints" / name)
+    assert tokenizer.decode(tokenizer("def f():").input_ids) == "def f():" and len(tokenizer) == model.config.vocab_size
     assert model.config.moba.key_conv == 3
     ids = windows(Corpus(text).held_out, torch.arange(4), 128)
     with torch.no_grad():

@@ -4,10 +4,10 @@ After FlashMoBA (arXiv 2511.11571), which adds a short depthwise causal convolut
 
     key'[t] = key[t] + silu(sum over l of weight[l] * key[t - l])
 
-Convolved keys take the place of keys: the gate's block means are theirs, and attention reads them. Where keys are convolved is a choice of
-this package: as they come from the layer's `k_proj`, before any norm, rotary embedding or cache, because a SiLU of rotated keys would depend
-on absolute positions. Weights begin as zeros, with which the layer is what it was, and have gradients all the same, for SiLU has the slope
-1/2 at 0.
+Convolved keys take the place of keys: the gate's block means are theirs, and attention reads them. Where keys are convolved is a choice
+of this package: as they come from the layer's `k_proj`, before any norm, rotary embedding or cache, because a SiLU of rotated keys would
+depend on absolute positions. Weights begin as zeros, with which the layer is what it was, and have gradients all the same, for SiLU has
+the slope 1/2 at 0.
 
 The attention layer owns the module, as `key_conv`, and hooks of the layer and of its `k_proj` call it. The convolution crosses neither
 padding nor the borders of packed sequences. A growing cache keeps the last keys as they were before the convolution, together with
