@@ -8,7 +8,7 @@ from families import FAMILIES, TOKENS, assert_close, build, gradients, logits, p
 from torch import Tensor, nn
 from transformers import DataCollatorWithFlattening, StaticCache
 
-from moba_flex.models import patch, set_attention
+from moba_flex.models import interface, patch, set_attention
 
 LENGTHS = (13, 1, 26)
 TELLS_PACKED = [family for family in FAMILIES if family != "gpt_oss"]  # transformers' GPT-OSS makes its mask without position_ids
@@ -172,3 +172,17 @@ def test_cu_seq_lens_are_refused_beside_cached_tokens():
     assert_close(packed, logits(model, tokens(1, 20), cu_seq_lens_q=bounds, use_cache=False), "an empty static cache")
     with pytest.raises(ValueError, match="without cached keys, but there are 20 queries and 40 keys"):
         model(tokens(1, 20), past_key_values=cache, cu_seq_lens_q=bounds)
+
+
+def test_packed_sequences_that_read_every_block_keep_out_of_attention_that_does_not_know_them(monkeypatch):
+    """On a GPU a prompt that reads every block gets the attention that the layer had before, which knows nothing of `cu_seq_lens_q`."""
+    calls = []
+    monkeypatch.setattr(interface.arguments, "resolve_implementation", lambda *_: "flex")
+    monkeypatch.setattr(interface, "_attend", lambda query, *rest: calls.append("MoBA") or torch.zeros_like(query))
+    monkeypatch.setattr(interface, "_ordinary", lambda _, query, *rest: (calls.append("ordinary") or query.transpose(1, 2), None))
+    model, ids = patched(block_size=64), tokens(1, 40)
+    logits(model, ids, use_cache=False, cu_seq_lens_q=torch.tensor([0, 13, 40], dtype=torch.int32))
+    n_layers = model.config.num_hidden_layers
+    assert calls == ["MoBA"] * n_layers
+    logits(model, ids, use_cache=False)
+    assert calls == ["MoBA"] * n_layers + ["ordinary"] * n_layers

@@ -95,8 +95,9 @@ def _moba(
     if (watch := getattr(module, "_watch", None)) is not None:  # see moba_flex.tracing
         watch(module, query, key, visible, settings)
     probabilities = None
-    if call["implementation"] == "flex" and visible.causal and visible.n_key <= settings.block_size * settings.top_k:
-        # Every query reads all that it may see: what the layer had before computes just that, and a short prompt in less time.
+    reads_all = visible.causal and visible.cu_seqlens is None and visible.n_key <= settings.block_size * settings.top_k
+    if reads_all and call["implementation"] == "flex":
+        # What the layer had before computes just that, and a short prompt in less time. It need not know of packed sequences.
         out = _ordinary(module, *inputs, mask, kwargs)[0].transpose(1, 2)
     else:
         with torch.autocast(query.device.type, enabled=False):  # the gate compares in float32 whatever the model computes in
