@@ -304,6 +304,12 @@ def bad_input_is_refused() -> None:
     with says(ValueError, "Qwen2ForCausalLM has layers that are not full causal self-attention: 1"):
         context_parallel(local, of_cp)
 
+    shared = tiny_model(num_key_value_heads=2)
+    by_heads = context_parallel(shared, of_cp, exchange="heads")
+    moba_flex.patch(shared, **blocks, share_selection=True)  # settings may change under way
+    with says(ValueError, "share_selection=True", "2 key heads out to 4 processes"):
+        shared(**by_heads.shard({"input_ids": tokens(2, 16)}))
+
     model = tiny_model()
     context = context_parallel(model, of_cp)
     with says(ValueError, "is context-parallel", "remove() first"):

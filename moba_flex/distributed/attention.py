@@ -75,11 +75,10 @@ def moba_attention_cp(
     arguments.check_scores(query, query.shape[1], scale, softcap, sinks)
     blocks = {"block_size": block_size, "top_k": top_k, "sink_blocks": sink_blocks, "recent_blocks": recent_blocks}
     blocks["share_selection"] = share_selection
-    check_exchange(exchange, query.shape[1], key.shape[1], group_of(mesh).size(), share_selection)
     scores = {"scale": scale, "softcap": softcap}
     implementation = arguments.resolve_implementation(implementation, query)
     attention = moba(sinks=sinks, **blocks, **scores, return_lse=return_lse, implementation=implementation)
-    out, lse = across(query, key, value, group_of(mesh), exchange, attention)
+    out, lse = across(query, key, value, group_of(mesh), exchange, attention, share_selection)
     return (out, lse) if return_lse else out
 
 
@@ -108,13 +107,19 @@ def full(scale: float | None) -> Attention:
 
 
 def across(
-    query: Tensor, key: Tensor, value: Tensor, group: dist.ProcessGroup, exchange: str, attention: Attention
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    group: dist.ProcessGroup,
+    exchange: str,
+    attention: Attention,
+    share_selection: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """`attention` of the whole sequence's slices: `[B, H, L, Dv]` and `[B, H, L]`, or None where it gives no log-sum-exp.
 
     Raises ValueError for an exchange that does not exist, slices of other lengths than the queries, and heads that do not fit.
     """
-    check_exchange(exchange, query.shape[1], key.shape[1], group.size())
+    check_exchange(exchange, query.shape[1], key.shape[1], group.size(), share_selection)
     if query.shape[2] != key.shape[2]:
         raise ValueError(
             f"query has {query.shape[2]} tokens and key {key.shape[2]}, but each process holds one slice of both: "

@@ -149,7 +149,7 @@ class ContextParallel:
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, **settings) -> Tensor:
         """MoBA of one layer's slices, with the arguments of `moba_flex.functional.attend`."""
-        return across(query, key, value, self.group, self.exchange, moba(**settings))[0]
+        return across(query, key, value, self.group, self.exchange, moba(**settings), settings["share_selection"])[0]
 
     def attend_full(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
         """The same for a layer with full attention."""
