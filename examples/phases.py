@@ -6,28 +6,21 @@ The settings are those of one row of the benchmark with fewer heads; medians of 
 from __future__ import annotations
 
 import argparse
+import statistics
 
 import torch
 import torch.nn.functional as F
+from benchmarking.measure import milliseconds
 
 from moba_flex import flex, kernels, moba_attention
 from moba_flex.blocks import dense_layout, slots_per_block
 from moba_flex.spec import Spec
 
 
-def milliseconds(call, repeats: int = 7, together: int = 4) -> float:
-    """The median time of `call` on the GPU, after a warm-up; `together` calls a sample, so that launches overlap with work."""
+def median(call, repeats: int = 7, together: int = 4) -> float:
+    """The median milliseconds of `call` on the GPU, after a warm-up; `together` calls a sample, so that launches overlap with work."""
     call()
-    times = []
-    for _ in range(repeats):
-        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        for _ in range(together):
-            call()
-        stop.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(stop) / together)
-    return sorted(times)[repeats // 2]
+    return statistics.median(milliseconds(call, torch.device("cuda"), together) for _ in range(repeats))
 
 
 def tensors(batch: int, heads: int, groups: int, tokens: int, width: int, **options):
@@ -66,7 +59,7 @@ def phases(heads: int, groups: int, tokens: int, width: int, block_size: int, to
         "local backward": lambda: flex.local_backward(q, k, v, grad, lse, delta, layout, spec),
         "sum gradients": lambda: kernels.sum_rows(grad, row_dq, routes, merged),
     }
-    return {name: milliseconds(step) for name, step in steps.items()}
+    return {name: median(step) for name, step in steps.items()}
 
 
 def totals(batch: int, heads: int, groups: int, tokens: int, width: int, block_size: int, top_k: int) -> dict[str, float]:
@@ -83,7 +76,7 @@ def totals(batch: int, heads: int, groups: int, tokens: int, width: int, block_s
 
     result = {}
     for name, call in (("forward", forward), ("forward + backward", both)):
-        result[name] = milliseconds(call, 5)
+        result[name] = median(call, 5)
         torch.cuda.reset_peak_memory_stats()
         call()
         result[f"{name} GB"] = torch.cuda.max_memory_allocated() / 1e9
@@ -94,7 +87,7 @@ def dense(batch: int, heads: int, tokens: int, width: int) -> float:
     """Milliseconds of the fastest dense attention, forward."""
     q, k, v = tensors(batch, heads, heads, tokens, width)
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.CUDNN_ATTENTION):
-        return milliseconds(lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True), 5)
+        return median(lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True), 5)
 
 
 def main() -> None:

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from . import eager, flex
 from .blocks import BlockLayout, dense_layout, one_block, packed_layout, padded_layout, slots_per_block
+from .rows import write
 from .spec import Spec
 
 _BACKENDS: dict[str, ModuleType] = {"eager": eager, "flex": flex}
@@ -39,18 +40,15 @@ def forward(
 
     out, lse = q.new_empty(*q.shape[:3], v.shape[-1]), q.new_empty(q.shape[:3], dtype=_wide(q.dtype))
     for rows, groups, heads in chunks(q, k, v, layout, spec, budget):
-        of_rows, operands, into = (
-            layout.rows(rows),
-            (q[rows, heads], k[rows, groups], v[rows, groups]),
-            (out[rows, heads], lse[rows, heads]),
-        )
+        of_rows, into = layout.rows(rows), (out[rows, heads], lse[rows, heads])
+        operands = q[rows, heads], k[rows, groups], v[rows, groups]
         local = backend.local if spec.causal else nothing_local
         partial = local(*operands, of_rows, spec)
         if pairs := most_pairs(operands[0], layout, spec):
             routes = backend.route(chosen[rows, heads], operands[1].shape[1], layout.n_key_blocks, pairs)
             backend.merge_routed(*partial, *operands, routes, of_rows, spec, into)
         else:
-            _copy(partial, into)
+            write(partial, into)
     return layout.query_tokens(out), layout.query_tokens(lse, fill=-torch.inf), chosen
 
 
@@ -85,7 +83,7 @@ def backward(
             routes = backend.route(chosen[rows, heads], operands[1].shape[1], layout.n_key_blocks, pairs)
             backend.merge_routed_backward(partial, *operands, routes, of_rows, spec, into)
         else:
-            _copy(partial, into)
+            write(partial, into)
     return layout.query_tokens(grad_q), layout.key_tokens(grad_k), layout.key_tokens(grad_v)
 
 
@@ -107,11 +105,6 @@ def nothing_local(query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout
 def nothing_local_backward(query: Tensor, key: Tensor, value: Tensor, *_) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of `nothing_local`."""
     return tuple(torch.zeros_like(x, dtype=_wide(x.dtype)) for x in (query, key, value))
-
-
-def _copy(tensors: tuple[Tensor, ...], into: tuple[Tensor, ...]) -> None:
-    for x, to in zip(tensors, into):
-        to.copy_(x)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -19,7 +19,7 @@ from torch import Tensor
 from .blocks import BlockLayout
 from .gate import choose
 from .routing import order_pairs
-from .rows import delta
+from .rows import delta, write
 from .spec import Spec
 
 __all__ = ["choose", "delta", "local", "local_backward", "merge_routed", "merge_routed_backward", "route"]
@@ -211,9 +211,8 @@ def _sum_routed(
     relative = None if small else lse.flatten()
     total = (lse.exp() if small else torch.ones_like(lse)).flatten()
     sums = (out.mul_(total.view(lse.shape)[..., None]) if small else out.clone()).flatten(0, 2)
-    kept = [
-        total.new_empty(routes.most_rows, n) for n in (q.shape[1], layout.width, v.shape[1])
-    ]  # the same memory, so it stays in the cache
+    # The same memory for every block, so that it stays in the cache.
+    kept = [total.new_empty(routes.most_rows, n) for n in (q.shape[1], layout.width, v.shape[1])]
     for queries, keys in _routed_parts(routes, layout, key.shape[1]):
         row_query, score, part = (x[: len(queries)] for x in kept)
         torch.index_select(q, 0, queries, out=row_query)
@@ -225,7 +224,7 @@ def _sum_routed(
     if not small and not all(math.isfinite(bound) for x in (total, sums) for bound in torch.aminmax(x)):
         return False
     sums, total = sums.view(out.shape), total.view(lse.shape)
-    into[0].copy_(sums.div_(total[..., None])) if into[0].dtype != sums.dtype else torch.div(sums, total[..., None], out=into[0])
+    torch.div(sums, total[..., None], out=into[0])
     into[1].copy_(total.log_() if small else total.log_().add_(lse))
     return True
 
@@ -257,8 +256,7 @@ def _merge_one_by_one(
         share = torch.sigmoid(part_lse - before)[:, None]  # of the block in the sum of both
         sums.index_copy_(0, queries, torch.lerp(sums.index_select(0, queries), part, share))
         total.index_copy_(0, queries, torch.logaddexp(before, part_lse))
-    for x, to in zip((out, lse), into):
-        to.copy_(x)
+    write((out, lse), into)
 
 
 def merge_routed_backward(
@@ -283,5 +281,4 @@ def merge_routed_backward(
         dq.index_add_(0, queries, part)
         dk[keys] += part_k
         dv[keys] += part_v
-    for x, to in zip(local, into):
-        to.copy_(x)
+    write(local, into)

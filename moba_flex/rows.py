@@ -13,7 +13,7 @@ from torch import Tensor
 from .gate import choose
 from .routing import Routes, route
 
-__all__ = ["choose", "delta", "dispatch", "dispatch_backward", "merge", "route", "sum_rows"]
+__all__ = ["choose", "delta", "dispatch", "dispatch_backward", "merge", "route", "sum_rows", "write"]
 
 _QUERIES_AT_ONCE = 1 << 14
 
@@ -64,6 +64,12 @@ def delta(out: Tensor, grad: Tensor, grad_lse: Tensor | None) -> Tensor:
     """`out . grad - grad_lse` `[B, H, N]`, in float32 at least: what every score's gradient has subtracted."""
     total = (out.to(torch.promote_types(out.dtype, torch.float32)) * grad).sum(-1)
     return total if grad_lse is None else total - grad_lse
+
+
+def write(tensors: tuple[Tensor, ...], into: tuple[Tensor, ...]) -> None:
+    """Copy each of `tensors` into its place, in the place's dtype."""
+    for x, to in zip(tensors, into):
+        to.copy_(x)
 
 
 def _take_rows(rows: Tensor, pair: Tensor) -> Tensor:
