@@ -5,7 +5,7 @@
     python examples/pretrain.py --compare results/*.json --plot results/losses.png
 
 Needs no data set: it reads the source files of Python and of the installed packages (`pretraining/corpus.py`). Runs follow one another,
-and all of a seed begin with the same weights and read the same tokens in the same order. Ctrl-C, or the end of `--budget-seconds`, writes
+and all of a seed begin with the same weights and read the same tokens in the same order; steps that two runs share are trained once. Ctrl-C, or the end of `--budget-seconds`, writes
 a checkpoint at the end of a step; the same command goes on from it to the same losses, and leaves out the runs that are done.
 """
 
@@ -53,6 +53,8 @@ def pretrain(args: argparse.Namespace) -> bool:
 
     every = [Training(args, run, seed, text, device) for seed in args.seeds for run in runs]
     pending = [training for training in every if not training.done]
+    for training in pending:
+        training.successors = [other for other in pending if other.begins_as(training)]
     for i, training in enumerate(pending):
         if (i and enough()) or not training.go_on(enough):  # a step at least, however little time there is
             why = "interrupted" if stop.wanted else "the time is up"
@@ -75,6 +77,7 @@ class Training:
         self.settings |= json.loads(json.dumps(run.settings))
         self.log = {"settings": self.settings, "train": [], "held_out": [], "tokens_per_second": [], "done": False}
         self.step, self.recent = 0, []  # steps that are done, and the losses of those that are not logged yet
+        self.successors: list[Training] = []  # runs whose first steps are this one's
         if self.file.exists():
             self.log = json.loads(self.file.read_text())
             self._check(self.log["settings"], self.file)
@@ -82,6 +85,16 @@ class Training:
     @property
     def done(self) -> bool:
         return self.log["done"]
+
+    def begins_as(self, other: Training) -> bool:
+        """Whether this run is MoBA for its first steps and full attention then, and the other is the same MoBA to the end."""
+        blocks, seed = self.run.settings == other.run.settings, self.settings["seed"] == other.settings["seed"]
+        return blocks and seed and 0 < self.run.switch_at < other.run.switch_at == 1
+
+    @property
+    def first_of_its_own(self) -> int:
+        """The first step whose attention is not MoBA."""
+        return round(self.run.switch_at * self.args.steps)
 
     def go_on(self, enough) -> bool:
         """Train until the end, or until `enough()` after a step; whether it is the end."""
@@ -107,6 +120,10 @@ class Training:
             if self.step % max(1, args.steps // EVALUATIONS) == 0 or last:
                 self.evaluate()
                 since = None
+            for other in self.successors:
+                if self.step == other.first_of_its_own and not other.checkpoint.exists():
+                    self._save(other)  # which need not train these steps once more
+                    since = None
             if stopped or time.monotonic() - saved > 60 * args.checkpoint_minutes:
                 self._save()
                 saved, since = time.monotonic(), None
@@ -187,14 +204,15 @@ class Training:
         self.optimizer.load_state_dict(saved["optimizer"])
         self.log, self.step, self.recent = saved["log"], saved["step"], list(saved["recent"])
 
-    def _save(self) -> None:
-        """Complete or not there."""
-        self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
-        state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "log": self.log}
+    def _save(self, other: Training | None = None) -> None:
+        """A checkpoint, of this run or for another one to go on from. Complete or not there."""
+        of = other or self
+        of.checkpoint.parent.mkdir(parents=True, exist_ok=True)
+        state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "log": self.log | {"settings": of.settings}}
         state |= {"step": self.step, "recent": self.recent}
-        partial = self.checkpoint.with_suffix(".partial")
+        partial = of.checkpoint.with_suffix(".partial")
         torch.save(state, partial)
-        partial.replace(self.checkpoint)
+        partial.replace(of.checkpoint)
         self._write()
 
     def _finish(self) -> None:

@@ -27,11 +27,14 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 import moba_flex
 from moba_flex.distributed import ContextParallel, context_parallel
+
+LOSSES_AT_ONCE = 8192  # tokens, whose losses are worked out in float32 at a time
 
 
 def train(args: argparse.Namespace) -> None:
@@ -42,6 +45,7 @@ def train(args: argparse.Namespace) -> None:
         accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32)
     share = Share(accelerator, args)
     model, tokenizer = load(args)
+    model.loss_function = mean_loss
     text = Text(args, tokenizer, model.config.vocab_size)
     if args.activation_checkpointing and not (accelerator.is_fsdp2 and accelerator.state.fsdp_plugin.activation_checkpointing):
         enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)  # renamed in transformers 5.20
@@ -94,6 +98,28 @@ def forward(model: nn.Module, ids: Tensor, context: ContextParallel | None) -> T
     """The loss of `ids [B, N]`, whose mean over all processes is the mean over all their labels."""
     batch = {"input_ids": ids, "labels": ids}
     return model(**(context.shard(batch) if context else {**batch, "use_cache": False})).loss
+
+
+def mean_loss(
+    logits: Tensor,
+    labels: Tensor | None,
+    vocab_size: int,
+    num_items_in_batch: Tensor | int | None = None,
+    shift_labels: Tensor | None = None,
+    **_,
+) -> Tensor:
+    """transformers' own, worked out some tokens at a time: in float32 all logits of a long sequence would take tens of gigabytes."""
+    if shift_labels is None:
+        shift_labels = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+    logits, shift_labels = logits.view(-1, vocab_size), shift_labels.reshape(-1)
+    total = logits.new_zeros((), dtype=torch.float32)
+    for part, target in zip(logits.split(LOSSES_AT_ONCE), shift_labels.split(LOSSES_AT_ONCE)):
+        total = total + checkpoint(_sum_of_losses, part, target, use_reentrant=False)
+    return total / ((shift_labels != -100).sum() if num_items_in_batch is None else num_items_in_batch)
+
+
+def _sum_of_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
 
 
 def learning_rate(step: int, args: argparse.Namespace) -> float:

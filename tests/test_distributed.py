@@ -21,7 +21,7 @@ DEVICE = os.environ.get("MOBA_FLEX_DISTRIBUTED_TESTS", "cpu")  # "cuda": through
 
 @pytest.fixture(scope="module")
 def four() -> Iterator[Processes]:
-    """Four processes, shared by all checks. Meshes make groups of two of them."""
+    """Four processes, shared by all checks."""
     with processes(4) as group:
         yield group
 
@@ -30,6 +30,21 @@ def four() -> Iterator[Processes]:
 def two() -> Iterator[Processes]:
     with processes(2) as group:
         yield group
+
+
+@pytest.fixture
+def some(request: pytest.FixtureRequest) -> Processes:
+    """Four processes, of which meshes make groups of two; on a host with two or three GPUs, two."""
+    return request.getfixturevalue("four" if DEVICE == "cpu" or torch.cuda.device_count() >= 4 else "two")
+
+
+@pytest.fixture
+def enough(request: pytest.FixtureRequest, some: Processes) -> Processes:
+    """`some`, where they are as many as the test's `size` asks for."""
+    size = request.getfixturevalue("size")
+    if some.size < size:
+        pytest.skip(f"needs {size} GPUs")
+    return some
 
 
 def processes(size: int) -> Processes:
@@ -55,16 +70,25 @@ WHOLE = Case(batch=2, heads=4, groups=2, n_query=64, n_key=64, width=6, value_wi
 )
 @pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize("exchange", ["keys", "heads"])
-def test_context_parallel_attention_is_that_of_one_process(four: Processes, case: Case, size: int, exchange: str) -> None:
-    four.run(checks.operator_is_equal, case, size, exchange, "eager", 1)
+def test_context_parallel_attention_is_that_of_one_process(enough: Processes, case: Case, size: int, exchange: str) -> None:
+    enough.run(checks.operator_is_equal, case, size, exchange, "eager", 1)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("exchange", ["keys", "heads"])
+def test_context_parallel_attention_through_flexattention_is_that_of_one_process(enough: Processes, size: int, exchange: str) -> None:
+    if DEVICE != "cuda":
+        pytest.skip("needs several GPUs, and MOBA_FLEX_DISTRIBUTED_TESTS=cuda to use them")
+    enough.run(checks.flex_is_equal, size, exchange)
 
 
 @pytest.mark.parametrize("exchange", ["keys", "heads"])
 @pytest.mark.parametrize(("size", "n_tokens", "checkpointing"), [(2, 45, False), (4, 45, True), (4, 64, False)])
 def test_a_model_in_slices_has_the_logits_loss_and_gradients_of_one_process(
-    four: Processes, size: int, n_tokens: int, checkpointing: bool, exchange: str
+    enough: Processes, size: int, n_tokens: int, checkpointing: bool, exchange: str
 ) -> None:
-    four.run(checks.model_in_slices_is_equal, size, exchange, n_tokens, checkpointing)
+    enough.run(checks.model_in_slices_is_equal, size, exchange, n_tokens, checkpointing)
 
 
 @pytest.mark.parametrize("group", ["two", "four"])
@@ -95,15 +119,15 @@ def test_accelerate_shards_parameters_and_sequences_and_has_the_gradients_of_one
 
 @pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize(("heads", "groups"), [(8, 2), (4, 4), (8, 1)])
-def test_bytes_sent_are_those_of_the_formulas(four: Processes, size: int, heads: int, groups: int) -> None:
+def test_bytes_sent_are_those_of_the_formulas(enough: Processes, size: int, heads: int, groups: int) -> None:
     """docs/scaling.md gives them for a token; here for one process, L tokens, D = Dv."""
     length, width, e = 12, 8, 4
     keys = (size - 1) * length * groups * 2 * width * e
-    for forward, backward in four.run(checks.bytes_sent, "keys", size, length, heads, groups, width):
+    for forward, backward in enough.run(checks.bytes_sent, "keys", size, length, heads, groups, width):
         assert forward == {"gather": keys, "reduce-scatter": 0, "all-to-all": 0}
         assert backward == {"gather": 0, "reduce-scatter": keys, "all-to-all": 0}
     exchanged = (size - 1) * length // size * (heads + max(groups, size)) * 2 * width * e
-    for forward, backward in four.run(checks.bytes_sent, "heads", size, length, heads, groups, width):
+    for forward, backward in enough.run(checks.bytes_sent, "heads", size, length, heads, groups, width):
         assert forward == backward == {"gather": 0, "reduce-scatter": 0, "all-to-all": exchanged}
 
 
@@ -151,8 +175,8 @@ def test_a_process_that_hangs_is_shown_and_the_next_check_runs() -> None:
         assert group.run(dist.get_rank) == [0, 1]
 
 
-def test_keys_travel_while_attention_works_on_other_heads(four: Processes) -> None:
-    for forward, backward in four.run(checks.order_of_events):
+def test_keys_travel_while_attention_works_on_other_heads(some: Processes) -> None:
+    for forward, backward in some.run(checks.order_of_events):
         assert forward == [
             "start gather 0",
             *("start gather 1", "wait for gather 0", "attention 0"),
@@ -163,5 +187,5 @@ def test_keys_travel_while_attention_works_on_other_heads(four: Processes) -> No
         assert backward[-3:] == ["wait for sum 0", "wait for sum 1", "wait for sum 2"]
 
 
-def test_two_messages_are_held_at_a_time(four: Processes) -> None:
-    assert four.run(checks.most_messages_held) == [2] * 4
+def test_two_messages_are_held_at_a_time(some: Processes) -> None:
+    assert some.run(checks.most_messages_held) == [2] * some.size

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -170,6 +171,17 @@ def test_runs_differ_only_from_where_their_attention_does(trained):
     assert losses["moba-then-full"][:2] == losses["moba"][:2]  # the first 20 of 24 steps; it switches before the 23rd
     assert losses["moba-then-full"][2] != losses["moba"][2]
     assert len({str(x[:2]) for name, x in losses.items() if name != "moba-then-full"}) == len(NAMES) - 1
+
+
+def test_steps_that_two_runs_share_are_trained_once_and_are_those_of_the_run_alone(trained, text, tmp_path, capsys):
+    assert pretrain.pretrain(arguments(tmp_path, text, "--runs", "moba-then-full"))
+    name = "toy-128-moba-then-full-b16k3-seed0"
+    alone, shared = logs(tmp_path)[name], logs(trained)[name]
+    assert alone["train"] == shared["train"] and alone["held_out"] == shared["held_out"]
+    capsys.readouterr()
+    assert pretrain.pretrain(arguments(tmp_path / "both", text, "--runs", "moba", "moba-then-full"))
+    steps = [int(found) for found in re.findall(r"moba-then-full-b16k3-seed0:[^|]*\|[^|]*\| (\d+)/24", capsys.readouterr().err)]
+    assert min(steps) == round(0.9 * 24)
 
 
 def test_the_trained_model_is_kept_and_has_the_loss_that_was_logged(trained, text):

@@ -16,6 +16,7 @@ import torch
 import train
 from accelerate.state import AcceleratorState, GradientState
 from transformers import AutoModelForCausalLM
+from transformers.loss.loss_utils import ForCausalLMLoss
 
 ROOT = Path(__file__).parent.parent
 TINY = [
@@ -104,6 +105,19 @@ def test_a_run_learns_logs_and_leaves_a_model_that_loads(short: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(short / "model", attn_implementation="moba")
     assert model(torch.arange(64)[None]).logits.isfinite().all()
     assert dict(model.config.moba)["block_size"] == 24
+
+
+@pytest.mark.parametrize("given", ["labels", "shift_labels", "num_items_in_batch"])
+def test_the_loss_in_parts_is_that_of_transformers(monkeypatch: pytest.MonkeyPatch, given: str) -> None:
+    monkeypatch.setattr(train, "LOSSES_AT_ONCE", 7)
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 20, 11, generator=generator, requires_grad=True)
+    labels = torch.randint(11, (2, 20), generator=generator)
+    labels[0, :3] = -100
+    more = {"shift_labels": {"shift_labels": labels.roll(1, 1)}, "num_items_in_batch": {"num_items_in_batch": torch.tensor(13)}}.get(given, {})
+    actual, expected = (loss(logits, labels, vocab_size=11, **more) for loss in (train.mean_loss, ForCausalLMLoss))
+    torch.testing.assert_close(actual, expected)
+    torch.testing.assert_close(torch.autograd.grad(actual, logits), torch.autograd.grad(expected, logits))
 
 
 def test_two_processes_have_the_losses_of_one(short: Path, tmp_path: Path) -> None:
