@@ -21,6 +21,7 @@ if __name__ == "__main__":
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import argparse
+import json
 import sysconfig
 import time
 from collections.abc import Callable, Iterator
@@ -101,13 +102,38 @@ def load(name: str | None, device: str, dtype: str) -> tuple[PreTrainedModel, Pr
 
 
 def with_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
-    """The model with the adapter that examples/adapt.py wrote to `folder`: its linear layers are replaced in place. Raises DemoError."""
+    """The model with the adapter that examples/adapt.py wrote to `folder`, and the context that it was trained for.
+
+    Its linear layers are replaced in place. Raises DemoError.
+    """
     if not (folder / "adapter_model.safetensors").is_file():
         raise DemoError(f"there is no adapter in {folder}: train one with examples/adapt.py, and name its folder after --adapted")
     with one_line('cannot use the adapter without PEFT: pip install "peft>=0.18"'):
         from peft import PeftModel
     with one_line(f"the adapter in {folder} does not fit the model"):
-        return PeftModel.from_pretrained(model, str(folder)).get_base_model().eval()
+        model = PeftModel.from_pretrained(model, str(folder)).get_base_model().eval()
+        if (folder / "context.json").is_file():
+            extend_context(model, **json.loads((folder / "context.json").read_text()))
+    return model
+
+
+def context_of(model: PreTrainedModel) -> int:
+    """How many tokens the model was made for."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+
+
+def extend_context(model: PreTrainedModel, rope_theta: float, max_position_embeddings: int) -> None:
+    """Turn positions more slowly, so that those beyond the old context are not strange to the model once it is trained for them.
+
+    Raises ValueError, and leaves the model as it was, if its layers do not share one rotary embedding.
+    """
+    config, body = model.config.get_text_config(), model.base_model
+    rope = getattr(config, "rope_parameters", None) or {}
+    if "rope_theta" not in rope or not hasattr(body, "rotary_emb"):
+        raise ValueError(f"the layers of {type(model).__name__} do not share one rotary embedding, whose base could be changed")
+    config.rope_parameters = {**rope, "rope_theta": rope_theta}
+    config.max_position_embeddings = max_position_embeddings
+    body.rotary_emb = type(body.rotary_emb)(config).to(model.device)
 
 
 def tokenize(text: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> Tensor:
@@ -116,7 +142,7 @@ def tokenize(text: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
         message = {"role": "user", "content": text}
         text = tokenizer.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
     prompt = tokenizer(text, add_special_tokens=not tokenizer.chat_template, return_tensors="pt")["input_ids"]
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+    context = context_of(model)
     if prompt.shape[1] + max_new_tokens > context:
         raise DemoError(
             f"the prompt is too long: its {prompt.shape[1]:,} tokens and {max_new_tokens:,} new ones do not fit into the model's "

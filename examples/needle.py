@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 import transformers
 from demo_weights import DemoError
-from llama import Parser, exit_code, load, one_line, with_adapter
+from llama import Parser, context_of, exit_code, load, one_line, with_adapter
 from package_text import KINDS, collect, default_roots
 from torch import Tensor
 from tqdm import tqdm
@@ -163,8 +163,11 @@ def load_side(side: str, args: argparse.Namespace) -> tuple[PreTrainedModel, Pre
 
 
 def default_lengths(model: PreTrainedModel) -> list[int]:
-    """Powers of two from 1,024 tokens, or from an eighth of the model's context where that is short, to the context."""
-    context = model.config.max_position_embeddings
+    """Powers of two from 1,024 tokens, or from an eighth of the model's context where that is short, to the context.
+
+    That of an adapter which examples/adapt.py trained at a longer one is the longer one.
+    """
+    context = context_of(model)
     return [context >> i for i in reversed(range(8)) if context >> i >= min(1024, context // 8)]
 
 

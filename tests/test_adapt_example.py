@@ -1,4 +1,4 @@
-"""examples/adapt.py and its text: all runs read the same, nothing held out is trained on, and a stop changes no number."""
+"""examples/adapt.py and its text: all runs read the same, nothing held out is trained on, and no stop and no sharing changes a number."""
 
 from __future__ import annotations
 
@@ -6,16 +6,20 @@ import json
 import re
 import shutil
 import signal
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import adapt
 import llama
+import needle
 import package_text
 import pytest
 import torch
 from peft import PeftModel
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3ForCausalLM, Gemma3TextConfig, GPT2Config, GPT2LMHeadModel
 
 import moba_flex
 
@@ -40,6 +44,15 @@ def flags(byte_llama: Path, text_folder: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
+def longer(flags: list[str], tmp_path_factory) -> Path:
+    """The folder of a run beyond the model's context of 1,024 tokens."""
+    output = tmp_path_factory.mktemp("adapt") / "longer"
+    command = [*flags, "--runs", "moba", "--sequence-length", "1200", "--rope-theta", "50000", "--output", str(output)]
+    assert adapt.main(command) == 0
+    return output
+
+
+@pytest.fixture(scope="module")
 def whole(flags: list[str], tmp_path_factory) -> Path:
     """The folder of a run from beginning to end."""
     output = tmp_path_factory.mktemp("adapt") / "whole"
@@ -47,10 +60,14 @@ def whole(flags: list[str], tmp_path_factory) -> Path:
     return output
 
 
-def log(output: Path) -> list[tuple]:
-    """Without the times."""
-    entries = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
-    return [(entry["run"], entry["step"], entry["loss"], entry["learning_rate"]) for entry in entries]
+def log(output: Path, name: str) -> list[tuple]:
+    """That of a run, without the times."""
+    entries = [json.loads(line) for line in (output / name / "log.jsonl").read_text().splitlines()]
+    return [(entry["step"], entry["loss"], entry["learning_rate"]) for entry in entries]
+
+
+def logs(output: Path) -> list[list[tuple]]:
+    return [log(output, name) for name in adapt.RUNS]
 
 
 def results(output: Path) -> dict:
@@ -58,9 +75,10 @@ def results(output: Path) -> dict:
 
 
 def test_all_runs_are_logged_learn_and_are_measured_beside_the_model_before(whole: Path) -> None:
-    assert [entry[:2] for entry in log(whole)] == [(name, step + 1) for name in adapt.RUNS for step in range(STEPS)]
+    for name in adapt.RUNS:
+        assert [step for step, *_ in log(whole, name)] == list(range(1, STEPS + 1)), name
     loss = results(whole)["loss"]
-    assert list(loss) == ["full, untrained", "moba, untrained", "full", "moba", "hybrid"]
+    assert sorted(loss) == ["full", "full, untrained", "hybrid", "hybrid, untrained", "moba", "moba, untrained"]
     for row, measured in loss.items():
         for kind in ("prose", "code"):
             assert len(measured[kind]) == 3, f"{row}, {kind}"
@@ -93,12 +111,11 @@ def test_all_runs_start_from_the_same_model_on_the_same_sequences(whole: Path, f
     """MoBA's first loss is that of the untrained model with MoBA on the first batch; the order follows from the seed."""
     args = adapt.parse([*flags, "--output", "-"])
     model, tokenizer = llama.load(args.model, "cpu", "float32")
-    first = {name: loss for name, step, loss, _ in log(whole) if step == 1}
     text, again = adapt.Text(args, tokenizer), adapt.Text(args, tokenizer)
     assert all(text.batch(step).equal(again.batch(step)) for step in range(STEPS))
     for name in adapt.RUNS:
         losses = adapt.losses(adapt.attend(model, name, args), text.batch(0), name)
-        assert abs(sum(losses) / len(losses) - first[name]) < 1e-5, name
+        assert abs(sum(losses) / len(losses) - log(whole, name)[0][1]) < 1e-5, name
 
 
 def test_an_ended_run_goes_on_as_if_nothing_had_happened(whole: Path, flags: list[str], tmp_path: Path, monkeypatch, capsys) -> None:
@@ -106,7 +123,7 @@ def test_an_ended_run_goes_on_as_if_nothing_had_happened(whole: Path, flags: lis
     command = [*flags, "--output", str(tmp_path / "run"), "--checkpoint-seconds", "0"]
     assert adapt.main([*command, "--minutes", "1e-9"]) == 0
     assert "stopped in run full, whose checkpoint is written" in capsys.readouterr().out
-    assert len(log(tmp_path / "run")) == 1
+    assert len(log(tmp_path / "run", "full")) == 1
     save = adapt.Output.save
 
     def killed(self, name, step, *rest):
@@ -117,10 +134,10 @@ def test_an_ended_run_goes_on_as_if_nothing_had_happened(whole: Path, flags: lis
     monkeypatch.setattr(adapt.Output, "save", killed)
     with pytest.raises(KeyboardInterrupt):
         adapt.main([*command, "--resume"])
-    assert log(tmp_path / "run")[-1][:2] == ("moba", 3)
+    assert log(tmp_path / "run", "moba")[-1][0] == 3
     monkeypatch.undo()
     assert adapt.main([*command, "--resume"]) == 0
-    assert log(tmp_path / "run") == log(whole)
+    assert logs(tmp_path / "run") == logs(whole)
     assert results(tmp_path / "run")["loss"] == results(whole)["loss"]
 
 
@@ -132,7 +149,10 @@ def test_what_decides_the_losses_must_not_change(whole: Path, flags: list[str], 
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        (["--sequence-length", "1000000"], "its held-out prose has .* tokens, but one sequence has 1,000,000"),
+        (["--sequence-length", "1000000"], "is 1,000,000, but the model's context is 1,024 tokens: give --rope-theta"),
+        (["--rope-theta", "0.5"], "--rope-theta: must be above 1, but is 0.5"),
+        (["--runs", "dense"], "--runs: invalid choice: 'dense'"),
+        (["--sequence-length", "1000000", "--rope-theta", "1e6"], "its held-out prose has .* tokens, but one sequence has 1,000,000"),
         (["--text", "nowhere"], "text is read from folders, but nowhere is none"),
         (["--top-k", "1"], "sink_blocks"),
         (["--model", "missing.gguf"], "missing.gguf"),
@@ -146,7 +166,98 @@ def test_what_cannot_work_is_refused_in_one_sentence(flags: list[str], tmp_path:
 
 def test_a_finished_run_is_not_overwritten(whole: Path, flags: list[str], capsys) -> None:
     assert adapt.main([*flags, "--output", str(whole)]) == 2
-    assert "has runs already: go on with --resume" in capsys.readouterr().err
+    assert "has full, moba, hybrid already: go on with --resume" in capsys.readouterr().err
+
+
+def test_runs_trained_apart_are_those_trained_together(whole: Path, flags: list[str], tmp_path: Path, capsys) -> None:
+    """One after another; runs with other settings are refused and leave nothing behind."""
+    command = [*flags, "--output", str(tmp_path / "run")]
+    assert adapt.main([*command, "--runs", "hybrid", "full"]) == 0
+    assert "done with full, hybrid; results are printed once moba can be compared with them\n" in capsys.readouterr().out
+    assert adapt.main([*command, "--runs", "moba", "--seed", "1"]) == 2
+    assert "these must not change: seed was 0 and is 1\n" in capsys.readouterr().err and not (tmp_path / "run/moba").exists()
+    assert adapt.main([*command, "--runs", "moba"]) == 0
+    table = capsys.readouterr().out.partition("nats a token")[2].splitlines()[1:]
+    assert [re.split("  +", line)[0] for line in table] == list(adapt.ROWS)
+    assert logs(tmp_path / "run") == logs(whole)
+    assert results(tmp_path / "run")["loss"] == results(whole)["loss"]
+
+
+def test_two_processes_that_start_together_share_the_runs(whole: Path, flags: list[str], tmp_path: Path) -> None:
+    command = [sys.executable, adapt.__file__, *flags, "--output", str(tmp_path / "run"), "--runs"]
+    processes = [subprocess.Popen([*command, *runs], stdout=subprocess.PIPE, text=True) for runs in (["full"], ["moba", "hybrid"])]
+    said = [process.communicate(timeout=300)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0]
+    assert any("nats a token" in out for out in said) and all("nats a token" in out or "done with" in out for out in said)
+    for name in adapt.RUNS:
+        for here, there in zip(log(tmp_path / "run", name), log(whole, name), strict=True):
+            assert here == pytest.approx(there, rel=1e-5), name
+    loss, expected = results(tmp_path / "run")["loss"], results(whole)["loss"]
+    for row in adapt.ROWS:
+        assert loss[row] == {kind: pytest.approx(expected[row][kind], rel=1e-5) for kind in package_text.KINDS}, row
+
+
+def test_nothing_that_is_written_into_the_results_at_once_is_lost(flags: list[str], tmp_path: Path) -> None:
+    def add(i: int) -> None:
+        with adapt.Output(adapt.parse([*flags, "--output", str(tmp_path)])).results() as results:
+            results["loss"][str(i)] = i
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(add, range(24)))
+    assert results(tmp_path)["loss"] == {str(i): i for i in range(24)}
+
+
+def test_a_run_that_another_process_is_at_work_on_is_left_alone(whole: Path, flags: list[str], capsys) -> None:
+    command = [*flags, "--output", str(whole), "--resume"]
+    with adapt.Output(adapt.parse(command)).hold("moba"):
+        assert adapt.main(command) == 2
+        assert f"another process is at work on {whole / 'moba'}: leave moba out of --runs" in capsys.readouterr().err
+        assert adapt.main([*command, "--runs", "full", "hybrid"]) == 0
+    assert adapt.main(command) == 0
+
+
+def test_a_longer_context_is_kept_with_the_adapter_and_is_what_was_measured(longer: Path, byte_llama: Path, text_folder: Path) -> None:
+    """Held against a model that had this context when it was loaded."""
+    tokenizer, model = AutoTokenizer.from_pretrained(byte_llama), AutoModelForCausalLM.from_pretrained(byte_llama)
+    context = {"rope_parameters": {"rope_type": "default", "rope_theta": 50000.0}, "max_position_embeddings": 1200}
+    expected = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(byte_llama, **context), str(longer / "moba/adapter")).eval()
+    ids = torch.cat([needle.tokens(document.text, tokenizer) for document in package_text.collect([text_folder], 60)["prose"].train])
+    adapted = llama.with_adapter(model, longer / "moba/adapter")
+    with torch.no_grad():
+        torch.testing.assert_close(adapted(ids[None, :1200]).logits, expected(ids[None, :1200]).logits)
+    assert needle.default_lengths(adapted) == [150, 300, 600, 1200]
+
+    moba_flex.patch(expected, **BLOCKS, implementation="naive")
+    file = results(longer)["held_out_files"]["code"][:2]
+    documents = {document.name: document.text for document in package_text.collect([text_folder], 60)["code"].held_out}
+    row = torch.tensor([x for name in file for x in [*tokenizer(documents[name]).input_ids, 256]][:1200])
+    with torch.no_grad():
+        loss = cross_entropy(expected(input_ids=row[None, :-1], use_cache=False).logits[0], row[1:])
+    assert results(longer)["loss"]["moba"]["code"][0] == pytest.approx(loss.item(), rel=1e-5)
+    assert log(longer, "moba")[-1][1] < log(longer, "moba")[0][1] - 0.1
+
+
+def test_the_demo_reads_beyond_the_model_s_own_context_with_such_an_adapter(longer: Path, byte_llama: Path, tmp_path: Path, capsys) -> None:
+    (tmp_path / "prompt.txt").write_text("abcdefgh " * 125)
+    command = ["--model", str(byte_llama), "--prompt-file", str(tmp_path / "prompt.txt"), "--moba-chunk-size", "32", "--moba-topk", "3"]
+    command += ["--max-new-tokens", "2", "--device", "cpu"]
+    assert llama.main(command) == 2 and "do not fit into the model's context of 1,024" in capsys.readouterr().err
+    assert llama.main([*command, "--adapted", str(longer / "moba/adapter")]) == 0
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=8)),
+        Gemma3ForCausalLM(Gemma3TextConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=2, head_dim=8, vocab_size=8)),
+    ],
+    ids=["no rotary embedding", "one a kind of layer"],
+)
+def test_a_model_whose_layers_share_no_rotary_embedding_keeps_its_context(model) -> None:
+    before = model.config.to_dict()
+    with pytest.raises(ValueError, match=rf"the layers of {type(model).__name__} do not share one rotary embedding"):
+        llama.extend_context(model, 1e6, 4096)
+    assert model.config.to_dict() == before
 
 
 def test_the_demo_reads_with_the_adapter(whole: Path, byte_llama: Path, text_folder: Path, capsys) -> None:
