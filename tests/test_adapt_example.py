@@ -142,8 +142,9 @@ def test_an_ended_run_goes_on_as_if_nothing_had_happened(whole: Path, flags: lis
 
 
 def test_what_decides_the_losses_must_not_change(whole: Path, flags: list[str], capsys) -> None:
-    assert adapt.main([*flags, "--output", str(whole), "--resume", "--seed", "1", "--top-k", "4"]) == 2
-    assert re.search("these must not change: seed was 0 and is 1, top_k was 3 and is 4\n", capsys.readouterr().err)
+    assert adapt.main([*flags, "--output", str(whole), "--resume", "--seed", "1", "--top-k", "4", "--rope-theta", "1e6"]) == 2
+    words = "these must not change: rope_theta was None and is 1000000.0, seed was 0 and is 1, top_k was 3 and is 4\n"
+    assert re.search(words, capsys.readouterr().err)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,57 @@
+"""What `adapt.py` reads: sequences of tokens, some of them with facts and questions."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+import torch
+from demo_weights import DemoError
+from llama import one_line
+from needle import training_sequence
+from package_text import KINDS, Document, collect, default_roots
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+
+class Text:
+    """Files as sequences of tokens: those to train on, in an order that follows from the seed, and those to measure on."""
+
+    def __init__(self, args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._args, self._tokenizer = args, tokenizer
+        with one_line("cannot read the text to train on"):
+            documents = collect(args.text or default_roots(), args.megabytes)
+        self.held_out, self.held_out_files = {}, {}
+        for kind in KINDS:
+            self.held_out[kind], self.held_out_files[kind] = self._sequences(documents[kind].held_out, f"held-out {kind}", args.held_out)
+        self._train = torch.cat([self._sequences(documents[kind].train, kind)[0] for kind in KINDS])
+        self.fingerprint = [len(self._train), *(int(ids.sum()) for ids in (self._train, *self.held_out.values()))]
+
+    def batch(self, step: int) -> Tensor:
+        """`[B, N]`: what every run reads in that step. Each epoch has an order of its own."""
+        size = self._args.batch_size
+        return torch.stack([self._sequence(n) for n in range(step * size, (step + 1) * size)])
+
+    def _sequence(self, n: int) -> Tensor:
+        epoch, place = divmod(n, len(self._train))
+        order = torch.randperm(len(self._train), generator=torch.Generator().manual_seed(self._args.seed + epoch))
+        ids, generator = self._train[order[place]], torch.Generator().manual_seed((self._args.seed << 32) + n)
+        if torch.rand((), generator=generator) < self._args.needle_share:
+            return training_sequence(ids, self._tokenizer, generator)
+        return ids
+
+    def _sequences(self, documents: list[Document], what: str, most: int = sys.maxsize) -> tuple[Tensor, list[str]]:
+        """`[n, N]`, n at most `most`: one line of files, an end-of-text token after each, cut into sequences; and the files' names."""
+        length, ids, names = self._args.sequence_length, [], []
+        for first in tqdm(range(0, len(documents), 32), desc=f"Tokens of {what}"):
+            if len(ids) >= most * length:
+                break
+            part = documents[first : first + 32]
+            names += [document.name for document in part]
+            for tokens in self._tokenizer([document.text for document in part], add_special_tokens=False).input_ids:
+                ids += [*tokens, self._tokenizer.eos_token_id]
+        n = min(most, len(ids) // length)
+        if n == 0:
+            raise DemoError(f"there is too little text: its {what} has {len(ids):,} tokens, but one sequence has {length:,}")
+        return torch.tensor(ids[: n * length]).view(n, length), names
