@@ -24,6 +24,7 @@ from torch import Tensor
 
 from . import eager, flex
 from .blocks import BlockLayout, dense_layout, one_block, packed_layout, padded_layout, slots_per_block
+from .masked import few_blocks
 from .rows import write
 from .spec import Spec
 
@@ -35,6 +36,10 @@ def forward(
     query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, spec: Spec, backend: ModuleType, budget: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output `[B, H, Nq, Dv]`, log-sum-exp `[B, H, Nq]` and the chosen blocks `[B, H, Q * P, S]`."""
+    if masks(query, key, value, layout, spec, backend):
+        chosen = choose(layout.query_slots(query), layout.key_slots(key), layout, spec, backend)
+        return *backend.masked(query, key, value, chosen, layout, spec), chosen
+
     q, k, v = (x.contiguous() for x in (layout.query_slots(query), layout.key_slots(key), layout.key_slots(value)))
     chosen = choose(q, k, layout, spec, backend)
 
@@ -70,6 +75,10 @@ def backward(
     """Gradients of query, key and value. Rows are gathered again, chunk by chunk, and come back by gathering too."""
     grad = grad.contiguous()
     delta = backend.delta(out, grad, grad_lse)
+    if masks(query, key, value, layout, spec, backend):
+        query, key, value = (x.contiguous() for x in (query, key, value))
+        return backend.masked_backward(query, key, value, grad, lse, delta, chosen, layout, spec)
+
     q, k, v = (x.contiguous() for x in (layout.query_slots(query), layout.key_slots(key), layout.key_slots(value)))
     grad, lse, delta = (layout.query_slots(x).contiguous() for x in (grad, lse, delta))
 
@@ -94,6 +103,11 @@ def choose(query: Tensor, key: Tensor, layout: BlockLayout, spec: Spec, backend:
     repeats, wide = query.shape[1] // key.shape[1], _wide(query.dtype)
     together = query.unflatten(1, (-1, repeats)).sum(2, dtype=wide)
     return backend.choose(together, key.to(wide), layout, spec).repeat_interleave(repeats, 1)
+
+
+def masks(query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, spec: Spec, backend: ModuleType) -> bool:
+    """Whether steps 2 to 4 are one dense call under a mask: see `moba_flex.masked`. Shapes alone decide."""
+    return backend is flex and layout.dense and few_blocks(query, key, value, spec)
 
 
 def nothing_local(query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, spec: Spec) -> tuple[Tensor, Tensor]:

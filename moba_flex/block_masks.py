@@ -36,7 +36,9 @@ class Mask:
     tiles: tuple[int, int]  # BLOCK_SIZE: slots of queries, slots of keys
     rule: Callable[..., Tensor]  # (b, h, q, kv, *buffers) -> whether query q sees key kv
     buffers: tuple[Tensor, ...]
-    lists: tuple[Tensor, ...]  # counts and indices of: partial key tiles, full key tiles, partial query tiles, full query tiles
+    # Counts and indices of: partial key tiles, full key tiles, partial query tiles, full query tiles. None where no tile is full.
+    lists: tuple[Tensor | None, ...]
+    divisible: bool = True  # whether tiles divide the lengths
 
 
 def _lists(*pairs: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
@@ -44,8 +46,8 @@ def _lists(*pairs: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
     return tuple(x for n, i in pairs for x in (n[:, None].contiguous(), i[:, None, :, None].contiguous()))
 
 
-def block_mask(tiles: tuple[int, int], mask_mod: Callable, lists: tuple[Tensor, ...], n_query: int, n_key: int) -> BlockMask:
-    """The BlockMask of a `Mask` for `n_query` and `n_key` slots."""
+def block_mask(tiles: tuple[int, int], mask_mod: Callable, lists: tuple[Tensor | None, ...], n_query: int, n_key: int) -> BlockMask:
+    """The BlockMask of a `Mask` for `n_query` and `n_key` slots or tokens."""
     return BlockMask((n_query, n_key), *lists, BLOCK_SIZE=tiles, mask_mod=mask_mod)
 
 
@@ -104,3 +106,33 @@ def routed_mask(routes: Routes, layout: BlockLayout, groups: int, causal: bool) 
     (kv, q), (full_kv, full_q) = (empty, listed) if full else (listed, empty)
     lists = _lists(*((n[None], i[None]) for n, i in (kv, full_kv, q, full_q)))
     return Mask(("routed", tile, width, full), (tile, width), _routed_rule(tile, width), (block, n_keys), lists)
+
+
+@cache
+def _bits_rule(block_size: int) -> Callable[..., Tensor]:
+    def rule(b, h, q, kv, bits, skipped):
+        return ((bits[b, h, q] >> (kv // block_size)) & 1 != 0) & (kv <= q + skipped[0])
+
+    return rule
+
+
+def bits_mask(bits: Tensor, layout: BlockLayout) -> Mask:
+    """Causal attention to the blocks whose bits are set: `bits [B * G, H / G, Nq]`, queries and keys are tokens as they come.
+
+    Tiles have nothing to do with blocks: each tile of queries meets in part all tiles of keys that do not lie behind it.
+    """
+    skipped, lists = layout.cached(("bits mask",), lambda: _causal_lists(layout))
+    settings = "bits", layout.block_size, bits.shape[1]
+    return Mask(settings, (QUERY_TILE, QUERY_TILE), _bits_rule(layout.block_size), (bits, skipped), lists, divisible=False)
+
+
+def _causal_lists(layout: BlockLayout) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    """How many keys precede the first query `[1]`, and lists of all tiles that hold a causal pair, the same for all rows."""
+    device, tile, skipped = layout.own.device, QUERY_TILE, layout.n_key - layout.n_query
+    query_tile = torch.arange(-(-layout.n_query // tile), device=device, dtype=torch.int32)
+    key_tile = torch.arange(-(-layout.n_key // tile), device=device, dtype=torch.int32)
+    last_position = ((query_tile + 1) * tile).clamp(max=layout.n_query) + (skipped - 1)
+    first = (key_tile * tile - skipped).clamp(min=0) // tile
+    keys, queries = (last_position // tile + 1, torch.zeros_like(query_tile)), (query_tile.numel() - first, first)
+    of_query, of_key = (_lists((n[None], i[None])) for n, i in (keys, queries))
+    return torch.full((1,), skipped, device=device, dtype=torch.int32), (*of_query, None, None, *of_key, None, None)

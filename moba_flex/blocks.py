@@ -71,6 +71,11 @@ class BlockLayout:
         """Whether every block that a causal query can be routed to fills all its slots (past blocks are full of tokens)."""
         return self.width == self.block_size
 
+    @property
+    def dense(self) -> bool:
+        """Whether tokens lie in order, without padding and as one sequence a row."""
+        return self.token_of_key_slot is None
+
     def cached(self, name: tuple, make: Callable[[], T]) -> T:
         """What `make` returns, kept with the layout: it must follow from the layout and `name` alone."""
         if name not in self._cache:

@@ -19,12 +19,23 @@ from torch._higher_order_ops.flex_attention import flex_attention_backward
 from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
 from . import rows as plain
-from .block_masks import QUERY_TILE, Mask, block_mask, local_mask, routed_mask
+from .block_masks import QUERY_TILE, Mask, bits_mask, block_mask, local_mask, routed_mask
 from .blocks import BlockLayout
 from .routing import Routes
 from .spec import Spec
 
-__all__ = ["TILE", "choose", "delta", "local", "local_backward", "merge_routed", "merge_routed_backward", "route"]
+__all__ = [
+    "TILE",
+    "choose",
+    "delta",
+    "local",
+    "local_backward",
+    "masked",
+    "masked_backward",
+    "merge_routed",
+    "merge_routed_backward",
+    "route",
+]
 
 TILE = QUERY_TILE
 
@@ -135,6 +146,34 @@ def routed_backward(
     return dq[0, 0], dk.view(key.shape), dv.view(value.shape)
 
 
+def masked(query: Tensor, key: Tensor, value: Tensor, chosen: Tensor, layout: BlockLayout, spec: Spec) -> tuple[Tensor, Tensor]:
+    """All of attention in one dense call, for few blocks: tokens `[B, H, Nq, D]` -> `[B, H, Nq, Dv]`, log-sum-exp `[B, H, Nq]`."""
+    mask = _mask_of(chosen, layout, key.shape[1])
+    out, lse = _forward(*(_by_group(x, key.shape[1]) for x in (query, key, value)), mask, spec)
+    return out.reshape(*query.shape[:3], -1), lse.view(query.shape[:3])
+
+
+def masked_backward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    grad: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    chosen: Tensor,
+    layout: BlockLayout,
+    spec: Spec,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value through `masked`."""
+    mask = _mask_of(chosen, layout, key.shape[1])
+    dq, dk, dv = _backward(*(_by_group(x, key.shape[1]) for x in (query, key, value, grad, lse, delta)), mask, spec)
+    return dq.view(query.shape), dk.view(key.shape), dv.view(value.shape)
+
+
+def _mask_of(chosen: Tensor, layout: BlockLayout, groups: int) -> Mask:
+    return bits_mask(_by_group(_steps(chosen).block_bits(chosen, layout), groups), layout)
+
+
 def _by_group(x: Tensor, groups: int) -> Tensor:
     """`[B, H, ...]` -> `[B * G, H / G, ...]`: one key head is one element of the batch."""
     return x.reshape(x.shape[0] * groups, x.shape[1] // groups, *x.shape[2:])
@@ -163,9 +202,9 @@ def _backward(
     return call(*_any_length(query, key, value, grad, lse, delta, *mask.lists, *mask.buffers))
 
 
-def _any_length(*tensors: Tensor) -> tuple[Tensor, ...]:
+def _any_length(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """The tensors, marked so that the first compilation serves other lengths and batches. Heads and widths stay constants."""
-    for x in tensors:
+    for x in filter(torch.is_tensor, tensors):
         torch._dynamo.maybe_mark_dynamic(x, [0] if x.dim() == 1 else [0, 1] if x.dim() == 2 else [0, 2])
     return tensors
 
@@ -173,7 +212,7 @@ def _any_length(*tensors: Tensor) -> tuple[Tensor, ...]:
 def _settings(query: Tensor, value: Tensor, mask: Mask, spec: Spec) -> tuple:
     """All that a kernel is compiled for. Only lengths and data vary between calls that share it."""
     widths = query.shape[-1], value.shape[-1]
-    return mask.settings, mask.tiles, mask.rule, widths, query.dtype, spec.scale, spec.softcap, query.is_cuda
+    return mask.settings, mask.tiles, mask.divisible, mask.rule, widths, query.dtype, spec.scale, spec.softcap, query.is_cuda
 
 
 # Each combination of settings is compiled from a function, and so from a code object, with a name of its own. torch.compile keeps what
@@ -187,8 +226,8 @@ def _compile(call: Callable, settings: tuple, is_cuda: bool) -> Callable:
 
 
 @cache
-def _forward_call(settings, tiles, rule, widths, dtype, scale, softcap, is_cuda) -> Callable:
-    options = _kernel_options(settings[0] == "routed", tiles, widths, dtype)
+def _forward_call(settings, tiles, divisible, rule, widths, dtype, scale, softcap, is_cuda) -> Callable:
+    options = _kernel_options(settings[0] == "routed", tiles, divisible, widths, dtype)
     score_mod = None if softcap is None else _softcap(softcap)
 
     def moba_flex_forward(query, key, value, *tensors):
@@ -206,11 +245,11 @@ def _forward_call(settings, tiles, rule, widths, dtype, scale, softcap, is_cuda)
 
 
 @cache
-def _backward_call(settings, tiles, rule, widths, dtype, scale, softcap, is_cuda) -> Callable:
+def _backward_call(settings, tiles, divisible, rule, widths, dtype, scale, softcap, is_cuda) -> Callable:
     # The lowering drops a configuration whose default tiles do not divide these, before it reads our smaller tiles from the
     # options. So the options carry the true sizes.
     sizes = tuple(math.lcm(tile, QUERY_TILE) for tile in tiles)
-    options = _kernel_options(settings[0] == "routed", tiles, widths, dtype) | _OPERATOR_OPTIONS
+    options = _kernel_options(settings[0] == "routed", tiles, divisible, widths, dtype) | _OPERATOR_OPTIONS
     options |= {"SPARSE_Q_BLOCK_SIZE": tiles[0], "SPARSE_KV_BLOCK_SIZE": tiles[1]}
     score_mod = _same if softcap is None else _softcap(softcap)
     joint = _same_joint if softcap is None else _softcap_joint(softcap)
@@ -264,9 +303,9 @@ def _softcap_joint(softcap: float) -> Callable:
     return joint
 
 
-def _kernel_options(routed: bool, tiles: tuple[int, int], widths: tuple[int, int], dtype: torch.dtype) -> dict:
+def _kernel_options(routed: bool, tiles: tuple[int, int], divisible: bool, widths: tuple[int, int], dtype: torch.dtype) -> dict:
     """PyTorch's own choice where its tile sizes, which divide 128, divide ours; smaller blocks need smaller ones."""
-    options: dict[str, int | bool | str] = {"BACKEND": "TRITON", "IS_DIVISIBLE": True, "BLOCKS_ARE_CONTIGUOUS": True}
+    options: dict[str, int | bool | str] = {"BACKEND": "TRITON", "IS_DIVISIBLE": divisible, "BLOCKS_ARE_CONTIGUOUS": True}
     q, kv = (math.gcd(tile, QUERY_TILE) for tile in tiles)
     if min(q, kv) < QUERY_TILE:
         most = (64 if dtype != torch.float32 else 32) // (1 if max(widths) <= 128 else 2)

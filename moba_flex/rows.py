@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from .gate import choose
+from .masked import block_bits
 from .routing import Routes, route
 
-__all__ = ["choose", "delta", "dispatch", "dispatch_backward", "merge", "route", "sum_rows", "write"]
+__all__ = ["block_bits", "choose", "delta", "dispatch", "dispatch_backward", "merge", "route", "sum_rows", "write"]
 
 _QUERIES_AT_ONCE = 1 << 14
 

@@ -23,7 +23,9 @@ from moba_flex.spec import Spec
 
 @pytest.fixture(autouse=True)
 def plain_flex_attention(monkeypatch):
+    """Uncompiled, and routed however few blocks there are: `test_masked.py` is about those."""
     monkeypatch.setattr(flex_module, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
+    monkeypatch.setattr("moba_flex.attention.few_blocks", lambda *_: False)
 
 
 @st.composite

@@ -1,0 +1,41 @@
+"""Few blocks: one dense call whose mask reads a bit for each (query, block), where that costs less than routing.
+
+Routing works on the keys that are read and no others, but takes two attention calls and ten launches around them. A short prompt is over
+before the host has launched them, so all its keys are met instead, and those of blocks that a query did not choose are masked.
+
+B rows, H query heads, N tokens (Nq queries, Nk keys), C key blocks, Q query blocks, P slots a block, S chosen blocks a query.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .blocks import BlockLayout
+from .spec import Spec
+
+MOST_BLOCKS = 32  # the bits of an int32
+# Multiplications and additions of a dense forward pass that an H100 does while the host launches a routed one.
+FEW_OPERATIONS = 1 << 38
+
+
+def few_blocks(query: Tensor, key: Tensor, value: Tensor, spec: Spec) -> bool:
+    """Whether causal attention to tokens without padding is computed as one dense call; follows from shapes alone.
+
+    It is where each query has a bit for every block, and all keys are at most twice those that a query reads (the dense call then does
+    at most a third more, and nothing around it) or a dense call is done before a routed one would be launched.
+    """
+    n_query, n_key = query.shape[2], key.shape[2]
+    n_blocks = -(-n_key // spec.block_size)
+    if not spec.causal or not spec.routed or not 1 < n_blocks <= MOST_BLOCKS:
+        return False
+    scores = query.shape[0] * query.shape[1] * n_query * (2 * n_key - n_query)  # twice those of the causal triangle
+    return n_blocks <= 2 * spec.top_k or scores * (query.shape[3] + value.shape[3]) <= FEW_OPERATIONS
+
+
+def block_bits(chosen: Tensor, layout: BlockLayout) -> Tensor:
+    """`[B, H, Q * P, S]`, -1 for none -> `[B, H, Nq]` int32: bit c of a query is set if it reads block c; its own block's always is."""
+    own = layout.own.repeat_interleave(layout.width, 1)[:, None, :, None].expand(*chosen.shape[:3], 1)
+    block = torch.cat([chosen, own], -1)
+    bit = torch.ones_like(block) << block.clamp(min=0)
+    return layout.query_tokens(bit.masked_fill_(block < 0, 0).sum(-1, dtype=torch.int32))
