@@ -24,7 +24,7 @@ from torch import Tensor
 
 from . import eager, flex
 from .blocks import BlockLayout, dense_layout, one_block, packed_layout, padded_layout, slots_per_block
-from .masked import few_blocks
+from .masked import as_they_lie, empty_output, few_blocks
 from .rows import write
 from .spec import Spec
 
@@ -37,6 +37,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output `[B, H, Nq, Dv]`, log-sum-exp `[B, H, Nq]` and the chosen blocks `[B, H, Q * P, S]`."""
     if masks(query, key, value, layout, spec, backend):
+        query, key, value = (as_they_lie(x) for x in (query, key, value))
         chosen = choose(layout.query_slots(query), layout.key_slots(key), layout, spec, backend)
         return *backend.masked(query, key, value, chosen, layout, spec), chosen
 
@@ -204,6 +205,9 @@ def _(query, key, value, padding_mask, cu_seqlens, block_size, top_k, sinks, rec
         blocks = -(-n_key // block_size) - (n_key - n_query) // block_size
     lse = query.new_empty(query.shape[:3], dtype=_wide(query.dtype))
     chosen = query.new_empty(*query.shape[:2], blocks * width, spec.routed, dtype=torch.int32)
+    dense = padding_mask is None and cu_seqlens is None
+    if impl == "flex" and dense and few_blocks(query, key, value, spec):
+        return empty_output(query, value.shape[-1]), lse, chosen
     return query.new_empty(*query.shape[:3], value.shape[-1]), lse, chosen
 
 

@@ -111,7 +111,7 @@ def routed_mask(routes: Routes, layout: BlockLayout, groups: int, causal: bool) 
 @cache
 def _bits_rule(block_size: int) -> Callable[..., Tensor]:
     def rule(b, h, q, kv, bits, skipped):
-        return ((bits[b, h, q] >> (kv // block_size)) & 1 != 0) & (kv <= q + skipped[0])
+        return ((bits[b, h, q] & (1 << (kv // block_size))) != 0) & (kv <= q + skipped)
 
     return rule
 
@@ -127,7 +127,7 @@ def bits_mask(bits: Tensor, layout: BlockLayout) -> Mask:
 
 
 def _causal_lists(layout: BlockLayout) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-    """How many keys precede the first query `[1]`, and lists of all tiles that hold a causal pair, the same for all rows."""
+    """How many keys precede the first query, and lists of all tiles that hold a causal pair, the same for all rows."""
     device, tile, skipped = layout.own.device, QUERY_TILE, layout.n_key - layout.n_query
     query_tile = torch.arange(-(-layout.n_query // tile), device=device, dtype=torch.int32)
     key_tile = torch.arange(-(-layout.n_key // tile), device=device, dtype=torch.int32)
@@ -135,4 +135,4 @@ def _causal_lists(layout: BlockLayout) -> tuple[Tensor, tuple[Tensor | None, ...
     first = (key_tile * tile - skipped).clamp(min=0) // tile
     keys, queries = (last_position // tile + 1, torch.zeros_like(query_tile)), (query_tile.numel() - first, first)
     of_query, of_key = (_lists((n[None], i[None])) for n, i in (keys, queries))
-    return torch.full((1,), skipped, device=device, dtype=torch.int32), (*of_query, None, None, *of_key, None, None)
+    return torch.full((), skipped, device=device, dtype=torch.int32), (*of_query, None, None, *of_key, None, None)

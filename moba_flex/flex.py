@@ -205,7 +205,7 @@ def _backward(
 def _any_length(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """The tensors, marked so that the first compilation serves other lengths and batches. Heads and widths stay constants."""
     for x in filter(torch.is_tensor, tensors):
-        torch._dynamo.maybe_mark_dynamic(x, [0] if x.dim() == 1 else [0, 1] if x.dim() == 2 else [0, 2])
+        torch._dynamo.maybe_mark_dynamic(x, ([], [0], [0, 1], [0, 2], [0, 2])[x.dim()])
     return tensors
 
 

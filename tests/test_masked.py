@@ -8,8 +8,10 @@ import torch.nn.attention.flex_attention as flex_module
 from cases import Case, assert_same, cases, examples, generator, gradients, operands
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moba_flex import flex, gate
+from moba_flex.attention import attention
 from moba_flex.block_masks import bits_mask
 from moba_flex.blocks import BlockLayout, dense_layout, slots_per_block
 from moba_flex.functional import attend
@@ -87,6 +89,29 @@ def test_few_blocks_are_one_call_and_many_are_routed(monkeypatch):
     assert called(100, torch.ones(1, 100).bool(), top_k=3) == routed
     assert called(100, top_k=3, causal=False) == ["merge_routed", "merge_routed_backward"]
     assert called(16, top_k=3) == called(100, top_k=1) == ["local", "local_backward"]  # nothing to choose
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize(("heads", "groups", "tokens"), [(4, 2, 90), (3, 3, 90), (1, 1, 40), (4, 1, 70)])
+def test_what_a_model_projects_is_read_where_it_lies(batch, heads, groups, tokens):
+    """And torch.compile is told truly how the output lies in memory."""
+    source = generator(0)
+    shapes = (tokens, heads, 16), (tokens, groups, 16), (tokens, groups, 24)
+    turned = [torch.randn(batch, *shape, generator=source).transpose(1, 2) for shape in shapes]
+    straight = [x.contiguous() for x in turned]
+    settings = None, None, 16, 3, 0, 0, True, False, 0.25, None, "flex", 1 << 30
+    results = []
+    for given_ in (turned, straight):
+        results.append(attention(*given_, *settings))
+        with FakeTensorMode() as mode:
+            said = attention(*(mode.from_tensor(x) for x in given_), *settings)
+        for real, fake in zip(results[-1], said, strict=True):
+            assert (real.shape, real.dtype) == (fake.shape, fake.dtype)
+            assert all(n == 1 or a == b for n, a, b in zip(real.shape, real.stride(), fake.stride()))
+    assert all(torch.equal(a, b) for a, b in zip(*results))
+    assert results[1][0].is_contiguous()
+    if batch == 1:
+        assert results[0][0].transpose(1, 2).is_contiguous()
 
 
 @pytest.mark.parametrize(
