@@ -9,7 +9,8 @@ Queries are sent to key blocks as a mixture of experts sends tokens to experts, 
    log-sum-exps.
 
 The steps come from a backend, `eager` (any device) or `flex` (CUDA), each a module with the same function names. Here they are put
-together, worked through in chunks of a bounded size, and made one differentiable operator that torch.compile sees as a whole.
+together, worked through in chunks of a bounded size, and made one differentiable operator that torch.compile sees as a whole. Where a
+GPU would be done before so many steps are launched, the last three are one dense call under a mask: `masked.py` says where.
 
 B rows, H query heads, G key heads, N tokens, Q query blocks, C key blocks, P slots a block, S chosen blocks a query, D width.
 """
@@ -107,7 +108,7 @@ def choose(query: Tensor, key: Tensor, layout: BlockLayout, spec: Spec, backend:
 
 
 def masks(query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, spec: Spec, backend: ModuleType) -> bool:
-    """Whether steps 2 to 4 are one dense call under a mask: see `moba_flex.masked`. Shapes alone decide."""
+    """Whether steps 2 to 4 are one dense call under a mask. Shapes alone decide."""
     return backend is flex and layout.dense and few_blocks(query, key, value, spec)
 
 

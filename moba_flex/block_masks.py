@@ -127,12 +127,15 @@ def bits_mask(bits: Tensor, layout: BlockLayout) -> Mask:
 
 
 def _causal_lists(layout: BlockLayout) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-    """How many keys precede the first query, and lists of all tiles that hold a causal pair, the same for all rows."""
+    """How many keys precede the first query, and lists of all tiles that hold a causal pair, the same for all rows.
+
+    No list is shorter than two: torch.compile would take a length of one for a constant, and compile again for others.
+    """
     device, tile, skipped = layout.own.device, QUERY_TILE, layout.n_key - layout.n_query
-    query_tile = torch.arange(-(-layout.n_query // tile), device=device, dtype=torch.int32)
-    key_tile = torch.arange(-(-layout.n_key // tile), device=device, dtype=torch.int32)
-    last_position = ((query_tile + 1) * tile).clamp(max=layout.n_query) + (skipped - 1)
-    first = (key_tile * tile - skipped).clamp(min=0) // tile
-    keys, queries = (last_position // tile + 1, torch.zeros_like(query_tile)), (query_tile.numel() - first, first)
-    of_query, of_key = (_lists((n[None], i[None])) for n, i in (keys, queries))
-    return torch.full((), skipped, device=device, dtype=torch.int32), (*of_query, None, None, *of_key, None, None)
+    query_tiles, key_tiles = -(-layout.n_query // tile), -(-layout.n_key // tile)
+    start, key_start = (tile * torch.arange(max(2, n), device=device, dtype=torch.int32) for n in (query_tiles, key_tiles))
+    last_key = (start + tile).clamp(max=layout.n_query) + (skipped - 1)
+    first = (key_start - skipped).clamp(min=0) // tile
+    of_queries, of_keys = (last_key // tile + 1, torch.zeros_like(start)), (query_tiles - first, first)
+    by_query, by_key = (_lists((n[None], i[None])) for n, i in (of_queries, of_keys))
+    return torch.full((), skipped, device=device, dtype=torch.int32), (*by_query, None, None, *by_key, None, None)

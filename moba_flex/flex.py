@@ -1,7 +1,8 @@
 """The implementation for CUDA: compiled FlexAttention on block-sparse tiles.
 
-The local call has the query heads of one key head as the heads of one element of the batch; the routed call has all rows and all
-blocks in one line. So one compilation of each serves any length and any batch.
+The local call has the query heads of one key head as the heads of one element of the batch, and so has the masked call, which does all of
+attention where there are few blocks; the routed call has all rows and all blocks in one line. So one compilation of each serves any
+length and any batch.
 
 B rows, H query heads, G key heads, Q query blocks, C key blocks, P slots a block, R routed rows, D width.
 """

@@ -1,4 +1,7 @@
-"""What only a GPU can show: the compiled kernels against the specification, and how they behave there."""
+"""What only a GPU can show: the compiled kernels against the specification, and how they behave there.
+
+Here all is routed, however few blocks there are; `test_gpu_masked.py` is about those.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +23,12 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU: FlexAttention compiles to Triton kernels"),
 ]
+
+
+@pytest.fixture(autouse=True)
+def routed(monkeypatch):
+    monkeypatch.setattr("moba_flex.attention.few_blocks", lambda *_: False)
+
 
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 

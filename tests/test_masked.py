@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import pytest
 import torch
 import torch.nn.attention.flex_attention as flex_module
@@ -91,6 +93,33 @@ def test_few_blocks_are_one_call_and_many_are_routed(monkeypatch):
     assert called(16, top_k=3) == called(100, top_k=1) == ["local", "local_backward"]  # nothing to choose
 
 
+def test_all_short_lengths_share_one_compilation_forward_and_one_backward(monkeypatch):
+    graphs = []
+
+    def traced(call, settings, is_cuda):
+        return torch.compile(call, fullgraph=True, backend=lambda graph, _: graphs.append(call.__name__) or graph.forward)
+
+    monkeypatch.setattr(flex, "_compile", traced)
+    for name in ("_forward_call", "_backward_call"):  # none that other tests have made
+        monkeypatch.setattr(flex, name, cache(getattr(flex, name).__wrapped__))
+    torch._dynamo.reset()
+    for n_query, n_key in [
+        (300, 300),
+        (40, 40),
+        (128, 128),
+        (129, 129),
+        (500, 500),
+        (2, 300),
+        (128, 512),
+        (33, 511),
+        *([n] * 2 for n in range(20, 500, 40)),
+    ]:
+        for rows in (1, 2):  # with two key heads, so never one element of FlexAttention's batch
+            query, key, value = (torch.randn(rows, h, n, 16, requires_grad=True) for h, n in ((4, n_query), (2, n_key), (2, n_key)))
+            attend(query, key, value, block_size=16, top_k=3, implementation="flex").sum().backward()
+    assert sorted(graphs) == ["moba_flex_backward", "moba_flex_forward"]
+
+
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize(("heads", "groups", "tokens"), [(4, 2, 90), (3, 3, 90), (1, 1, 40), (4, 1, 70)])
 def test_what_a_model_projects_is_read_where_it_lies(batch, heads, groups, tokens):
@@ -162,9 +191,9 @@ def test_the_lists_of_the_mask_hold_the_tiles_of_causal_pairs_and_no_others(n_qu
     grid = torch.nn.functional.pad(pairs, (0, -n_key % tile, 0, -n_query % tile))
     wanted = grid.unflatten(0, (-1, tile)).unflatten(2, (-1, tile)).amax((1, 3)).bool()
     for lists, met in ((mask.lists[:2], wanted), (mask.lists[4:6], wanted.T)):
-        (counts,), (firsts,) = lists[0][:, 0], lists[1][:, 0, :, 0]
+        assert lists[0].shape == lists[1].shape[:-1] == (1, 1, max(2, len(met)))
         assert lists[1].shape[-1] == 1  # the kernel steps through the rest of the run
-        assert counts.shape == firsts.shape == met.shape[:1]
+        counts, firsts = lists[0][0, 0, : len(met)], lists[1][0, 0, : len(met), 0]
         column = torch.arange(met.shape[1])
         assert ((firsts >= 0) & (firsts < met.shape[1])).all()
         assert torch.equal((column >= firsts[:, None]) & (column < (firsts + counts)[:, None]), met)
