@@ -151,6 +151,13 @@ def test_long_prompts_of_few_large_blocks_are_masked_only_if_most_keys_are_read(
     assert few_blocks(query, key, key, Spec(2048, 4, 0, 0, True, 1.0)) == masked
 
 
+def test_what_needs_wider_offsets_is_routed():
+    spec = Spec(1 << 15, 8, 0, 0, True, 1.0)
+    for heads, masked in ((63, True), (64, False)):  # 64 x 2^18 x 128 elements: chunks keep below that, a dense call cannot
+        query = torch.empty(1, heads, 1 << 18, 128, device="meta")
+        assert few_blocks(query, query[:, :1], query[:, :1], spec) == masked
+
+
 @examples(40)
 @given(few((3, 7, 16, 48), 90))
 def test_the_bits_are_the_blocks_that_the_specification_reads(case):
