@@ -5,8 +5,9 @@
     python examples/pretrain.py --compare results/*.json --plot results/losses.png
 
 Needs no data set: it reads the source files of Python and of the installed packages (`pretraining/corpus.py`). Runs follow one another,
-and all of a seed begin with the same weights and read the same tokens in the same order; steps that two runs share are trained once. Ctrl-C, or the end of `--budget-seconds`, writes
-a checkpoint at the end of a step; the same command goes on from it to the same losses, and leaves out the runs that are done.
+and all of a seed begin with the same weights and read the same tokens in the same order; steps that two runs share are trained once.
+Ctrl-C, or the end of `--budget-seconds`, writes a checkpoint at the end of a step; the same command goes on from it to the same losses, and
+leaves out the runs that are done.
 """
 
 from __future__ import annotations
@@ -157,14 +158,12 @@ class Training:
         """Held-out loss with the attention of the step before, and loss by position; both replace what an earlier step had."""
         context = self.args.context
         n = min((len(self.held_out) - 1) // context, max(1, self.args.held_out_tokens // context))
-        mask, by_position = (
-            moba_mask(1, context, context, device=self.device),
-            torch.zeros(context, dtype=torch.float64, device=self.device),
-        )
-        for i in range(n):
+        by_position = torch.zeros(context, dtype=torch.float64, device=self.device)
+        self.model.eval()
+        for which in torch.arange(n, device=self.device).split(self.rows):
+            mask = self.mask if len(which) == self.rows else mask_of(len(which), context, self.device)
             with self._autocast():
-                loss = losses(self.model.eval(), windows(self.held_out, torch.tensor([i], device=self.device), context), mask)
-            by_position += loss[0] / n
+                by_position += losses(self.model, windows(self.held_out, which, context), mask).sum(0) / n
         self.model.train()
         self.log["held_out"].append([self.step, round(by_position.mean().item(), 5)])
         self.log["by_position"] = [round(part.mean().item(), 5) for part in by_position.chunk(BINS)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
@@ -172,7 +172,7 @@ def test_decoding_reads_nothing_back_and_can_be_captured(name):
 
 def test_token_by_token_over_a_static_cache():
     case = Case("walk", batch=2, length=700, width=64, value_width=64, dtype=torch.float32, starts=(0, 130), blocks=blocks(32, 4))
-    query, key, value = Case("all", **{**vars(case), "name": "all", "new": 700}).tensors()
+    query, key, value = replace(case, name="all", new=700).tensors()
     means = means_for(key, 700 // 32)
     mask = torch.arange(700, device="cuda") >= case.start[:, None]
     wanted = moba_attention(query, key, value, padding_mask=mask, implementation="naive", **case.blocks)

@@ -114,7 +114,9 @@ def test_the_loss_in_parts_is_that_of_transformers(monkeypatch: pytest.MonkeyPat
     logits = torch.randn(2, 20, 11, generator=generator, requires_grad=True)
     labels = torch.randint(11, (2, 20), generator=generator)
     labels[0, :3] = -100
-    more = {"shift_labels": {"shift_labels": labels.roll(1, 1)}, "num_items_in_batch": {"num_items_in_batch": torch.tensor(13)}}.get(given, {})
+    more = {"shift_labels": {"shift_labels": labels.roll(1, 1)}, "num_items_in_batch": {"num_items_in_batch": torch.tensor(13)}}.get(
+        given, {}
+    )
     actual, expected = (loss(logits, labels, vocab_size=11, **more) for loss in (train.mean_loss, ForCausalLMLoss))
     torch.testing.assert_close(actual, expected)
     torch.testing.assert_close(torch.autograd.grad(actual, logits), torch.autograd.grad(expected, logits))
