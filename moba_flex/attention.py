@@ -17,7 +17,6 @@ B rows, H query heads, G key heads, N tokens, Q query blocks, C key blocks, P sl
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from types import ModuleType
 
 import torch
@@ -25,6 +24,7 @@ from torch import Tensor
 
 from . import eager, flex
 from .blocks import BlockLayout, dense_layout, one_block, packed_layout, padded_layout, slots_per_block
+from .chunks import chunks
 from .masked import as_they_lie, empty_output, few_blocks
 from .rows import write
 from .spec import Spec
@@ -43,19 +43,21 @@ def forward(
         return *backend.masked(query, key, value, chosen, layout, spec), chosen
 
     q, k, v = (x.contiguous() for x in (layout.query_slots(query), layout.key_slots(key), layout.key_slots(value)))
+    plan = list(chunks(q, k, v, layout, spec, budget, backend.REACH))
     chosen = choose(q, k, layout, spec, backend)
 
     out, lse = q.new_empty(*q.shape[:3], v.shape[-1]), q.new_empty(q.shape[:3], dtype=_wide(q.dtype))
-    for rows, groups, heads in chunks(q, k, v, layout, spec, budget):
-        of_rows, into = layout.rows(rows), (out[rows, heads], lse[rows, heads])
-        operands = q[rows, heads], k[rows, groups], v[rows, groups]
-        local = backend.local if spec.causal else nothing_local
-        partial = local(*operands, of_rows, spec)
-        if pairs := most_pairs(operands[0], layout, spec):
-            routes = backend.route(chosen[rows, heads], operands[1].shape[1], layout.n_key_blocks, pairs)
-            backend.merge_routed(*partial, *operands, routes, of_rows, spec, into)
-        else:
-            write(partial, into)
+    for rows, groups, parts in plan:
+        for heads, blocks in parts:
+            part, at = layout.part(rows, blocks), (rows, heads, layout.slots(blocks))
+            operands, into = (q[at], k[rows, groups], v[rows, groups]), (out[at], lse[at])
+            local = backend.local if spec.causal else nothing_local
+            partial = local(*operands, part, spec)
+            if pairs := most_pairs(operands[0], layout, blocks, spec):
+                routes = backend.route(chosen[at], operands[1].shape[1], layout.n_key_blocks, pairs)
+                backend.merge_routed(*partial, *operands, routes, part, spec, into)
+            else:
+                write(partial, into)
     return layout.query_tokens(out), layout.query_tokens(lse, fill=-torch.inf), chosen
 
 
@@ -85,16 +87,24 @@ def backward(
     grad, lse, delta = (layout.query_slots(x).contiguous() for x in (grad, lse, delta))
 
     grad_q, grad_k, grad_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    for rows, groups, heads in chunks(q, k, v, layout, spec, budget):
-        of_rows, into = layout.rows(rows), (grad_q[rows, heads], grad_k[rows, groups], grad_v[rows, groups])
-        operands = q[rows, heads], k[rows, groups], v[rows, groups], *(x[rows, heads] for x in (grad, lse, delta))
-        local_backward = backend.local_backward if spec.causal else nothing_local_backward
-        partial = local_backward(*operands, of_rows, spec)
-        if pairs := most_pairs(operands[0], layout, spec):
-            routes = backend.route(chosen[rows, heads], operands[1].shape[1], layout.n_key_blocks, pairs)
-            backend.merge_routed_backward(partial, *operands, routes, of_rows, spec, into)
-        else:
-            write(partial, into)
+    for rows, groups, parts in chunks(q, k, v, layout, spec, budget, backend.REACH):
+        of_keys, totals = (grad_k[rows, groups], grad_v[rows, groups]), None
+        if len(parts) > 1:  # the gradients of a key are then a sum over parts, in float32 at least
+            totals = tuple(torch.zeros_like(x, dtype=_wide(x.dtype)) for x in of_keys)
+        for heads, blocks in parts:
+            part, at = layout.part(rows, blocks), (rows, heads, layout.slots(blocks))
+            operands, into = (q[at], k[rows, groups], v[rows, groups], *(x[at] for x in (grad, lse, delta))), (grad_q[at], *of_keys)
+            local_backward = backend.local_backward if spec.causal else nothing_local_backward
+            partial = local_backward(*operands, part, spec)
+            if pairs := most_pairs(operands[0], layout, blocks, spec):
+                routes = backend.route(chosen[at], operands[1].shape[1], layout.n_key_blocks, pairs)
+                backend.merge_routed_backward(partial, *operands, routes, part, spec, into)
+            else:
+                write(partial, into)
+            for total, x in zip(totals or (), of_keys):
+                total += x
+        if totals is not None:
+            write(totals, of_keys)
     return layout.query_tokens(grad_q), layout.key_tokens(grad_k), layout.key_tokens(grad_v)
 
 
@@ -127,25 +137,9 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def most_pairs(query: Tensor, layout: BlockLayout, spec: Spec) -> int:
-    """A bound on the routed rows of `query [B, H, *, D]`, known from shapes alone."""
-    return query.shape[0] * query.shape[1] * layout.most_pairs(spec.routed, spec.causal)
-
-
-def chunks(query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, spec: Spec, budget: int) -> Iterator[tuple[slice, slice, slice]]:
-    """Slices of rows, key heads and query heads whose routed rows fit into `budget` bytes; all of one shape.
-
-    One key head of one row with its query heads is the least; more of them share a chunk when they fit.
-    """
-    n_rows, n_groups, repeats = query.shape[0], key.shape[1], query.shape[1] // key.shape[1]
-    row_bytes = (query.shape[-1] + 2 * value.shape[-1]) * query.element_size() + 24
-    fit = budget // max(1, repeats * layout.n_query * spec.routed * row_bytes)
-    rows_fit = max((n for n in range(1, n_rows + 1) if n_rows % n == 0 and n * n_groups <= fit), default=1)
-    groups_fit = max((n for n in range(1, n_groups + 1) if n_groups % n == 0 and n <= max(1, fit)), default=1)
-    for row in range(0, n_rows, rows_fit):
-        for group in range(0, n_groups, groups_fit):
-            heads = slice(group * repeats, (group + groups_fit) * repeats)
-            yield slice(row, row + rows_fit), slice(group, group + groups_fit), heads
+def most_pairs(query: Tensor, layout: BlockLayout, blocks: slice, spec: Spec) -> int:
+    """A bound on the routed rows of `query [B, H, *, D]`, those of the query blocks `blocks`, known from shapes alone."""
+    return query.shape[0] * query.shape[1] * layout.most_pairs(spec.routed, spec.causal, blocks)
 
 
 def layout_of(

@@ -107,12 +107,21 @@ class BlockLayout:
             return _take(x, self.slot_of_query, fill)
         return self._collect(x, self.lead, self.n_query)
 
-    def rows(self, rows: slice) -> BlockLayout:
-        """The same for some of the rows. Only what works on slots is kept: tokens have been moved by then."""
-        if rows.stop - rows.start == self.own.shape[0]:
+    def slots(self, blocks: slice) -> slice:
+        """The query slots of some query blocks."""
+        return slice(blocks.start * self.width, blocks.stop * self.width)
+
+    def part(self, rows: slice, blocks: slice) -> BlockLayout:
+        """The same for some of the rows and query blocks. Only what works on slots is kept: tokens have been moved by then."""
+        if (rows.stop - rows.start, blocks.stop - blocks.start) == self.own.shape:
             return self
-        names = ("own", "first", "end", "query_start", "query_stop", "block_keys")
-        return self.cached((rows.start, rows.stop), lambda: replace(self, _cache={}, **{name: getattr(self, name)[rows] for name in names}))
+        of_query = ("own", "first", "end", "query_start", "query_stop")
+
+        def make() -> BlockLayout:
+            cut = {name: getattr(self, name)[rows, blocks].contiguous() for name in of_query}
+            return replace(self, _cache={}, block_keys=self.block_keys[rows], **cut)
+
+        return self.cached((rows.start, rows.stop, blocks.start, blocks.stop), make)
 
     def last_own(self, query_block: int) -> int:
         """A bound, known without reading data, of the own block of `query_block` in any row."""
@@ -120,15 +129,17 @@ class BlockLayout:
             return self.n_key_blocks - 1
         return self.n_key_blocks - self.n_query_blocks + query_block
 
-    def most_pairs(self, count: int, causal: bool) -> int:
+    def most_pairs(self, count: int, causal: bool, blocks: slice | None = None) -> int:
         """A bound on the (query, block) pairs of one row and head when each query is routed to `count` blocks, or to all it may
-        read where those are fewer; exact without padding."""
-        count = min(count, self.n_key_blocks)
-        pairs = self.n_query * count
-        if not causal or self.token_of_query_slot is not None:
-            return pairs
-        for block in range(self.n_key_blocks - self.n_query_blocks, min(self.n_key_blocks, count)):
-            start = max(block * self.block_size, self.n_key - self.n_query)
+        read where those are fewer; exact without padding. `blocks`: of these query blocks alone."""
+        count, blocks = min(count, self.n_key_blocks), blocks or slice(0, self.n_query_blocks)
+        if self.token_of_query_slot is not None:
+            return min(self.n_query, (blocks.stop - blocks.start) * self.block_size) * count
+        own, before = self.n_key_blocks - self.n_query_blocks, self.n_key - self.n_query
+        first, last = own + blocks.start, own + blocks.stop
+        pairs = (min(last * self.block_size, self.n_key) - max(first * self.block_size, before)) * count
+        for block in range(first, min(last, count)) if causal else ():
+            start = max(block * self.block_size, before)
             pairs -= (min((block + 1) * self.block_size, self.n_key) - start) * (count - block)
         return pairs
 

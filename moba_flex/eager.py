@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -22,8 +23,9 @@ from .routing import order_pairs
 from .rows import delta, write
 from .spec import Spec
 
-__all__ = ["choose", "delta", "local", "local_backward", "merge_routed", "merge_routed_backward", "route"]
+__all__ = ["REACH", "choose", "delta", "local", "local_backward", "merge_routed", "merge_routed_backward", "route"]
 
+REACH = sys.maxsize  # how many numbers a tensor may hold
 _SCORES_AT_ONCE = 1 << 21  # about what a core's cache holds
 _ROWS_AT_ONCE = 4096
 _SMALL_SCORE, _SMALL_SUM = 60.0, 1e10  # e^60 * 1e10 is far below float32's largest number, and e^-60 far above its smallest

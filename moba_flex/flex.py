@@ -26,6 +26,7 @@ from .routing import Routes
 from .spec import Spec
 
 __all__ = [
+    "REACH",
     "TILE",
     "choose",
     "delta",
@@ -39,6 +40,10 @@ __all__ = [
 ]
 
 TILE = QUERY_TILE
+
+# How many numbers a tensor may hold: FlexAttention's kernels take the number of a key, and backward that of a row, times the
+# width in 32 bits.
+REACH = 2**31 - 1
 
 try:
     from . import kernels

@@ -21,7 +21,8 @@ def set_working_memory(n_bytes: int = DEFAULT_WORKING_MEMORY) -> int:
     """Set how many bytes the routed rows of one attention call may take at a time, and return what it was before.
 
     A larger budget means fewer, larger chunks. One key head of one batch element with its query heads is always one chunk, however
-    small the budget: its rows take about `Nq * H / G * top_k * (D + 2 * Dv) * element_size` bytes.
+    small the budget: its rows take about `Nq * H / G * top_k * (D + 2 * Dv) * element_size` bytes. Only where a GPU kernel's 32-bit
+    offsets would not reach so many rows is it worked through in parts: fewer query heads at a time, or some query blocks of one.
 
     Raises ValueError if `n_bytes` is no int of at least 1.
 

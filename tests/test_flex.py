@@ -12,10 +12,12 @@ import torch.nn.attention.flex_attention as flex_module
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moba_flex import attention as attention_module
 from moba_flex import flex, gate
 from moba_flex.attention import attention
 from moba_flex.block_masks import local_mask, routed_mask
 from moba_flex.blocks import dense_layout, packed_layout, padded_layout, slots_per_block
+from moba_flex.chunks import chunks, most_numbers
 from moba_flex.functional import attend
 from moba_flex.routing import route
 from moba_flex.spec import Spec
@@ -87,24 +89,43 @@ def prepared(case: dict):
     return layout, spec, routes
 
 
-@settings(max_examples=25)
-@given(cases())
-def test_flex_equals_eager_values_and_gradients(case):
+def computed(case: dict, implementation: str) -> list[torch.Tensor]:
+    """Output, finite log-sum-exp and gradients of a loss that uses both."""
     generator = torch.Generator().manual_seed(case["seed"])
     padding_mask, bounds = visibility(case, generator)
     n_query, rows = (case["n_key"], 1) if bounds is not None else (case["n_query"], case["rows"])
     shapes = (rows, case["heads"], n_query, 8), (rows, case["groups"], case["n_key"], 8), (rows, case["groups"], case["n_key"], 6)
     leaves = [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
     blocks = [case[name] for name in ("block_size", "top_k", "sink_blocks", "recent_blocks", "causal", "share_selection")]
-    results = []
-    for implementation in ("eager", "flex"):
-        given_ = (*leaves, padding_mask, bounds, *blocks, 0.3, case["softcap"], implementation, 1 << 30)
-        out, lse, _ = attention(*given_)
-        lse = torch.where(lse == -torch.inf, 0, lse)
-        loss = (out * torch.arange(out.numel()).view_as(out).sin()).sum() + lse.sin().sum()
-        results.append((out, lse, *torch.autograd.grad(loss, leaves)))
-    for name, a, b in zip(("output", "lse", "dq", "dk", "dv"), *results):
+    out, lse, _ = attention(*leaves, padding_mask, bounds, *blocks, 0.3, case["softcap"], implementation, 1 << 30)
+    lse = torch.where(lse == -torch.inf, 0, lse)
+    loss = (out * torch.arange(out.numel()).view_as(out).sin()).sum() + lse.sin().sum()
+    return [out, lse, *torch.autograd.grad(loss, leaves)]
+
+
+def assert_same(results: list[torch.Tensor], wanted: list[torch.Tensor], case: dict) -> None:
+    for name, a, b in zip(("output", "lse", "dq", "dk", "dv"), results, wanted):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4, msg=lambda text, name=name: f"{name} of {case}: {text}")
+
+
+@settings(max_examples=25)
+@given(cases())
+def test_flex_equals_eager_values_and_gradients(case):
+    assert_same(computed(case, "flex"), computed(case, "eager"), case)
+
+
+@settings(max_examples=25)
+@given(cases(), st.booleans())
+def test_a_key_head_beyond_the_reach_of_a_kernel_is_worked_through_in_parts(case, whole_heads):
+    def short(query, key, value, layout, spec, budget, _):
+        width, blocks = max(query.shape[-1], value.shape[-1]), layout.n_query_blocks if whole_heads else 1
+        return chunks(query, key, value, layout, spec, budget, most_numbers(1, blocks, width, layout, spec))
+
+    wanted = computed(case, "eager")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(attention_module, "chunks", short)
+        for implementation in ("eager", "flex"):
+            assert_same(computed(case, implementation), wanted, case)
 
 
 def tile_maps(mask, n_query: int, n_key: int):

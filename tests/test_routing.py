@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import sys
 from collections import Counter
 from dataclasses import dataclass
 
@@ -11,10 +13,10 @@ from cases import Case, Packed, cases, examples, generator, operands, packed_cas
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moba_flex import eager
-from moba_flex.attention import chunks
+from moba_flex import eager, gate
 from moba_flex.blocks import BlockLayout, dense_layout, packed_layout, padded_layout, slots_per_block
-from moba_flex.routing import Routes, route
+from moba_flex.chunks import chunks, most_numbers
+from moba_flex.routing import Routes, route, tiles_needed
 from moba_flex.spec import Spec
 
 
@@ -197,14 +199,52 @@ def test_chunks_cover_every_head_once_and_have_one_shape(case: Case, budget: int
     layout = layout_of(case)
     query, key, value = layout.query_slots(tensors["query"]), layout.key_slots(tensors["key"]), tensors["value"]
     covered, shapes = Counter(), set()
-    for rows, groups, heads in chunks(query, key, value, layout, spec_of(case), budget):
-        assert heads == slice(groups.start * case.repeats, groups.stop * case.repeats)
+    for rows, groups, parts in chunks(query, key, value, layout, spec_of(case), budget, sys.maxsize):
+        heads = slice(groups.start * case.repeats, groups.stop * case.repeats)
+        assert parts == [(heads, slice(0, layout.n_query_blocks))]
         covered.update((row, head) for row in range(rows.start, rows.stop) for head in range(heads.start, heads.stop))
         shapes.add((rows.stop - rows.start, heads.stop - heads.start))
     assert covered == Counter((row, head) for row in range(case.batch) for head in range(case.heads))
     assert len(shapes) == 1
     if budget == 1 and spec_of(case).routed:
         assert shapes == {(1, case.repeats)}
+
+
+@examples(80)
+@given(cases(), st.booleans(), st.integers(1, 3), st.integers(1, 20))
+def test_no_part_of_a_chunk_exceeds_the_reach_of_a_kernel(case: Case, wide: bool, some_heads: int, some_blocks: int):
+    tensors, layout, spec = operands(case), layout_of(case, wide), spec_of(case)
+    query, key, value = (x.contiguous() for x in (layout.query_slots(tensors["query"]), layout.key_slots(tensors["key"]), tensors["value"]))
+    width, blocks_of_head = max(query.shape[-1], value.shape[-1]), layout.n_query_blocks
+    reach = most_numbers(min(some_heads, case.repeats), min(some_blocks, blocks_of_head), width, layout, spec)
+    covered = Counter()
+    for rows, groups, parts in chunks(query, key, value, layout, spec, 1 << 40, reach):
+        n_rows, n_groups = rows.stop - rows.start, groups.stop - groups.start
+        for heads, blocks in parts:
+            part = query[rows, heads, layout.slots(blocks)]
+            assert part.is_contiguous()  # kernels write their results into such slices
+            pairs = n_rows * part.shape[1] * layout.most_pairs(spec.routed, spec.causal, blocks)
+            n_blocks = n_rows * n_groups * layout.n_key_blocks
+            rows_needed = tiles_needed(pairs, n_blocks, 128) * 128
+            assert max(rows_needed, n_blocks * layout.width, part.numel() // part.shape[-1]) * width <= reach
+            covered.update(itertools.product(*(range(x.start, x.stop) for x in (rows, heads, blocks))))
+    assert covered == Counter(itertools.product(range(case.batch), range(case.heads), range(blocks_of_head)))
+    with pytest.raises(ValueError, match=f"at most {layout.width * width - 1} numbers"):
+        list(chunks(query, key, value, layout, spec, 1 << 40, layout.width * width - 1))
+
+
+@examples(60)
+@given(cases(), st.booleans(), st.integers(1, 5))
+def test_the_pairs_of_some_query_blocks_are_bounded_and_add_up(case: Case, wide: bool, step: int):
+    layout, spec = layout_of(case, wide), spec_of(case)
+    chosen = gate.choose(layout.query_slots(operands(case)["query"]), layout.key_slots(operands(case)["key"]), layout, spec)
+    bounds = []
+    for start in range(0, layout.n_query_blocks, step):
+        blocks = slice(start, min(start + step, layout.n_query_blocks))
+        bounds.append(layout.most_pairs(spec.routed, spec.causal, blocks))
+        assert ((chosen[:, :, layout.slots(blocks)] >= 0).sum((2, 3)) <= bounds[-1]).all()
+    if layout.token_of_query_slot is None:
+        assert sum(bounds) == layout.most_pairs(spec.routed, spec.causal)
 
 
 # Layouts
@@ -284,7 +324,7 @@ def test_some_rows_of_a_layout_are_the_layout_of_those_rows(case: Case):
     layout = layout_of(case)
     for row in range(case.batch):
         alone = case.but(batch=1, padding=None if case.padding is None else case.padding[row : row + 1])
-        expected, actual = layout_of(alone), layout.rows(slice(row, row + 1))
+        expected, actual = layout_of(alone), layout.part(slice(row, row + 1), slice(0, layout.n_query_blocks))
         for name in ("own", "first", "end", "query_start", "query_stop", "block_keys"):
             assert torch.equal(getattr(actual, name), getattr(expected, name)), name
 

@@ -46,7 +46,7 @@ def _means_kernel(
     base = KEY + b.to(tl.int64) * stride_b + g.to(tl.int64) * stride_g + c.to(tl.int64) * P * stride_n
     total = tl.zeros([STEP, DP], tl.float32)
     for start in range(0, keys, STEP):
-        at = start + slot
+        at = (start + slot).to(tl.int64)
         x = tl.load(base + at[:, None] * stride_n + d[None, :], mask=(at[:, None] < keys) & (d[None, :] < D), other=0.0)
         total += x.to(tl.float32)
     mean = tl.sum(total, 0) / tl.maximum(keys, 1)
