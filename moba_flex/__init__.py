@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from . import compat
 from .config import MobaConfig
 from .figures import visualize
+from .flash import set_flex_backend
 from .functional import moba_attention, moba_attention_varlen, set_working_memory
 from .models import AutoModelForCausalLM, full_attention, patch, set_attention, unpatch
 from .selection import Selection, select_blocks
@@ -26,6 +27,7 @@ __all__ = [
     "patch",
     "select_blocks",
     "set_attention",
+    "set_flex_backend",
     "set_working_memory",
     "trace",
     "unpatch",

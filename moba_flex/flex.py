@@ -12,16 +12,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import cache
-from types import FunctionType
 
 import torch
 from torch import Tensor
 from torch._higher_order_ops.flex_attention import flex_attention_backward
 from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
+from . import flash
 from . import rows as plain
 from .block_masks import QUERY_TILE, Mask, bits_mask, block_mask, local_mask, routed_mask
 from .blocks import BlockLayout
+from .compiled import any_length, compiled
 from .routing import Routes
 from .spec import Spec
 
@@ -98,8 +99,11 @@ def delta(out: Tensor, grad: Tensor, grad_lse: Tensor | None) -> Tensor:
 
 def routed(row_query: Tensor, key: Tensor, value: Tensor, routes: Routes, layout: BlockLayout, spec: Spec) -> tuple[Tensor, Tensor]:
     """Attention of each row `[R, D]` to its block of `key [B, G, C * P, D]`. Returns `[R, Dv]` and the log-sum-exp `[R]`."""
-    mask = routed_mask(routes, layout, key.shape[1], spec.causal)
-    out, lse = _forward(row_query[None, None], _in_line(key), _in_line(value), mask, spec)
+    operands = row_query[None, None], _in_line(key), _in_line(value)
+    if kernel := flash.kernel_for(row_query, value, layout, spec):
+        out, lse = kernel(*operands, routes)
+    else:
+        out, lse = _forward(*operands, routed_mask(routes, layout, key.shape[1], spec.causal), spec)
     return out[0, 0], lse[0, 0]
 
 
@@ -193,7 +197,7 @@ def _in_line(x: Tensor) -> Tensor:
 def _forward(query: Tensor, key: Tensor, value: Tensor, mask: Mask, spec: Spec) -> tuple[Tensor, Tensor]:
     """`flex_attention` under `mask`: the output and its log-sum-exp."""
     call = _forward_call(*_settings(query, value, mask, spec))
-    return call(*_any_length(query, key, value, *mask.lists, *mask.buffers))
+    return call(*any_length(query, key, value, *mask.lists, *mask.buffers))
 
 
 def _backward(
@@ -205,14 +209,7 @@ def _backward(
     `delta` (`out . grad`) as a gradient of it. Nothing of the partial outputs has to be known, neither kept nor computed again.
     """
     call = _backward_call(*_settings(query, value, mask, spec))
-    return call(*_any_length(query, key, value, grad, lse, delta, *mask.lists, *mask.buffers))
-
-
-def _any_length(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The tensors, marked so that the first compilation serves other lengths and batches. Heads and widths stay constants."""
-    for x in filter(torch.is_tensor, tensors):
-        torch._dynamo.maybe_mark_dynamic(x, ([], [0], [0, 1], [0, 2], [0, 2])[x.dim()])
-    return tensors
+    return call(*any_length(query, key, value, grad, lse, delta, *mask.lists, *mask.buffers))
 
 
 def _settings(query: Tensor, value: Tensor, mask: Mask, spec: Spec) -> tuple:
@@ -221,14 +218,10 @@ def _settings(query: Tensor, value: Tensor, mask: Mask, spec: Spec) -> tuple:
     return mask.settings, mask.tiles, mask.divisible, mask.rule, widths, query.dtype, spec.scale, spec.softcap, query.is_cuda
 
 
-# Each combination of settings is compiled from a function, and so from a code object, with a name of its own. torch.compile keeps what
-# it learns by code object and name: shared, a second block size or scale would turn from a constant into a variable of the
-# kernel, and eight combinations would exhaust the limit on recompilations.
 def _compile(call: Callable, settings: tuple, is_cuda: bool) -> Callable:
     if not is_cuda:  # there only tests come here: they hold the masks against the specification, on dense scores
         return call
-    code = call.__code__.replace(co_name=f"{call.__name__}_{settings}")
-    return torch.compile(FunctionType(code, call.__globals__, None, None, call.__closure__), fullgraph=True)
+    return compiled(call, settings)
 
 
 @cache
