@@ -44,7 +44,8 @@ def set_flex_backend(name: str = "triton") -> str:
     Args:
         name: "triton", FlexAttention's own; or "flash", those of the package flash-attn-4, an option for Hopper GPUs. The latter are used
             for forward passes in bfloat16 or float16, blocks of at least 1,024 tokens (a multiple of 128) and widths up to 128, without
-            `softcap`, once they have agreed with plain PyTorch in that process. Elsewhere it is "triton" as before.
+            `softcap`, once they have agreed with plain PyTorch in that process: the first call of each kind takes some seconds more and
+            waits for the GPU. Elsewhere it is "triton" as before.
 
     Raises:
         ValueError: another name.
@@ -94,9 +95,10 @@ def _checked(width: int, query_width: int, value_width: int, dtype: torch.dtype,
         call = _compiled((width, query_width, value_width, dtype, scale))
         unit = _unit_of_lse(call, width, query_width, value_width, dtype, scale, device)
     except Exception as error:  # whatever a kernel's compilation can raise
+        reason = next(iter(str(error).splitlines()), "")
         warnings.warn(
             f'FlexAttention\'s BACKEND "FLASH" is not used for blocks of {width}, widths {query_width} and {value_width}, {dtype}, but '
-            f"Triton's kernel: {type(error).__name__}: {error}",
+            f"Triton's kernel: {type(error).__name__}: {reason}",
             stacklevel=2,
         )
         return None
@@ -111,12 +113,12 @@ def _checked(width: int, query_width: int, value_width: int, dtype: torch.dtype,
 def _compiled(settings: tuple) -> Callable:
     scale = settings[-1]
 
-    def moba_flex_flash(query, key, value, nothing, count, index):
+    def moba_flex_flash(query, key, value, *lists):
         def mask_mod(b, h, q, kv):  # never evaluated, since no tile is listed as partial; without one the lists would be ignored
             return kv >= 0
 
-        lists = nothing, index, count, index, None, None, None, None  # partial and full tiles of keys; those of queries are for backward
-        mask = BlockMask((query.shape[2], key.shape[2]), *lists, BLOCK_SIZE=(QUERY_TILE, _KEY_TILE), mask_mod=mask_mod)
+        no_lists = (None,) * 4  # by key tile: they are for a backward pass
+        mask = BlockMask((query.shape[2], key.shape[2]), *lists, *no_lists, BLOCK_SIZE=(QUERY_TILE, _KEY_TILE), mask_mod=mask_mod)
         options = {"BACKEND": "FLASH"}
         out, aux = flex_attention(query, key, value, None, mask, scale, kernel_options=options, return_aux=AuxRequest(lse=True))
         return out, aux.lse
@@ -124,11 +126,12 @@ def _compiled(settings: tuple) -> Callable:
     return compiled(moba_flex_flash, settings)
 
 
-def _lists(block_of_tile: Tensor, tile_in_use: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:
-    """For each tile `[1, 1, T]`: that it meets no key tiles in part, how many in full, and `[1, 1, T, P / 128]` which, written out."""
+def _lists(block_of_tile: Tensor, tile_in_use: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of partial and of full key tiles, for each tile `[1, 1, T]` how many it meets and `[1, 1, T, P / 128]` which, written out."""
     per = width // _KEY_TILE
     index = block_of_tile[:, None] * per + torch.arange(per, device=block_of_tile.device, dtype=torch.int32)
-    return torch.zeros_like(tile_in_use)[None, None], (tile_in_use * per)[None, None], index[None, None]
+    count = tile_in_use * per
+    return tuple(x[None, None] for x in (torch.zeros_like(count), torch.zeros_like(index), count, index))
 
 
 def _unit_of_lse(

@@ -31,9 +31,9 @@ class StandIn:
     def __call__(self, settings: tuple):
         scale = settings[-1]
 
-        def call(query: Tensor, key: Tensor, value: Tensor, nothing: Tensor, count: Tensor, index: Tensor):
+        def call(query: Tensor, key: Tensor, value: Tensor, none: Tensor, _: Tensor, count: Tensor, index: Tensor):
             self.calls += 1
-            assert query.shape[2] == 128 * count.shape[2] and (nothing == 0).all()
+            assert query.shape[2] == 128 * count.shape[2] and (none == 0).all()
             out, lse = query.new_zeros(*query.shape[:3], value.shape[3]), torch.full(query.shape[:3], -torch.inf)
             for tile, n in enumerate(count[0, 0].tolist()):
                 if n:
