@@ -1,4 +1,4 @@
-"""Every Triton kernel at small and odd shapes, for a checker of memory errors and races on a CUDA GPU. Four commands, from the repository:
+"""The kernels at small and odd shapes, for a checker of memory errors and races on a CUDA GPU. Four commands, from the repository:
 
     python tests/memory_check.py
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 python tests/memory_check.py
@@ -6,8 +6,9 @@
     TRITON_INTERPRET=1 python tests/memory_check.py
 
 The first compiles the kernels, so that the checkers need not watch that. Without PyTorch's cache each tensor is an allocation of its own,
-so that a step beyond its end is seen. Results are held against plain PyTorch, which works on the CPU: what the GPU runs is these
-kernels and next to nothing else. The last command needs no GPU: Triton's interpreter shows that the check itself is right.
+so that a step beyond its end is seen. Results are held against plain PyTorch, which works on the CPU: what the GPU runs is the package's
+Triton kernels, all of them, FlexAttention's for few blocks, whose lengths no tile divides, and next to nothing else. The last command
+needs no GPU: Triton's interpreter shows that the check itself is right.
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from moba_flex import gate, kernels, rows
+from moba_flex import flex, gate, kernels, rows
 from moba_flex.blocks import BlockLayout, dense_layout, packed_layout, padded_layout, slots_per_block
 from moba_flex.decoding import decode_plain, means_for, write_means
+from moba_flex.masked import MOST_BLOCKS, block_bits
 from moba_flex.routing import Routes
 from moba_flex.spec import Spec
 
@@ -77,6 +79,20 @@ def check_prefill(heads, groups, n_query, n_key, width, block_size, top_k, dtype
     routes, on_gpu = rows.route(chosen, *given), kernels.route(on_device(chosen), *given)
     same(on_gpu.row_of_pair, routes.row_of_pair)
     check_rows(query, routes, on_gpu)
+    if layout.dense and layout.n_key_blocks <= MOST_BLOCKS:
+        same(kernels.block_bits(on_device(chosen), on_device(layout)), block_bits(chosen, layout))
+        check_masked(layout.query_tokens(query), layout.key_tokens(key), chosen, layout, spec)
+
+
+def check_masked(query: Tensor, key: Tensor, chosen: Tensor, layout: BlockLayout, spec: Spec) -> None:
+    operands, fixed = (query.contiguous(), key.contiguous(), key.flip(2).contiguous()), (chosen, layout)
+    wanted = flex.masked(*operands, *fixed, spec)
+    got = flex.masked(*map(on_device, operands + fixed), spec)
+    operands += torch.randn(query.shape).to(query.dtype), wanted[1], torch.randn(query.shape[:3])
+    wanted += flex.masked_backward(*operands, *fixed, spec)
+    got += flex.masked_backward(*map(on_device, operands + fixed), spec)
+    for a, b in zip(got, wanted):
+        assert (a.to(CPU).float() - b.float()).norm() < 2e-2 * b.float().norm()
 
 
 def check_rows(query: Tensor, routes: Routes, on_gpu: Routes) -> None:

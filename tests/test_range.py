@@ -16,11 +16,22 @@ from moba_flex import moba_attention, select_blocks, set_working_memory
 from moba_flex.blocks import dense_layout, slots_per_block
 from moba_flex.chunks import chunks
 from moba_flex.flex import REACH
+from moba_flex.masked import few_blocks
 from moba_flex.spec import Spec
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU: FlexAttention compiles to Triton kernels")
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 NEAR_TIE = 2e-5  # of the largest score
+
+
+@pytest.fixture
+def way(request, monkeypatch) -> None:
+    """So few blocks are masked in one dense call, unless the test says "routed"."""
+    if request.param == "routed":
+        monkeypatch.setattr("moba_flex.attention.few_blocks", lambda *_: False)
+
+
+both_ways = pytest.mark.parametrize("way", ["routed", "masked"], indirect=True)
 
 
 @dataclass(frozen=True)
@@ -72,8 +83,9 @@ WITH_A_DENSE_MASK = [
 
 @pytest.mark.gpu
 @needs_gpu
+@both_ways
 @pytest.mark.parametrize("case", WITH_A_DENSE_MASK, ids=str)
-def test_widths_dtypes_and_block_sizes_equal_the_specification(case: Case):
+def test_widths_dtypes_and_block_sizes_equal_the_specification(case: Case, way):
     results = []
     for implementation, dtype in (("flex", case.dtype), ("naive", torch.float32)):
         leaves = [x.detach().to(dtype).requires_grad_() for x in case.tensors("cuda")]
@@ -87,8 +99,9 @@ def test_widths_dtypes_and_block_sizes_equal_the_specification(case: Case):
 
 @pytest.mark.gpu
 @needs_gpu
+@both_ways
 @pytest.mark.parametrize("tokens", [1, 2, 15, 16, 17, 127, 128, 129])
-def test_the_shortest_lengths_equal_the_specification(tokens: int):
+def test_the_shortest_lengths_equal_the_specification(tokens: int, way):
     case = Case(tokens, 16, 3, torch.float16, 64, 64)
     leaves = case.tensors("cuda")
     results = []
@@ -176,12 +189,22 @@ def check_a_sample(case: Case, device: str) -> None:
         assert distance(a, b) < TOLERANCE[case.dtype], (name, distance(a, b), case)
 
 
-def parts_of(case: Case, budget: int) -> tuple[int, int]:
-    """How many chunks the case is worked through in, and how many parts each has."""
+def shapes_and_spec(case: Case) -> tuple[list[Tensor], Spec]:
+    """Query, key and value without data, and what is computed."""
     shapes = (case.heads, case.width), (case.groups, case.width), (case.groups, case.value_width)
     tensors = [torch.empty(case.batch, n, case.tokens, width, dtype=case.dtype, device="meta") for n, width in shapes]
+    return tensors, Spec(case.block_size, case.top_k, 0, 0, True, 1.0)
+
+
+def masked(case: Case) -> bool:
+    tensors, spec = shapes_and_spec(case)
+    return few_blocks(*tensors, spec)
+
+
+def parts_of(case: Case, budget: int) -> tuple[int, int]:
+    """How many chunks the case is worked through in, and how many parts each has."""
+    tensors, spec = shapes_and_spec(case)
     layout = dense_layout(case.batch, case.tokens, case.tokens, case.block_size, slots_per_block(case.block_size), torch.device("cpu"))
-    spec = Spec(case.block_size, case.top_k, 0, 0, True, 1.0)
     plan = [parts for _, _, parts in chunks(*tensors, layout, spec, budget, REACH)]
     return len(plan), len(plan[0])
 
@@ -213,6 +236,12 @@ def test_long_sequences_equal_the_equations_on_a_sample(name: str):
 def test_the_long_cases_take_the_paths_that_they_are_named_for(name: str):
     case, working_memory, chunks_and_parts = LONG[name]
     assert parts_of(case, working_memory) == chunks_and_parts
+    assert not masked(case)
+
+
+@pytest.mark.parametrize("case", WITH_A_DENSE_MASK, ids=str)
+def test_the_cases_with_a_dense_mask_have_few_blocks(case: Case):
+    assert masked(case)
 
 
 @pytest.mark.parametrize(("tokens", "block_size", "top_k"), [(5000, 64, 4), (777, 100, 3), (300, 512, 2), (130, 16, 1)])
