@@ -3,16 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from types import FunctionType
 
 import torch
 from torch import Tensor
 
 
+@cache
+def _marks(dim: int) -> dict:
+    """What `maybe_mark_dynamic` leaves on a tensor of so many dimensions.
+
+    It is copied, since the function would be called for every tensor of every call, on the host's way to the GPU, and takes four times as
+    long. Tensors need it only where something is compiled, but lengths are not all that can make torch.compile do so.
+    """
+    x = torch.empty([2] * dim, device="meta")
+    torch._dynamo.maybe_mark_dynamic(x, ([], [0], [0, 1], [0, 2], [0, 2])[dim])
+    return vars(x)
+
+
 def any_length(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The tensors, marked so that the first compilation serves other lengths and batches. Heads and widths stay constants."""
-    for x in filter(torch.is_tensor, tensors):
-        torch._dynamo.maybe_mark_dynamic(x, ([], [0], [0, 1], [0, 2], [0, 2])[x.dim()])
+    """The tensors, marked so that a compilation serves other lengths and batches. Heads and widths stay constants."""
+    for x in tensors:
+        if x is not None:
+            vars(x).update(_marks(x.dim()))
     return tensors
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
-
 import pytest
 import torch
 import torch.nn.attention.flex_attention as flex_module
@@ -91,33 +89,6 @@ def test_few_blocks_are_one_call_and_many_are_routed(monkeypatch):
     assert called(100, torch.ones(1, 100).bool(), top_k=3) == routed
     assert called(100, top_k=3, causal=False) == ["merge_routed", "merge_routed_backward"]
     assert called(16, top_k=3) == called(100, top_k=1) == ["local", "local_backward"]  # nothing to choose
-
-
-def test_all_short_lengths_share_one_compilation_forward_and_one_backward(monkeypatch):
-    graphs = []
-
-    def traced(call, settings, is_cuda):
-        return torch.compile(call, fullgraph=True, backend=lambda graph, _: graphs.append(call.__name__) or graph.forward)
-
-    monkeypatch.setattr(flex, "_compile", traced)
-    for name in ("_forward_call", "_backward_call"):  # none that other tests have made
-        monkeypatch.setattr(flex, name, cache(getattr(flex, name).__wrapped__))
-    torch._dynamo.reset()
-    for n_query, n_key in [
-        (300, 300),
-        (40, 40),
-        (128, 128),
-        (129, 129),
-        (500, 500),
-        (2, 300),
-        (128, 512),
-        (33, 511),
-        *([n] * 2 for n in range(20, 500, 40)),
-    ]:
-        for rows in (1, 2):  # with two key heads, so never one element of FlexAttention's batch
-            query, key, value = (torch.randn(rows, h, n, 16, requires_grad=True) for h, n in ((4, n_query), (2, n_key), (2, n_key)))
-            attend(query, key, value, block_size=16, top_k=3, implementation="flex").sum().backward()
-    assert sorted(graphs) == ["moba_flex_backward", "moba_flex_forward"]
 
 
 @pytest.mark.parametrize("batch", [1, 2])
