@@ -94,17 +94,26 @@ def _routed_rule(tile: int, width: int) -> Callable[..., Tensor]:
     return rule
 
 
+def _line(counts: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+    """`_lists` of one pair `[n]` that is contiguous: there is one row, and these are made for every call."""
+    return counts.view(1, 1, -1), indices.view(1, 1, -1, 1)
+
+
+def _no_tiles(like: Tensor) -> tuple[Tensor, Tensor]:
+    nothing = torch.zeros_like(like)
+    return _line(nothing, nothing)
+
+
 def routed_mask(routes: Routes, layout: BlockLayout, groups: int, causal: bool) -> Mask:
     """Each tile of routed rows `[1, 1, T * tile, D]` meets one whole block of the keys `[1, 1, B * G * C * P, D]`."""
     tile, width, block, first = routes.tile, layout.width, routes.block_of_tile, routes.first_tile
     n_keys = layout.cached(("block keys", groups), lambda: layout.block_keys.repeat_interleave(groups, 0).flatten())
-    nothing = layout.cached(("nothing", block.numel(), first.numel()), lambda: block.new_zeros(block.numel() + first.numel()))
-    listed = (routes.tile_in_use, block), (routes.tiles_of_block, first)
-    empty = (nothing[: block.numel()], block), (nothing[block.numel() :], first)
+    listed = _line(routes.tile_in_use, block), _line(routes.tiles_of_block, first)
+    empty = layout.cached(("no tiles", len(block), len(first)), lambda: (_no_tiles(block), _no_tiles(first)))
     # Past blocks are full of keys, so that nothing of a tile is masked, unless a block has more slots than tokens.
     full = causal and layout.whole
     (kv, q), (full_kv, full_q) = (empty, listed) if full else (listed, empty)
-    lists = _lists(*((n[None], i[None]) for n, i in (kv, full_kv, q, full_q)))
+    lists = *kv, *full_kv, *q, *full_q
     return Mask(("routed", tile, width, full), (tile, width), _routed_rule(tile, width), (block, n_keys), lists)
 
 
