@@ -13,6 +13,7 @@ from transformers import CompileConfig, DynamicCache, LlamaConfig, LlamaForCausa
 from transformers.cache_utils import DynamicLayer
 
 from moba_flex.models import full_attention, interface, patch, set_attention, unpatch
+from moba_flex.models.layers import attention_of
 
 VOCABULARY, PROMPT, NEW = 64, 53, 14
 SPARSE = {"block_size": 8, "top_k": 3, "decode": "sparse"}
@@ -129,6 +130,23 @@ def test_a_hybrid_of_full_and_sparse_layers_gives_the_tokens_of_recomputation(of
     full = build(**FULL, full_attention_layers=(-1,))
     patch(full, **SPARSE, full_attention_layers=(-1,))
     assert torch.equal(out, recomputed(full, ids))
+
+
+@pytest.mark.parametrize("full_layers", [(), (0, 2), (-1,), (1, -1)], ids=str)
+@pytest.mark.parametrize("decode", ["full", "sparse"])
+def test_the_first_layers_alone_may_draft(decode, full_layers):
+    """While they do, transformers sets the configuration's number of layers to theirs: layers are still the ones that were named."""
+    model, ids = build(**{**SPARSE, "decode": decode}, full_attention_layers=full_layers), tokens()
+    call = {**GREEDY, "suppress_tokens": [0]}  # transformers takes a padding token among those generated for padding of the drafts
+    expected, seen = model.generate(ids, **call), []
+    attention = model.model.layers[1].self_attn
+    attention.register_forward_pre_hook(
+        lambda *_: seen.append((model.config.num_hidden_layers, attention_of(attention, model.config.moba)))
+    )
+    assert torch.equal(model.generate(ids, assistant_early_exit=2, **call), expected)
+    assert set(seen) == {(n_layers, "full" if 1 in full_layers else "moba") for n_layers in (2, 3)}
+    set_attention(model, "moba_naive")
+    assert torch.equal(model.generate(ids, assistant_early_exit=2, **call), expected)
 
 
 @pytest.mark.parametrize("family", ["gemma2", "gpt_oss"])

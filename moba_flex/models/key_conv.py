@@ -29,7 +29,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, Encod
 
 from ..config import MobaConfig
 from .cache import DynamicLayerWithMeans
-from .layers import full_layers
+from .layers import named_full
 from .mask import MobaMask
 
 GROWING = (DynamicLayer, DynamicLayerWithMeans)  # kinds of cache layers, not kinds of them that drop or change keys
@@ -136,7 +136,7 @@ def set_key_convs(layers: list[nn.Module], settings: MobaConfig) -> None:
 
     A convolution of the right size stays, with its weights. ValueError, before anything is changed, if a layer has no `k_proj`.
     """
-    kernel_size = {layer: 0 if _is_full(layer, settings) else settings.key_conv for layer in layers}
+    kernel_size = {layer: 0 if named_full(layer, settings) else settings.key_conv for layer in layers}
     for layer, size in kernel_size.items():
         if size and not isinstance(getattr(layer, "k_proj", None), nn.Linear):
             raise ValueError(
@@ -159,16 +159,12 @@ def remove_key_convs(layers: list[nn.Module]) -> None:
 
 def check_key_conv(layer: nn.Module, settings: MobaConfig) -> None:
     """ValueError if a layer should have a convolution and has none: what loads a model must make it before the weights are read."""
-    if settings.key_conv and not _is_full(layer, settings) and not hasattr(layer, "key_conv"):
+    if settings.key_conv and not named_full(layer, settings) and not hasattr(layer, "key_conv"):
         raise ValueError(
             f"the model was saved with key_conv={settings.key_conv}, but {type(layer).__name__} {layer.layer_idx} has no convolution of "
             "keys, for transformers alone does not load it: use moba_flex.AutoModelForCausalLM.from_pretrained, or begin with a new one "
             "by moba_flex.patch(model, model.config.moba)"
         )
-
-
-def _is_full(layer: nn.Module, settings: MobaConfig) -> bool:
-    return layer.layer_idx in full_layers(settings, layer.config.num_hidden_layers, layer)
 
 
 def _cache_layer(cache: Cache | None, layer: nn.Module) -> CacheLayerMixin | None:

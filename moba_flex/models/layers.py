@@ -44,6 +44,7 @@ class LayerState:
 
     ordinary: str  # the implementation that the model had before
     attention: str | None = None  # "full", "moba" or "moba_naive"; None: what the model's configuration says
+    keeps_full: bool = False  # whether `full_attention_layers` names the layer
 
 
 def attention_layers(model: nn.Module) -> list[nn.Module]:
@@ -69,9 +70,22 @@ def attention_of(layer: nn.Module, settings: MobaConfig) -> str:
     state = getattr(layer, "_moba", None)
     if state is not None and state.attention is not None:
         return state.attention
-    if layer.layer_idx in full_layers(settings, layer.config.num_hidden_layers, layer):
-        return "full"
-    return layer.config._attn_implementation
+    return "full" if keeps_full(layer, settings) else layer.config._attn_implementation
+
+
+def keeps_full(layer: nn.Module, settings: MobaConfig) -> bool:
+    """Whether `full_attention_layers` names a layer.
+
+    What patching found stays true: while it drafts with `assistant_early_exit`, transformers sets the configuration's number of layers to
+    those that it runs.
+    """
+    state = getattr(layer, "_moba", None)
+    return state.keeps_full if state is not None else named_full(layer, settings)
+
+
+def named_full(layer: nn.Module, settings: MobaConfig) -> bool:
+    """The same, by the configuration's number of layers. Raises ValueError if `full_attention_layers` names one that is not there."""
+    return layer.layer_idx in full_layers(settings, layer.config.num_hidden_layers, layer)
 
 
 def full_layers(settings: MobaConfig, n_layers: int, model: nn.Module) -> list[int]:

@@ -16,6 +16,8 @@ from .layers import (
     attention_layers,
     attention_of,
     full_layers,
+    keeps_full,
+    named_full,
     ordinary_implementation,
     resolve_layers,
     show,
@@ -63,7 +65,7 @@ def patch(model: nn.Module, config: MobaConfig | Mapping | None = None, **settin
 
     for layer in every:
         used = layer.config._attn_implementation
-        layer._moba = LayerState(ordinary_implementation(layer) if used in MOBA else used)
+        layer._moba = LayerState(ordinary_implementation(layer) if used in MOBA else used, None, named_full(layer, config))
     add_hooks(model, replaceable)
     for model_config in _configs(replaceable):
         model_config.moba = config
@@ -172,7 +174,7 @@ def moba_layers(model: nn.Module) -> dict[int, str]:
     now = {}
     for layer in replaceable:
         settings = MobaConfig.of(layer.config)
-        if layer.layer_idx not in full_layers(settings, layer.config.num_hidden_layers, layer):
+        if not keeps_full(layer, settings):
             now[layer.layer_idx] = attention_of(layer, settings)
     return now
 
@@ -207,4 +209,4 @@ def is_patched(replaceable: list[nn.Module]) -> bool:
 
 def _use(layers: list[nn.Module], attention: str | None) -> None:
     for layer in layers:
-        layer._moba = LayerState(ordinary_implementation(layer), attention)
+        layer._moba = LayerState(ordinary_implementation(layer), attention, keeps_full(layer, MobaConfig.of(layer.config)))
