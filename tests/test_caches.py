@@ -111,6 +111,15 @@ def test_sparse_decoding_of_a_padded_batch_gives_the_tokens_of_recomputation(way
     assert torch.equal(model.generate(**padded(), **call_of(way)), recomputed(model, padded()))
 
 
+def test_a_padding_token_that_the_mask_keeps_is_a_token_like_others(no_recomputation):
+    model, ids = build(**SPARSE), tokens()
+    ids[0, 20] = model.config.pad_token_id
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    expected = recomputed(model, inputs)
+    for name in ("growing cache", "static cache", "prompt lookup", "assisted"):
+        assert torch.equal(model.generate(**inputs, **call_of(WAYS[name])), expected), name
+
+
 @pytest.mark.parametrize("static", [False, True])
 def test_beam_search_gives_the_sequences_of_recomputation(static, no_recomputation):
     model, beams = build(**SPARSE), {"num_beams": 4, "num_return_sequences": 2}
