@@ -26,8 +26,9 @@ from .spec import Spec
 __all__ = ["REACH", "choose", "delta", "local", "local_backward", "merge_routed", "merge_routed_backward", "route"]
 
 REACH = sys.maxsize  # how many numbers a tensor may hold
-_SCORES_AT_ONCE = 1 << 21  # about what a core's cache holds
-_ROWS_AT_ONCE = 4096
+_SCORES_AT_ONCE = 1 << 20  # they and their exponentials stay in a core's cache
+_ROWS_AT_ONCE = 8192
+_TILES = 8  # of a block's rows: products of a batch keep cores busier than one large product does
 _SMALL_SCORE, _SMALL_SUM = 60.0, 1e10  # e^60 * 1e10 is far below float32's largest number, and e^-60 far above its smallest
 
 
@@ -44,26 +45,25 @@ def _cap(score: Tensor, spec: Spec) -> Tensor:
     return score if spec.softcap is None else score.div_(spec.softcap).tanh_().mul_(spec.softcap)
 
 
-def _fusible(query: Tensor, key: Tensor, value: Tensor, spec: Spec) -> bool:
-    """Whether PyTorch's fused kernel for CPUs computes this. It lets NaN vanish, so it gets finite numbers alone."""
-    if query.device.type != "cpu" or spec.softcap is not None or query.shape[-1] != value.shape[-1]:
-        return False
-    return all(math.isfinite(bound) for x in (query, key, value) for bound in torch.aminmax(x))
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, causal: bool, spec: Spec, small: bool = False, into: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Softmax attention of `[..., M, D]` to `[..., K, D]` and its log-sum-exp; `causal` (M = K): to keys up to the query's own.
 
-
-def _attend(query: Tensor, key: Tensor, value: Tensor, causal: bool, spec: Spec, fused: bool) -> tuple[Tensor, Tensor]:
-    """Softmax attention of `[..., M, D]` to `[..., K, D]` and its log-sum-exp; `causal` (M = K): to keys up to the query's own."""
-    if fused:  # what scaled_dot_product_attention runs; called by name because only so it hands out its log-sum-exp
-        operands = (x.reshape(1, -1, *x.shape[-2:]) for x in (query, key, value))
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*operands, 0.0, causal, scale=spec.scale)
-        return out.view(*query.shape[:-1], -1), lse.view(query.shape[:-1])
-    score = _scores(query, key, spec)
+    `small`: no score can be large, so that nothing need be subtracted. The output is written `into` a tensor if there is one.
+    """
+    weight, later = _scores(query, key, spec), _later(query.shape[-2], query.device) if causal else None
+    if not small:
+        most = (weight if later is None else weight.masked_fill_(later, -torch.inf)).amax(-1, keepdim=True)
+        weight -= most
+    if later is not None and not small:
+        weight.masked_fill_(later, 0)  # the exponential of -inf takes many times as long as that of 0
+    weight.exp_()
     if causal:
-        score.masked_fill_(_later(query.shape[-2], query.device), -torch.inf)
-    most = score.amax(-1, keepdim=True)
-    weight = score.sub_(most).exp_()
+        weight.tril_()
     total = weight.sum(-1, keepdim=True)
-    return (weight @ value).div_(total), total.log_().add_(most).squeeze(-1)
+    out = torch.matmul(weight, value, out=into).div_(total)
+    return out, (total.log_() if small else total.log_().add_(most)).squeeze(-1)
 
 
 def _later(width: int, device: torch.device) -> Tensor:
@@ -114,11 +114,10 @@ def _local_heads(
 
 def local(query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, spec: Spec) -> tuple[Tensor, Tensor]:
     """Causal attention of each query to its own block: `[B, H, Q * P, Dv]` and the log-sum-exp `[B, H, Q * P]`, in float32 at least."""
-    wide, fused = torch.promote_types(query.dtype, torch.float32), _fusible(query, key, value, spec)
+    wide, small = torch.promote_types(query.dtype, torch.float32), _all_small(query, key, value, spec)
     out, lse = query.new_empty(*query.shape[:3], value.shape[-1], dtype=wide), query.new_empty(query.shape[:3], dtype=wide)
     for own, (q, o, l), (k, v) in _local_heads(layout, (query, out, lse), (key, value)):
-        part, part_lse = _attend(_wide(q), _wide(k[own]), _wide(v[own]), True, spec, fused)
-        o.copy_(part), l.copy_(part_lse)
+        l.copy_(_attend(_wide(q), _wide(k[own]), _wide(v[own]), True, spec, small, into=o)[1])
     return out, lse
 
 
@@ -214,21 +213,30 @@ def _sum_routed(
     total = (lse.exp() if small else torch.ones_like(lse)).flatten()
     sums = (out.mul_(total.view(lse.shape)[..., None]) if small else out.clone()).flatten(0, 2)
     # The same memory for every block, so that it stays in the cache.
-    kept = [total.new_empty(routes.most_rows, n) for n in (q.shape[1], layout.width, v.shape[1])]
+    most_rows = -(-routes.most_rows // _TILES) * _TILES
+    kept = [total.new_zeros(most_rows, n) for n in (q.shape[1], layout.width, v.shape[1])]
     for queries, keys in _routed_parts(routes, layout, key.shape[1]):
-        row_query, score, part = (x[: len(queries)] for x in kept)
-        torch.index_select(q, 0, queries, out=row_query)
-        weight = _cap(torch.mm(row_query, k[keys].mT, out=score[:, : keys.stop - keys.start]), spec)
+        n = len(queries)
+        row_query, score, part = (x[: -(-n // _TILES) * _TILES] for x in kept)  # rows after n: of an earlier block, for nothing
+        torch.index_select(q, 0, queries, out=row_query[:n])
+        weight = _cap(_tiled(row_query, k[keys].mT, score[:, : keys.stop - keys.start]), spec)
         if relative is not None:
-            weight -= relative.index_select(0, queries)[:, None]
-        total.index_add_(0, queries, weight.exp_().sum(-1))
-        sums.index_add_(0, queries, torch.mm(weight, v[keys], out=part))
+            weight[:n] -= relative.index_select(0, queries)[:, None]
+        total.index_add_(0, queries, weight.exp_().sum(-1)[:n])
+        sums.index_add_(0, queries, _tiled(weight, v[keys], part)[:n])
     if not small and not all(math.isfinite(bound) for x in (total, sums) for bound in torch.aminmax(x)):
         return False
     sums, total = sums.view(out.shape), total.view(lse.shape)
     torch.div(sums, total[..., None], out=into[0])
     into[1].copy_(total.log_() if small else total.log_().add_(lse))
     return True
+
+
+def _tiled(rows: Tensor, matrix: Tensor, into: Tensor) -> Tensor:
+    """`rows @ matrix`, `into` a matrix, tile by tile."""
+    tile = len(rows) // _TILES
+    torch.bmm(rows.unflatten(0, (_TILES, tile)), matrix.expand(_TILES, -1, -1), out=into.unflatten(0, (_TILES, tile)))
+    return into
 
 
 def _all_small(query: Tensor, key: Tensor, value: Tensor, spec: Spec) -> bool:
@@ -253,7 +261,7 @@ def _merge_one_by_one(
     q, total, sums = query.flatten(0, 2), lse.flatten(), out.flatten(0, 2)
     k, v = key.flatten(0, 2), value.flatten(0, 2)
     for queries, keys in _routed_parts(routes, layout, key.shape[1]):
-        part, part_lse = _attend(_wide(q.index_select(0, queries)), _wide(k[keys]), _wide(v[keys]), False, spec, False)
+        part, part_lse = _attend(_wide(q.index_select(0, queries)), _wide(k[keys]), _wide(v[keys]), False, spec)
         before = total.index_select(0, queries)
         share = torch.sigmoid(part_lse - before)[:, None]  # of the block in the sum of both
         sums.index_copy_(0, queries, torch.lerp(sums.index_select(0, queries), part, share))

@@ -12,7 +12,7 @@ from .blocks import BlockLayout
 from .spec import Spec
 
 # How many scores are held at a time. Scores are queries x blocks: all of them at once would grow with the square of the tokens.
-_SCORES_AT_ONCE = 1 << 17
+_SCORES_AT_ONCE = 1 << 19
 
 
 def block_means(key: Tensor, layout: BlockLayout) -> Tensor:
@@ -41,7 +41,7 @@ def best_blocks(score: Tensor, candidate: Tensor, count: int, finite: bool) -> T
     value, block = score.topk(min(kept + 1, score.shape[-1]), dim=-1)
     tied = (value[..., kept - 1] == value[..., -1]) & (value[..., -1] > -torch.inf) if value.shape[-1] > kept else None
     value, block = value[..., :kept], block[..., :kept]
-    block = torch.where(value == -torch.inf, -1, block).int()
+    block = block.int().masked_fill_(value == -torch.inf, -1)
     if tied is not None and tied.any():  # topk takes any of the equals
         order = score[tied].argsort(dim=-1, descending=True, stable=True)
         block[tied] = order[..., :kept].int()
@@ -77,20 +77,20 @@ def choose(query: Tensor, key: Tensor, layout: BlockLayout, spec: Spec) -> Tenso
     block = torch.arange(n_blocks, device=query.device)
     offset = torch.arange(layout.width, device=query.device)
     real = (offset >= layout.query_start[..., None]) & (offset < layout.query_stop[..., None])  # [B, Q, P]
-    by_group = query.unflatten(1, (groups, heads // groups)).unflatten(3, (-1, layout.width))  # [B, G, H / G, Q, P, D]
-    out = chosen.unflatten(1, (groups, heads // groups)).unflatten(3, (-1, layout.width))
+    out = chosen.unflatten(2, (-1, layout.width))  # [B, H, Q, P, S]
     if free < spec.routed:
-        out[..., free:] = torch.where(real[..., None], forced_blocks(layout, spec)[:, :, None], -1)[:, None, None]
+        out[..., free:] = torch.where(real[..., None], forced_blocks(layout, spec)[:, :, None], -1)[:, None]
 
     finite = _largest(query) * _largest(mean) * query.shape[-1] < torch.finfo(torch.float32).max  # False for NaN too
+    of_head = mean.repeat_interleave(heads // groups, 1)
     step = max(1, _SCORES_AT_ONCE // max(1, rows * heads * layout.width * n_blocks))
     for start in range(0, layout.n_query_blocks if free else 0, step):
         part = slice(start, min(start + step, layout.n_query_blocks))
         seen = min(n_blocks, layout.last_own(part.stop - 1)) if spec.causal else n_blocks
         if seen:
             candidate = (block[:seen] >= begin[:, part]) & (block[:seen] < stop[:, part])
-            candidate = (candidate[:, :, None] & real[:, part, :, None])[:, None, None]  # [B, 1, 1, q, P, seen]
-            q = by_group[:, :, :, part].to(mean.dtype)
-            score = q @ mean[:, :, None, None, :seen].mT
-            out[:, :, :, part, :, :free] = best_blocks(score, candidate, free, finite)
+            candidate = (candidate[:, :, None] & real[:, part, :, None])[:, None]  # [B, 1, q, P, seen]
+            q = query[:, :, part.start * layout.width : part.stop * layout.width].to(mean.dtype)
+            score = (q @ of_head[:, :, :seen].mT).unflatten(2, (-1, layout.width))
+            out[:, :, part, :, :free] = best_blocks(score, candidate, free, finite)
     return chosen
