@@ -52,7 +52,7 @@ def forward(
             part, at = layout.part(rows, blocks), (rows, heads, layout.slots(blocks))
             operands, into = (q[at], k[rows, groups], v[rows, groups]), (out[at], lse[at])
             local = backend.local if spec.causal else nothing_local
-            partial = local(*operands, part, spec)
+            partial = local(*operands, part, spec, into)
             if pairs := most_pairs(operands[0], layout, blocks, spec):
                 routes = backend.route(chosen[at], operands[1].shape[1], layout.n_key_blocks, pairs)
                 backend.merge_routed(*partial, *operands, routes, part, spec, into)
@@ -122,7 +122,7 @@ def masks(query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, spec: 
     return backend is flex and layout.dense and few_blocks(query, key, value, spec)
 
 
-def nothing_local(query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, spec: Spec) -> tuple[Tensor, Tensor]:
+def nothing_local(query: Tensor, key: Tensor, value: Tensor, *_) -> tuple[Tensor, Tensor]:
     """What `local` is when no block is a query's own: an output over no keys."""
     out = query.new_zeros(*query.shape[:3], value.shape[-1], dtype=_wide(query.dtype))
     return out, torch.full_like(out[..., 0], -torch.inf)

@@ -52,18 +52,20 @@ def _attend(
 
     `small`: no score can be large, so that nothing need be subtracted. The output is written `into` a tensor if there is one.
     """
-    weight, later = _scores(query, key, spec), _later(query.shape[-2], query.device) if causal else None
+    weight, most = _scores(query, key, spec), None
     if not small:
-        most = (weight if later is None else weight.masked_fill_(later, -torch.inf)).amax(-1, keepdim=True)
+        later = _later(query.shape[-2], query.device) if causal else None
+        most = (weight.masked_fill_(later, -torch.inf) if causal else weight).amax(-1, keepdim=True)
         weight -= most
-    if later is not None and not small:
-        weight.masked_fill_(later, 0)  # the exponential of -inf takes many times as long as that of 0
+        if causal:
+            weight.masked_fill_(later, 0)  # the exponential of -inf takes many times as long as that of 0
     weight.exp_()
     if causal:
         weight.tril_()
     total = weight.sum(-1, keepdim=True)
     out = torch.matmul(weight, value, out=into).div_(total)
-    return out, (total.log_() if small else total.log_().add_(most)).squeeze(-1)
+    lse = total.log_()
+    return out, (lse if most is None else lse.add_(most)).squeeze(-1)
 
 
 def _later(width: int, device: torch.device) -> Tensor:
@@ -112,10 +114,13 @@ def _local_heads(
                 yield blocks, [x[part] for x in of_query], of_key
 
 
-def local(query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, spec: Spec) -> tuple[Tensor, Tensor]:
-    """Causal attention of each query to its own block: `[B, H, Q * P, Dv]` and the log-sum-exp `[B, H, Q * P]`, in float32 at least."""
+def local(query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, spec: Spec, into: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Causal attention of each query to its own block: `[B, H, Q * P, Dv]` and the log-sum-exp `[B, H, Q * P]`, in float32 at least.
+
+    They are `into` themselves where those can hold them, so that no other memory need be taken for the whole output.
+    """
     wide, small = torch.promote_types(query.dtype, torch.float32), _all_small(query, key, value, spec)
-    out, lse = query.new_empty(*query.shape[:3], value.shape[-1], dtype=wide), query.new_empty(query.shape[:3], dtype=wide)
+    out, lse = (x if x.dtype == wide and x.is_contiguous() else x.new_empty(x.shape, dtype=wide) for x in into)
     for own, (q, o, l), (k, v) in _local_heads(layout, (query, out, lse), (key, value)):
         l.copy_(_attend(_wide(q), _wide(k[own]), _wide(v[own]), True, spec, small, into=o)[1])
     return out, lse
@@ -211,7 +216,8 @@ def _sum_routed(
     k = k * spec.scale
     relative = None if small else lse.flatten()
     total = (lse.exp() if small else torch.ones_like(lse)).flatten()
-    sums = (out.mul_(total.view(lse.shape)[..., None]) if small else out.clone()).flatten(0, 2)
+    whole = out.mul_(total.view(lse.shape)[..., None]) if small else out.clone()
+    sums = whole.flatten(0, 2)
     # The same memory for every block, so that it stays in the cache.
     most_rows = -(-routes.most_rows // _TILES) * _TILES
     kept = [total.new_zeros(most_rows, n) for n in (q.shape[1], layout.width, v.shape[1])]
@@ -226,8 +232,8 @@ def _sum_routed(
         sums.index_add_(0, queries, _tiled(weight, v[keys], part)[:n])
     if not small and not all(math.isfinite(bound) for x in (total, sums) for bound in torch.aminmax(x)):
         return False
-    sums, total = sums.view(out.shape), total.view(lse.shape)
-    torch.div(sums, total[..., None], out=into[0])
+    total = total.view(lse.shape)
+    torch.div(whole, total[..., None], out=into[0])
     into[1].copy_(total.log_() if small else total.log_().add_(lse))
     return True
 

@@ -67,7 +67,7 @@ def choose(query: Tensor, key: Tensor, layout: BlockLayout, spec: Spec) -> Tenso
     return _steps(query).choose(query, key, layout, spec)
 
 
-def local(query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, spec: Spec) -> tuple[Tensor, Tensor]:
+def local(query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, spec: Spec, *_) -> tuple[Tensor, Tensor]:
     """Causal attention of each query to its own block. Returns `[B, H, Q * P, Dv]` and the log-sum-exp `[B, H, Q * P]`."""
     mask = local_mask(layout, query.shape[1], key.shape[1])
     operands = _by_group(query, key.shape[1]), _by_group(key, key.shape[1]), _by_group(value, key.shape[1])
