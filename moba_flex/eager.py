@@ -160,18 +160,25 @@ class Routes:
 
 
 def route(chosen: Tensor, groups: int, n_blocks: int, most_pairs: int) -> Routes:
-    """The pairs of `chosen [B, H, N, S]`, ordered by block."""
+    """The pairs of `chosen [B, H, N, S]`, ordered by block. How many they are is read from the device, so no bound is needed."""
     _, order, first = order_pairs(chosen, groups, n_blocks)
-    return Routes(order[:most_pairs] // chosen.shape[-1], first.tolist())
+    first = first.tolist()
+    return Routes(order[: first[-1]] // chosen.shape[-1], first)
 
 
-def _routed_parts(routes: Routes, layout: BlockLayout, groups: int) -> Iterator[tuple[Tensor, slice]]:
-    """For each block that was chosen: its queries, and its real keys among all keys `[B * G * C * P]`."""
-    keys = layout.block_keys[:, None].expand(-1, groups, -1).flatten().tolist()
-    for block, n_keys in enumerate(keys):
-        queries = routes.queries[routes.first[block] : routes.first[block + 1]]
+def _routed_parts(routes: Routes) -> Iterator[tuple[int, Tensor]]:
+    """Each block that was chosen, with its queries, some of them at a time."""
+    sizes = [stop - start for start, stop in itertools.pairwise(routes.first)]
+    for block, queries in enumerate(routes.queries.split(sizes)):
         for part in queries.split(_ROWS_AT_ONCE) if len(queries) else ():
-            yield part, slice(block * layout.width, block * layout.width + n_keys)
+            yield block, part
+
+
+def _routed_keys(routes: Routes, layout: BlockLayout, groups: int) -> Iterator[tuple[Tensor, slice]]:
+    """The queries of each block that was chosen, and its real keys among all keys `[B * G * C * P]`."""
+    keys = layout.block_keys[:, None].expand(-1, groups, -1).flatten().tolist()
+    for block, queries in _routed_parts(routes):
+        yield queries, slice(block * layout.width, block * layout.width + keys[block])
 
 
 def merge_routed(
@@ -212,24 +219,27 @@ def _sum_routed(
     the local call's 1.
     """
     small = _all_small(query, key, value, spec)
-    q, k, v = (_wide(x).flatten(0, 2) for x in (query, key, value))
-    k = k * spec.scale
+    q = _wide(query).flatten(0, 2)
+    k, v = _tiles(_wide(key) * spec.scale, layout), _tiles(_wide(value), layout)
     relative = None if small else lse.flatten()
     total = (lse.exp() if small else torch.ones_like(lse)).flatten()
     whole = out.mul_(total.view(lse.shape)[..., None]) if small else out.clone()
     sums = whole.flatten(0, 2)
     # The same memory for every block, so that it stays in the cache.
     most_rows = -(-routes.most_rows // _TILES) * _TILES
-    kept = [total.new_zeros(most_rows, n) for n in (q.shape[1], layout.width, v.shape[1])]
-    for queries, keys in _routed_parts(routes, layout, key.shape[1]):
-        n = len(queries)
-        row_query, score, part = (x[: -(-n // _TILES) * _TILES] for x in kept)  # rows after n: of an earlier block, for nothing
+    kept = [total.new_zeros(most_rows, n) for n in (q.shape[1], layout.width, value.shape[-1])]
+    for block, queries in _routed_parts(routes):
+        n, tile = len(queries), -(-len(queries) // _TILES)
+        row_query, weight, part = (x[: tile * _TILES] for x in kept)  # rows after n: of an earlier block, for nothing
+        in_tiles = [x.view(_TILES, tile, -1) for x in (row_query, weight, part)]
         torch.index_select(q, 0, queries, out=row_query[:n])
-        weight = _cap(_tiled(row_query, k[keys].mT, score[:, : keys.stop - keys.start]), spec)
+        torch.bmm(in_tiles[0], k[block].mT, out=in_tiles[1])
+        _cap(weight, spec)
         if relative is not None:
             weight[:n] -= relative.index_select(0, queries)[:, None]
         total.index_add_(0, queries, weight.exp_().sum(-1)[:n])
-        sums.index_add_(0, queries, _tiled(weight, v[keys], part)[:n])
+        torch.bmm(in_tiles[1], v[block], out=in_tiles[2])
+        sums.index_add_(0, queries, part[:n])
     if not small and not all(math.isfinite(bound) for x in (total, sums) for bound in torch.aminmax(x)):
         return False
     total = total.view(lse.shape)
@@ -238,11 +248,9 @@ def _sum_routed(
     return True
 
 
-def _tiled(rows: Tensor, matrix: Tensor, into: Tensor) -> Tensor:
-    """`rows @ matrix`, `into` a matrix, tile by tile."""
-    tile = len(rows) // _TILES
-    torch.bmm(rows.unflatten(0, (_TILES, tile)), matrix.expand(_TILES, -1, -1), out=into.unflatten(0, (_TILES, tile)))
-    return into
+def _tiles(x: Tensor, layout: BlockLayout) -> tuple[Tensor, ...]:
+    """Each block of `[B, G, C * P, D]` as often as its rows have tiles: `[tiles, P, D]`. Only whole blocks are routed to."""
+    return x.unflatten(2, (-1, layout.width)).flatten(0, 2)[:, None].expand(-1, _TILES, -1, -1).unbind(0)
 
 
 def _all_small(query: Tensor, key: Tensor, value: Tensor, spec: Spec) -> bool:
@@ -266,7 +274,7 @@ def _merge_one_by_one(
     """The same for any scores: each block's output is a softmax of its own, merged with what came before it."""
     q, total, sums = query.flatten(0, 2), lse.flatten(), out.flatten(0, 2)
     k, v = key.flatten(0, 2), value.flatten(0, 2)
-    for queries, keys in _routed_parts(routes, layout, key.shape[1]):
+    for queries, keys in _routed_keys(routes, layout, key.shape[1]):
         part, part_lse = _attend(_wide(q.index_select(0, queries)), _wide(k[keys]), _wide(v[keys]), False, spec)
         before = total.index_select(0, queries)
         share = torch.sigmoid(part_lse - before)[:, None]  # of the block in the sum of both
@@ -291,7 +299,7 @@ def merge_routed_backward(
     """Gradients of query, key and value that come along `routes`, added to those that came otherwise, written `into` such."""
     per_query = [x.flatten(0, 2) for x in (query, grad, lse, delta)]
     k, v, dq, dk, dv = (x.flatten(0, 2) for x in (key, value, *local))
-    for queries, keys in _routed_parts(routes, layout, key.shape[1]):
+    for queries, keys in _routed_keys(routes, layout, key.shape[1]):
         q, *upstream = (_wide(x.index_select(0, queries)) for x in per_query)
         part, part_k, part_v = _attend_backward(q, _wide(k[keys]), _wide(v[keys]), *upstream, None, spec)
         dq.index_add_(0, queries, part)

@@ -314,6 +314,12 @@ def _kernel_options(routed: bool, tiles: tuple[int, int], divisible: bool, width
             q, kv = 16, 16
         less = min(q, kv)  # the kernel wants N1 to be a multiple of M1, and M2 of N2
         options |= {"bwd_BLOCK_M1": less, "bwd_BLOCK_N1": kv, "bwd_BLOCK_M2": q, "bwd_BLOCK_N2": less}
+    elif widths[1] > max(widths[0], QUERY_TILE):
+        # PyTorch chooses by the width of keys alone; with values this wide its tiles would not fit into shared memory.
+        options |= {"fwd_BLOCK_M": 64 if dtype != torch.float32 else 32, "fwd_BLOCK_N": 32, "fwd_num_warps": 4, "fwd_num_stages": 2}
+        less = 64 if dtype != torch.float32 else 16
+        options |= {"bwd_BLOCK_M1": less, "bwd_BLOCK_N1": less, "bwd_BLOCK_M2": less, "bwd_BLOCK_N2": less}
+        options |= {"bwd_num_warps": 4, "bwd_num_stages": 2 if dtype != torch.float32 else 1}
     elif routed and tiles[1] <= 1024 and dtype != torch.float32 and 64 < max(widths) <= 128:
         # A tile meets so few keys that loading dominates: with four warps two tiles share a multiprocessor. 23 % faster at block 128
         # than the default of eight warps, 13 % at 512 (H100).

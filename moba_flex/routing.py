@@ -24,9 +24,10 @@ def order_pairs(chosen: Tensor, groups: int, n_blocks: int) -> tuple[Tensor, Ten
     device, total = chosen.device, rows * groups * n_blocks
     group = torch.arange(rows * heads, device=device, dtype=torch.int32) // (heads // groups)
     block = torch.where(chosen < 0, total, chosen + (group * n_blocks).view(rows, heads, 1, 1)).flatten()
-    ordered, order = torch.sort(block, stable=True)
-    first = torch.searchsorted(ordered, torch.arange(total + 1, device=device, dtype=torch.int32), out_int32=True)
-    return ordered, order, first
+    small = torch.int16 if total <= torch.iinfo(torch.int16).max else torch.int32  # takes half the time to sort
+    ordered, order = torch.sort(block.to(small), stable=True)
+    first = torch.searchsorted(ordered, torch.arange(total + 1, device=device, dtype=small), out_int32=True)
+    return ordered.int(), order, first
 
 
 @dataclass(frozen=True, eq=False)
