@@ -115,18 +115,18 @@ def test_what_a_model_projects_is_read_where_it_lies(batch, heads, groups, token
 
 
 @pytest.mark.parametrize(
-    ("heads", "tokens", "masked"), [(1, 1 << 15, True), (2, 1 << 15, False), (64, 1 << 14, True), (64, 3 << 13, False)]
+    ("heads", "tokens", "masked"), [(32, 1 << 12, True), (32, 1 << 13, False), (1, 1 << 15, True), (2, 1 << 15, False)]
 )
-def test_long_prompts_of_few_large_blocks_are_masked_only_if_most_keys_are_read(heads, tokens, masked):
+def test_long_prompts_of_few_large_blocks_are_routed(heads, tokens, masked):
     query, key = torch.empty(1, heads, tokens, 128, device="meta"), torch.empty(1, 1, tokens, 128, device="meta")
     assert few_blocks(query, key, key, Spec(2048, 4, 0, 0, True, 1.0)) == masked
 
 
 def test_what_needs_wider_offsets_is_routed():
-    spec = Spec(1 << 15, 8, 0, 0, True, 1.0)
+    spec = Spec(1 << 15, 4, 0, 0, True, 1.0)
     for heads, masked in ((63, True), (64, False)):  # 64 x 2^18 x 128 elements: chunks keep below that, a dense call cannot
-        query = torch.empty(1, heads, 1 << 18, 128, device="meta")
-        assert few_blocks(query, query[:, :1], query[:, :1], spec) == masked
+        key = torch.empty(1, heads, 1 << 18, 128, device="meta")
+        assert few_blocks(key[:, :, :1], key, key, spec) == masked
 
 
 @examples(40)
