@@ -114,7 +114,7 @@ def choose(query: Tensor, key: Tensor, layout: BlockLayout, spec: Spec, backend:
         return backend.choose(query, key, layout, spec)
     repeats, wide = query.shape[1] // key.shape[1], _wide(query.dtype)
     together = query.unflatten(1, (-1, repeats)).sum(2, dtype=wide)
-    return backend.choose(together, key.to(wide), layout, spec).repeat_interleave(repeats, 1)
+    return backend.choose(together, key, layout, spec).repeat_interleave(repeats, 1)
 
 
 def masks(query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, spec: Spec, backend: ModuleType) -> bool:

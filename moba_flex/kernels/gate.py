@@ -57,11 +57,11 @@ def _means_kernel(
         tl.store(LOW + out, (mean - high.to(tl.float32)).to(LOW.dtype.element_ty), mask=d < D)
 
 
-def block_means(key: Tensor, layout: BlockLayout) -> tuple[Tensor, Tensor | None]:
-    """`[B, G, C * P, D]` -> the mean of each block's real keys, `[B, G, C, D]`, as a high and a low half in the key's dtype."""
+def block_means(key: Tensor, layout: BlockLayout, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """`[B, G, C * P, D]` -> the mean of each block's real keys, `[B, G, C, D]`, as a high and a low half in the queries' `dtype`."""
     rows, groups, _, width = key.shape
-    high = key.new_empty(rows, groups, layout.n_key_blocks, width)
-    low = None if key.dtype == torch.float32 else torch.empty_like(high)
+    high = key.new_empty(rows, groups, layout.n_key_blocks, width, dtype=dtype)
+    low = None if dtype == torch.float32 else torch.empty_like(high)
     padded = triton.next_power_of_2(width)
     _means_kernel[(layout.n_key_blocks, rows * groups)](
         key,
@@ -241,7 +241,7 @@ def choose(query: Tensor, key: Tensor, layout: BlockLayout, spec: Spec) -> Tenso
     shape = heads, key.shape[1], layout.n_key_blocks, layout.n_query_blocks
     sizes = {"D": width, "DP": max(16, triton.next_power_of_2(width)), "P": layout.width}
     forced = {"SINK": spec.sink_blocks, "RECENT": spec.recent_blocks, "FREE": free}
-    operands = query, *block_means(key, layout), chosen
+    operands = query, *block_means(key, layout, query.dtype), chosen
     places = *candidates(layout, spec), layout.query_start, layout.query_stop, *query.stride()[:3], *shape
 
     tile, lanes = (32, 32) if query.dtype == torch.float32 else (128, 32) if free <= 8 else (64, 64)
