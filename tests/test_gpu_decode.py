@@ -182,7 +182,7 @@ def test_token_by_token_over_a_static_cache():
         torch.testing.assert_close(out, wanted[:, :, i : i + 1], rtol=1e-4, atol=1e-4, msg=lambda m, i=i: f"token {i}: {m}")
 
 
-@pytest.mark.parametrize("cache", [None, "static"])
+@pytest.mark.parametrize("cache", [None, "static", "offloaded", "offloaded_static"])
 def test_a_model_generates_on_a_gpu_as_without_a_cache(cache):
     from transformers import LlamaConfig, LlamaForCausalLM
 
