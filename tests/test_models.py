@@ -100,7 +100,7 @@ def test_a_dense_mask_is_built_once_and_only_for_layers_with_full_attention(full
     built, read = [], []
     dense, numbers = ALL_MASK_ATTENTION_FUNCTIONS["sdpa"], mask_module._read
     monkeypatch.setitem(ALL_MASK_ATTENTION_FUNCTIONS._global_mapping, "sdpa", lambda **kwargs: built.append(1) or dense(**kwargs))
-    monkeypatch.setattr(mask_module, "_read", lambda request: read.append(1) or numbers(request))
+    monkeypatch.setattr(mask_module, "_read", lambda *given: read.append(1) or numbers(*given))
     logits(model, padded("left"))
     assert (len(built), len(read)) == (masks, 1), f"full_attention_layers={full_layers}"
 

@@ -262,6 +262,28 @@ def test_a_compiled_model_is_one_graph_and_follows_a_switch_of_layers():
         assert_close(logits(compiled, ids), logits(model, ids), "after a switch")
 
 
+@pytest.mark.usefixtures("_fresh_compiler")
+@pytest.mark.parametrize("padding", [None, "left", "right"])
+def test_a_compiled_training_step_without_a_cache_is_one_graph(padding: str | None):
+    """As Trainer calls a model, with and without a mask from its collator."""
+    model = small()
+    inputs = {**(padded(padding) if padding else {"input_ids": tokens()}), "use_cache": False}
+    expected = gradients(model, inputs)
+    compiled = gradients(torch.compile(model, backend="aot_eager", fullgraph=True), inputs)
+    for name, gradient in expected.items():
+        assert_close(compiled[f"_orig_mod.{name}"], gradient, name)
+
+
+@pytest.mark.usefixtures("_fresh_compiler")
+def test_what_packs_sequences_or_has_a_cache_is_not_taken_for_whole_in_a_graph():
+    model, ids = small(), tokens()
+    positions = torch.cat([torch.arange(20), torch.arange(TOKENS - 20)]).expand(2, -1)
+    for more in ({"position_ids": positions, "use_cache": False}, {"use_cache": True}):
+        compiled = torch.compile(model, backend="aot_eager")
+        with torch.no_grad():
+            assert_close(compiled(input_ids=ids, **more).logits, model(input_ids=ids, **more).logits, str(sorted(more)))
+
+
 # accelerate
 
 

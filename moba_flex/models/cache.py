@@ -24,7 +24,8 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, Encod
 
 from ..decoding import mean_dtype, means_for, write_means
 
-CACHE, DRAFTS = "moba_cache", "moba_drafts"  # keyword arguments that hooks add and the attention function takes out
+CACHE, DRAFTS, WHOLE = "moba_cache", "moba_drafts", "moba_whole"  # keyword arguments that hooks add and the attention function takes out
+_PACKED = ("cu_seq_lens_q", "cu_seq_lens_k")
 _HOOK = "_moba_hook"
 
 
@@ -34,22 +35,45 @@ def pass_cache(layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict
     return (args, {**kwargs, CACHE: cache}) if cache is not None else None
 
 
-def pass_drafts(model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-    """A forward pre-hook of models with `logits_to_keep`: attention functions get to know how many tokens are drafts.
+def pass_call(model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+    """A forward pre-hook of models with `logits_to_keep`: attention functions get to know what only the whole call says."""
+    more = _drafts(kwargs) or _whole(model, args, kwargs)
+    return (args, {**kwargs, **more}) if more else None
+
+
+def _drafts(kwargs: dict) -> dict:
+    """How many tokens are drafts.
 
     Assisted and prompt-lookup generation verify n drafted tokens by asking for the logits of the last n + 1 positions. Only the number
     of these tells drafts from a prompt, with which they may share a call.
     """
     keep = kwargs.get("logits_to_keep")
-    if kwargs.get("past_key_values") is None or not isinstance(keep, int) or keep < 2:
-        return None
-    return args, {**kwargs, DRAFTS: keep - 1}
+    return {DRAFTS: keep - 1} if kwargs.get("past_key_values") is not None and isinstance(keep, int) and keep >= 2 else {}
+
+
+def _whole(model: nn.Module, args: tuple, kwargs: dict) -> dict:
+    """In a compiled graph: that each row is one sequence without padding, where the call names neither a mask nor positions.
+
+    Without a cache transformers looks for packed sequences in positions that it made itself, and in a graph cannot see that there are
+    none. A mask keeps it from looking.
+    """
+    given = [kwargs.get(name) for name in ("attention_mask", "position_ids", "past_key_values", *_PACKED)]
+    if not torch.compiler.is_compiling() or len(args) > 1 or any(x is not None for x in given):
+        return {}
+    use_cache = kwargs.get("use_cache")
+    if getattr(model.config, "use_cache", True) if use_cache is None else use_cache:
+        return {}
+    tokens = kwargs.get("inputs_embeds")
+    tokens = (args[0] if args else kwargs.get("input_ids")) if tokens is None else tokens
+    if tokens is None:
+        return {}
+    return {"attention_mask": torch.ones(tokens.shape[:2], dtype=torch.int64, device=tokens.device), WHOLE: True}
 
 
 def add_hooks(model: nn.Module, layers: list[nn.Module]) -> None:
     """Hooks for a model and those of its attention layers that MoBA can replace. Those that have theirs already keep them."""
     wanted = [(layer, pass_cache) for layer in layers]
-    wanted += [(part, pass_drafts) for part in model.modules() if isinstance(part, PreTrainedModel) and _takes(part, "logits_to_keep")]
+    wanted += [(part, pass_call) for part in model.modules() if isinstance(part, PreTrainedModel) and _takes(part, "logits_to_keep")]
     for module, hook in wanted:
         if _HOOK not in module.__dict__ and _takes(module, None):
             setattr(module, _HOOK, module.register_forward_pre_hook(hook, with_kwargs=True))

@@ -20,7 +20,7 @@ from .. import arguments
 from ..config import MobaConfig
 from ..decoding import means_for, write_means
 from ..functional import attend, attend_decoding
-from .cache import CACHE, DRAFTS, BlockMeans, means_of
+from .cache import CACHE, DRAFTS, WHOLE, BlockMeans, means_of
 from .key_conv import check_key_conv
 from .layers import attention_of, ordinary_attention, ordinary_implementation, takes_moba
 from .mask import MobaMask, Places, Visible
@@ -46,6 +46,8 @@ def moba_attention_forward(
     Raises ValueError for what MoBA cannot do: attention dropout or weights without "moba_naive", custom masks, biases.
     """
     cache, drafts = kwargs.pop(CACHE, None), kwargs.pop(DRAFTS, 0)
+    if kwargs.pop(WHOLE, False) and isinstance(attention_mask, MobaMask):
+        attention_mask.whole = True
     settings = MobaConfig.of(module.config)
     attention = attention_of(module, settings) if takes_moba(module) else "full"
     if attention != "full":

@@ -87,6 +87,7 @@ class MobaMask(BlockMask):
         self._ordinary: dict[str, Tensor | BlockMask | None] = {}
         self._split: dict[int, tuple[MobaMask, MobaMask]] = {}
         self._visible: Visible | None = None
+        self.whole = False  # all tokens are known to be real
         # generate makes the mask before it calls a compiled model: what changes its shape with each token must not be needed there
         self._places = _place(request) if request["q_length"] <= FEW else None
         if isinstance(request["q_offset"], Tensor) and not torch.compiler.is_compiling() and request.get("attention_mask") is not None:
@@ -124,7 +125,7 @@ class MobaMask(BlockMask):
                 f"{expected[1]}: MoBA needs a cache that returns all keys, and an attention_mask of their length"
             )
         if self._visible is None:
-            self._visible = _read(self._request).packed(query, cu_seqlens, key_cu_seqlens)
+            self._visible = _read(self._request, self.whole).packed(query, cu_seqlens, key_cu_seqlens)
         return self._visible if query.device == self._request["device"] else self._visible.to(query.device)
 
     def places(self, query: Tensor, key: Tensor) -> Places | None:
@@ -170,8 +171,9 @@ def moba_mask(batch_size: int, q_length: int, kv_length: int, q_offset: int | Te
     return MobaMask({**sizes, "q_offset": q_offset, "kv_offset": kv_offset, "device": torch.device("cpu"), **request})
 
 
-def _read(request: dict) -> Visible:
+def _read(request: dict, whole: bool) -> Visible:
     mask_function, attention_mask = request.get("mask_function", causal_mask_function), request.get("attention_mask")
+    attention_mask = None if whole else attention_mask
     if request["kv_offset"]:
         raise ValueError("MoBA needs all keys from the first token on, but this cache has dropped some: use DynamicCache()")
     seen = int(request["q_offset"]) + request["q_length"]
@@ -195,6 +197,8 @@ def _padding(attention_mask: Tensor | None, n_key: int) -> Tensor | None:
     if attention_mask.shape[1] < n_key:
         raise ValueError(f"attention_mask covers {attention_mask.shape[1]} tokens, but must cover all {n_key}, cached ones too")
     padding_mask = attention_mask[:, :n_key].bool()
+    if torch.compiler.is_compiling():  # in a graph no value can be read, so that padding is neither ruled out nor checked
+        return padding_mask
     if padding_mask.all():
         return None
     _check_whole(padding_mask)
@@ -207,7 +211,7 @@ def _check_whole(attention_mask: Tensor) -> None:
 
 
 def _starts(padding_mask: Tensor | None) -> tuple[int, ...] | None:
-    if padding_mask is None or padding_mask[:, 0].all():
+    if padding_mask is None or torch.compiler.is_compiling() or padding_mask[:, 0].all():
         return None
     return tuple(_first_real(padding_mask).tolist())
 
