@@ -34,7 +34,7 @@ import torch.nn.functional as F
 import transformers
 from demo_weights import DemoError, demo_weights
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 import moba_flex
 
@@ -97,7 +97,7 @@ def load(name: str | None, device: str, dtype: str) -> tuple[PreTrainedModel, Pr
     print(f"Loading {weights.get('gguf_file', name)} ...", flush=True)
     with one_line(f"cannot load the model {name!r}, as a local folder or from the hub"):
         tokenizer = AutoTokenizer.from_pretrained(name, **weights)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype), **weights)
+        model = moba_flex.AutoModelForCausalLM.from_pretrained(name, attn="full", dtype=getattr(torch, dtype), **weights)
         return model.to(device), tokenizer
 
 

@@ -1,7 +1,7 @@
 """Needle in a haystack: one fact in a long text, at every length and depth, asked for at the end. MoBA and full attention side by side.
 
     python examples/needle.py --moba adapted/moba/adapter --full adapted/full/adapter --output needle    # what examples/adapt.py trained
-    python examples/needle.py --moba runs/moba/model --full runs/full/model --output needle              # models in transformers' format
+    python examples/needle.py --moba checkpoints/50M-... --full checkpoints/50M-... --output needle      # what examples/pretrain.py trained
     python examples/needle.py --output needle                                                            # the demo's model, untrained
 
 A cell is right where greedy decoding gives the value of the fact, token for token. `--output` gets needle.json and needle.png, a heat
@@ -25,7 +25,8 @@ import torch
 import transformers
 from demo_weights import DemoError
 from llama import Parser, context_of, exit_code, load, one_line, with_adapter
-from package_text import KINDS, collect, default_roots
+from package_text import KINDS, Document, collect, default_roots
+from pretraining.corpus import HELD_OUT_OF
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -150,7 +151,7 @@ def load_side(side: str, args: argparse.Namespace) -> tuple[PreTrainedModel, Pre
     if adapter:
         model = with_adapter(model, source)
     if side == "full":
-        return moba_flex.unpatch(model).eval(), tokenizer, None
+        return model.eval(), tokenizer, None
     saved = getattr(model.config, "moba", None) or {}
     if adapter and (source / "moba.json").is_file():
         saved = json.loads((source / "moba.json").read_text())
@@ -172,13 +173,22 @@ def default_lengths(model: PreTrainedModel) -> list[int]:
 
 
 def held_out_text(tokenizer: PreTrainedTokenizerBase, n: int, args: argparse.Namespace) -> Tensor:
-    """`[F]`: prose and code that examples/adapt.py does not train on, n tokens or, from the beginning again, as many."""
+    """`[F]`: prose and code from `held_out_files`, n tokens or, from the beginning again, as many."""
     with one_line("cannot read the text around the needle"):
-        documents = collect(args.text or default_roots(), megabytes=100 * n / 1e6)  # a tenth is held out; a token has up to 10 bytes
-    found = torch.cat([tokens(document.text, tokenizer) for kind in KINDS for document in documents[kind].held_out] or [torch.empty(0)])
+        documents = held_out_files(args.text or default_roots(), 10 * n)  # a token has up to 10 bytes
+    found = torch.cat([tokens(document.text, tokenizer) for document in documents] or [torch.empty(0)])
     if len(found) == 0:
         raise DemoError("there is no held-out text to hide the needle in: name larger folders with --text")
     return found.long().repeat(-(-n // len(found)))[:n]
+
+
+def held_out_files(roots: list[Path], n_bytes: int) -> list[Document]:
+    """About n bytes of prose and as many of code that neither examples/adapt.py nor examples/pretrain.py trains on.
+
+    Both ask the hash of a file; the files that pretraining holds out are among those of `package_text`.
+    """
+    documents = collect(roots, megabytes=HELD_OUT_OF * n_bytes / 1e6)
+    return [document for kind in KINDS for document in documents[kind].held_out if int(document.name[:8], 16) % HELD_OUT_OF == 0]
 
 
 def begin(file: Path, asked: dict) -> dict:

@@ -2,7 +2,9 @@
 
     python examples/pretrain.py --size 50M --context 8192 --tokens 100e6 --output results
     python examples/pretrain.py --size 10M --context 32768 --runs full --blocks 8 16 32 64 128 --output results
+    python examples/pretrain.py --size 50M --context 32768 --needle-share 0.1 --output results --checkpoints checkpoints
     python examples/pretrain.py --compare results/*.json --plot results/losses.png
+    python examples/needle.py --moba checkpoints/50M-32768-moba-b512k3-seed0 --full checkpoints/50M-32768-full-seed0 --output results/needle
 
 Needs no data set: it reads the source files of Python and of the installed packages (`pretraining/corpus.py`). Runs follow one another,
 and all of a seed begin with the same weights and read the same tokens in the same order; steps that two runs share are trained once.
@@ -24,13 +26,13 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from benchmarking.results import environment
+from pretraining.batches import Batches
 from pretraining.compare import compare
-from pretraining.corpus import END, Corpus, corpus, windows
-from pretraining.runs import NAMES, SIZES, Run, named, new_model, of_blocks
+from pretraining.corpus import Corpus, corpus, windows
+from pretraining.runs import NAMES, SIZES, Run, complete, named, new_model, of_blocks
 from torch import Tensor, nn
 from tqdm import tqdm
 from train import Stop, learning_rate
-from transformers import PreTrainedTokenizerFast
 
 import moba_flex
 from moba_flex.models.mask import MobaMask, moba_mask
@@ -39,6 +41,7 @@ LOG_EVERY = 10  # steps, whose mean loss is kept
 EVALUATIONS = 4  # of held-out loss in a run
 TRAILING = 2048  # tokens at the end of a context, whose loss is reported
 BINS = 16  # of positions
+NEEDLE_CONTEXT = 512  # tokens: three times those of a fact, its question and its answer, if each letter is one
 
 
 def pretrain(args: argparse.Namespace) -> bool:
@@ -47,6 +50,10 @@ def pretrain(args: argparse.Namespace) -> bool:
     device = torch.device("cuda" if torch.cuda.is_available() and not args.cpu else "cpu")
     torch.set_float32_matmul_precision("high")
     text = corpus(args.corpus, args.sources, args.most_bytes)
+    if (least := min(len(text.train), len(text.held_out))) <= args.context:
+        raise SystemExit(
+            f"--context is {args.context}, but a half of the text in {args.corpus} has only {least} tokens: give more --sources"
+        )
     runs = [named(name, args.block_size, args.top_k) for name in args.runs] + [of_blocks(n, args.context) for n in args.blocks]
 
     def enough() -> bool:
@@ -75,7 +82,9 @@ class Training:
         self.file, self.checkpoint = args.output / f"{self.name}.json", args.checkpoints / f"{self.name}.pt"
         rule = ("size", "context", "steps", "batch_tokens", "learning_rate", "warmup", "weight_decay", "clip")
         self.settings = {name: getattr(args, name) for name in rule} | {"run": run.name, "seed": seed, "corpus": text.fingerprint}
-        self.settings |= json.loads(json.dumps(run.settings))
+        self.settings["needle_share"] = args.needle_share
+        if not run.full:
+            self.settings |= json.loads(json.dumps(run.settings))
         self.log = {"settings": self.settings, "train": [], "held_out": [], "tokens_per_second": [], "done": False}
         self.step, self.recent = 0, []  # steps that are done, and the losses of those that are not logged yet
         self.successors: list[Training] = []  # runs whose first steps are this one's
@@ -107,13 +116,13 @@ class Training:
         self.rows = rows_together(args)
         self.mask = mask_of(self.rows, args.context, self.device)
         loss_of = torch.compile(losses, dynamic=False, fullgraph=True) if self._compiles() else losses
-        stream, saved, since = self.text.train.to(self.device), time.monotonic(), None
+        batches, saved, since = Batches(self.text, args, self.settings["seed"]), time.monotonic(), None
 
         for step in tqdm(range(self.step, args.steps), desc=self.name, initial=self.step, total=args.steps, mininterval=5):
             moba_flex.MobaSchedule(switch_at=self.run.switch_at).apply(self.model, step, args.steps)
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate(step, args)
-            self.recent.append(self._train(loss_of, stream, step))
+            self.recent.append(self._train(loss_of, batches.batch(step)))
             self.step = step + 1
             stopped, last = enough(), self.step == args.steps
             if self.step % LOG_EVERY == 0 or last:
@@ -138,14 +147,14 @@ class Training:
         del self.model, self.optimizer, self.held_out
         torch.compiler.reset()
 
-    def _train(self, loss_of, stream: Tensor, step: int) -> Tensor:
-        """One step; its loss, which stays on the device."""
-        n, context, batch = (len(stream) - 1) // self.args.context, self.args.context, self.args.batch_tokens // self.args.context
-        which = order(n, step * batch, batch, self.settings["seed"]).to(self.device).split(self.rows)
-        total = torch.zeros((), device=self.device)
-        for part in which:
+    def _train(self, loss_of, ids: Tensor) -> Tensor:
+        """One step on `[B, context + 1]`; its loss, which stays on the device."""
+        if self.device.type == "cuda":
+            ids = ids.pin_memory()  # so that nothing waits for the copies
+        parts, total = ids.split(self.rows), torch.zeros((), device=self.device)
+        for part in parts:
             with self._autocast():
-                loss = loss_of(self.model, windows(stream, part, context), self.mask).mean() / len(which)
+                loss = loss_of(self.model, part.to(self.device, non_blocking=True), self.mask).mean() / len(parts)
             loss.backward()
             total += loss.detach()
         nn.utils.clip_grad_norm_(self.model.parameters(), self.args.clip)
@@ -188,6 +197,7 @@ class Training:
         return self.device.type == "cuda" and not self.args.no_compile
 
     def _check(self, settings: dict, file: Path) -> None:
+        settings = complete(settings)
         changed = [name for name, x in self.settings.items() if settings.get(name) != x]
         if changed:
             was = ", ".join(f"{name} was {settings.get(name)} and is {self.settings[name]}" for name in changed)
@@ -219,8 +229,7 @@ class Training:
         self.log["parameters"] = sum(x.numel() for x in self.model.parameters())
         folder = self.args.checkpoints / self.name
         self.model.save_pretrained(folder)  # float32, with MoBA's settings
-        tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(self.args.corpus / "tokenizer.json"), eos_token=END)
-        tokenizer.save_pretrained(folder)
+        self.text.tokenizer.save_pretrained(folder)
         self._write()
         self.checkpoint.unlink(missing_ok=True)
         print(f"{self.name}: held-out loss {self.log['held_out'][-1][1]:.4f}, trailing {self.log['trailing']:.4f}")
@@ -255,15 +264,6 @@ def rows_together(args: argparse.Namespace) -> int:
     return max(1, min(args.micro_tokens, args.batch_tokens) // args.context)
 
 
-def order(n: int, first: int, count: int, seed: int) -> Tensor:
-    """`[count]`: which of n windows come from place `first` on. Each epoch has an order of its own."""
-    places = torch.arange(first, first + count)
-    epochs = {}
-    for epoch in (places // n).unique().tolist():
-        epochs[epoch] = torch.randperm(n, generator=torch.Generator().manual_seed(1000 * seed + epoch))
-    return torch.stack([epochs[place // n][place % n] for place in places.tolist()])
-
-
 def optimizer_of(model: nn.Module, args: argparse.Namespace) -> torch.optim.AdamW:
     """Weight decay for matrices; none for norms and convolutions."""
     matrices = [x for name, x in model.named_parameters() if x.ndim == 2 and "key_conv" not in name]
@@ -286,6 +286,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--block-size", type=int, default=512)
     parser.add_argument("--top-k", type=int, default=3)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument(
+        "--needle-share", type=float, default=0.0, help="of the windows with facts and questions, see needle.py; default: 0"
+    )
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--warmup", type=int, help="steps; default: a twentieth")
     parser.add_argument("--weight-decay", type=float, default=0.1)
@@ -312,6 +315,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
             f"--batch-tokens must be a multiple of {together * args.context}, the contexts that --micro-tokens has room for, "
             f"but is {args.batch_tokens}"
         )
+    if not 0 <= args.needle_share <= 1:
+        parser.error(f"--needle-share must be from 0 to 1, but is {args.needle_share}")
+    if args.needle_share and args.context < NEEDLE_CONTEXT:
+        parser.error(f"--context must be at least {NEEDLE_CONTEXT} for --needle-share, but is {args.context}")
     args.steps = max(1, round(args.tokens / args.batch_tokens))
     args.warmup = max(1, args.steps // 20) if args.warmup is None else args.warmup
     args.corpus = args.corpus or args.checkpoints / "corpus"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,6 +11,8 @@ import needle
 import pytest
 import torch
 from matplotlib.image import imread
+from package_text import KINDS, collect
+from pretraining.corpus import corpus
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import moba_flex
@@ -87,6 +90,17 @@ def test_a_training_sequence_states_every_fact_before_it_asks_for_it(tokenizer, 
 def test_a_training_sequence_needs_text_around_its_facts(tokenizer) -> None:
     with pytest.raises(ValueError, match=r"filler must have at least .* tokens, three times those of a fact, but has 100"):
         needle.training_sequence(torch.zeros(100, dtype=torch.long), tokenizer, generator(0))
+
+
+def test_the_text_around_a_needle_is_held_out_from_continued_training_and_from_pretraining(text_folder: Path, tmp_path: Path) -> None:
+    found = needle.held_out_files([text_folder], 10**6)
+    assert {document.text for document in found} == {
+        path.read_text() for path in text_folder.iterdir() if int(hashlib.sha256(path.read_bytes()).hexdigest()[:8], 16) % 50 == 0
+    }
+    names = {document.name for document in found}
+    assert names and names == set(corpus(tmp_path, [text_folder]).description["held_out"]["sha256"])
+    documents = collect([text_folder], megabytes=1)
+    assert names < {document.name for kind in KINDS for document in documents[kind].held_out}
 
 
 def test_a_cell_is_right_where_the_value_is_within_reach(tokenizer) -> None:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 from pathlib import Path
 
+import needle
 import pretrain
 import pytest
 import torch
+from pretraining.batches import Batches, order
 from pretraining.compare import differences, group, held_out, table
 from pretraining.corpus import Corpus, corpus, windows
 from pretraining.runs import NAMES, SIZES, named, new_model, of_blocks
@@ -22,6 +25,7 @@ import moba_flex
 STDLIB = Path(os.__file__).parent / "json", Path(os.__file__).parent / "email", Path(os.__file__).parent / "encodings"
 TOY = ["--cpu", "--size", "toy", "--context", "128", "--batch-tokens", "512", "--micro-tokens", "256", "--tokens", str(512 * 24)]
 TOY += ["--block-size", "16", "--top-k", "3", "--held-out-tokens", "512"]
+WITH_FACTS = ["--context", "1024", "--batch-tokens", "2048", "--micro-tokens", "1024", "--tokens", str(2048 * 10), "--needle-share", "0.5"]
 
 
 @pytest.fixture(autouse=True)
@@ -100,8 +104,48 @@ def test_windows_follow_one_another_and_share_one_token():
 
 
 def test_an_epoch_reads_each_window_once():
-    got = torch.cat([pretrain.order(7, first, 3, seed=0) for first in range(0, 21, 3)]).view(3, 7)
+    got = torch.stack([order(7, epoch, seed=0) for epoch in range(3)])
     assert (got.sort(1).values == torch.arange(7)).all() and len({tuple(row) for row in got.tolist()}) == 3
+
+
+def test_batches_go_through_the_windows_in_the_order_of_each_epoch(text, tmp_path):
+    found, args = Corpus(text), arguments(tmp_path, text)
+    n = (len(found.train) - 1) // 128
+    last = n // 4  # a batch has 4 windows; this one reaches into the second epoch
+    numbers = torch.cat([order(n, 0, seed=3), order(n, 1, seed=3)])
+    for step in (0, 5, last):
+        assert Batches(found, args, seed=3).batch(step).equal(windows(found.train, numbers[4 * step : 4 * step + 4], 128))
+
+
+def test_a_share_of_the_windows_has_facts_and_the_others_are_as_without(text, tmp_path):
+    found = Corpus(text)
+    share = {x: Batches(found, arguments(tmp_path, text, *WITH_FACTS, "--needle-share", x), seed=1) for x in ("0", "0.5", "1")}
+    plain, some, every = (torch.cat([batches.batch(step) for step in range(50)]) for batches in share.values())
+    with_facts = [row for row, (x, y) in enumerate(zip(plain, some)) if not x.equal(y)]
+    assert 35 < len(with_facts) < 65 and some[with_facts].equal(every[with_facts])
+    for row in range(100):
+        asked = found.tokenizer.decode(every[row]).count("\nQuestion: What is the secret code of")
+        assert 1 <= asked <= needle.MOST_FACTS and "secret code" not in found.tokenizer.decode(plain[row])
+    assert share["0.5"].batch(7).equal(some[14:16])  # whatever was read before
+    assert len({str(row) for row in every.tolist()}) == 100
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--needle-share", "1.5"], "--needle-share must be from 0 to 1, but is 1.5"),
+        (["--needle-share", "0.1", "--context", "256"], "--context must be at least 512 for --needle-share, but is 256"),
+    ],
+)
+def test_a_share_that_cannot_be_is_refused(text, tmp_path, more, words, capsys):
+    with pytest.raises(SystemExit):
+        arguments(tmp_path, text, *more)
+    assert words in capsys.readouterr().err
+
+
+def test_a_context_longer_than_the_text_is_refused(text, tmp_path):
+    with pytest.raises(SystemExit, match=r"--context is 131072, but a half of the text in .* has only \d+ tokens"):
+        pretrain.pretrain(arguments(tmp_path, text, "--context", "131072", "--batch-tokens", "131072"))
 
 
 # Models and runs
@@ -235,6 +279,7 @@ def test_no_run_begins_when_the_time_is_up(text, tmp_path, monkeypatch, capsys):
 def test_runs_that_are_done_are_left_out(trained, text, monkeypatch):
     monkeypatch.setattr(pretrain.Training, "go_on", lambda *_: pytest.fail("trained again"))
     assert pretrain.pretrain(arguments(trained, text, "--runs", "full", "moba"))
+    assert pretrain.pretrain(arguments(trained, text, "--runs", "full", "--block-size", "32"))  # full attention has no blocks
 
 
 def test_other_settings_under_the_same_name_are_refused(trained, text):
@@ -246,6 +291,69 @@ def test_a_batch_that_is_not_whole_contexts_is_refused(capsys):
     with pytest.raises(SystemExit):
         pretrain.parse(["--context", "8192", "--batch-tokens", "10000"])
     assert "--batch-tokens must be a multiple of 8192" in capsys.readouterr().err
+
+
+def test_a_log_without_a_share_of_facts_is_of_a_run_without(trained, text, tmp_path):
+    shutil.copytree(trained / "logs", tmp_path / "logs")
+    file = tmp_path / "logs" / "toy-128-moba-b16k3-seed0.json"
+    log = json.loads(file.read_text())
+    assert log["settings"].pop("needle_share") == 0.0
+    file.write_text(json.dumps(log))
+    assert pretrain.pretrain(arguments(tmp_path, text, "--runs", "moba"))  # which is done
+    command = arguments(tmp_path, text, "--runs", "moba")
+    command.needle_share = 0.1
+    with pytest.raises(SystemExit, match=r"needle_share was 0.0 and is 0.1"):
+        pretrain.pretrain(command)
+    ((_, runs),) = group([json.loads(file.read_text()) for file in (tmp_path / "logs").glob("*.json")]).items()
+    assert sorted(runs["moba (16, top-3)"]) == [0, 1]
+
+
+# Retrieval
+
+
+@pytest.fixture(scope="module")
+def with_facts(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("with_facts")
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    assert pretrain.pretrain(arguments(folder, text, *WITH_FACTS, "--runs", "full", "moba", "moba-then-full", "moba-conv-3"))
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    return folder
+
+
+def test_with_facts_too_resuming_gives_the_losses_of_an_uninterrupted_run(with_facts, text, tmp_path):
+    assert not pretrain.pretrain(arguments(tmp_path, text, *WITH_FACTS, "--runs", "moba-then-full", "--budget-seconds", "0"))
+    assert pretrain.pretrain(arguments(tmp_path, text, *WITH_FACTS, "--runs", "moba-then-full"))
+    ((file, log),) = logs(tmp_path).items()
+    expected = logs(with_facts)[file]
+    assert log["train"] == expected["train"] and log["held_out"] == expected["held_out"] and log["settings"]["needle_share"] == 0.5
+
+
+def test_the_held_out_loss_of_a_model_trained_with_facts_is_of_plain_text(with_facts, text):
+    model = moba_flex.AutoModelForCausalLM.from_pretrained(with_facts / "checkpoints/toy-1024-moba-b16k3-seed0").eval()
+    ids = windows(Corpus(text).held_out, torch.arange(1), 1024)
+    with torch.no_grad():
+        loss = torch.nn.functional.cross_entropy(model(ids[:, :-1]).logits.transpose(1, 2), ids[:, 1:])
+    assert loss.item() == pytest.approx(held_out(logs(with_facts)["toy-1024-moba-b16k3-seed0"]), abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ["moba", "moba-conv-3"])
+def test_retrieval_is_measured_on_two_trained_models_to_their_context(with_facts, text_folder, tmp_path, name):
+    pytest.importorskip("matplotlib")
+    moba, full = (f"toy-1024-{run}-seed0" for run in (f"{name}-b16k3", "full"))
+    sides = ["--moba", str(with_facts / "checkpoints" / moba), "--full", str(with_facts / "checkpoints" / full)]
+    flags = ["--depths", "0", "1", "--trials", "1", "--text", str(text_folder), "--device", "cpu", "--output", str(tmp_path)]
+    assert needle.main([*sides, *flags]) == 0
+    found = json.loads((tmp_path / "needle.json").read_text())
+    assert found["asked"]["lengths"] == [128, 256, 512, 1024] and all(len(right) == 8 for right in found["right"].values())
+    assert found["models"]["moba"]["moba"]["block_size"] == 16 and found["models"]["full"] == {"model": f"checkpoints/{full}", "moba": None}
+    assert (tmp_path / "needle.png").stat().st_size > 10_000
+
+    side, _, _ = needle.load_side("moba", needle.parse([*sides, *flags]))
+    trained = moba_flex.AutoModelForCausalLM.from_pretrained(with_facts / "checkpoints" / moba).eval()
+    ids = torch.arange(1024)[None] % side.config.vocab_size
+    with torch.no_grad():
+        assert side(ids).logits.equal(trained(ids).logits)
 
 
 # Comparing

@@ -7,6 +7,8 @@ from collections import defaultdict
 from pathlib import Path
 from statistics import fmean, median, stdev
 
+from .runs import complete
+
 COLUMNS = ("held-out", "minus full", "trailing", "minus full", "tokens/s", "seeds")
 # Runs are compared if all else is equal.
 _OF_A_RUN = ("run", "seed", "block_size", "top_k", "full_attention_layers", "key_conv")
@@ -31,7 +33,7 @@ def group(logs: list[dict]) -> dict[str, dict[str, dict[int, dict]]]:
     """Title of a setting -> name of a run -> seed -> log."""
     settings = defaultdict(lambda: defaultdict(dict))
     for log in logs:
-        rule = log["settings"]
+        rule = complete(log["settings"])
         title = ", ".join(f"{name} {x}" for name, x in rule.items() if name not in _OF_A_RUN)
         name = rule["run"] if rule["run"] == "full" else f"{rule['run']} ({rule['block_size']}, top-{rule['top_k']})"
         settings[title][name][rule["seed"]] = log

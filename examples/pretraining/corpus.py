@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sysconfig
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from tqdm import tqdm
+from transformers import PreTrainedTokenizerFast
 
 ENDINGS = {".py", ".pyi", ".pyx", ".h", ".hpp", ".cuh", ".c", ".cpp", ".md", ".rst"}
 END, VOCABULARY = "<|end|>", 8192
@@ -31,6 +33,7 @@ class Corpus:
     """`train` and `held_out` `[T]`, tokens as int16 whose bits are those of a uint16: see `windows`."""
 
     def __init__(self, folder: Path) -> None:
+        self._folder = folder
         self.description = json.loads((folder / DESCRIPTION).read_text())
         self.train, self.held_out = (torch.from_numpy(np.memmap(folder / f"{half}.bin", np.int16, "c")) for half in ("train", "held_out"))
 
@@ -41,6 +44,10 @@ class Corpus:
     @property
     def fingerprint(self) -> str:
         return self.description["fingerprint"]
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        return PreTrainedTokenizerFast(tokenizer_file=str(self._folder / "tokenizer.json"), eos_token=END)
 
 
 def windows(tokens: Tensor, which: Tensor, context: int) -> Tensor:

@@ -50,6 +50,11 @@ def named(name: str, block_size: int, top_k: int) -> Run:
 NAMES = ("full", "moba", "moba-then-full", "moba-last-3-full", "moba-conv-3", "moba-conv-5")
 
 
+def complete(settings: dict) -> dict:
+    """The settings of a log, with those that came after it was written as they were for it."""
+    return {**settings, "needle_share": settings.get("needle_share", 0.0)}
+
+
 def of_blocks(n_blocks: int, context: int) -> Run:
     """MoBA that cuts the context into so many blocks, of which a query reads the same share whatever their number."""
     if context % n_blocks or n_blocks % SPARSITY:

@@ -11,7 +11,10 @@ from .key_conv import KeyConv, set_key_convs
 from .patch import ATTENTION, find_layers, patch, set_attention
 
 # The arguments that say where a model's files are.
-_WHERE = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "trust_remote_code", "code_revision")
+_WHERE = (
+    *("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "trust_remote_code", "code_revision"),
+    "gguf_file",
+)
 
 
 class AutoModelForCausalLM:

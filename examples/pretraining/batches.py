@@ -1,0 +1,46 @@
+"""What each step of `pretrain.py` reads: windows of the text, some of them with facts and questions of `needle.py`."""
+
+from __future__ import annotations
+
+import argparse
+from functools import lru_cache
+
+import torch
+from needle import training_sequence
+from torch import Tensor
+
+from .corpus import Corpus, windows
+
+
+class Batches:
+    """All of it follows from the seed and the number of the step: all runs of a seed, resumed or not, read the same.
+
+    A share of `needle_share` of the windows, chosen at random, are sequences of `needle.training_sequence`: the window's first tokens
+    around facts, and questions about them at the end. The windows are put together on the CPU, a millisecond's work or less beside the
+    tokenising of facts, while a GPU is busy with the steps before.
+    """
+
+    def __init__(self, text: Corpus, args: argparse.Namespace, seed: int) -> None:
+        self._text, self._context, self._needle_share, self._seed = text, args.context, args.needle_share, seed
+        self._rows, self._n = args.batch_tokens // args.context, (len(text.train) - 1) // args.context
+
+    def batch(self, step: int) -> Tensor:
+        """`[B, context + 1]` int64, on the CPU."""
+        return torch.stack([self._window(n) for n in range(step * self._rows, (step + 1) * self._rows)])
+
+    def _window(self, n: int) -> Tensor:
+        """`[context + 1]`: what comes as number n of all that a run reads."""
+        epoch, place = divmod(n, self._n)
+        which = order(self._n, epoch, self._seed)[place]
+        ids = windows(self._text.train, which[None], self._context)[0]
+        if self._needle_share:
+            generator = torch.Generator().manual_seed((self._seed << 40) + n)
+            if torch.rand((), generator=generator) < self._needle_share:
+                return training_sequence(ids, self._text.tokenizer, generator)
+        return ids
+
+
+@lru_cache(maxsize=2)  # a batch may reach into the next epoch
+def order(n: int, epoch: int, seed: int) -> Tensor:
+    """`[n]`: in which order an epoch reads n windows. Each has an order of its own."""
+    return torch.randperm(n, generator=torch.Generator().manual_seed(1000 * seed + epoch))
