@@ -14,7 +14,7 @@ import pretrain
 import pytest
 import torch
 from pretraining.batches import Batches, order
-from pretraining.compare import differences, group, held_out, table
+from pretraining.compare import differences, draw_sweep, group, held_out, table
 from pretraining.corpus import Corpus, corpus, windows
 from pretraining.runs import NAMES, SIZES, named, new_model, of_blocks
 from tokenizers import Tokenizer
@@ -25,7 +25,7 @@ import moba_flex
 STDLIB = Path(os.__file__).parent / "json", Path(os.__file__).parent / "email", Path(os.__file__).parent / "encodings"
 TOY = ["--cpu", "--size", "toy", "--context", "128", "--batch-tokens", "512", "--micro-tokens", "256", "--tokens", str(512 * 24)]
 TOY += ["--block-size", "16", "--top-k", "3", "--held-out-tokens", "512"]
-WITH_FACTS = ["--context", "1024", "--batch-tokens", "2048", "--micro-tokens", "1024", "--tokens", str(2048 * 10), "--needle-share", "0.5"]
+WITH_FACTS = ["--context", "1024", "--batch-tokens", "2048", "--micro-tokens", "1024", "--tokens", str(2048 * 6), "--needle-share", "0.5"]
 
 
 @pytest.fixture(autouse=True)
@@ -370,6 +370,53 @@ def test_the_table_has_differences_to_full_attention_of_the_same_seed(trained):
     (row,) = [line for line in lines if line.startswith(f"| {moba} |")]
     mean, deviation = sum(expected) / 2, abs(expected[0] - expected[1]) / 2**0.5
     assert f"{mean:+.4f} ± {deviation:.4f}" in row and row.endswith("| 0, 1 |")
+    absolute = [held_out(found[f"toy-128-moba-b16k3-seed{seed}"]) for seed in (0, 1)]
+    assert f"| {sum(absolute) / 2:.4f} ± {abs(absolute[0] - absolute[1]) / 2**0.5:.4f} |" in row
+
+
+def log_of(run: str, seed: int = 0, device: str = "H100", speed: int = 1000, **settings) -> dict:
+    """A log of a run that was done on that device; each is a little different."""
+    rule = {"size": "toy", "context": 1024, "run": run, "seed": seed, "needle_share": 0.0, **settings}
+    loss = 2 + 0.1 * seed + 0.01 * settings.get("block_size", 0) / 16
+    return {
+        "settings": rule,
+        "train": [[10, 3.0], [20, loss]],
+        "held_out": [[20, loss]],
+        "by_position": [loss] * 16,
+        "trailing": loss,
+        "tokens_per_second": [speed - 1, speed, speed + 500],
+        "environment": {"device": device},
+        "done": True,
+    }
+
+
+def test_speeds_of_different_devices_have_no_mean():
+    ((_, runs),) = group([log_of("full", 0), log_of("full", 1, speed=3000), log_of("full", 2, "H200", 5000)]).items()
+    assert "| 2,000 ± 1,414; 5,000 | H100; H200 | 0, 1, 2 |" in table(runs)[2]
+
+
+def test_a_sweep_comes_in_the_order_of_its_blocks_and_is_drawn_over_them():
+    figure = pytest.importorskip("matplotlib.figure").Figure()
+    sweep = [log_of(f"moba-{n}-blocks", seed, block_size=1024 // n, top_k=n // 4) for n in (128, 8, 32) for seed in (0, 1)]
+    ((_, runs),) = group([*sweep, log_of("moba", block_size=16, top_k=3), log_of("full", 0), log_of("full", 1)]).items()
+    blocks = [f"moba-{n}-blocks ({1024 // n}, top-{n // 4})" for n in (8, 32, 128)]
+    assert list(runs) == ["full", "moba (16, top-3)", *blocks]
+    axes = figure.subplots()
+    draw_sweep(axes, {name: (runs[name], differences(runs, name, held_out)) for name in blocks})
+    assert axes.lines[0].get_xydata() == pytest.approx(torch.tensor([[8, 0.08], [32, 0.02], [128, 0.005]]).numpy(), rel=1e-5)
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["8", "32", "128"]
+
+
+def test_logs_of_several_folders_are_one_table_unless_two_of_them_are_the_same_run(tmp_path, capsys):
+    undone = {**log_of("moba", 1, block_size=16, top_k=3), "done": False}
+    for name, log in {"a": log_of("full"), "b": log_of("moba", block_size=16, top_k=3), "a again": log_of("full"), "c": undone}.items():
+        (tmp_path / name).write_text(json.dumps(log))
+    pretrain.compare(sorted(tmp_path.iterdir()))
+    out = capsys.readouterr().out
+    assert out.count("| run |") == 1 and "+0.0100" in out and "not done: 1 of the 4 runs" in out
+    (tmp_path / "a again").write_text(json.dumps(log_of("full", device="H200")))
+    with pytest.raises(SystemExit, match=r"two logs are of full, seed 0, with size toy, context 1024, needle_share 0\.0: name one of them"):
+        pretrain.compare(sorted(tmp_path.iterdir()))
 
 
 def test_compare_prints_and_plots(trained, tmp_path, capsys):

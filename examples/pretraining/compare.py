@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 from statistics import fmean, median, stdev
 
 from .runs import complete
 
-COLUMNS = ("held-out", "minus full", "trailing", "minus full", "tokens/s", "seeds")
+COLUMNS = ("held-out", "minus full", "trailing", "minus full", "tokens/s", "device", "seeds")
 # Runs are compared if all else is equal.
 _OF_A_RUN = ("run", "seed", "block_size", "top_k", "full_attention_layers", "key_conv")
 
@@ -17,40 +18,67 @@ _OF_A_RUN = ("run", "seed", "block_size", "top_k", "full_attention_layers", "key
 def compare(files: list[Path], plot: Path | None = None) -> None:
     """Print a table for each setting, and plot them if a file is named.
 
-    Raises SystemExit, in one line, if a log cannot be read or no run is done.
+    Raises SystemExit, in one line, if a log cannot be read, no run is done, or two logs are of the same run.
     """
-    done = [log for log in map(_read, files) if log["done"]]
+    logs = [_read(file) for file in files]
+    done = [log for log in logs if log["done"]]
     if not done:
         raise SystemExit(f"none of the {len(files)} runs is done: the same command that began them goes on")
     settings = group(done)
     for title, runs in settings.items():
         print(title, *table(runs), "", sep="\n")
+    if len(done) < len(logs):
+        print(f"left out, since they are not done: {len(logs) - len(done)} of the {len(logs)} runs")
     if plot is not None:
         draw(settings, plot)
 
 
 def group(logs: list[dict]) -> dict[str, dict[str, dict[int, dict]]]:
-    """Title of a setting -> name of a run -> seed -> log."""
+    """Title of a setting -> name of a run -> seed -> log. Full attention is the first of the runs, a sweep comes last.
+
+    Raises SystemExit if two logs are of the same run and seed, and differ.
+    """
     settings = defaultdict(lambda: defaultdict(dict))
-    for log in logs:
+    for log in sorted(logs, key=_place):
         rule = complete(log["settings"])
         title = ", ".join(f"{name} {x}" for name, x in rule.items() if name not in _OF_A_RUN)
         name = rule["run"] if rule["run"] == "full" else f"{rule['run']} ({rule['block_size']}, top-{rule['top_k']})"
-        settings[title][name][rule["seed"]] = log
+        if settings[title][name].setdefault(rule["seed"], log) != log:
+            raise SystemExit(f"two logs are of {name}, seed {rule['seed']}, with {title}: name one of them")
     return settings
 
 
+def _place(log: dict) -> tuple:
+    rule = log["settings"]
+    sweep = is_sweep(rule["run"])
+    return rule["run"] != "full", sweep, rule["top_k"] if sweep else 0, rule["run"], rule.get("block_size", 0)
+
+
+def is_sweep(name: str) -> bool:
+    """Whether it is one of those that `--blocks` gives."""
+    return "-blocks" in name
+
+
 def table(runs: dict[str, dict[int, dict]]) -> list[str]:
-    """The lines of a Markdown table. Differences are means over the seeds that full attention has too, ± their standard deviation."""
+    """The lines of a Markdown table. Means over seeds, ± their standard deviation; differences are of the seeds that full has too."""
     lines = [f"| run | {' | '.join(COLUMNS)} |", f"|---|{'---|' * len(COLUMNS)}"]
-    for name, by_seed in sorted(runs.items(), key=lambda item: (item[0] != "full", item[0])):
+    for name, by_seed in runs.items():
         cells = []
         for loss in (held_out, trailing):
-            cells += [f"{fmean(map(loss, by_seed.values())):.4f}", "" if name == "full" else _spread(differences(runs, name, loss))]
-        speeds = [median(log["tokens_per_second"]) for log in by_seed.values() if log["tokens_per_second"]]
-        cells += [f"{fmean(speeds):,.0f}" if speeds else "", ", ".join(map(str, sorted(by_seed)))]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+            cells.append(_spread(list(map(loss, by_seed.values())), ".4f"))
+            cells.append("" if name == "full" else _spread(differences(runs, name, loss), "+.4f") or "no full run")
+        speeds = speeds_of(by_seed.values())
+        cells += ["; ".join(_spread(of_device, ",.0f") or "-" for of_device in speeds.values()), "; ".join(speeds)]
+        lines.append(f"| {name} | {' | '.join(cells)} | {', '.join(map(str, sorted(by_seed)))} |")
     return lines
+
+
+def speeds_of(logs: Iterable[dict]) -> dict[str, list[float]]:
+    """The runs' tokens a second by the device that they ended on: those of different ones have no mean."""
+    speeds = defaultdict(list)
+    for log in logs:
+        speeds[log["environment"]["device"]] += [median(log["tokens_per_second"])] if log["tokens_per_second"] else []
+    return speeds
 
 
 def held_out(log: dict) -> float:
@@ -66,47 +94,82 @@ def differences(runs: dict[str, dict[int, dict]], name: str, loss) -> list[float
     return [loss(log) - loss(runs["full"][seed]) for seed, log in runs[name].items() if seed in runs.get("full", {})]
 
 
-def _spread(values: list[float]) -> str:
+def _spread(values: list[float], form: str) -> str:
+    """Their mean and, of several, their standard deviation; nothing of none."""
     if not values:
-        return "no full run"
-    return f"{fmean(values):+.4f}" + (f" ± {stdev(values):.4f}" if len(values) > 1 else "")
+        return ""
+    return f"{fmean(values):{form}}" + (f" ± {stdev(values):{form.lstrip('+')}}" if len(values) > 1 else "")
 
 
 def draw(settings: dict[str, dict[str, dict[int, dict]]], file: Path) -> None:
-    """For each setting: the loss in training, held-out loss by position less that of full attention, and that by number of blocks."""
+    """A row for each setting: the loss in training, held-out loss by position less that of full attention, and that by number of blocks.
+
+    The first two are without the runs of a sweep, and the third is there if there is one. Bands and bars are a standard deviation over
+    seeds.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise SystemExit("--plot needs matplotlib: pip install matplotlib") from None
-    figure = Figure(figsize=(16, 4.5 * len(settings)), layout="constrained")
-    rows = figure.subplots(len(settings), 3, squeeze=False)
-    for (title, runs), (training, positions, blocks) in zip(settings.items(), rows):
-        context = next(iter(next(iter(runs.values())).values()))["settings"]["context"]
-        full = runs.get("full", {})
-        training.set(title=", ".join(title.split(", ")[:2]), xlabel="step", ylabel="loss in training, nats a token")
-        positions.set(xlabel="position, tokens", ylabel="held-out loss minus that of full attention")
-        blocks.set(xlabel="blocks in a context", ylabel=positions.get_ylabel())
-        blocks.set_xscale("log", base=2)
-        for name, by_seed in sorted(runs.items()):
-            log = next(iter(by_seed.values()))
-            training.plot(*zip(*log["train"]), label=name, linewidth=1)
-            both = [seed for seed in by_seed if seed in full and name != "full"]
-            if both:
-                curves = [[x - y for x, y in zip(by_seed[seed]["by_position"], full[seed]["by_position"])] for seed in both]
-                mean = [fmean(values) for values in zip(*curves)]
-                positions.plot([(i + 0.5) * context / len(mean) for i in range(len(mean))], mean, marker=".", label=name)
-        sweep = {
-            context // next(iter(by_seed.values()))["settings"]["block_size"]: fmean(less)
-            for name, by_seed in runs.items()
-            if "-blocks" in name and (less := differences(runs, name, held_out))
-        }
+    figure = Figure(figsize=(16, 5 * len(settings)), layout="constrained")
+    names = list(dict.fromkeys(name for runs in settings.values() for name in runs if not is_sweep(name) and name != "full"))
+    colors = {"full": "black", **{name: f"C{i}" for i, name in enumerate(names)}}
+    rows = figure.subfigures(len(settings), 1, squeeze=False)[:, 0]
+    for (title, runs), row in zip(settings.items(), rows):
+        named = {name: by_seed for name, by_seed in runs.items() if not is_sweep(name)}
+        sweep = {name: by_seed for name, by_seed in runs.items() if is_sweep(name) and differences(runs, name, held_out)}
+        training, positions, *blocks = row.subplots(1, 3 if sweep else 2)
+        draw_training(training, named, colors)
+        draw_positions(positions, named, colors)
         if sweep:
-            blocks.plot(*zip(*sorted(sweep.items())), marker="o", label="MoBA, a quarter of the blocks read")
-            blocks.axhline(0, color="black", linestyle="--", label="full")
-        for axes in (training, positions, blocks):
-            if axes.get_legend_handles_labels()[0]:
-                axes.legend(fontsize=8)
+            draw_sweep(blocks[0], {name: (by_seed, differences(runs, name, held_out)) for name, by_seed in sweep.items()})
+        row.suptitle(", ".join(part for part in title.split(", ") if part.startswith(("size", "context", "steps", "needle_share"))))
+        row.legend(*training.get_legend_handles_labels(), loc="outside lower center", ncols=4)
     figure.savefig(file, dpi=120)
+
+
+def draw_training(axes, runs: dict[str, dict[int, dict]], colors: dict[str, str]) -> None:
+    """Of the first seed, cut off above what is reached after a tenth of the steps: the rest would be a line at the bottom."""
+    lowest, highest = float("inf"), 0.0
+    for name, by_seed in runs.items():
+        steps, losses = zip(*by_seed[min(by_seed)]["train"])
+        axes.plot(steps, losses, label=name, color=colors[name], linewidth=1)
+        lowest, highest = min(lowest, *losses), max(highest, losses[len(losses) // 10])
+    margin = 0.05 * (highest - lowest)
+    axes.set(xlabel="step", ylabel="loss in training, nats a token")
+    if runs and margin:
+        axes.set_ylim(lowest - margin, highest + margin)
+
+
+def draw_positions(axes, runs: dict[str, dict[int, dict]], colors: dict[str, str]) -> None:
+    full = runs.get("full", {})
+    for name, by_seed in runs.items():
+        both = [seed for seed in by_seed if seed in full and name != "full"]
+        if both:
+            curves = [[x - y for x, y in zip(by_seed[seed]["by_position"], full[seed]["by_position"])] for seed in both]
+            mean = [fmean(values) for values in zip(*curves)]
+            width = by_seed[both[0]]["settings"]["context"] / len(mean)
+            places = [(i + 0.5) * width for i in range(len(mean))]
+            axes.plot(places, mean, marker=".", color=colors[name])
+            if len(both) > 1:
+                apart = [stdev(values) for values in zip(*curves)]
+                low, high = zip(*((x - y, x + y) for x, y in zip(mean, apart)))
+                axes.fill_between(places, low, high, color=colors[name], alpha=0.12, linewidth=0)
+    axes.axhline(0, color=colors["full"], linestyle="--", linewidth=1)
+    axes.set(xlabel="position, tokens", ylabel="held-out loss minus that of full attention")
+
+
+def draw_sweep(axes, runs: dict[str, tuple[dict[int, dict], list[float]]]) -> None:
+    """`runs` has the logs of each run and its differences to full attention."""
+    rules = [next(iter(by_seed.values()))["settings"] for by_seed, _ in runs.values()]
+    numbers = [rule["context"] // rule["block_size"] for rule in rules]
+    less = [values for _, values in runs.values()]
+    bars = [stdev(values) if len(values) > 1 else 0.0 for values in less]
+    axes.errorbar(numbers, list(map(fmean, less)), yerr=bars if any(bars) else None, marker="o", color="C0", capsize=3)
+    axes.axhline(0, color="black", linestyle="--", linewidth=1)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(numbers, list(map(str, numbers)))
+    axes.set(xlabel="blocks in a context, of which a query reads a quarter", ylabel="held-out loss minus that of full attention")
 
 
 def _read(file: Path) -> dict:
