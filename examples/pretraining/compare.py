@@ -104,7 +104,7 @@ def _spread(values: list[float], form: str) -> str:
 def draw(settings: dict[str, dict[str, dict[int, dict]]], file: Path) -> None:
     """A row for each setting: the loss in training, held-out loss by position less that of full attention, and that by number of blocks.
 
-    The first two are without the runs of a sweep, and the third is there if there is one. Bands and bars are a standard deviation over
+    The first two are without the runs of a sweep; a panel that would be empty is left out. Bands and bars are a standard deviation over
     seeds.
     """
     try:
@@ -117,12 +117,14 @@ def draw(settings: dict[str, dict[str, dict[int, dict]]], file: Path) -> None:
     rows = figure.subfigures(len(settings), 1, squeeze=False)[:, 0]
     for (title, runs), row in zip(settings.items(), rows):
         named = {name: by_seed for name, by_seed in runs.items() if not is_sweep(name)}
-        sweep = {name: by_seed for name, by_seed in runs.items() if is_sweep(name) and differences(runs, name, held_out)}
-        training, positions, *blocks = row.subplots(1, 3 if sweep else 2)
+        compared = {name: less for name in runs if name != "full" and (less := differences(runs, name, held_out))}
+        sweep = {name: (runs[name], less) for name, less in compared.items() if is_sweep(name)}
+        training, *others = row.subplots(1, 1 + (len(compared) > len(sweep)) + bool(sweep), squeeze=False)[0]
         draw_training(training, named, colors)
-        draw_positions(positions, named, colors)
+        if len(compared) > len(sweep):
+            draw_positions(others[0], named, colors)
         if sweep:
-            draw_sweep(blocks[0], {name: (by_seed, differences(runs, name, held_out)) for name, by_seed in sweep.items()})
+            draw_sweep(others[-1], sweep)
         row.suptitle(", ".join(part for part in title.split(", ") if part.startswith(("size", "context", "steps", "needle_share"))))
         row.legend(*training.get_legend_handles_labels(), loc="outside lower center", ncols=4)
     figure.savefig(file, dpi=120)
