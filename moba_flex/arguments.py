@@ -78,17 +78,17 @@ def check_query_key(query: Tensor, key: Tensor, **others: Tensor) -> None:
     for name, t in {"query": query, "key": key, **others}.items():
         if t.dim() != 4:
             raise ValueError(f"{name} must have 4 dimensions (batch, heads, tokens, width), but has shape {tuple(t.shape)}")
-    if query.shape[3] == 0:
+    (rows, heads, n_query, width), of_key, of_value = query.shape, key.shape, others.get("value", key).shape
+    if width == 0:
         raise ValueError(f"query must have a width (dimension 3) of at least 1, but has shape {tuple(query.shape)}")
-    if query.shape[0] != key.shape[0] or query.shape[3] != key.shape[3]:
-        raise ValueError(f"query {tuple(query.shape)} and key {tuple(key.shape)} must agree in batch (dimension 0) and width (dimension 3)")
-    value = others.get("value", key)
-    if key.shape[:3] != value.shape[:3]:
-        raise ValueError(f"key {tuple(key.shape)} and value {tuple(value.shape)} must agree in batch, heads and tokens (dimensions 0 to 2)")
-    _check_heads(query.shape[1], key.shape[1])
-    if query.shape[2] > key.shape[2]:
+    if rows != of_key[0] or width != of_key[3]:
+        raise ValueError(f"query {tuple(query.shape)} and key {tuple(of_key)} must agree in batch (dimension 0) and width (dimension 3)")
+    if of_key[:3] != of_value[:3]:
+        raise ValueError(f"key {tuple(of_key)} and value {tuple(of_value)} must agree in batch, heads and tokens (dimensions 0 to 2)")
+    _check_heads(heads, of_key[1])
+    if n_query > of_key[2]:
         raise ValueError(
-            f"query has {query.shape[2]} tokens, but there are only {key.shape[2]} keys: "
+            f"query has {n_query} tokens, but there are only {of_key[2]} keys: "
             "queries are the last positions of the keys, so there can be no more of them"
         )
 

@@ -17,12 +17,14 @@ B rows, H query heads, G key heads, N tokens, Q query blocks, C key blocks, P sl
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from . import eager, flex
+from .autocast import without_autocast
 from .blocks import BlockLayout, dense_layout, one_block, packed_layout, padded_layout, slots_per_block
 from .chunks import chunks
 from .masked import as_they_lie, empty_output, few_blocks
@@ -160,6 +162,7 @@ def _sizes(block_size: int, n_key: int, implementation: str) -> tuple[int, int]:
 
 
 # The operator. To autograd and torch.compile it is one node, so the steps above may compile, loop and allocate as they like.
+# What PyTorch does around it grows with the square of the number of arguments, so all whole numbers are one.
 @torch.library.custom_op("moba_flex::attention", mutates_args=())
 def attention(
     query: Tensor,
@@ -167,31 +170,31 @@ def attention(
     value: Tensor,
     padding_mask: Tensor | None,
     cu_seqlens: Tensor | None,
-    block_size: int,
-    top_k: int,
-    sink_blocks: int,
-    recent_blocks: int,
+    sizes: Sequence[int],
     causal: bool,
     share_selection: bool,
     scale: float,
     softcap: float | None,
     implementation: str,
-    budget: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`[B, H, Nq, D]`, `[B, G, Nk, D]`, `[B, G, Nk, Dv]` -> output, log-sum-exp and the chosen blocks."""
-    spec = Spec(block_size, top_k, sink_blocks, recent_blocks, causal, scale, softcap, share_selection)
+    """`[B, H, Nq, D]`, `[B, G, Nk, D]`, `[B, G, Nk, Dv]` -> output, log-sum-exp and the chosen blocks.
+
+    `sizes`: `block_size`, `top_k`, `sink_blocks`, `recent_blocks` and the `budget` in bytes.
+    """
+    *blocks, budget = sizes
+    spec = Spec(*blocks, causal, scale, softcap, share_selection)
     query, key, value = query.detach(), key.detach(), value.detach()
     layout = layout_of(query, key, padding_mask, cu_seqlens, spec, implementation)
     # The gate is a matter of float32. Triton launches on the current GPU, which need not be the one that holds this layer.
-    with torch.autocast(query.device.type, enabled=False), torch.cuda.device_of(query):
+    with without_autocast(query), torch.cuda.device_of(query):
         return forward(query, key, value, layout, spec, _BACKENDS[implementation], budget)
 
 
 @attention.register_fake
-def _(query, key, value, padding_mask, cu_seqlens, block_size, top_k, sinks, recent, causal, share, scale, softcap, impl, budget):
-    spec = Spec(block_size, top_k, sinks, recent, causal, scale, softcap, share)
+def _(query, key, value, padding_mask, cu_seqlens, sizes, causal, share_selection, scale, softcap, implementation):
+    spec = Spec(*sizes[:-1], causal, scale, softcap, share_selection)
     n_query, n_key = query.shape[2], key.shape[2]
-    block_size, width = _sizes(block_size, n_key, impl)
+    block_size, width = _sizes(spec.block_size, n_key, implementation)
     if cu_seqlens is not None:
         blocks = n_key // block_size + cu_seqlens.shape[0] - 1
     elif padding_mask is not None and n_query != n_key:
@@ -201,7 +204,7 @@ def _(query, key, value, padding_mask, cu_seqlens, block_size, top_k, sinks, rec
     lse = query.new_empty(query.shape[:3], dtype=_wide(query.dtype))
     chosen = query.new_empty(*query.shape[:2], blocks * width, spec.routed, dtype=torch.int32)
     dense = padding_mask is None and cu_seqlens is None
-    if impl == "flex" and dense and few_blocks(query, key, value, spec):
+    if implementation == "flex" and dense and few_blocks(query, key, value, spec):
         return empty_output(query, value.shape[-1]), lse, chosen
     return query.new_empty(*query.shape[:3], value.shape[-1]), lse, chosen
 
@@ -218,23 +221,20 @@ def attention_backward(
     chosen: Tensor,
     padding_mask: Tensor | None,
     cu_seqlens: Tensor | None,
-    block_size: int,
-    top_k: int,
-    sink_blocks: int,
-    recent_blocks: int,
+    sizes: Sequence[int],
     causal: bool,
     share_selection: bool,
     scale: float,
     softcap: float | None,
     implementation: str,
-    budget: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of query, key and value."""
-    spec = Spec(block_size, top_k, sink_blocks, recent_blocks, causal, scale, softcap, share_selection)
+    *blocks, budget = sizes
+    spec = Spec(*blocks, causal, scale, softcap, share_selection)
     grad, query, key, value, out, lse = (x.detach() for x in (grad, query, key, value, out, lse))
     layout = layout_of(query, key, padding_mask, cu_seqlens, spec, implementation)
     backend = _BACKENDS[implementation]
-    with torch.autocast(query.device.type, enabled=False), torch.cuda.device_of(query):
+    with without_autocast(query), torch.cuda.device_of(query):
         return backward(grad, grad_lse, query, key, value, out, lse, chosen, layout, spec, backend, budget)
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .autocast import without_autocast
 from .gate import best_blocks
 from .spec import Spec
 
@@ -85,7 +86,7 @@ def decode(
         `[B, H, n, Dv]` in the query's dtype and the log-sum-exp `[B, H, n]`; 0 and -inf for a query before its row's start.
     """
     spec = Spec(block_size, top_k, sink_blocks, recent_blocks, True, scale, softcap, share_selection)
-    with torch.autocast(query.device.type, enabled=False), torch.cuda.device_of(query):
+    with without_autocast(query), torch.cuda.device_of(query):
         if implementation == "flex":
             return kernels.decode(query, key, value, means, length, start, spec)
         return decode_plain(query, key, value, means, length, start, spec)

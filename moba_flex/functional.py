@@ -8,6 +8,7 @@ from torch import Tensor
 
 from . import arguments
 from .attention import attention
+from .autocast import without_autocast
 from .decoding import decode
 from .naive import naive_attention
 
@@ -204,18 +205,18 @@ def attend(
         which = {"cu_seqlens": cu_seqlens} if cu_seqlens is not None else {"padding_mask": padding_mask}
         blocks = {"block_size": block_size, "top_k": top_k, "sink_blocks": sink_blocks, "recent_blocks": recent_blocks}
         blocks["share_selection"] = share_selection
-        with torch.autocast(query.device.type, enabled=False):
+        with without_autocast(query):
             out, lse = run(query, key, value, **blocks, **which, causal=causal, scale=scale, softcap=softcap)
     elif (
         implementation == "flex"
         and not return_lse
         and _is_plain(query, key, value, block_size * top_k, causal, padding_mask, cu_seqlens, softcap, sinks)
     ):
-        with torch.autocast(query.device.type, enabled=False):
+        with without_autocast(query):
             return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=query.shape[1] != key.shape[1])
     else:
-        blocks = (block_size, top_k, sink_blocks, recent_blocks, causal, share_selection)
-        settings = (*blocks, scale, softcap, implementation, _working_memory)
+        sizes = (block_size, top_k, sink_blocks, recent_blocks, _working_memory)
+        settings = (sizes, causal, share_selection, scale, softcap, implementation)
         narrow = implementation == "flex" and min(query.shape[-1], value.shape[-1]) < _LEAST_WIDTH
         if narrow:  # zeros change neither scores nor outputs
             width = value.shape[-1]

@@ -537,7 +537,8 @@ OPERATOR_CASES = {
 def _operator_arguments(case: Case, tensors: dict[str, torch.Tensor], cu_seqlens: torch.Tensor | None = None) -> tuple:
     query, key, value = (tensors[name].requires_grad_() for name in ("query", "key", "value"))
     mask = case.padding_mask()
-    return (query, key, value, mask, cu_seqlens, *case.selection.values(), 0.5, case.softcap, "eager", 1 << 20)
+    sizes = (case.block_size, case.top_k, case.sink_blocks, case.recent_blocks, 1 << 20)
+    return query, key, value, mask, cu_seqlens, sizes, case.causal, case.share_selection, 0.5, case.softcap, "eager"
 
 
 @pytest.mark.parametrize("case", OPERATOR_CASES.values(), ids=OPERATOR_CASES)

@@ -96,8 +96,9 @@ def computed(case: dict, implementation: str) -> list[torch.Tensor]:
     n_query, rows = (case["n_key"], 1) if bounds is not None else (case["n_query"], case["rows"])
     shapes = (rows, case["heads"], n_query, 8), (rows, case["groups"], case["n_key"], 8), (rows, case["groups"], case["n_key"], 6)
     leaves = [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
-    blocks = [case[name] for name in ("block_size", "top_k", "sink_blocks", "recent_blocks", "causal", "share_selection")]
-    out, lse, _ = attention(*leaves, padding_mask, bounds, *blocks, 0.3, case["softcap"], implementation, 1 << 30)
+    sizes = [*(case[name] for name in ("block_size", "top_k", "sink_blocks", "recent_blocks")), 1 << 30]
+    settings = sizes, case["causal"], case["share_selection"], 0.3, case["softcap"], implementation
+    out, lse, _ = attention(*leaves, padding_mask, bounds, *settings)
     lse = torch.where(lse == -torch.inf, 0, lse)
     loss = (out * torch.arange(out.numel()).view_as(out).sin()).sum() + lse.sin().sum()
     return [out, lse, *torch.autograd.grad(loss, leaves)]

@@ -99,7 +99,7 @@ def test_what_a_model_projects_is_read_where_it_lies(batch, heads, groups, token
     shapes = (tokens, heads, 16), (tokens, groups, 16), (tokens, groups, 24)
     turned = [torch.randn(batch, *shape, generator=source).transpose(1, 2) for shape in shapes]
     straight = [x.contiguous() for x in turned]
-    settings = None, None, 16, 3, 0, 0, True, False, 0.25, None, "flex", 1 << 30
+    settings = None, None, (16, 3, 0, 0, 1 << 30), True, False, 0.25, None, "flex"
     results = []
     for given_ in (turned, straight):
         results.append(attention(*given_, *settings))

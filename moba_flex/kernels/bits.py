@@ -7,6 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..blocks import BlockLayout
+from .sizes import cdiv
 
 
 @triton.jit(do_not_specialize=["N", "N_SLOTS", "SKIPPED"])
@@ -27,7 +28,7 @@ def block_bits(chosen: Tensor, layout: BlockLayout) -> Tensor:
     """`[B, H, Q * P, S]` -> `[B, H, Nq]` int32, for a layout without padding: see `moba_flex.masked.block_bits`."""
     rows, heads, slots, count = chosen.shape
     bits, tile, skipped = chosen.new_empty(rows, heads, layout.n_query), 256, layout.n_key - layout.n_query
-    _bits_kernel[(triton.cdiv(layout.n_query, tile), rows * heads)](
+    _bits_kernel[(cdiv(layout.n_query, tile), rows * heads)](
         chosen, bits, layout.n_query, slots, skipped, layout.block_size, layout.width, count, tile, num_warps=4
     )
     return bits

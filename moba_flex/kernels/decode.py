@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..spec import Spec
+from .sizes import cdiv, next_power_of_2
 
 _NONE = tl.constexpr(-(1 << 63))  # below every score
 _TILE = 64  # means that one program scores, keys that one reads at a time: 16 of them where heads are wide
@@ -183,29 +184,29 @@ def decode(
     choosers = 1 if spec.share_selection else repeats
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
     free = spec.routed - spec.sink_blocks - spec.recent_blocks
-    padded, value_padded = (max(16, triton.next_power_of_2(x)) for x in (width, value_width))
+    padded, value_padded = (max(16, next_power_of_2(x)) for x in (width, value_width))
     tile = _TILE if padded <= 256 else 16
-    parts_of_means, keep = triton.cdiv(n_blocks, tile), min(free, tile)
+    parts_of_means, keep = cdiv(n_blocks, tile), min(free, tile)
     best = torch.empty(rows * groups * choosers * new, parts_of_means * keep, dtype=torch.int64, device=query.device)
     shared = new, repeats, choosers, spec.block_size, spec.sink_blocks, spec.recent_blocks
-    queries = min(64, max(16, triton.next_power_of_2(choosers * new)))
-    _choose_kernel[(parts_of_means, rows * groups, triton.cdiv(choosers * new, queries))](
+    queries = min(64, max(16, next_power_of_2(choosers * new)))
+    _choose_kernel[(parts_of_means, rows * groups, cdiv(choosers * new, queries))](
         query, key, means, best, length, start, *query.stride()[:3], *key.stride()[:3], key.shape[2], groups, n_blocks, *shared,
-        keep, tile, min(64, triton.next_power_of_2(spec.block_size)), queries, width, padded,
+        keep, tile, min(64, next_power_of_2(spec.block_size)), queries, width, padded,
         num_warps=4,
     )  # fmt: skip
 
     blocks, readers, found = spec.top_k, best.shape[0], best.shape[1]
-    per = max(1, min(_PROGRAMS // (blocks * readers), triton.cdiv(spec.block_size, tile)))
-    part = triton.cdiv(triton.cdiv(spec.block_size, per), tile) * tile
+    per = max(1, min(_PROGRAMS // (blocks * readers), cdiv(spec.block_size, tile)))
+    part = cdiv(cdiv(spec.block_size, per), tile) * tile
     part_out = torch.empty(rows, heads, new, blocks * per, value_width, dtype=torch.float32, device=query.device)
     part_lse = torch.empty(rows, heads, new, blocks * per, dtype=torch.float32, device=query.device)
     stages = max(1, min(3, _SHARED_BYTES // (tile * (padded + value_padded) * key.element_size())))
     _attend_kernel[(blocks * per, readers)](
         query, key, value, best, part_out, part_lse, length, start, *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
         key.shape[2], groups, found, spec.scale, spec.softcap or 0.0, *shared,
-        spec.softcap is not None, per, part, triton.next_power_of_2(max(found, 1)), tile,
-        max(16, triton.next_power_of_2(repeats // choosers)), width, padded, value_width, value_padded,
+        spec.softcap is not None, per, part, next_power_of_2(max(found, 1)), tile,
+        max(16, next_power_of_2(repeats // choosers)), width, padded, value_width, value_padded,
         num_warps=4, num_stages=stages,
     )  # fmt: skip
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..blocks import BlockLayout
 from ..gate import candidates
 from ..spec import Spec
+from .sizes import cdiv, next_power_of_2
 
 # With more blocks to choose five of them too often share a lane, and with fewer bits too many scores look equal.
 _MOST_IN_LANES, _MOST_BITS = 16, 8
@@ -62,7 +63,7 @@ def block_means(key: Tensor, layout: BlockLayout, dtype: torch.dtype) -> tuple[T
     rows, groups, _, width = key.shape
     high = key.new_empty(rows, groups, layout.n_key_blocks, width, dtype=dtype)
     low = None if dtype == torch.float32 else torch.empty_like(high)
-    padded = triton.next_power_of_2(width)
+    padded = next_power_of_2(width)
     _means_kernel[(layout.n_key_blocks, rows * groups)](
         key,
         high,
@@ -74,7 +75,7 @@ def block_means(key: Tensor, layout: BlockLayout, dtype: torch.dtype) -> tuple[T
         layout.width,
         width,
         padded,
-        min(triton.next_power_of_2(layout.block_size), 64),
+        min(next_power_of_2(layout.block_size), 64),
     )
     return high, low
 
@@ -239,15 +240,15 @@ def choose(query: Tensor, key: Tensor, layout: BlockLayout, spec: Spec) -> Tenso
         return chosen
     free = spec.routed - spec.sink_blocks - spec.recent_blocks
     shape = heads, key.shape[1], layout.n_key_blocks, layout.n_query_blocks
-    sizes = {"D": width, "DP": max(16, triton.next_power_of_2(width)), "P": layout.width}
+    sizes = {"D": width, "DP": max(16, next_power_of_2(width)), "P": layout.width}
     forced = {"SINK": spec.sink_blocks, "RECENT": spec.recent_blocks, "FREE": free}
     operands = query, *block_means(key, layout, query.dtype), chosen
     places = *candidates(layout, spec), layout.query_start, layout.query_stop, *query.stride()[:3], *shape
 
     tile, lanes = (32, 32) if query.dtype == torch.float32 else (128, 32) if free <= 8 else (64, 64)
     searched, most = min(tile, 64), 64 if query.dtype != torch.float32 else 32
-    bits = (triton.cdiv(layout.n_key_blocks, lanes) - 1).bit_length()
-    tiles, redo = triton.cdiv(slots, tile), None
+    bits = (cdiv(layout.n_key_blocks, lanes) - 1).bit_length()
+    tiles, redo = cdiv(slots, tile), None
     if 0 < free <= _MOST_IN_LANES and bits <= _MOST_BITS:
         redo = chosen.new_empty(rows * heads * tiles * tile // searched)
         spans = 1 if layout.width % tile == 0 else tile
@@ -257,7 +258,7 @@ def choose(query: Tensor, key: Tensor, layout: BlockLayout, spec: Spec) -> Tenso
         _lanes_kernel[(tiles, rows * heads)](
             *operands, redo, *places, **sizes, **forced, M=tile, R=spans, T=lanes, BITS=bits, REDO_M=searched, **options
         )
-    m, k = math.gcd(layout.width, searched), triton.next_power_of_2(max(free, 2))
+    m, k = math.gcd(layout.width, searched), next_power_of_2(max(free, 2))
     _search_kernel[(slots // m, rows * heads)](
         *operands, redo, *places, tiles * tile // searched, searched, **sizes, **forced, K=k, M=m, T=most, num_warps=4, num_stages=3
     )

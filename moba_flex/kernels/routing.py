@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..routing import Routes, tiles_needed
+from .sizes import cdiv, next_power_of_2
 
 _PAIRS = 1024  # sorted at a time by one program
 _MOST_COLUMNS, _LEAST_COLUMNS, _MOST_COUNTS = 512, 32, 1 << 24  # columns a head; counts of one key head
@@ -107,20 +108,20 @@ def route(chosen: Tensor, groups: int, n_blocks: int, tile: int, most_pairs: int
     n_pairs, total, repeats = n_query * count, rows * groups * n_blocks, heads // groups
     n_tiles = tiles_needed(most_pairs, total, tile)
     most_columns = max(_LEAST_COLUMNS, min(_MOST_COLUMNS, _MOST_COUNTS // (n_blocks * repeats)))
-    steps = triton.cdiv(n_pairs, _PAIRS * most_columns)
-    columns = triton.cdiv(n_pairs, _PAIRS * steps)
+    steps = cdiv(n_pairs, _PAIRS * most_columns)
+    columns = cdiv(n_pairs, _PAIRS * steps)
 
     row_of_pair = torch.empty_like(chosen)
     counts = chosen.new_zeros(total * repeats * columns)
-    rows_of_block, first_tile, tiles_of_block, used = chosen.new_empty(3 * total + 1).split([total, total, total, 1])
-    block_of_tile, in_use = chosen.new_empty(2 * n_tiles).split(n_tiles)
+    rows_of_block, first_tile, tiles_of_block, used = chosen.new_empty(4, total).unbind()  # `used` is one number
+    block_of_tile, in_use = chosen.new_empty(2, n_tiles).unbind()
     wide = n_blocks * _PAIRS >= 1 << 30
     _rank_kernel[(columns, rows * heads)](chosen, row_of_pair, counts, n_pairs, repeats, n_blocks, steps, _PAIRS, wide, num_warps=4)
-    step = min(1024, triton.next_power_of_2(repeats * columns))
+    step = min(1024, next_power_of_2(repeats * columns))
     _sum_columns_kernel[(total,)](counts, rows_of_block, repeats * columns, step, num_warps=max(1, min(4, step // 128)))
     _sum_blocks_kernel[(1,)](rows_of_block, first_tile, tiles_of_block, used, total, n_tiles, tile, 4096, num_warps=8)
     _list_tiles_kernel[(total,)](first_tile, tiles_of_block, used, block_of_tile, in_use, n_tiles, 128, num_warps=1)
-    _place_kernel[(triton.cdiv(n_pairs, 1024), rows * heads)](
+    _place_kernel[(cdiv(n_pairs, 1024), rows * heads)](
         chosen, row_of_pair, counts, first_tile, n_pairs, repeats, n_blocks, columns, _PAIRS * steps, tile, 1024, num_warps=4
     )
     return Routes(tile, row_of_pair, block_of_tile, in_use, first_tile, tiles_of_block, rows_of_block)

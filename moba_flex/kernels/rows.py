@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..routing import Routes
+from .sizes import cdiv, next_power_of_2
 
 
 @triton.jit
@@ -25,9 +26,7 @@ def dispatch(x: Tensor, routes: Routes) -> Tensor:
     """`[B, H, N, D]` -> `[R, D]`: the query of each row. Spare rows hold anything: no output of theirs is ever read."""
     n_query, count, width, tile = x.numel() // x.shape[-1], routes.row_of_pair.shape[-1], x.shape[-1], 32
     out = x.new_empty(routes.n_rows, width)
-    _dispatch_kernel[(triton.cdiv(n_query, tile),)](
-        x, routes.row_of_pair, out, n_query, count, width, triton.next_power_of_2(width), tile, num_warps=4
-    )
+    _dispatch_kernel[(cdiv(n_query, tile),)](x, routes.row_of_pair, out, n_query, count, width, next_power_of_2(width), tile, num_warps=4)
     return out
 
 
@@ -69,7 +68,7 @@ def dispatch_backward(query: Tensor, grad: Tensor, lse: Tensor, delta: Tensor, r
     n_query, count, tile = lse.numel(), routes.row_of_pair.shape[-1], 32
     width, value_width = query.shape[-1], grad.shape[-1]
     rows = [x.new_empty(routes.n_rows, *x.shape[3:]) for x in (query, grad, lse, delta)]
-    _dispatch_backward_kernel[(triton.cdiv(n_query, tile) + routes.n_blocks,)](
+    _dispatch_backward_kernel[(cdiv(n_query, tile) + routes.n_blocks,)](
         query,
         grad,
         lse,
@@ -83,9 +82,9 @@ def dispatch_backward(query: Tensor, grad: Tensor, lse: Tensor, delta: Tensor, r
         count,
         routes.tile,
         width,
-        triton.next_power_of_2(width),
+        next_power_of_2(width),
         value_width,
-        triton.next_power_of_2(value_width),
+        next_power_of_2(value_width),
         tile,
         num_warps=4,
     )
@@ -119,8 +118,8 @@ def merge(out: Tensor, lse: Tensor, row_out: Tensor, row_lse: Tensor, routes: Ro
     """The softmax-weighted sum of a query's partial outputs: see `moba_flex.rows.merge`."""
     count, width, tile = routes.row_of_pair.shape[-1], row_out.shape[-1], 16
     n_query = lse.numel()
-    _merge_kernel[(triton.cdiv(n_query, tile),)](
-        out, lse, row_out, row_lse, routes.row_of_pair, *into, n_query, count, width, triton.next_power_of_2(width), tile, num_warps=4
+    _merge_kernel[(cdiv(n_query, tile),)](
+        out, lse, row_out, row_lse, routes.row_of_pair, *into, n_query, count, width, next_power_of_2(width), tile, num_warps=4
     )
 
 
@@ -141,8 +140,8 @@ def sum_rows(grad: Tensor, row_grad: Tensor, routes: Routes, into: Tensor) -> No
     """`grad [B, H, N, D]` plus the gradients `row_grad [R, D]` of the rows that each query sent."""
     count, width, tile = routes.row_of_pair.shape[-1], row_grad.shape[-1], 16
     n_query = grad.numel() // width
-    _sum_kernel[(triton.cdiv(n_query, tile),)](
-        grad, row_grad, routes.row_of_pair, into, n_query, count, width, triton.next_power_of_2(width), tile, num_warps=4
+    _sum_kernel[(cdiv(n_query, tile),)](
+        grad, row_grad, routes.row_of_pair, into, n_query, count, width, next_power_of_2(width), tile, num_warps=4
     )
 
 
@@ -162,7 +161,7 @@ def delta(out: Tensor, grad: Tensor, grad_lse: Tensor | None) -> Tensor:
     width, tile = out.shape[-1], 32
     to = torch.empty(out.shape[:-1], dtype=torch.float32, device=out.device)
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
-    _delta_kernel[(triton.cdiv(to.numel(), tile),)](
-        out.contiguous(), grad.contiguous(), grad_lse, to, to.numel(), width, triton.next_power_of_2(width), tile, num_warps=4
+    _delta_kernel[(cdiv(to.numel(), tile),)](
+        out.contiguous(), grad.contiguous(), grad_lse, to, to.numel(), width, next_power_of_2(width), tile, num_warps=4
     )
     return to

@@ -17,6 +17,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from transformers import Cache
 
 from .. import arguments
+from ..autocast import without_autocast
 from ..config import MobaConfig
 from ..decoding import means_for, write_means
 from ..functional import attend, attend_decoding
@@ -92,7 +93,9 @@ def _moba(
         return out.transpose(1, 2).contiguous(), None
 
     visible = _visible(query, key, mask, kwargs, module)
-    cached, key, value = key, key[:, :, : visible.n_key], value[:, :, : visible.n_key]
+    cached = key
+    if visible.n_key < key.shape[2]:
+        key, value = key[:, :, : visible.n_key], value[:, :, : visible.n_key]
     call = _call(query, key, value, visible, settings, naive, kwargs)
     if (watch := getattr(module, "_watch", None)) is not None:  # see moba_flex.tracing
         watch(module, query, key, visible, settings)
@@ -102,7 +105,7 @@ def _moba(
         # What the layer had before computes just that, and a short prompt in less time. It need not know of packed sequences.
         out = _ordinary(module, *inputs, mask, kwargs)[0].transpose(1, 2)
     else:
-        with torch.autocast(query.device.type, enabled=False):  # the gate compares in float32 whatever the model computes in
+        with without_autocast(query):  # the gate compares in float32 whatever the model computes in
             if dropout or weights:
                 out, probabilities = _attend_with_weights(query, key, value, visible, dropout, call)
             else:
@@ -136,7 +139,7 @@ def _across_processes(
         )
     if attention == "full" and (call["softcap"] is not None or call["sinks"] is not None):
         raise ValueError(f"{type(module).__name__} {module.layer_idx} has a softcap or sinks, which full attention of slices does not do")
-    with torch.autocast(query.device.type, enabled=False):
+    with without_autocast(query):
         if attention == "full":
             return context.attend_full(query, key, value, call["scale"]).transpose(1, 2).contiguous()
         return context.attend(query, key, value, **call).transpose(1, 2).contiguous()
