@@ -26,7 +26,7 @@ from torch import Tensor
 from . import eager, flex
 from .autocast import without_autocast
 from .blocks import BlockLayout, dense_layout, one_block, packed_layout, padded_layout, slots_per_block
-from .chunks import chunks
+from .chunks import Chunk, chunks
 from .masked import as_they_lie, empty_output, few_blocks
 from .rows import write
 from .spec import Spec
@@ -45,7 +45,7 @@ def forward(
         return *backend.masked(query, key, value, chosen, layout, spec), chosen
 
     q, k, v = (x.contiguous() for x in (layout.query_slots(query), layout.key_slots(key), layout.key_slots(value)))
-    plan = list(chunks(q, k, v, layout, spec, budget, backend.REACH))
+    plan = planned(q, k, v, layout, spec, budget, backend.REACH)
     chosen = choose(q, k, layout, spec, backend)
 
     out, lse = q.new_empty(*q.shape[:3], v.shape[-1]), q.new_empty(q.shape[:3], dtype=_wide(q.dtype))
@@ -89,7 +89,7 @@ def backward(
     grad, lse, delta = (layout.query_slots(x).contiguous() for x in (grad, lse, delta))
 
     grad_q, grad_k, grad_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    for rows, groups, parts in chunks(q, k, v, layout, spec, budget, backend.REACH):
+    for rows, groups, parts in planned(q, k, v, layout, spec, budget, backend.REACH):
         of_keys, totals = (grad_k[rows, groups], grad_v[rows, groups]), None
         if len(parts) > 1:  # the gradients of a key are then a sum over parts, in float32 at least
             totals = tuple(torch.zeros_like(x, dtype=_wide(x.dtype)) for x in of_keys)
@@ -122,6 +122,12 @@ def choose(query: Tensor, key: Tensor, layout: BlockLayout, spec: Spec, backend:
 def masks(query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, spec: Spec, backend: ModuleType) -> bool:
     """Whether steps 2 to 4 are one dense call under a mask. Shapes alone decide."""
     return backend is flex and layout.dense and few_blocks(query, key, value, spec)
+
+
+def planned(query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, spec: Spec, budget: int, reach: int) -> list[Chunk]:
+    """The chunks of a call, worked out once for all calls with the same layout and shapes."""
+    name = ("chunks", query.shape, key.shape[1], value.shape[-1], query.dtype, spec.routed, budget, reach)
+    return layout.cached(name, lambda: list(chunks(query, key, value, layout, spec, budget, reach)))
 
 
 def nothing_local(query: Tensor, key: Tensor, value: Tensor, *_) -> tuple[Tensor, Tensor]:

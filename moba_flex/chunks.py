@@ -16,11 +16,10 @@ from .routing import tiles_needed
 from .spec import Spec
 
 Parts = list[tuple[slice, slice]]
+Chunk = tuple[slice, slice, Parts]
 
 
-def chunks(
-    query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, spec: Spec, budget: int, reach: int
-) -> Iterator[tuple[slice, slice, Parts]]:
+def chunks(query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, spec: Spec, budget: int, reach: int) -> Iterator[Chunk]:
     """Slices of rows and key heads whose routed rows fit into `budget` bytes, all of one shape, each in parts by its queries.
 
     A part, slices of query heads and of query blocks, has no tensor of more than `reach` numbers. One key head of one row with its query
