@@ -117,6 +117,19 @@ def test_a_padded_row_gives_what_it_gives_alone(side):
     torch.testing.assert_close(got, model(text[1:, real]).logits[0], atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_padded_row_gives_what_it_gives_alone_in_a_graph_too(side):
+    model, text = model_with(), tokens()
+    real = slice(6, 29) if side == "left" else slice(0, 23)
+    mask = torch.zeros_like(text)
+    mask[0], mask[1, real] = 1, 1
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    got = compiled(text, attention_mask=mask, use_cache=False).logits[1, real]
+    torch.compiler.reset()
+    torch.testing.assert_close(got, model(text[1:, real]).logits[0], atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("named", ["position_ids", "cu_seqlens"])
 def test_the_convolution_does_not_cross_the_borders_of_packed_sequences(named):
     model, text = model_with(), tokens(1)

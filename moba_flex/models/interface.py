@@ -111,8 +111,7 @@ def _moba(
             else:
                 out = _attend(query, key, value, visible, call)
     if means is not None and visible.causal and not torch.compiler.is_compiling():
-        start = None if visible.starts is None else torch.tensor(visible.starts, device=key.device)
-        means.take_in(query.shape[2], visible.n_key, cached, settings.block_size, start, visible.starts)
+        means.take_in(query.shape[2], visible.n_key, cached, settings.block_size, visible.start(key.device), visible.starts)
     return out.transpose(1, 2).contiguous(), probabilities if weights else None
 
 

@@ -197,7 +197,7 @@ def _positions(mask: MobaMask | Any, hidden: Tensor, kwargs: dict) -> Tensor | N
         token = torch.arange(rows * n_tokens, device=hidden.device, dtype=torch.int32)
         first = visible.cu_seqlens[torch.searchsorted(visible.cu_seqlens, token, right=True) - 1]
         return (token - first).view(rows, n_tokens)
-    if visible.starts is None:
+    start = visible.start(hidden.device)
+    if start is None:
         return None
-    start = torch.tensor(visible.starts, device=hidden.device)[:, None]
-    return torch.arange(visible.n_key - n_tokens, visible.n_key, device=hidden.device) - start
+    return torch.arange(visible.n_key - n_tokens, visible.n_key, device=hidden.device) - start[:, None]

@@ -34,7 +34,13 @@ class Visible:
     causal: bool = True
     padding_mask: Tensor | None = None  # [B, n_key] bool; None: all tokens are real
     cu_seqlens: Tensor | None = None  # [n + 1] int32 over all rows' tokens one after another; None: a row is one sequence
-    starts: tuple[int, ...] | None = None  # the first real token of each row; None: 0 for all rows
+    starts: tuple[int, ...] | None = None  # the first real token of each row; None: 0 for all rows, or in a compiled graph not known
+
+    def start(self, device: torch.device) -> Tensor | None:
+        """`[B]` int64: the first real token of each row, in a compiled graph too; None: 0 for all rows."""
+        if self.starts is not None:
+            return torch.tensor(self.starts, device=device)
+        return _first_real(self.padding_mask) if torch.compiler.is_compiling() and self.padding_mask is not None else None
 
     def packed(self, query: Tensor, cu_seqlens: Tensor | None, key_cu_seqlens: Tensor | None) -> Visible:
         """The same with the sequences that a call names itself, as transformers does for FlashAttention; they go before those that
