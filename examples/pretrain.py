@@ -279,7 +279,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--size", choices=SIZES, default="50M", help="parameters")
     parser.add_argument("--context", type=int, default=8192, help="tokens")
     parser.add_argument("--tokens", type=float, default=100e6, help="that a run reads")
-    parser.add_argument("--batch-tokens", type=int, default=131072, help="tokens a step")
+    parser.add_argument("--batch-tokens", type=int, default=32768, help="tokens a step: few, so that few tokens are many steps")
     parser.add_argument("--micro-tokens", type=int, default=32768, help="tokens that the device works on at a time")
     parser.add_argument("--runs", nargs="*", choices=NAMES, default=list(NAMES[:4]))
     parser.add_argument("--blocks", type=int, nargs="*", default=[], help="also MoBA with so many blocks, of which a query reads a quarter")
