@@ -7,6 +7,7 @@ from .config import MobaConfig
 from .figures import visualize
 from .flash import set_flex_backend
 from .functional import moba_attention, moba_attention_varlen, set_working_memory
+from .graphs import set_cuda_graphs
 from .models import AutoModelForCausalLM, full_attention, patch, set_attention, unpatch
 from .selection import Selection, select_blocks
 from .tracing import Trace, trace
@@ -27,6 +28,7 @@ __all__ = [
     "patch",
     "select_blocks",
     "set_attention",
+    "set_cuda_graphs",
     "set_flex_backend",
     "set_working_memory",
     "trace",

@@ -23,7 +23,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from . import eager, flex
+from . import eager, flex, graphs
 from .autocast import without_autocast
 from .blocks import BlockLayout, dense_layout, one_block, packed_layout, padded_layout, slots_per_block
 from .chunks import Chunk, chunks
@@ -193,7 +193,7 @@ def attention(
     layout = layout_of(query, key, padding_mask, cu_seqlens, spec, implementation)
     # The gate is a matter of float32. Triton launches on the current GPU, which need not be the one that holds this layer.
     with without_autocast(query), torch.cuda.device_of(query):
-        return forward(query, key, value, layout, spec, _BACKENDS[implementation], budget)
+        return graphs.call(forward, (query, key, value), layout, spec, _BACKENDS[implementation], budget)
 
 
 @attention.register_fake
@@ -239,9 +239,9 @@ def attention_backward(
     spec = Spec(*blocks, causal, scale, softcap, share_selection)
     grad, query, key, value, out, lse = (x.detach() for x in (grad, query, key, value, out, lse))
     layout = layout_of(query, key, padding_mask, cu_seqlens, spec, implementation)
-    backend = _BACKENDS[implementation]
+    tensors = grad, grad_lse, query, key, value, out, lse, chosen
     with without_autocast(query), torch.cuda.device_of(query):
-        return backward(grad, grad_lse, query, key, value, out, lse, chosen, layout, spec, backend, budget)
+        return graphs.call(backward, tensors, layout, spec, _BACKENDS[implementation], budget)
 
 
 @attention_backward.register_fake

@@ -63,6 +63,11 @@ def set_flex_backend(name: str = "triton") -> str:
     return before
 
 
+def enabled() -> bool:
+    """Whether `set_flex_backend("flash")` is in force."""
+    return _backend == "flash"
+
+
 def _installed() -> bool:
     try:
         return importlib.util.find_spec("flash_attn.cute") is not None
@@ -72,7 +77,7 @@ def _installed() -> bool:
 
 def kernel_for(query: Tensor, value: Tensor, layout: BlockLayout, spec: Spec) -> Kernel | None:
     """What computes rows like `query [R, D]`, or None where that is Triton's kernel."""
-    if _backend != "flash" or not _suits(query, value, layout, spec):
+    if not enabled() or not _suits(query, value, layout, spec):
         return None
     settings = layout.width, query.shape[-1], value.shape[-1], query.dtype, spec.scale, query.device
     if settings not in _kernels:

@@ -24,6 +24,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
 import demo_weights as demo
 
+from moba_flex import set_cuda_graphs
+
 settings.register_profile("same cases in every run", derandomize=True, deadline=None)
 settings.load_profile("same cases in every run")
 
@@ -31,6 +33,13 @@ settings.load_profile("same cases in every run")
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _graphs_of_its_own() -> None:
+    """No test replays what another one captured, perhaps with other parts of the package replaced."""
+    set_cuda_graphs(False)
+    set_cuda_graphs(True)
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,361 @@
+"""CUDA graphs: a small call whose shape keeps coming is launched once as a whole instead of kernel by kernel.
+
+A call is a dozen kernels or more, and up to some thousands of tokens a GPU is done with each before the host has launched the next. So a
+call of the third time is captured, and from then on its inputs are copied to where the graph reads them, the graph is replayed, and its
+outputs are copied out: a handful of launches. Nothing is read back to the host, and results are those of the same kernels, to the bit.
+
+What makes that safe:
+- All that a graph reads or writes is held by it: its inputs, its outputs and, through its function, the layout of blocks.
+- Before a capture the function runs on the graph's own inputs. So whatever is compiled, loaded or kept for later calls is there by then,
+  and the call has its result whether or not the capture succeeds.
+- After a capture its memory pool must hold the outputs and nothing more: a tensor kept from within a capture would have no contents.
+- Graphs are used under one lock, and a graph only on the stream that it was made for. Work on a stream is done in order, so that memory
+  may be used again as soon as the host has launched what needed it: by the next graph in the pool, or by anyone once a graph is dropped.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import threading
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import cache
+from types import ModuleType
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from . import flash, flex
+from .blocks import BlockLayout
+from .spec import Spec
+
+Function = Callable[..., tuple[Tensor, ...]]
+
+EAGER_CALLS = 2  # of a shape, before it is captured
+MOST_GRAPHS = 16
+MOST_SHAPES = 256  # whose calls are counted
+# Numbers of a tensor, 8,192 tokens of 32 heads of width 128. For larger ones copies cost the GPU more than launches cost the host.
+MOST_NUMBERS = 1 << 25
+_DTYPES = (torch.bfloat16, torch.float16)  # what float32 means on a GPU follows from settings that may change
+
+
+def set_cuda_graphs(enabled: bool = True) -> bool:
+    """Set whether small calls are captured in CUDA graphs, and return what was set before. It is on by default; off frees all graphs.
+
+    On a GPU the host takes longer to launch a short call than the GPU to do it. So from the third call of the same shapes, strides, dtype
+    and settings on the same stream, forward and backward passes are replayed from a CUDA graph, with the same results to the bit. That is
+    for bfloat16 and float16, without `padding_mask` and `cu_seqlens`, for tensors of at most 2**25 numbers (8,192 tokens of 32 heads of
+    width 128), and neither within a capture of one's own nor with `set_flex_backend("flash")`; all other calls are as without graphs.
+
+    It costs memory: up to as many bytes as `set_working_memory` says, for inputs, outputs and working memory of at most 16 graphs, those
+    used last. What turning it off frees goes back to PyTorch's cache, and from there, with `torch.cuda.empty_cache()`, to the GPU. Turn it
+    off where threads of a program wait for the whole GPU, or draw random numbers on it, while others compute attention: CUDA forbids the
+    former, and PyTorch 2.11 the latter, for the milliseconds in which a graph is captured.
+
+    Raises ValueError if `enabled` is neither True nor False.
+
+    >>> before = set_cuda_graphs(False)
+    >>> set_cuda_graphs(before)
+    False
+    """
+    if not isinstance(enabled, bool):
+        raise ValueError(f"enabled must be True or False, but is {enabled!r}")
+    return _graphs.enable(enabled)
+
+
+def call(
+    function: Function, tensors: tuple[Tensor | None, ...], layout: BlockLayout, spec: Spec, backend: ModuleType, budget: int
+) -> tuple[Tensor, ...]:
+    """`function(*tensors, layout, spec, backend, budget)`, from a graph where that is worth it. The current GPU is that of `tensors`."""
+
+    def run(*tensors: Tensor | None) -> tuple[Tensor, ...]:
+        return function(*tensors, layout, spec, backend, budget)
+
+    if not (_graphs.enabled and suits(tensors, layout, backend)):
+        return run(*tensors)
+    stream = torch.cuda.current_stream()
+    place = stream.device_index, stream.cuda_stream
+    return _graphs(place, (function.__name__, spec, budget, *signature(tensors)), run, tensors, budget)
+
+
+def suits(tensors: tuple[Tensor | None, ...], layout: BlockLayout, backend: ModuleType) -> bool:
+    """Whether a call may be captured. Layouts with padding or several sequences follow from data, so that no graph can hold them."""
+    first = tensors[0]
+    return (
+        backend is flex
+        and first.is_cuda
+        and first.dtype in _DTYPES
+        and layout.dense
+        and all(x is None or x.numel() <= MOST_NUMBERS for x in tensors)
+        and first.numel() > 0
+        and not flash.enabled()
+        and not torch.cuda.is_current_stream_capturing()
+    )
+
+
+def signature(tensors: tuple[Tensor | None, ...]) -> tuple[Hashable, ...]:
+    """All that a graph depends on but settings of the call."""
+    modes = torch.is_inference_mode_enabled(), torch.are_deterministic_algorithms_enabled()
+    return *modes, *(None if x is None else (x.shape, x.stride(), x.dtype) for x in tensors)
+
+
+class Pool(Protocol):
+    """Memory of graphs that are replayed on one stream."""
+
+    usable: bool  # whether another graph may be captured into it
+    n_bytes: int
+
+
+class Graph(Protocol):
+    """A captured function: `replay` computes `outputs` from what lies in the inputs."""
+
+    outputs: tuple[Tensor, ...]
+    pool: Pool
+
+    def replay(self) -> None: ...
+
+    def used(self) -> None:
+        """What was launched by now is all that reads the outputs of the last replay."""
+
+    def release(self) -> None: ...
+
+
+# A function, its inputs, and the pool of other graphs of that stream if there is one -> the graph, which has not been replayed.
+Capture = Callable[[Function, tuple[Tensor | None, ...], Pool | None], Graph]
+
+
+class Captured:
+    """A graph and its inputs, which it reads where they lie."""
+
+    def __init__(self, capture: Capture, function: Function, inputs: tuple[Tensor | None, ...], pool: Pool | None) -> None:
+        self.graph = capture(function, inputs, pool)
+        self.function, self.inputs = function, inputs  # the function holds the layout
+        self.n_bytes = sum(x.nbytes for x in inputs if x is not None)
+
+    def __call__(self, tensors: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
+        outputs = tuple(torch.empty_like(x) for x in self.graph.outputs)
+        copy(tensors, self.inputs)
+        self.graph.replay()
+        copy(self.graph.outputs, outputs)
+        self.graph.used()
+        return outputs
+
+
+def copy(tensors: tuple[Tensor | None, ...], into: tuple[Tensor | None, ...]) -> None:
+    """Copy each of `tensors` into its place: those of one dtype and of the strides of their places in one launch."""
+    of_dtype: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
+    for x, to in zip(tensors, into):
+        if x is not None:
+            places, sources = of_dtype.setdefault(x.dtype, ([], []))
+            places.append(to)
+            sources.append(x)
+    for places, sources in of_dtype.values():
+        if len(places) == 1:
+            places[0].copy_(sources[0])
+        else:
+            torch._foreach_copy_(places, sources)
+
+
+def place_for(x: Tensor | None) -> Tensor | None:
+    """A tensor like `x`: with its strides where it fills its memory, else contiguous, as the call itself would make it."""
+    if x is None:
+        return None
+    like = torch.empty_like(x)
+    return like if like.stride() == x.stride() else torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@dataclass
+class Shape:
+    """What is known of calls that a graph could serve."""
+
+    calls: int = 0  # eager ones, since the beginning or since its graph was dropped
+    wait: float = EAGER_CALLS
+    captured: Captured | None = None
+
+    def put_off(self) -> None:
+        """No graph for twice as many calls as last time: to capture over and over, where room is short, would cost more than it saves."""
+        self.calls, self.wait, self.captured = 0, 2 * self.wait, None
+
+
+class Graphs:
+    """The graphs of a process, those that were used last."""
+
+    def __init__(self, capture: Capture) -> None:
+        self.enabled = True
+        self._capture = capture
+        self._shapes: OrderedDict[Hashable, Shape] = OrderedDict()  # by place (GPU and stream) and key; the one used last is the last
+        self._lock = threading.Lock()
+        self._warned = False
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self._captured())
+
+    @property
+    def n_bytes(self) -> int:
+        """What all graphs hold."""
+        held = [shape.captured for shape in self._captured()]
+        pools = {id(captured.graph.pool): captured.graph.pool.n_bytes for captured in held}
+        return sum(pools.values()) + sum(captured.n_bytes for captured in held)
+
+    def enable(self, enabled: bool) -> bool:
+        """Allow or forbid graphs, and return what held before. Forbidden, they are freed."""
+        with self._lock:
+            before, self.enabled = self.enabled, enabled
+            if not enabled:
+                for shape in self._captured():
+                    shape.captured.graph.release()
+                self._shapes.clear()
+        return before
+
+    @torch.no_grad()
+    def __call__(
+        self, place: Hashable, key: Hashable, function: Function, tensors: tuple[Tensor | None, ...], most_bytes: int
+    ) -> tuple[Tensor, ...]:
+        """`function(*tensors)`; all graphs together keep to `most_bytes`."""
+        with self._lock:
+            if self.enabled:
+                shape = self._shape(place, key)
+                if shape.captured is not None:
+                    return shape.captured(tensors)
+                shape.calls += 1
+                if shape.calls > shape.wait and (outputs := self._captures(shape, place, function, tensors)) is not None:
+                    self._make_room(most_bytes)
+                    return outputs
+        return function(*tensors)
+
+    def _shape(self, place: Hashable, key: Hashable) -> Shape:
+        shape = self._shapes.setdefault((place, key), Shape())
+        self._shapes.move_to_end((place, key))
+        if len(self._shapes) > MOST_SHAPES:
+            _, oldest = self._shapes.popitem(last=False)
+            if oldest.captured is not None:
+                oldest.captured.graph.release()
+        return shape
+
+    def _captures(self, shape: Shape, place: Hashable, function: Function, tensors: tuple[Tensor | None, ...]) -> tuple[Tensor, ...] | None:
+        """Run the function where a graph will, and capture it. None if there is no memory for a second set of inputs."""
+        try:
+            inputs = tuple(place_for(x) for x in tensors)
+            copy(tensors, inputs)
+            outputs = function(*inputs)
+        except torch.OutOfMemoryError:
+            shape.put_off()
+            return None
+        pools = (other.captured.graph.pool for (where, _), other in self._shapes.items() if where == place and other.captured is not None)
+        try:
+            shape.captured = Captured(self._capture, function, inputs, next((pool for pool in pools if pool.usable), None))
+        except Exception as error:  # whatever a driver or a library may forbid within a capture
+            shape.wait = math.inf
+            self._warn(error)
+        return outputs
+
+    def _make_room(self, most_bytes: int) -> None:
+        while (count := len(self)) > MOST_GRAPHS or (count and self.n_bytes > most_bytes):
+            oldest = next(self._captured())
+            oldest.captured.graph.release()
+            oldest.put_off()
+
+    def _captured(self) -> Iterator[Shape]:
+        return (shape for shape in self._shapes.values() if shape.captured is not None)
+
+    def _warn(self, error: Exception) -> None:
+        if not self._warned:
+            self._warned = True
+            reason = next(iter(str(error).splitlines()), "")
+            warnings.warn(
+                "moba_flex could not capture a call in a CUDA graph and goes on without, with the same results but more work for the host; "
+                f"moba_flex.set_cuda_graphs(False) keeps it from trying: {type(error).__name__}: {reason}",
+                stacklevel=2,
+            )
+
+
+class CudaPool:
+    """A private pool of PyTorch's allocator. It lives as long as its graphs: no handle may be used again when the last of them is gone."""
+
+    def __init__(self) -> None:
+        self.handle, self.usable, self.n_bytes = torch.cuda.graph_pool_handle(), True, 0
+
+    def look(self) -> set[int]:
+        """The addresses that are in use; `n_bytes` becomes what the pool has of the GPU's memory."""
+        segments = torch.cuda.memory_snapshot(self.handle, include_traces=False)
+        self.n_bytes = sum(segment["total_size"] for segment in segments)
+        return {block["address"] for segment in segments for block in segment["blocks"] if block["state"] == "active_allocated"}
+
+
+@cache
+def _capture_stream(device: int) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+class CudaGraph:
+    """A `Graph` of the current GPU."""
+
+    def __init__(self, function: Function, inputs: tuple[Tensor | None, ...], pool: CudaPool | None) -> None:
+        self.pool = pool or CudaPool()
+        self._device = torch.cuda.current_device()
+        self._graph, self._used = torch.cuda.CUDAGraph(), torch.cuda.Event()
+        before = self.pool.look()
+        caller, stream = torch.cuda.current_stream(), _capture_stream(self._device)
+        stream.wait_stream(caller)  # PyTorch 2.11 resets what its graphs with random numbers read: between those of the caller
+        with torch.cuda.stream(stream), _without_collection():
+            try:
+                with torch.inference_mode(False):  # what PyTorch makes for its random numbers serves all graphs to come
+                    # Other threads may do as they like meanwhile, allocate or ask for an event (NCCL's watchdog does).
+                    self._graph.capture_begin(pool=self.pool.handle, capture_error_mode="thread_local")
+                self.outputs = function(*inputs)
+                self._graph.capture_end()
+            except BaseException:  # an interrupt too must not leave a capture open
+                self._abandon()
+                raise
+        caller.wait_stream(stream)
+        if self.pool.look() - before != {x.untyped_storage().data_ptr() for x in self.outputs if x.numel()}:
+            self._graph.reset()
+            raise RuntimeError("its memory is not the graph's own, as within torch.cuda.use_mem_pool or PyTorch's own CUDA graphs")
+
+    def replay(self) -> None:
+        self._graph.replay()
+
+    def used(self) -> None:
+        self._used.record()
+
+    def release(self) -> None:
+        """Give everything back, even while the GPU is at it."""
+        # Blocks of the pool count as used on the stream of the capture alone, and expandable segments wait for no other when they are
+        # unmapped. Let it come after the last replay.
+        _capture_stream(self._device).wait_event(self._used)
+        self._graph.reset()
+
+    def _abandon(self) -> None:
+        try:
+            self._graph.capture_end()
+        except RuntimeError:  # CUDA had ended it, and PyTorch stops before it has put its own things in order
+            self.pool.usable = False
+            with suppress(RuntimeError):  # nothing is left to do if this raises
+                torch._C._cuda_endAllocateToPool(self._device, self.pool.handle)
+                torch._C._cuda_releasePool(self._device, self.pool.handle)
+            with suppress(RuntimeError):  # the random numbers of PyTorch 2.11 stay within a capture until another one has ended well
+                well, number = torch.cuda.CUDAGraph(), torch.empty(1, device=self._device)
+                well.capture_begin(capture_error_mode="thread_local")
+                number.zero_()
+                well.capture_end()
+        self._graph.reset()
+
+
+@contextmanager
+def _without_collection() -> Iterator[None]:
+    """No garbage is collected meanwhile: whatever a finalizer launched would become part of the graph."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
+
+
+_graphs = Graphs(CudaGraph)
