@@ -292,6 +292,10 @@ def _capture_stream(device: int) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
+# Captures that CUDA ended: PyTorch's allocator of pinned memory keeps pointers to them.
+_broken: list[torch.cuda.CUDAGraph] = []
+
+
 class CudaGraph:
     """A `Graph` of the current GPU."""
 
@@ -335,6 +339,7 @@ class CudaGraph:
             self._graph.capture_end()
         except RuntimeError:  # CUDA had ended it, and PyTorch stops before it has put its own things in order
             self.pool.usable = False
+            _broken.append(self._graph)
             with suppress(RuntimeError):  # nothing is left to do if this raises
                 torch._C._cuda_endAllocateToPool(self._device, self.pool.handle)
                 torch._C._cuda_releasePool(self._device, self.pool.handle)
