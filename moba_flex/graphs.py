@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import gc
 import math
+import os
 import threading
 import warnings
 from collections import OrderedDict
@@ -278,6 +279,8 @@ class CudaPool:
     """A private pool of PyTorch's allocator. It lives as long as its graphs: no handle may be used again when the last of them is gone."""
 
     def __init__(self) -> None:
+        if "PYTORCH_NO_CUDA_MEMORY_CACHING" in os.environ:
+            raise RuntimeError("with PYTORCH_NO_CUDA_MEMORY_CACHING memory is freed at once, which CUDA forbids within a capture")
         self.handle, self.usable, self.n_bytes = torch.cuda.graph_pool_handle(), True, 0
 
     def look(self) -> set[int]:

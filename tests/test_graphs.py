@@ -530,6 +530,14 @@ def test_a_tensor_that_is_kept_from_a_capture_is_no_graph(monkeypatch):
         CudaGraph(lambda x: cuda.double(x)[:1], (torch.ones(3),), None)
 
 
+def test_without_pytorchs_cache_nothing_is_captured(monkeypatch):
+    cuda = StandInCuda(monkeypatch)
+    monkeypatch.setenv("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")
+    with pytest.raises(RuntimeError, match="PYTORCH_NO_CUDA_MEMORY_CACHING"):
+        CudaGraph(cuda.double, (torch.ones(3),), None)
+    assert not cuda.asked
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
 def test_an_exception_leaves_no_capture_open(monkeypatch, error):
     def fails(x: Tensor):
