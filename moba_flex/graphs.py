@@ -285,9 +285,15 @@ class CudaPool:
 
     def look(self) -> set[int]:
         """The addresses that are in use; `n_bytes` becomes what the pool has of the GPU's memory."""
-        segments = torch.cuda.memory_snapshot(self.handle, include_traces=False)
-        self.n_bytes = sum(segment["total_size"] for segment in segments)
-        return {block["address"] for segment in segments for block in segment["blocks"] if block["state"] == "active_allocated"}
+        self.n_bytes, in_use = 0, set()
+        for segment in torch.cuda.memory_snapshot(self.handle, include_traces=False):
+            self.n_bytes += segment["total_size"]
+            address = segment["address"]
+            for block in segment["blocks"]:
+                if block["state"] == "active_allocated":
+                    in_use.add(address)
+                address += block["size"]
+        return in_use
 
 
 @cache

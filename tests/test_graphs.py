@@ -494,8 +494,10 @@ class StandInCuda:
 
     def snapshot(self, handle: tuple[int, int], include_traces: bool) -> list[dict]:
         assert not include_traces
-        blocks = [{"address": x.data_ptr(), "state": "active_allocated"} for x in self.in_use if not self.elsewhere]
-        return [{"total_size": 2 << 20, "blocks": [*blocks, {"address": 1, "state": "inactive"}]}] if blocks else []
+        if self.elsewhere:
+            return []
+        free, taken = {"state": "inactive", "size": 1 << 9}, {"state": "active_allocated", "size": 1 << 9}
+        return [{"address": x.data_ptr() - (1 << 9), "total_size": 1 << 20, "blocks": [free, taken, free]} for x in self.in_use]
 
     def double(self, x: Tensor) -> tuple[Tensor, ...]:
         assert not gc.isenabled()
