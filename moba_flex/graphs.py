@@ -15,16 +15,12 @@ What makes that safe:
 
 from __future__ import annotations
 
-import gc
 import math
-import os
 import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import cache
 from types import ModuleType
 from typing import Protocol
 
@@ -33,9 +29,8 @@ from torch import Tensor
 
 from . import flash, flex
 from .blocks import BlockLayout
+from .cuda_graph import CudaGraph, Function
 from .spec import Spec
-
-Function = Callable[..., tuple[Tensor, ...]]
 
 EAGER_CALLS = 2  # of a shape, before it is captured
 MOST_GRAPHS = 16
@@ -273,103 +268,6 @@ class Graphs:
                 f"moba_flex.set_cuda_graphs(False) keeps it from trying: {type(error).__name__}: {reason}",
                 stacklevel=2,
             )
-
-
-class CudaPool:
-    """A private pool of PyTorch's allocator. It lives as long as its graphs: no handle may be used again when the last of them is gone."""
-
-    def __init__(self) -> None:
-        if "PYTORCH_NO_CUDA_MEMORY_CACHING" in os.environ:
-            raise RuntimeError("with PYTORCH_NO_CUDA_MEMORY_CACHING memory is freed at once, which CUDA forbids within a capture")
-        self.handle, self.usable, self.n_bytes = torch.cuda.graph_pool_handle(), True, 0
-
-    def look(self) -> set[int]:
-        """The addresses that are in use; `n_bytes` becomes what the pool has of the GPU's memory."""
-        self.n_bytes, in_use = 0, set()
-        for segment in torch.cuda.memory_snapshot(self.handle, include_traces=False):
-            self.n_bytes += segment["total_size"]
-            address = segment["address"]
-            for block in segment["blocks"]:
-                if block["state"] == "active_allocated":
-                    in_use.add(address)
-                address += block["size"]
-        return in_use
-
-
-@cache
-def _capture_stream(device: int) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)
-
-
-# Captures that CUDA ended: PyTorch's allocator of pinned memory keeps pointers to them.
-_broken: list[torch.cuda.CUDAGraph] = []
-
-
-class CudaGraph:
-    """A `Graph` of the current GPU."""
-
-    def __init__(self, function: Function, inputs: tuple[Tensor | None, ...], pool: CudaPool | None) -> None:
-        self.pool = pool or CudaPool()
-        self._device = torch.cuda.current_device()
-        self._graph, self._used = torch.cuda.CUDAGraph(), torch.cuda.Event()
-        before = self.pool.look()
-        caller, stream = torch.cuda.current_stream(), _capture_stream(self._device)
-        stream.wait_stream(caller)  # PyTorch 2.11 resets what its graphs with random numbers read: between those of the caller
-        with torch.cuda.stream(stream), _without_collection():
-            try:
-                with torch.inference_mode(False):  # what PyTorch makes for its random numbers serves all graphs to come
-                    # Other threads may do as they like meanwhile, allocate or ask for an event (NCCL's watchdog does).
-                    self._graph.capture_begin(pool=self.pool.handle, capture_error_mode="thread_local")
-                self.outputs = function(*inputs)
-                self._graph.capture_end()
-            except BaseException:  # an interrupt too must not leave a capture open
-                self._abandon()
-                raise
-        caller.wait_stream(stream)
-        if self.pool.look() - before != {x.untyped_storage().data_ptr() for x in self.outputs if x.numel()}:
-            self._graph.reset()
-            raise RuntimeError("its memory is not the graph's own, as within torch.cuda.use_mem_pool or PyTorch's own CUDA graphs")
-
-    def replay(self) -> None:
-        self._graph.replay()
-
-    def used(self) -> None:
-        self._used.record()
-
-    def release(self) -> None:
-        """Give everything back, even while the GPU is at it."""
-        # Blocks of the pool count as used on the stream of the capture alone, and expandable segments wait for no other when they are
-        # unmapped. Let it come after the last replay.
-        _capture_stream(self._device).wait_event(self._used)
-        self._graph.reset()
-
-    def _abandon(self) -> None:
-        try:
-            self._graph.capture_end()
-        except RuntimeError:  # CUDA had ended it, and PyTorch stops before it has put its own things in order
-            self.pool.usable = False
-            _broken.append(self._graph)
-            with suppress(RuntimeError):  # nothing is left to do if this raises
-                torch._C._cuda_endAllocateToPool(self._device, self.pool.handle)
-                torch._C._cuda_releasePool(self._device, self.pool.handle)
-            with suppress(RuntimeError):  # the random numbers of PyTorch 2.11 stay within a capture until another one has ended well
-                well, number = torch.cuda.CUDAGraph(), torch.empty(1, device=self._device)
-                well.capture_begin(capture_error_mode="thread_local")
-                number.zero_()
-                well.capture_end()
-        self._graph.reset()
-
-
-@contextmanager
-def _without_collection() -> Iterator[None]:
-    """No garbage is collected meanwhile: whatever a finalizer launched would become part of the graph."""
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if collecting:
-            gc.enable()
 
 
 _graphs = Graphs(CudaGraph)

@@ -15,7 +15,8 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from moba_flex import flex, graphs, moba_attention, patch, set_cuda_graphs
-from moba_flex.graphs import EAGER_CALLS, CudaGraph, Graphs
+from moba_flex.cuda_graph import CudaGraph
+from moba_flex.graphs import EAGER_CALLS, Graphs
 
 pytestmark = [
     pytest.mark.gpu,

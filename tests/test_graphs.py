@@ -19,10 +19,11 @@ import torch
 import torch.nn.attention.flex_attention as flex_module
 from torch import Tensor
 
-from moba_flex import attention, eager, flash, flex, graphs, moba_attention, set_cuda_graphs
+from moba_flex import attention, cuda_graph, eager, flash, flex, graphs, moba_attention, set_cuda_graphs
 from moba_flex.blocks import _dense_layout, dense_layout, padded_layout
+from moba_flex.cuda_graph import CudaGraph, CudaPool
 from moba_flex.functional import attend
-from moba_flex.graphs import EAGER_CALLS, MOST_GRAPHS, MOST_NUMBERS, MOST_SHAPES, CudaGraph, CudaPool, Graphs, place_for
+from moba_flex.graphs import EAGER_CALLS, MOST_GRAPHS, MOST_NUMBERS, MOST_SHAPES, Graphs, place_for
 from moba_flex.spec import Spec
 
 MUCH = 1 << 40
@@ -467,7 +468,7 @@ class StandInCuda:
     def __init__(self, monkeypatch, fails: frozenset[str] = frozenset(), elsewhere: bool = False):
         self.asked, self.fails, self.elsewhere, self.in_use = [], fails, elsewhere, []
         stream = SimpleNamespace(wait_stream=lambda other: None, wait_event=lambda event: self.ask("wait_event"))
-        monkeypatch.setattr(graphs, "_capture_stream", lambda device: stream)
+        monkeypatch.setattr(cuda_graph, "_capture_stream", lambda device: stream)
         monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
         monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
