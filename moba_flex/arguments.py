@@ -48,16 +48,20 @@ def _check_operands(**tensors: Tensor) -> None:
         _check_tensor(name, t)
         if t.dtype not in _DTYPES:
             raise TypeError(f"{name} must be float32, bfloat16 or float16, but is {t.dtype}")
-    if len({t.dtype for t in tensors.values()}) > 1:
-        given = ", ".join(f"{name} {t.dtype}" for name, t in tensors.items())
-        raise TypeError(f"all tensors must have the same dtype, but got {given}: convert them with .to()")
+    dtype = tensors["query"].dtype
+    for t in tensors.values():
+        if t.dtype != dtype:
+            given = ", ".join(f"{name} {t.dtype}" for name, t in tensors.items())
+            raise TypeError(f"all tensors must have the same dtype, but got {given}: convert them with .to()")
     _check_devices(**tensors)
 
 
 def _check_devices(**tensors: Tensor) -> None:
-    if len({t.device for t in tensors.values()}) > 1:
-        given = ", ".join(f"{name} on {t.device}" for name, t in tensors.items())
-        raise ValueError(f"all tensors must be on the same device, but got {given}")
+    device = tensors["query"].device
+    for t in tensors.values():
+        if t.device != device:
+            given = ", ".join(f"{name} on {t.device}" for name, t in tensors.items())
+            raise ValueError(f"all tensors must be on the same device, but got {given}")
 
 
 def _check_heads(heads: int, groups: int) -> None:
@@ -72,13 +76,14 @@ def readable(*tensors: Tensor) -> bool:
     return not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
 
 
-def check_query_key(query: Tensor, key: Tensor, **others: Tensor) -> None:
-    """`[B, H, Nq, D]`, `[B, G, Nk, D]` and, where there is one, a value `[B, G, Nk, Dv]` that belong together."""
-    _check_operands(query=query, key=key, **others)
-    for name, t in {"query": query, "key": key, **others}.items():
+def check_query_key(**tensors: Tensor) -> None:
+    """`query [B, H, Nq, D]`, `key [B, G, Nk, D]` and, where there is one, a `value [B, G, Nk, Dv]` that belong together."""
+    _check_operands(**tensors)
+    for name, t in tensors.items():
         if t.dim() != 4:
             raise ValueError(f"{name} must have 4 dimensions (batch, heads, tokens, width), but has shape {tuple(t.shape)}")
-    (rows, heads, n_query, width), of_key, of_value = query.shape, key.shape, others.get("value", key).shape
+    query, key, value = tensors["query"], tensors["key"], tensors.get("value", tensors["key"])
+    (rows, heads, n_query, width), of_key, of_value = query.shape, key.shape, value.shape
     if width == 0:
         raise ValueError(f"query must have a width (dimension 3) of at least 1, but has shape {tuple(query.shape)}")
     if rows != of_key[0] or width != of_key[3]:

@@ -9,6 +9,7 @@ from . import arguments
 
 DECODING = ("full", "sparse")
 KERNEL_SIZES = (0, 3, 5)
+_BLOCKS = ("block_size", "top_k", "sink_blocks", "recent_blocks", "share_selection")
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ class MobaConfig(dict):
         layers = layer_indices("full_attention_layers", self.full_attention_layers)
         object.__setattr__(self, "full_attention_layers", layers)
         super().__init__({**vars(self), "full_attention_layers": list(layers)})
+        object.__setattr__(self, "blocks", {name: self[name] for name in _BLOCKS})  # the arguments of `moba_attention`
 
     def to_dict(self) -> dict:
         """A plain dict of plain JSON values."""

@@ -89,7 +89,7 @@ def moba_attention(
     >>> moba_attention(query, key, value, block_size=16, top_k=3).shape
     torch.Size([1, 4, 100, 16])
     """
-    arguments.check_query_key(query, key, value=value)
+    arguments.check_query_key(query=query, key=key, value=value)
     arguments.check_blocks(block_size, top_k, sink_blocks, recent_blocks, causal, share_selection)
     arguments.check_padding_mask(padding_mask, query, key)
     arguments.check_scores(query, query.shape[1], scale, softcap, sinks)

@@ -96,7 +96,7 @@ def select_blocks(
     >>> selection.indices.shape, selection.to_dense().shape
     (torch.Size([1, 4, 100, 2]), torch.Size([1, 4, 100, 7]))
     """
-    arguments.check_query_key(query, key)
+    arguments.check_query_key(query=query, key=key)
     arguments.check_blocks(block_size, top_k, sink_blocks, recent_blocks, causal, share_selection)
     arguments.check_padding_mask(padding_mask, query, key)
     spec = Spec(block_size, top_k, sink_blocks, recent_blocks, causal, 1.0, share_selection=share_selection)

@@ -20,7 +20,7 @@ from transformers.utils import logging
 
 from . import figures
 from .config import MobaConfig, layer_indices
-from .models.cache import has_hooks, remove_hooks
+from .models.cache import hooked, remove_hooks
 from .models.layers import MOBA, attention_layers, attention_of, resolve_layers
 from .models.mask import Visible
 from .models.patch import find_layers, is_patched, patch
@@ -210,7 +210,7 @@ def _left_as_it_was(model: nn.Module) -> Iterator[None]:
     configs = {id(layer.config): (layer.config, dict(layer.config.__dict__)) for layer in layers}.values()
     states = [(layer, layer.__dict__.get("_moba")) for layer in layers]
     modes = [(module, module.training) for module in model.modules()]
-    hooked = has_hooks(model)
+    had_hooks = hooked(model)
     try:
         yield
     finally:
@@ -224,5 +224,4 @@ def _left_as_it_was(model: nn.Module) -> Iterator[None]:
                 layer._moba = state
         for module, training in modes:
             module.training = training
-        if not hooked:
-            remove_hooks(model)
+        remove_hooks(hooked(model) - had_hooks)

@@ -349,6 +349,8 @@ def test_means_take_less_than_two_hundredths_of_the_cache(block_size):
 def test_unpatch_takes_the_hooks_away():
     model = build()
     before = [dict(module._forward_pre_hooks) for module in model.modules()]
+    patch(model, **FULL)
+    assert sum(len(module._forward_pre_hooks) for module in model.modules()) == 1  # full decoding wants no layer's cache
     patch(model, **SPARSE)
     patch(model, **FULL)
     assert sum(len(module._forward_pre_hooks) for module in model.modules()) == 4  # three layers and the model

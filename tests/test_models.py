@@ -25,7 +25,8 @@ from families import (
     snapshot,
     tokens,
 )
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     CLIPVisionConfig,
     LlamaConfig,
@@ -498,3 +499,34 @@ def test_a_config_cannot_be_changed_in_place():
             change()
     assert MobaConfig.from_dict(settings.to_dict()) == settings
     assert MobaConfig.from_dict({"top_k": 3, "full_attention_layers": [1]}).full_attention_layers == (1,)
+
+
+# What it takes
+
+
+class Operators(TorchDispatchMode):
+    """The names of PyTorch's operators that are called, in their order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        self.names.append(str(operator))
+        return operator(*args, **(kwargs or {}))
+
+
+def operators(model: nn.Module, **inputs) -> list[str]:
+    with Operators() as called:
+        logits(model, inputs)
+    return called.names
+
+
+@pytest.mark.parametrize("use_cache", [False, True])
+def test_a_prompt_that_reads_all_blocks_calls_the_operators_that_the_model_calls_without_moba(use_cache, monkeypatch):
+    monkeypatch.setattr("moba_flex.arguments.resolve_implementation", lambda *_: "flex")  # as on a GPU
+    inputs = {"input_ids": tokens(), "use_cache": use_cache}
+    model = build()
+    expected = operators(model, **inputs)
+    assert operators(patch(model, **ALL_BLOCKS), **inputs) == expected
+    assert operators(set_attention(model, "full"), **inputs) == expected

@@ -354,6 +354,14 @@ def test_bad_input_is_named_and_leaves_the_model_as_it_was(given, error, words):
     assert snapshot(model)[:3] == before[:3]
 
 
+@pytest.mark.parametrize("decode", ["full", "sparse"])
+def test_hooks_that_only_a_trace_needed_are_taken_away(decode):
+    model = patch(build(), **SPARSE, decode=decode)
+    before = [dict(module._forward_pre_hooks) for module in model.modules()]
+    trace(model, **batch(), decode="sparse" if decode == "full" else "full", block_size=8)
+    assert [dict(module._forward_pre_hooks) for module in model.modules()] == before
+
+
 def test_a_model_without_moba_layers_says_so():
     bert = BertModel(BertConfig(vocab_size=8, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8))
     with pytest.raises(ValueError, match="BertModel"):

@@ -70,7 +70,7 @@ def moba_attention_cp(
         ValueError, TypeError: as `moba_attention`; a mesh without a dimension for it; heads that do not fit the processes.
         RuntimeError: another process has ended.
     """
-    arguments.check_query_key(query, key, value=value)
+    arguments.check_query_key(query=query, key=key, value=value)
     arguments.check_blocks(block_size, top_k, sink_blocks, recent_blocks, True, share_selection)
     arguments.check_scores(query, query.shape[1], scale, softcap, sinks)
     blocks = {"block_size": block_size, "top_k": top_k, "sink_blocks": sink_blocks, "recent_blocks": recent_blocks}

@@ -7,13 +7,12 @@ layer calls, `patch` switching models to MoBA and back, `auto` loading them.
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from .auto import AutoModelForCausalLM
-from .interface import moba_attention_forward
-from .layers import MOBA
+from .interface import ATTENTION_FUNCTIONS
 from .mask import moba_mask
 from .patch import full_attention, patch, set_attention, unpatch
 
-for _name in MOBA:
-    AttentionInterface.register(_name, moba_attention_forward)
+for _name, _function in ATTENTION_FUNCTIONS.items():
+    AttentionInterface.register(_name, _function)
     AttentionMaskInterface.register(_name, moba_mask)
 
 __all__ = ["AutoModelForCausalLM", "full_attention", "patch", "set_attention", "unpatch"]

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -71,7 +71,7 @@ def _whole(model: nn.Module, args: tuple, kwargs: dict) -> dict:
 
 
 def add_hooks(model: nn.Module, layers: list[nn.Module]) -> None:
-    """Hooks for a model and those of its attention layers that MoBA can replace. Those that have theirs already keep them."""
+    """Hooks for a model and those of its attention layers that need the cache. Those that have theirs already keep them."""
     wanted = [(layer, pass_cache) for layer in layers]
     wanted += [(part, pass_call) for part in model.modules() if isinstance(part, PreTrainedModel) and _takes(part, "logits_to_keep")]
     for module, hook in wanted:
@@ -79,15 +79,15 @@ def add_hooks(model: nn.Module, layers: list[nn.Module]) -> None:
             setattr(module, _HOOK, module.register_forward_pre_hook(hook, with_kwargs=True))
 
 
-def has_hooks(model: nn.Module) -> bool:
-    return any(_HOOK in module.__dict__ for module in model.modules())
+def hooked(model: nn.Module) -> set[nn.Module]:
+    """The modules that have a hook of `add_hooks`."""
+    return {module for module in model.modules() if _HOOK in module.__dict__}
 
 
-def remove_hooks(model: nn.Module) -> None:
-    """Undo `add_hooks`."""
-    for module in model.modules():
-        if _HOOK in module.__dict__:
-            module.__dict__.pop(_HOOK).remove()
+def remove_hooks(modules: Iterable[nn.Module]) -> None:
+    """Undo `add_hooks` for modules that are `hooked`."""
+    for module in modules:
+        module.__dict__.pop(_HOOK).remove()
 
 
 def _takes(module: nn.Module, name: str | None) -> bool:

@@ -9,6 +9,8 @@ B batch, H query heads, G key heads, N tokens (Nq queries, Nk keys), D head dime
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -23,10 +25,8 @@ from ..decoding import means_for, write_means
 from ..functional import attend, attend_decoding
 from .cache import CACHE, DRAFTS, WHOLE, BlockMeans, means_of
 from .key_conv import check_key_conv
-from .layers import attention_of, ordinary_attention, ordinary_implementation, takes_moba
+from .layers import MOBA, attention_of, ordinary_attention, ordinary_implementation
 from .mask import MobaMask, Places, Visible
-
-_DECODING = Visible(0)
 
 # Arguments of some models that change who sees whom, or the scores, in ways that MoBA has no form of.
 _UNKNOWN_TO_MOBA = ("position_bias", "cache", "indices", "block_indices", "sinks")
@@ -38,9 +38,12 @@ def moba_attention_forward(
     key: Tensor,
     value: Tensor,
     attention_mask: MobaMask | Tensor | BlockMask | None,
+    named: str = "moba",
     **kwargs,
 ) -> tuple[Tensor, Tensor | None]:
     """transformers' interface: `[B, H, Nq, D]`, `[B, G, Nk, D]`, `[B, G, Nk, Dv]` -> `[B, Nq, H, Dv]` and weights.
+
+    `named` is the name in the configuration under which the model found this function.
 
     The weights `[B, H, Nq, n_key]` are None unless "moba_naive" is asked for them with `output_attentions=True`.
 
@@ -50,10 +53,10 @@ def moba_attention_forward(
     if kwargs.pop(WHOLE, False) and isinstance(attention_mask, MobaMask):
         attention_mask.whole = True
     settings = MobaConfig.of(module.config)
-    attention = attention_of(module, settings) if takes_moba(module) else "full"
+    attention = attention_of(module, settings, named)
     if attention != "full":
         check_key_conv(module, settings)
-    if getattr(module, "_context_parallel", None) is not None:
+    if "_context_parallel" in module.__dict__:
         return _across_processes(module, query, key, value, attention_mask, settings, attention, kwargs), None
     mask_is_local = isinstance(attention_mask, MobaMask) and attention_mask.is_local
     is_local = mask_is_local or kwargs.get("sliding_window") is not None
@@ -69,6 +72,9 @@ def moba_attention_forward(
         return torch.cat([prompt, drafts], 1), None
 
     return _moba(module, query, key, value, attention_mask, settings, attention, cache, kwargs)
+
+
+ATTENTION_FUNCTIONS = {name: partial(moba_attention_forward, named=name) for name in MOBA}
 
 
 def _moba(
@@ -89,30 +95,29 @@ def _moba(
     query, key, value = _autocast(query, key, value)
     plain = not (naive or weights or dropout or torch.is_grad_enabled())
     if settings.decode == "sparse" and plain and isinstance(mask, MobaMask) and (places := mask.places(query, key)):
-        out = _decode(query, key, value, mask, places, means, _call(query, key, value, _DECODING, settings, naive, kwargs))
+        call = _call(query, key, value, True, settings, _implementation(settings, naive, query), kwargs)
+        out = _decode(query, key, value, mask, places, means, call)
         return out.transpose(1, 2).contiguous(), None
 
     visible = _visible(query, key, mask, kwargs, module)
     cached = key
     if visible.n_key < key.shape[2]:
         key, value = key[:, :, : visible.n_key], value[:, :, : visible.n_key]
-    call = _call(query, key, value, visible, settings, naive, kwargs)
-    if (watch := getattr(module, "_watch", None)) is not None:  # see moba_flex.tracing
-        watch(module, query, key, visible, settings)
-    probabilities = None
+    implementation = _implementation(settings, naive, query)
     reads_all = visible.causal and visible.cu_seqlens is None and visible.n_key <= settings.block_size * settings.top_k
-    if reads_all and call["implementation"] == "flex":
-        # What the layer had before computes just that, and a short prompt in less time. It need not know of packed sequences.
-        out = _ordinary(module, *inputs, mask, kwargs)[0].transpose(1, 2)
-    else:
-        with without_autocast(query):  # the gate compares in float32 whatever the model computes in
-            if dropout or weights:
-                out, probabilities = _attend_with_weights(query, key, value, visible, dropout, call)
-            else:
-                out = _attend(query, key, value, visible, call)
+    # What the layer had before then computes just that, and a short prompt in less time. It need not know of packed sequences.
+    ordinary = reads_all and implementation == "flex"
+    call = {} if ordinary else _call(query, key, value, visible.causal, settings, implementation, kwargs)
+    if "_watch" in module.__dict__:  # see moba_flex.tracing
+        module._watch(module, query, key, visible, settings)
     if means is not None and visible.causal and not torch.compiler.is_compiling():
         means.take_in(query.shape[2], visible.n_key, cached, settings.block_size, visible.start(key.device), visible.starts)
-    return out.transpose(1, 2).contiguous(), probabilities if weights else None
+    if ordinary:
+        return _ordinary(module, *inputs, mask, kwargs)[0], None
+    if dropout or weights:
+        out, probabilities = _attend_with_weights(query, key, value, visible, dropout, call)
+        return out.transpose(1, 2).contiguous(), probabilities if weights else None
+    return _attend(query, key, value, visible, call).transpose(1, 2).contiguous(), None
 
 
 def _across_processes(
@@ -130,14 +135,14 @@ def _across_processes(
     dropout, weights = _check_supported(module, naive, kwargs)
     query, key, value = _autocast(query, key, value)
     visible = _visible(query, key, mask, kwargs, module)
-    call = _call(query, key, value, visible, settings, naive, kwargs)
+    call = _call(query, key, value, visible.causal, settings, _implementation(settings, naive, query), kwargs)
     if dropout or weights or not visible.causal or visible.padding_mask is not None or visible.cu_seqlens is not None:
         raise ValueError(
-            f"{type(module).__name__} {module.layer_idx} works on a slice of a sequence, without attention dropout or weights, padding "
+            f"{_name(module)} works on a slice of a sequence, without attention dropout or weights, padding "
             "or packed sequences: call the model with what `ContextParallel.shard` returns"
         )
     if attention == "full" and (call["softcap"] is not None or call["sinks"] is not None):
-        raise ValueError(f"{type(module).__name__} {module.layer_idx} has a softcap or sinks, which full attention of slices does not do")
+        raise ValueError(f"{_name(module)} has a softcap or sinks, which full attention of slices does not do")
     with without_autocast(query):
         if attention == "full":
             return context.attend_full(query, key, value, call["scale"]).transpose(1, 2).contiguous()
@@ -199,15 +204,14 @@ class _Named:
 
 def _check_supported(module: nn.Module, naive: bool, kwargs: dict) -> tuple[float, bool]:
     """The dropout, and whether attention weights are wanted."""
-    layer = f"{type(module).__name__} {module.layer_idx}"
     for name in _UNKNOWN_TO_MOBA:
         if kwargs.get(name) is not None:
-            raise ValueError(f'{layer} passes {name}, which MoBA cannot follow: use set_attention(model, "full")')
+            raise ValueError(f'{_name(module)} passes {name}, which MoBA cannot follow: use set_attention(model, "full")')
     dropout = kwargs.get("dropout") or 0.0
     weights = bool(kwargs.get("output_attentions", getattr(module.config, "output_attentions", False)))
     if dropout and not naive:
         raise ValueError(
-            f"{layer} has an attention dropout of {dropout} in training, which MoBA does not do: set it to 0 in the "
+            f"{_name(module)} has an attention dropout of {dropout} in training, which MoBA does not do: set it to 0 in the "
             'model\'s configuration, or use "moba_naive"'
         )
     if weights and not naive:
@@ -215,12 +219,16 @@ def _check_supported(module: nn.Module, naive: bool, kwargs: dict) -> tuple[floa
     return dropout, weights
 
 
-def _autocast(*tensors: Tensor) -> list[Tensor]:
+def _name(module: nn.Module) -> str:
+    return f"{type(module).__name__} {module.layer_idx}"
+
+
+def _autocast(*tensors: Tensor) -> Sequence[Tensor]:
     """As autocast does for dense attention: rotary embeddings leave query and key wider than the value."""
     kind = tensors[0].device.type
     if torch.is_autocast_enabled(kind):
         return [x.to(torch.get_autocast_dtype(kind)) if x.dtype == torch.float32 else x for x in tensors]
-    return list(tensors)
+    return tensors
 
 
 def _visible(query: Tensor, key: Tensor, mask: MobaMask | Tensor | BlockMask | None, kwargs: dict, module: nn.Module) -> Visible:
@@ -229,25 +237,28 @@ def _visible(query: Tensor, key: Tensor, mask: MobaMask | Tensor | BlockMask | N
         return mask.visible(query, key, *packed)
     if mask is not None:
         raise ValueError(
-            f"{type(module).__name__} {module.layer_idx} got an attention mask of shape {tuple(mask.shape)}, which "
+            f"{_name(module)} got an attention mask of shape {tuple(mask.shape)}, which "
             'MoBA cannot follow: pass a 2D attention_mask, or use set_attention(model, "full")'
         )
     if query.shape[2] != key.shape[2]:
         raise ValueError(
-            f"{type(module).__name__} {module.layer_idx} has {query.shape[2]} queries, {key.shape[2]} keys and no mask "
+            f"{_name(module)} has {query.shape[2]} queries, {key.shape[2]} keys and no mask "
             "that says where the queries lie: call the whole model, which makes one"
         )
     return Visible(key.shape[2], kwargs.get("is_causal") is not False).packed(query, *packed)
 
 
-def _call(query: Tensor, key: Tensor, value: Tensor, visible: Visible, settings: MobaConfig, naive: bool, kwargs: dict) -> dict:
+def _implementation(settings: MobaConfig, naive: bool, query: Tensor) -> str:
+    return "naive" if naive else arguments.resolve_implementation(settings.implementation, query)
+
+
+def _call(query: Tensor, key: Tensor, value: Tensor, causal: bool, settings: MobaConfig, implementation: str, kwargs: dict) -> dict:
     """The arguments of `attend` apart from tensors and visibility, checked."""
-    blocks = {name: settings[name] for name in ("block_size", "top_k", "sink_blocks", "recent_blocks", "share_selection")}
-    scale, softcap, sinks = kwargs.get("scaling"), kwargs.get("softcap"), kwargs.get("s_aux")
-    arguments.check_query_key(query, key, value=value)
-    arguments.check_blocks(**blocks, causal=visible.causal)
+    blocks, scale, softcap, sinks = settings.blocks, kwargs.get("scaling"), kwargs.get("softcap"), kwargs.get("s_aux")
+    arguments.check_query_key(query=query, key=key, value=value)
+    if not causal:  # for causal attention the settings were checked when they were made
+        arguments.check_blocks(**blocks, causal=False)
     arguments.check_scores(query, query.shape[1], scale, softcap, sinks)
-    implementation = "naive" if naive else arguments.resolve_implementation(settings.implementation, query)
     return {**blocks, "scale": scale, "softcap": softcap, "sinks": sinks, "implementation": implementation}
 
 
@@ -267,4 +278,5 @@ def _attend_with_weights(query: Tensor, key: Tensor, value: Tensor, visible: Vis
     n_key = key.shape[2]
     identity = torch.eye(n_key, dtype=value.dtype, device=value.device).expand(*value.shape[:2], n_key, n_key)
     weights = F.dropout(_attend(query, key, identity, visible, call), dropout)
-    return weights @ value.repeat_interleave(query.shape[1] // value.shape[1], 1), weights
+    with without_autocast(query):
+        return weights @ value.repeat_interleave(query.shape[1] // value.shape[1], 1), weights

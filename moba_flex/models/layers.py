@@ -43,7 +43,7 @@ class LayerState:
     """What `patch` and `set_attention` leave on an attention layer, as `layer._moba`."""
 
     ordinary: str  # the implementation that the model had before
-    attention: str | None = None  # "full", "moba" or "moba_naive"; None: what the model's configuration says
+    attention: str | None = None  # "full", "moba" or "moba_naive"; None: what the model's configuration names
     keeps_full: bool = False  # whether `full_attention_layers` names the layer
 
 
@@ -65,12 +65,19 @@ def takes_moba(layer: nn.Module) -> bool:
     return getattr(layer, "sliding_window", getattr(config, "sliding_window", None)) is None
 
 
-def attention_of(layer: nn.Module, settings: MobaConfig) -> str:
-    """ "full", "moba" or "moba_naive": what a layer that takes MoBA uses now."""
-    state = getattr(layer, "_moba", None)
+def attention_of(layer: nn.Module, settings: MobaConfig, named: str | None = None) -> str:
+    """ "full", "moba" or "moba_naive": what a layer uses now, `named` being the one of these that its configuration names."""
+    state = state_of(layer)
     if state is not None and state.attention is not None:
         return state.attention
-    return "full" if keeps_full(layer, settings) else layer.config._attn_implementation
+    if (state is None and not takes_moba(layer)) or keeps_full(layer, settings):
+        return "full"
+    return named or layer.config._attn_implementation
+
+
+def state_of(layer: nn.Module) -> LayerState | None:
+    """What `patch` left on a layer. PyTorch takes long to find that a module lacks an attribute, so that it is not asked."""
+    return layer.__dict__.get("_moba")
 
 
 def keeps_full(layer: nn.Module, settings: MobaConfig) -> bool:
@@ -79,7 +86,7 @@ def keeps_full(layer: nn.Module, settings: MobaConfig) -> bool:
     What patching found stays true: while it drafts with `assistant_early_exit`, transformers sets the configuration's number of layers to
     those that it runs.
     """
-    state = getattr(layer, "_moba", None)
+    state = state_of(layer)
     return state.keeps_full if state is not None else named_full(layer, settings)
 
 
@@ -117,7 +124,7 @@ def show(layers: range | list[int]) -> str:
 
 def ordinary_implementation(layer: nn.Module) -> str:
     """The name of the attention that a layer uses when it does not use MoBA."""
-    state = getattr(layer, "_moba", None)
+    state = state_of(layer)
     return state.ordinary if state is not None else default_implementation(type(layer))
 
 

@@ -90,6 +90,7 @@ class MobaMask(BlockMask):
         if isinstance(request["q_offset"], Tensor):
             request["q_offset"] = request["q_offset"].clone()
         self._request = request
+        self._lengths = request["q_length"], request["kv_length"]
         self._ordinary: dict[str, Tensor | BlockMask | None] = {}
         self._split: dict[int, tuple[MobaMask, MobaMask]] = {}
         self._visible: Visible | None = None
@@ -102,7 +103,7 @@ class MobaMask(BlockMask):
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
-        return self._request["batch_size"], 1, self._request["q_length"], self._request["kv_length"]
+        return self._request["batch_size"], 1, *self._lengths
 
     @property
     def is_local(self) -> bool:
@@ -124,11 +125,11 @@ class MobaMask(BlockMask):
         Raises ValueError for what MoBA cannot express: custom masks, padding inside a row, keys that have been dropped, packed sequences
         that do not fit.
         """
-        expected, got = (self.shape[2], self.shape[3]), (query.shape[2], key.shape[2])
-        if expected != got:
+        got = query.shape[2], key.shape[2]
+        if got != self._lengths:
             raise ValueError(
-                f"a layer has {got[0]} queries and {got[1]} keys, but the model's mask is for {expected[0]} and "
-                f"{expected[1]}: MoBA needs a cache that returns all keys, and an attention_mask of their length"
+                f"a layer has {got[0]} queries and {got[1]} keys, but the model's mask is for {self._lengths[0]} and "
+                f"{self._lengths[1]}: MoBA needs a cache that returns all keys, and an attention_mask of their length"
             )
         if self._visible is None:
             self._visible = _read(self._request, self.whole).packed(query, cu_seqlens, key_cu_seqlens)
@@ -138,7 +139,7 @@ class MobaMask(BlockMask):
         """The same for decoding, if this is decoding: a few causal tokens behind others that a cache holds."""
         if self._places is None or self._request.get("mask_function", causal_mask_function) is not causal_mask_function:
             return None
-        if query.shape[2] == key.shape[2] or (self.shape[2], self.shape[3]) != (query.shape[2], key.shape[2]):
+        if query.shape[2] == key.shape[2] or self._lengths != (query.shape[2], key.shape[2]):
             return None
         places = self._places
         if not torch.compiler.is_compiling() and self.visible(query, key).padding_mask is None:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from torch import nn
 
 from ..config import MobaConfig, layer_indices
-from .cache import add_hooks, remove_hooks
+from .cache import add_hooks, hooked, remove_hooks
 from .key_conv import check_key_conv, remove_key_convs, set_key_convs
 from .layers import (
     MOBA,
@@ -65,8 +65,9 @@ def patch(model: nn.Module, config: MobaConfig | Mapping | None = None, **settin
 
     for layer in every:
         used = layer.config._attn_implementation
-        layer._moba = LayerState(ordinary_implementation(layer) if used in MOBA else used, None, named_full(layer, config))
-    add_hooks(model, replaceable)
+        always = None if takes_moba(layer) else "full"
+        layer._moba = LayerState(ordinary_implementation(layer) if used in MOBA else used, always, named_full(layer, config))
+    add_hooks(model, replaceable if config.decode == "sparse" else [])
     for model_config in _configs(replaceable):
         model_config.moba = config
         model_config._attn_implementation = {"": "moba"}  # its own only, not that of a vision part
@@ -95,7 +96,7 @@ def unpatch(model: nn.Module) -> nn.Module:
             del config.moba
     for layer in layers:
         layer.__dict__.pop("_moba", None)
-    remove_hooks(model)
+    remove_hooks(hooked(model))
     remove_key_convs(layers)
     return model
 
