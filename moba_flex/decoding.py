@@ -28,7 +28,8 @@ _NUMBERS_AT_ONCE = 1 << 24  # of keys and values that are copied to be read
 
 
 def mean_dtype(key: Tensor) -> torch.dtype:
-    return torch.promote_types(key.dtype, torch.float32)
+    """float32 at least. That is not asked of PyTorch, to which it is a call of an operator."""
+    return torch.float64 if key.dtype == torch.float64 else torch.float32
 
 
 def means_for(key: Tensor, n_blocks: int) -> Tensor:

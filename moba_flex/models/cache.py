@@ -167,11 +167,14 @@ class BlockMeans:
             self.block_size, self.starts, self.stale = block_size, starts, True
         means, wanted = self.means, _blocks(key, block_size)
         like = mean_dtype(key), key.device, key.shape[:2], key.shape[3]
+        others = means is None or (means.dtype, means.device, means.shape[:2], means.shape[3]) != like
+        if not others and means.shape[2] >= wanted:
+            return
         with torch.inference_mode(False):
-            if means is None or (means.dtype, means.device, means.shape[:2], means.shape[3]) != like:
+            if others:
                 self.means, self.stale = means_for(key, wanted), True
                 torch._dynamo.mark_static_address(self.means)
-            elif means.shape[2] < wanted:  # an eighth more than is needed, so that a growing cache seldom copies them
+            else:  # an eighth more than is needed, so that a growing cache seldom copies them
                 self.means = torch.cat([means, means_for(key, wanted - means.shape[2] + wanted // 8)], 2)
 
 
