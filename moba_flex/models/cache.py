@@ -1,7 +1,7 @@
 """Block means beside a key cache, and how an attention layer comes by them.
 
-transformers does not show the cache to attention functions. `patch` gives each layer a hook that passes the cache on among the
-keyword arguments, which reach the attention function untouched: nothing is remembered on the model.
+transformers does not show the cache to attention functions. For sparse decoding `patch` gives each layer a hook that passes the cache on
+among the keyword arguments, which reach the attention function untouched: nothing is remembered on the model.
 
 The means lie on the cache layer itself, whose class is extended so that whatever moves keys moves their means too. Three things make
 means that are out of date impossible to miss: every `update` is noted, and two in a row without an attention that took the new keys
