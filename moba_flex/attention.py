@@ -9,9 +9,9 @@ Queries are sent to key blocks as a mixture of experts sends tokens to experts, 
    log-sum-exps.
 
 The steps come from a backend, `eager` (any device) or `flex` (CUDA), each a module with the same function names. Here they are put
-together, worked through in chunks of a bounded size, and made one differentiable operator that torch.compile sees as a whole. Where a
-GPU would be done before so many steps are launched, the last three are one dense call under a mask: `masked.py` says where. And small
-calls whose shape keeps coming are launched as a whole: `graphs.py`.
+together, worked through in chunks of a bounded size, and made one differentiable operator that torch.compile sees as a whole. For a short
+prompt the last three are one dense call under a mask: `masked.py` says where. Small calls whose shape keeps coming are launched as a
+whole: `graphs.py`.
 
 B rows, H query heads, G key heads, N tokens, Q query blocks, C key blocks, P slots a block, S chosen blocks a query, D width.
 """

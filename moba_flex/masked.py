@@ -1,7 +1,7 @@
 """Few blocks: one dense call whose mask reads a bit for each (query, block), where that costs less than routing.
 
-Routing works on the keys that are read and no others, but takes two attention calls and ten launches around them. A short prompt is over
-before the host has launched them, so all its keys are met instead, and those of blocks that a query did not choose are masked.
+Routing works on the keys that are read and no others, but takes two attention calls and ten kernels around them. For a short prompt that
+is more than to meet all its keys, and mask those of blocks that a query did not choose.
 
 B rows, H query heads, N tokens (Nq queries, Nk keys), C key blocks, Q query blocks, P slots a block, S chosen blocks a query.
 """
@@ -15,17 +15,16 @@ from .blocks import BlockLayout
 from .spec import Spec
 
 MOST_BLOCKS = 32  # the bits of an int32
-# Multiplications and additions of a dense forward pass that an H100 does while the host launches a routed one: with 32 heads of width 128,
-# 4,096 tokens are half of it, where the dense call takes 0.9 ms and the routed one 2.4, and 8,192 tokens twice as many, where forward and
-# backward take 12.7 and 6.1.
-FEW_OPERATIONS = 1 << 38
+# Multiplications and additions of a dense forward pass that cost an H100 no more than a routed one does. With 32 heads of width 128, 2,048
+# tokens are half of it, where forward and backward take 1.6 ms masked and 1.3 routed (from CUDA graphs) or 2.8 and 4.3 (without); 4,096
+# tokens are twice as many, where they take 4.2 and 1.8, or 4.1 and 3.7.
+FEW_OPERATIONS = 1 << 36
 
 
 def few_blocks(query: Tensor, key: Tensor, value: Tensor, spec: Spec) -> bool:
     """Whether causal attention to tokens without padding is computed as one dense call; follows from shapes alone.
 
-    It is where each query has a bit for every block, offsets fit into 32 bits, and the dense call is done before a routed one would be
-    launched.
+    It is where each query has a bit for every block, offsets fit into 32 bits, and the dense call costs no more than a routed one.
     """
     n_query, n_key = query.shape[2], key.shape[2]
     n_blocks = -(-n_key // spec.block_size)

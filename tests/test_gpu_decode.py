@@ -197,7 +197,7 @@ def test_a_model_generates_on_a_gpu_as_without_a_cache(cache):
     mask[1, :61] = 0
     call = {"attention_mask": mask, "max_new_tokens": 40, "do_sample": False}
     expected = model.generate(ids, use_cache=False, **call)
-    # transformers compiles decoding with a static cache by itself here, with CUDA graphs. Of an offloaded one that crashes PyTorch 2.11, whatever
-    # the attention: the cache's stream is gone when compiled code asks for it.
+    # transformers compiles decoding with a static cache by itself here, with CUDA graphs. Compiled with an offloaded one, PyTorch 2.11
+    # crashes, patched or not.
     call["disable_compile"] = cache == "offloaded_static"
     assert torch.equal(model.generate(ids, cache_implementation=cache, **call), expected)

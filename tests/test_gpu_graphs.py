@@ -269,16 +269,18 @@ def test_memory_is_bounded_and_comes_back(way):
     assert reserved() <= before
 
 
-def test_calls_within_another_memory_pool_stay_eager(way, replays):
-    tensors = [[x.detach() for x in leaves(seed)] for seed in range(5)]
+def test_calls_within_another_memory_pool_are_replayed_or_a_warning_says_why_not(way, replays):
+    """Which of two pools gets the memory of a capture is PyTorch's to say, and differs between its versions."""
+    tensors = [[x.detach() for x in leaves(seed)] for seed in range(6)]
     wanted = without_graphs(lambda: [moba_attention(*x, **SETTINGS) for x in tensors])
     pool = torch.cuda.MemPool()
-    with pytest.warns(UserWarning, match="memory is not the graph's own"), torch.cuda.use_mem_pool(pool):
-        got = [moba_attention(*x, **SETTINGS) for x in tensors]
+    with warnings.catch_warnings(record=True) as caught, torch.cuda.use_mem_pool(pool):
+        warnings.simplefilter("always")
+        got = [moba_attention(*x, **SETTINGS) for x in tensors[:5]]
+    got.append(moba_attention(*tensors[5], **SETTINGS))  # by the same graph, if there is one
     for a, b in zip(got, wanted, strict=True):
         assert torch.equal(a, b)
-    assert not replays
-    assert len(graphs._graphs) == 0
+    assert bool(replays) != any("memory is not the graph's own" in str(warning.message) for warning in caught)
 
 
 def square(x: Tensor) -> tuple[Tensor, ...]:
