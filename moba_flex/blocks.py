@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .kept import kept
+
 T = TypeVar("T")
 
 
@@ -60,6 +62,7 @@ class BlockLayout:
     slot_of_key: Tensor | None = None  # [B, Nk] int64, -1 for padding
     token_of_query_slot: Tensor | None = None
     slot_of_query: Tensor | None = None
+    outlives: bool = False  # whether it is kept for later calls, and so what it keeps
     _cache: dict = field(default_factory=dict)
 
     @property
@@ -79,8 +82,11 @@ class BlockLayout:
     def cached(self, name: tuple, make: Callable[[], T]) -> T:
         """What `make` returns, kept with the layout: it must follow from the layout and `name` alone."""
         if name not in self._cache:
-            with torch.inference_mode(False):  # what is made within inference mode could not be used outside of it
-                self._cache[name] = make()
+            if self.outlives:
+                self._cache[name] = kept(make, self.own.device)
+            else:
+                with torch.inference_mode(False):
+                    self._cache[name] = make()
         return self._cache[name]
 
     def key_slots(self, x: Tensor) -> Tensor:
@@ -172,12 +178,15 @@ def dense_layout(rows: int, n_query: int, n_key: int, block_size: int, width: in
     """Rows of equal length without padding; the queries are the last `n_query` of `n_key` positions. Kept for the next call."""
     # Tensors made while a CUDA graph is captured have no contents before its replay: they are for that graph alone.
     capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    make = _dense_layout.__wrapped__ if capturing else _dense_layout
+    make = _dense_layout if capturing else _kept_layout
     return make(rows, n_query, n_key, block_size, width, device)
 
 
 @lru_cache(maxsize=64)
-@torch.inference_mode(False)
+def _kept_layout(*settings) -> BlockLayout:
+    return replace(kept(lambda: _dense_layout(*settings), settings[-1]), outlives=True)
+
+
 def _dense_layout(rows: int, n_query: int, n_key: int, block_size: int, width: int, device: torch.device) -> BlockLayout:
     n_blocks, first_block = -(-n_key // block_size), (n_key - n_query) // block_size
     own = torch.arange(first_block, n_blocks, device=device, dtype=torch.int32).expand(rows, -1)

@@ -30,6 +30,7 @@ from torch import Tensor
 from . import flash, flex
 from .blocks import BlockLayout
 from .cuda_graph import CudaGraph, Function
+from .kept import kept
 from .spec import Spec
 
 EAGER_CALLS = 2  # of a shape, before it is captured
@@ -165,6 +166,17 @@ def place_for(x: Tensor | None) -> Tensor | None:
     return like if like.stride() == x.stride() else torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
+def places_for(tensors: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    """Where a graph reads `tensors`, which outlives this call."""
+    inference = torch.is_inference_mode_enabled()  # compiled kernels tell its tensors from others
+
+    def make() -> tuple[Tensor | None, ...]:
+        with torch.inference_mode(inference):
+            return tuple(place_for(x) for x in tensors)
+
+    return kept(make, tensors[0].device)
+
+
 @dataclass
 class Shape:
     """What is known of calls that a graph could serve."""
@@ -236,7 +248,7 @@ class Graphs:
     def _captures(self, shape: Shape, place: Hashable, function: Function, tensors: tuple[Tensor | None, ...]) -> tuple[Tensor, ...] | None:
         """Run the function where a graph will, and capture it. None if there is no memory for a second set of inputs."""
         try:
-            inputs = tuple(place_for(x) for x in tensors)
+            inputs = places_for(tensors)
             copy(tensors, inputs)
             outputs = function(*inputs)
         except torch.OutOfMemoryError:

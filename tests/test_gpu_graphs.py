@@ -283,6 +283,29 @@ def test_calls_within_another_memory_pool_are_replayed_or_a_warning_says_why_not
     assert bool(replays) != any("memory is not the graph's own" in str(warning.message) for warning in caught)
 
 
+def test_pytorchs_own_cuda_graphs_take_a_shape_that_nobody_saw_before(way):
+    """They warm up in a memory pool of theirs, and raise if anything that they do not know of is left in it."""
+
+    def three_layers(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        for _ in range(EAGER_CALLS + 1):
+            query = moba_attention(query, key, value, **SETTINGS) + query
+        return query
+
+    def run(function, seed: int) -> list[Tensor]:
+        tensors = leaves(seed, n_query=620, n_key=620)
+        out = function(*tensors)
+        return [out.detach().clone(), *(x.clone() for x in torch.autograd.grad(out.float().square().mean(), tensors))]
+
+    compiled = torch.compile(three_layers, mode="reduce-overhead", fullgraph=True)
+    got = []
+    for seed in range(5):
+        torch.compiler.cudagraph_mark_step_begin()
+        got.append(run(compiled, seed))
+    for seed, tensors in enumerate(got):
+        for a, b in zip(tensors, run(three_layers, seed), strict=True):
+            torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2)
+
+
 def square(x: Tensor) -> tuple[Tensor, ...]:
     return (x * x,)
 

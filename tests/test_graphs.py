@@ -20,7 +20,7 @@ import torch.nn.attention.flex_attention as flex_module
 from torch import Tensor
 
 from moba_flex import attention, cuda_graph, eager, flash, flex, graphs, moba_attention, set_cuda_graphs
-from moba_flex.blocks import _dense_layout, dense_layout, padded_layout
+from moba_flex.blocks import _kept_layout, dense_layout, padded_layout
 from moba_flex.cuda_graph import CudaGraph, CudaPool
 from moba_flex.functional import attend
 from moba_flex.graphs import EAGER_CALLS, MOST_GRAPHS, MOST_NUMBERS, MOST_SHAPES, Graphs, place_for
@@ -424,11 +424,11 @@ def flex_on_the_cpu(request, monkeypatch) -> Callable[[], Tensor]:
 
 
 def test_a_graph_holds_the_layout_that_it_reads(store, flex_on_the_cpu):
-    _dense_layout.cache_clear()
+    _kept_layout.cache_clear()
     for _ in range(EAGER_CALLS + 1):
         flex_on_the_cpu()
     layout = weakref.ref(dense_layout(1, 300, 300, 32, 32, torch.device("cpu")))
-    _dense_layout.cache_clear()
+    _kept_layout.cache_clear()
     assert len(store) == 2
     assert layout() is not None
     store.enable(False)
@@ -439,7 +439,7 @@ def test_a_graph_holds_the_layout_that_it_reads(store, flex_on_the_cpu):
 
 def test_nothing_is_kept_that_was_made_during_a_capture(store, flex_on_the_cpu):
     """What layouts keep for later calls is all there when a capture begins."""
-    _dense_layout.cache_clear()
+    _kept_layout.cache_clear()
     real, kept = store._capture, []
 
     def observed(*arguments):

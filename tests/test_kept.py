@@ -1,0 +1,65 @@
+"""What outlives a call is made where no memory pool of the caller's is in force."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+
+import pytest
+import torch
+
+from moba_flex.blocks import _kept_layout, dense_layout
+from moba_flex.kept import kept
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 1)
+
+
+@pytest.fixture
+def streams(monkeypatch) -> list:
+    """The streams that were made current, each with its thread: stand-ins for those of a GPU."""
+    seen = []
+
+    @contextlib.contextmanager
+    def stream(which):
+        seen.append((which, threading.get_ident()))
+        yield
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"the caller's stream on {device}")
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    return seen
+
+
+def test_on_a_gpu_another_thread_makes_it_on_the_same_stream(streams):
+    assert kept(threading.get_ident, GPU) != threading.get_ident()
+    ((stream, thread),) = streams
+    assert stream == "the caller's stream on cuda:1"
+    assert thread != threading.get_ident()
+
+
+def test_elsewhere_the_caller_makes_it(streams):
+    assert kept(threading.get_ident, CPU) == threading.get_ident()
+    assert not streams
+
+
+@pytest.mark.parametrize("device", [CPU, GPU], ids=str)
+def test_what_is_made_in_inference_mode_serves_out_of_it(streams, device):
+    with torch.inference_mode():
+        assert not kept(lambda: torch.zeros(1), device).is_inference()
+        assert torch.is_inference_mode_enabled()
+
+
+@pytest.mark.parametrize("device", [CPU, GPU], ids=str)
+def test_errors_reach_the_caller(streams, device):
+    with pytest.raises(ZeroDivisionError):
+        kept(lambda: 1 // 0, device)
+
+
+def test_layouts_that_later_calls_use_and_what_they_keep_are_made_so(monkeypatch):
+    made = []
+    monkeypatch.setattr("moba_flex.blocks.kept", lambda make, device: made.append(device) or kept(make, device))
+    _kept_layout.cache_clear()
+    layout = dense_layout(2, 300, 300, 32, 32, CPU)
+    assert dense_layout(2, 300, 300, 32, 32, CPU) is layout
+    part = layout.part(slice(0, 1), slice(0, 10))
+    assert part.cached(("name",), lambda: 3) == layout.part(slice(0, 1), slice(0, 10)).cached(("name",), lambda: 4) == 3
+    assert made == [CPU] * 3  # the layout, its part, and what the part keeps
