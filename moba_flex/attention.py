@@ -28,7 +28,7 @@ from . import eager, flex, graphs
 from .autocast import without_autocast
 from .blocks import BlockLayout, dense_layout, one_block, packed_layout, padded_layout, slots_per_block
 from .chunks import Chunk, chunks
-from .masked import as_they_lie, empty_output, few_blocks
+from .masked import as_they_lie, empty_lying_like, few_blocks
 from .rows import write
 from .spec import Spec
 
@@ -212,7 +212,7 @@ def _(query, key, value, padding_mask, cu_seqlens, sizes, causal, share_selectio
     chosen = query.new_empty(*query.shape[:2], blocks * width, spec.routed, dtype=torch.int32)
     dense = padding_mask is None and cu_seqlens is None
     if implementation == "flex" and dense and few_blocks(query, key, value, spec):
-        return empty_output(query, value.shape[-1]), lse, chosen
+        return empty_lying_like(query, value.shape[-1]), lse, chosen
     return query.new_empty(*query.shape[:3], value.shape[-1]), lse, chosen
 
 

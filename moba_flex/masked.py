@@ -41,11 +41,11 @@ def as_they_lie(x: Tensor) -> Tensor:
     return x if _of_tokens(x) else x.contiguous()
 
 
-def empty_output(query: Tensor, width: int) -> Tensor:
-    """`[B, H, Nq, width]` that lies in memory as the dense call returns it: like its query."""
-    if not _of_tokens(query):
-        return query.new_empty(*query.shape[:3], width)
-    return query.new_empty(1, query.shape[2], query.shape[1], width).transpose(1, 2)
+def empty_lying_like(x: Tensor, width: int) -> Tensor:
+    """`[B, H, N, width]` that lies in memory as `as_they_lie(x)` does, and as the dense call returns its output for such a query."""
+    if not _of_tokens(x):
+        return x.new_empty(*x.shape[:3], width)
+    return x.new_empty(1, x.shape[2], x.shape[1], width).transpose(1, 2)
 
 
 def _of_tokens(x: Tensor) -> bool:

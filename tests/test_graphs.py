@@ -127,14 +127,14 @@ def test_a_graph_reads_its_own_copy_of_the_inputs():
     [
         (torch.randn(1, 4, 6, 8), True),
         (torch.randn(1, 6, 4, 8).transpose(1, 2), True),
-        (torch.randn(6, 2, 4, 8).permute(1, 2, 0, 3), True),
+        (torch.randn(2, 6, 4, 8).transpose(1, 2), False),
         (torch.randn(1, 6, 4, 24)[..., :8].transpose(1, 2), False),
         (torch.randn(()).expand(1, 4, 6, 8), False),
         (torch.randn(1, 4, 12, 8)[:, :, ::2], False),
     ],
-    ids=["contiguous", "tokens first", "permuted", "part of a fused projection", "expanded", "every second token"],
+    ids=["contiguous", "tokens first", "rows of tokens first", "part of a fused projection", "expanded", "every second token"],
 )
-def test_inputs_keep_their_strides_where_they_fill_their_memory(x, kept):
+def test_inputs_lie_as_a_call_would_bring_them_to_lie(x, kept):
     place = place_for(x)
     assert (place.stride() == x.stride()) == kept
     assert kept or place.is_contiguous()
