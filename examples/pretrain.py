@@ -19,6 +19,7 @@ import json
 import math
 import os
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from datetime import date
 from pathlib import Path
@@ -115,14 +116,15 @@ class Training:
         self.held_out = self.text.held_out.to(self.device)
         self.rows = rows_together(args)
         self.mask = mask_of(self.rows, args.context, self.device)
-        loss_of = torch.compile(losses, dynamic=False, fullgraph=True) if self._compiles() else losses
+        compiles = self.device.type == "cuda" and not args.no_compile
+        self.of_hidden = compile_parts(self.model) if compiles else losses_of_hidden
         batches, saved, since = Batches(self.text, args, self.settings["seed"]), time.monotonic(), None
 
         for step in tqdm(range(self.step, args.steps), desc=self.name, initial=self.step, total=args.steps, mininterval=5):
             moba_flex.MobaSchedule(switch_at=self.run.switch_at).apply(self.model, step, args.steps)
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate(step, args)
-            self.recent.append(self._train(loss_of, batches.batch(step)))
+            self.recent.append(self._train(batches.batch(step)))
             self.step = step + 1
             stopped, last = enough(), self.step == args.steps
             if self.step % LOG_EVERY == 0 or last:
@@ -147,14 +149,14 @@ class Training:
         del self.model, self.optimizer, self.held_out
         torch.compiler.reset()
 
-    def _train(self, loss_of, ids: Tensor) -> Tensor:
+    def _train(self, ids: Tensor) -> Tensor:
         """One step on `[B, context + 1]`; its loss, which stays on the device."""
         if self.device.type == "cuda":
             ids = ids.pin_memory()  # so that nothing waits for the copies
         parts, total = ids.split(self.rows), torch.zeros((), device=self.device)
         for part in parts:
             with self._autocast():
-                loss = loss_of(self.model, part.to(self.device, non_blocking=True), self.mask).mean() / len(parts)
+                loss = self._losses(part.to(self.device, non_blocking=True), self.mask).mean() / len(parts)
             loss.backward()
             total += loss.detach()
         nn.utils.clip_grad_norm_(self.model.parameters(), self.args.clip)
@@ -172,7 +174,7 @@ class Training:
         for which in torch.arange(n, device=self.device).split(self.rows):
             mask = self.mask if len(which) == self.rows else mask_of(len(which), context, self.device)
             with self._autocast():
-                by_position += losses(self.model, windows(self.held_out, which, context), mask).sum(0) / n
+                by_position += self._losses(windows(self.held_out, which, context), mask).sum(0) / n
         self.model.train()
         self.log["held_out"].append([self.step, round(by_position.mean().item(), 5)])
         self.log["by_position"] = [round(part.mean().item(), 5) for part in by_position.chunk(BINS)]
@@ -190,11 +192,11 @@ class Training:
             self.log["tokens_per_second"].append(round((self.step - since[0]) * self.args.batch_tokens / (now - since[1])))
         return self.step, now
 
+    def _losses(self, ids: Tensor, mask: MobaMask) -> Tensor:
+        return losses(self.model, ids, mask, self.of_hidden)
+
     def _autocast(self):
         return torch.autocast("cuda", torch.bfloat16) if self.device.type == "cuda" else nullcontext()
-
-    def _compiles(self) -> bool:
-        return self.device.type == "cuda" and not self.args.no_compile
 
     def _check(self, settings: dict, file: Path) -> None:
         settings = complete(settings)
@@ -241,11 +243,24 @@ class Training:
         partial.replace(self.file)
 
 
-def losses(model: nn.Module, ids: Tensor, mask: MobaMask) -> Tensor:
+def losses(model: nn.Module, ids: Tensor, mask: MobaMask, of_hidden: Callable) -> Tensor:
     """`[B, N + 1]` -> `[B, N]`: the loss of each token after the first."""
     hidden = model.model(ids[:, :-1], attention_mask=mask, use_cache=False).last_hidden_state
-    logits = model.lm_head(hidden).float().flatten(0, 1)
-    return F.cross_entropy(logits, ids[:, 1:].flatten(), reduction="none").view(hidden.shape[:2])
+    return of_hidden(model.lm_head, hidden, ids[:, 1:])
+
+
+def losses_of_hidden(head: nn.Module, hidden: Tensor, ids: Tensor) -> Tensor:
+    """`[B, N, D]`, `[B, N]` -> `[B, N]`. One function, so that compiled it need not keep the logits."""
+    logits = head(hidden).float().flatten(0, 1)
+    return F.cross_entropy(logits, ids.flatten(), reduction="none").view(ids.shape)
+
+
+def compile_parts(model: nn.Module, **options) -> Callable:
+    """Compile each layer by itself, and return `losses_of_hidden` compiled. Layers with the same attention share a graph, so that this
+    takes a small part of the time that the whole model would."""
+    for layer in model.model.layers:
+        layer.compile(dynamic=False, fullgraph=True, **options)
+    return torch.compile(losses_of_hidden, dynamic=False, fullgraph=True, **options)
 
 
 def mask_of(rows: int, context: int, device: torch.device) -> MobaMask:

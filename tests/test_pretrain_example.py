@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import re
@@ -180,22 +181,25 @@ def test_a_sweep_reads_the_same_share_of_the_blocks():
 # Training
 
 
-@pytest.mark.parametrize("name", ["full", "moba-then-full", "moba-conv-3"])
-def test_a_step_compiles_to_one_graph_and_again_only_where_attention_switches(name):
+@pytest.mark.parametrize(("name", "kinds"), [("full", 1), ("moba-then-full", 2), ("moba-last-3-full", 2), ("moba-conv-3", 1)])
+def test_all_layers_with_the_same_attention_share_a_graph(name, kinds):
     torch.compiler.reset()
     run, device = named(name, 16, 3), torch.device("cpu")
     model, mask = new_model("toy", 300, 128, run, 0, device), pretrain.mask_of(2, 128, device)
-    graphs = []
+    plain, graphs = copy.deepcopy(model), []
 
     def count(graph, _):
         graphs.append(graph)
         return graph
 
-    compiled, ids = torch.compile(pretrain.losses, backend=count, fullgraph=True), torch.randint(300, (2, 129))
+    of_hidden, ids = pretrain.compile_parts(model, backend=count), torch.randint(300, (2, 129))
     for step in range(4):
-        moba_flex.MobaSchedule(switch_at=run.switch_at).apply(model, 6 + step, 10)
-        torch.testing.assert_close(compiled(model, ids, mask), pretrain.losses(model, ids, mask))
-    assert len(graphs) == (2 if name == "moba-then-full" else 1)
+        for each in (model, plain):
+            moba_flex.MobaSchedule(switch_at=run.switch_at).apply(each, 6 + step, 10)
+        wanted = pretrain.losses(plain, ids, mask, pretrain.losses_of_hidden)
+        torch.testing.assert_close(pretrain.losses(model, ids, mask, of_hidden), wanted)
+    assert len(graphs) == kinds + 1  # and the head's
+    assert model.state_dict().keys() == plain.state_dict().keys()
     torch.compiler.reset()
 
 

@@ -159,7 +159,7 @@ def remove_key_convs(layers: list[nn.Module]) -> None:
 
 def check_key_conv(layer: nn.Module, settings: MobaConfig) -> None:
     """ValueError if a layer should have a convolution and has none: what loads a model must make it before the weights are read."""
-    if settings.key_conv and not named_full(layer, settings) and not hasattr(layer, "key_conv"):
+    if settings.key_conv and not hasattr(layer, "key_conv") and not named_full(layer, settings):
         raise ValueError(
             f"the model was saved with key_conv={settings.key_conv}, but {type(layer).__name__} {layer.layer_idx} has no convolution of "
             "keys, for transformers alone does not load it: use moba_flex.AutoModelForCausalLM.from_pretrained, or begin with a new one "
