@@ -30,6 +30,7 @@ import torch
 from adapting.output import Output
 from adapting.runs import RUNS, attend, fit_context, moba_config, trained
 from adapting.text import Text
+from compiled_layers import compile_layers, mask_of
 from llama import Parser, exit_code, load, one_line, with_adapter
 from package_text import KINDS
 from torch import Tensor
@@ -70,13 +71,16 @@ def train(name: str, base: PreTrainedModel, text: Text, output: Output, limit: L
     """One run, from its checkpoint where there is one. Whether it came to its end."""
     model, optimizer, first = output.resume(name, base)
     device, saved = base.device, time.monotonic()
+    if device.type == "cuda" and not args.no_compile:
+        compile_layers(model)
     for step in tqdm(range(first, args.steps), desc=name, initial=first, total=args.steps):
         started = time.perf_counter()
         rate = optimizer.param_groups[0]["lr"] = learning_rate(step, args)
         loss = torch.zeros((), device=device)
         for ids in text.batch(step).to(device).split(args.micro_batch_size):
+            mask = None if name == "full" else mask_of(*ids.shape, device)
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                part = model(input_ids=ids, labels=ids, use_cache=False).loss * (len(ids) / args.batch_size)
+                part = model(input_ids=ids, labels=ids, attention_mask=mask, use_cache=False).loss * (len(ids) / args.batch_size)
             part.backward()
             loss += part.detach()
         torch.nn.utils.clip_grad_norm_(trained(model), args.clip)
@@ -174,6 +178,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     flag("--sink-blocks", type=int, default=1)
     flag("--seed", type=int, default=0)
     flag("--checkpoint-seconds", type=float, default=120, help="time between checkpoints (default: 120)")
+    flag("--no-compile", action="store_true", help="do not compile the layers on a GPU")
     flag("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda if there is one, else cpu")
     args = parser.parse_args(argv)
     args.runs = [name for name in RUNS if name in args.runs]

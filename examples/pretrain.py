@@ -27,6 +27,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from benchmarking.results import environment
+from compiled_layers import compile_layers, mask_of
 from pretraining.batches import Batches
 from pretraining.compare import compare
 from pretraining.corpus import Corpus, corpus, windows
@@ -36,7 +37,7 @@ from tqdm import tqdm
 from train import Stop, learning_rate
 
 import moba_flex
-from moba_flex.models.mask import MobaMask, moba_mask
+from moba_flex.models.mask import MobaMask
 
 LOG_EVERY = 10  # steps, whose mean loss is kept
 EVALUATIONS = 4  # of held-out loss in a run
@@ -116,8 +117,10 @@ class Training:
         self.held_out = self.text.held_out.to(self.device)
         self.rows = rows_together(args)
         self.mask = mask_of(self.rows, args.context, self.device)
-        compiles = self.device.type == "cuda" and not args.no_compile
-        self.of_hidden = compile_parts(self.model) if compiles else losses_of_hidden
+        self.of_hidden = losses_of_hidden
+        if self.device.type == "cuda" and not args.no_compile:
+            compile_layers(self.model)
+            self.of_hidden = torch.compile(losses_of_hidden, dynamic=False, fullgraph=True)
         batches, saved, since = Batches(self.text, args, self.settings["seed"]), time.monotonic(), None
 
         for step in tqdm(range(self.step, args.steps), desc=self.name, initial=self.step, total=args.steps, mininterval=5):
@@ -255,25 +258,6 @@ def losses_of_hidden(head: nn.Module, hidden: Tensor, ids: Tensor) -> Tensor:
     return F.cross_entropy(logits, ids.flatten(), reduction="none").view(ids.shape)
 
 
-def compile_parts(model: nn.Module, **options) -> Callable:
-    """Compile each layer by itself, and return `losses_of_hidden` compiled. Layers with the same attention share a graph, so that this
-    takes a small part of the time that the whole model would."""
-    for layer in model.model.layers:
-        layer.compile(dynamic=False, fullgraph=True, **options)
-    return torch.compile(losses_of_hidden, dynamic=False, fullgraph=True, **options)
-
-
-def mask_of(rows: int, context: int, device: torch.device) -> MobaMask:
-    """The mask of rows that are whole sequences. Left to itself, transformers would look for packed ones, and break a compiled graph.
-
-    All that layers will ask of it is worked out now: a graph would be compiled again when it is there.
-    """
-    mask, empty = moba_mask(rows, context, context, device=device), torch.empty(rows, 1, context, 0, device=device)
-    mask.visible(empty, empty)
-    mask.ordinary("sdpa", device)
-    return mask
-
-
 def rows_together(args: argparse.Namespace) -> int:
     """How many contexts the device works on at a time: at least one."""
     return max(1, min(args.micro_tokens, args.batch_tokens) // args.context)
@@ -322,7 +306,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--sources", type=Path, nargs="+", help="folders of source files; default: those of Python and its packages")
     parser.add_argument("--most-bytes", type=int, help="of the sources")
     parser.add_argument("--cpu", action="store_true", help="also where there is a GPU")
-    parser.add_argument("--no-compile", action="store_true", help="do not compile the model")
+    parser.add_argument("--no-compile", action="store_true", help="do not compile the layers")
     args = parser.parse_args(arguments)
     rows, together = args.batch_tokens // args.context, rows_together(args)
     if args.batch_tokens % args.context or rows % together:

@@ -17,6 +17,7 @@ import needle
 import package_text
 import pytest
 import torch
+from adapting.runs import new_adapter
 from peft import PeftModel
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3ForCausalLM, Gemma3TextConfig, GPT2Config, GPT2LMHeadModel
@@ -116,6 +117,35 @@ def test_all_runs_start_from_the_same_model_on_the_same_sequences(whole: Path, f
     for name in adapt.RUNS:
         losses = adapt.losses(adapt.attend(model, name, args), text.batch(0), name)
         assert abs(sum(losses) / len(losses) - log(whole, name)[0][1]) < 1e-5, name
+
+
+@pytest.mark.parametrize("name", adapt.RUNS)
+def test_layers_with_an_adapter_and_the_same_attention_share_a_graph(name: str, flags: list[str]) -> None:
+    args = adapt.parse([*flags, "--output", "-"])
+    base, _ = adapt.load(args.model, "cpu", "float32")
+    base.loss_function = adapt.mean_loss
+    model, graphs = adapt.attend(new_adapter(base, 2, 0), name, args).train(), []
+    ids = torch.randint(64, (2, 600), generator=torch.Generator().manual_seed(0))
+
+    def count(graph, _):
+        graphs.append(graph)
+        return graph
+
+    def loss() -> torch.Tensor:
+        mask = None if name == "full" else adapt.mask_of(*ids.shape, ids.device)
+        return model(input_ids=ids, labels=ids, attention_mask=mask, use_cache=False).loss
+
+    torch.compiler.reset()
+    wanted = loss().item()
+    adapt.compile_layers(model, backend=count)
+    for _ in range(2):
+        got = loss()
+        got.backward()
+        assert got.item() == pytest.approx(wanted, rel=1e-5)
+    assert (
+        len(graphs) == 2
+    )  # of four layers the first has a graph of its own: its input needs no gradient, and `hybrid` has MoBA there alone
+    torch.compiler.reset()
 
 
 def test_an_ended_run_goes_on_as_if_nothing_had_happened(whole: Path, flags: list[str], tmp_path: Path, monkeypatch, capsys) -> None:
