@@ -257,6 +257,8 @@ class Graphs:
         pools = (other.captured.graph.pool for (where, _), other in self._shapes.items() if where == place and other.captured is not None)
         try:
             shape.captured = Captured(self._capture, function, inputs, next((pool for pool in pools if pool.usable), None))
+        except torch.OutOfMemoryError:  # PyTorch does not empty its cache for a capture, as it does for the call itself
+            shape.put_off()
         except Exception as error:  # whatever a driver or a library may forbid within a capture
             shape.wait = math.inf
             self._warn(error)

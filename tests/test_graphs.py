@@ -254,6 +254,25 @@ def test_without_memory_for_a_second_set_of_inputs_a_call_is_eager(monkeypatch):
     assert len(store) == 1
 
 
+def test_without_memory_for_a_capture_a_call_is_eager_and_the_next_capture_comes_later():
+    captures = count()
+
+    def no_room_at_first(*arguments):
+        if next(captures) == 0:
+            raise torch.OutOfMemoryError
+        return StandIn(*arguments)
+
+    store, function = Graphs(no_room_at_first), Doubling()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(EAGER_CALLS + 1 + 2 * EAGER_CALLS):
+            x = torch.randn(3, 4)
+            assert_equal(call(store, function, x), Doubling()(x))
+            assert len(store) == 0
+        call(store, function, x)
+    assert len(store) == 1
+
+
 def test_of_too_many_graphs_the_one_used_last_long_ago_goes_and_waits_twice_as_long():
     store, function = Graphs(StandIn), Doubling()
     shapes = [torch.randn(n, 2) for n in range(1, MOST_GRAPHS + 2)]
