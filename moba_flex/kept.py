@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from threading import Thread
 from typing import TypeVar
 
 import torch
@@ -23,9 +23,19 @@ def kept(make: Callable[[], T], device: torch.device) -> T:
             return make()
     stream = torch.cuda.current_stream(device)
 
-    def on_the_same_stream() -> T:
-        with torch.cuda.stream(stream):
-            return make()
+    made: list[T] = []
+    errors: list[BaseException] = []
 
-    with ThreadPoolExecutor(1) as thread:  # which begins outside of inference mode
-        return thread.submit(on_the_same_stream).result()
+    def on_the_same_stream() -> None:
+        try:
+            with torch.cuda.stream(stream):
+                made.append(make())
+        except BaseException as error:
+            errors.append(error)
+
+    thread = Thread(target=on_the_same_stream)  # it begins outside of inference mode; an executor has none once the main thread has ended
+    thread.start()
+    thread.join()
+    if errors:
+        raise errors.pop()  # kept here, it would keep itself, and the memory that its frames hold
+    return made.pop()

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import gc
+import subprocess
+import sys
 import threading
+import weakref
 
 import pytest
 import torch
@@ -52,6 +56,39 @@ def test_what_is_made_in_inference_mode_serves_out_of_it(streams, device):
 def test_errors_reach_the_caller(streams, device):
     with pytest.raises(ZeroDivisionError):
         kept(lambda: 1 // 0, device)
+
+
+def test_an_error_holds_no_memory_once_it_is_handled(streams):
+    seen = []
+
+    def runs_out() -> None:
+        first = torch.empty(8)
+        seen.append(weakref.ref(first))
+        raise torch.OutOfMemoryError
+
+    gc.disable()
+    try:
+        with contextlib.suppress(torch.OutOfMemoryError):
+            kept(runs_out, GPU)
+        assert seen[0]() is None
+    finally:
+        gc.enable()
+
+
+PROGRAM = """
+import contextlib, threading, torch
+from moba_flex.kept import kept
+
+torch.cuda.current_stream, torch.cuda.stream = lambda device: None, lambda stream: contextlib.nullcontext()
+main = threading.main_thread()
+threading.Thread(target=lambda: (main.join(), print("made", kept(lambda: 7, torch.device("cuda", 0))))).start()
+"""
+
+
+@pytest.mark.skipif((3, 12, 0) <= sys.version_info[:3] < (3, 12, 2), reason="Python itself starts no threads then (its issue 113964)")
+def test_threads_that_go_on_when_the_main_thread_has_ended_are_served():
+    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, timeout=120)
+    assert done.stdout == "made 7\n", done.stderr
 
 
 def test_layouts_that_later_calls_use_and_what_they_keep_are_made_so(monkeypatch):
