@@ -176,14 +176,18 @@ def _take(x: Tensor, index: Tensor, fill: float = 0) -> Tensor:
 
 def dense_layout(rows: int, n_query: int, n_key: int, block_size: int, width: int, device: torch.device) -> BlockLayout:
     """Rows of equal length without padding; the queries are the last `n_query` of `n_key` positions. Kept for the next call."""
+    settings = rows, n_query, n_key, block_size, width, device
+    if device.type != "cuda":
+        return _kept_layout(None, *settings)
     # Tensors made while a CUDA graph is captured have no contents before its replay: they are for that graph alone.
-    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    make = _dense_layout if capturing else _kept_layout
-    return make(rows, n_query, n_key, block_size, width, device)
+    if torch.cuda.is_current_stream_capturing():
+        return _dense_layout(*settings)
+    # Another stream may come to read them before this one has written them, or still read them when their memory has a new use on this.
+    return _kept_layout(torch.cuda.current_stream(device).cuda_stream, *settings)
 
 
 @lru_cache(maxsize=64)
-def _kept_layout(*settings) -> BlockLayout:
+def _kept_layout(stream: int | None, *settings) -> BlockLayout:
     return replace(kept(lambda: _dense_layout(*settings), settings[-1]), outlives=True)
 
 

@@ -8,10 +8,12 @@ import subprocess
 import sys
 import threading
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from moba_flex import blocks
 from moba_flex.blocks import _kept_layout, dense_layout
 from moba_flex.kept import kept
 
@@ -89,6 +91,24 @@ threading.Thread(target=lambda: (main.join(), print("made", kept(lambda: 7, torc
 def test_threads_that_go_on_when_the_main_thread_has_ended_are_served():
     done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, timeout=120)
     assert done.stdout == "made 7\n", done.stderr
+
+
+def test_each_stream_of_a_gpu_has_layouts_of_its_own(monkeypatch, streams):
+    """Nothing orders two streams: one could read what the other has yet to write."""
+    real = blocks._dense_layout
+    monkeypatch.setattr(blocks, "_dense_layout", lambda *settings: real(*settings[:-1], CPU))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+
+    def layout_on(stream: int) -> blocks.BlockLayout:
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=stream))
+        return dense_layout(2, 300, 300, 32, 32, GPU)
+
+    _kept_layout.cache_clear()
+    first, second = layout_on(0), layout_on(7)
+    assert first is not second
+    assert first.own is not second.own
+    assert layout_on(0) is first
+    _kept_layout.cache_clear()
 
 
 def test_layouts_that_later_calls_use_and_what_they_keep_are_made_so(monkeypatch):
