@@ -269,8 +269,9 @@ def test_memory_is_bounded_and_comes_back(way):
     assert reserved() <= before
 
 
-def test_calls_within_another_memory_pool_are_replayed_or_a_warning_says_why_not(way, replays):
+def test_calls_within_another_memory_pool_are_replayed_or_a_warning_says_why_not(way, replays, monkeypatch):
     """Which of two pools gets the memory of a capture is PyTorch's to say, and differs between its versions."""
+    monkeypatch.setattr(graphs._graphs, "_warned", False)  # a process is warned once
     tensors = [[x.detach() for x in leaves(seed)] for seed in range(6)]
     wanted = without_graphs(lambda: [moba_attention(*x, **SETTINGS) for x in tensors])
     pool = torch.cuda.MemPool()
