@@ -51,7 +51,7 @@ def set_cuda_graphs(enabled: bool = True) -> bool:
     width 128), and neither within a capture of one's own nor with `set_flex_backend("flash")`; all other calls are as without graphs.
 
     It costs memory: up to as many bytes as `set_working_memory` says, for inputs, outputs and working memory of at most 16 graphs, those
-    used last. What turning it off frees goes back to PyTorch's cache, and from there, with `torch.cuda.empty_cache()`, to the GPU. Turn it
+    used last; a call of ours without memory takes it back. What turning it off frees goes back to PyTorch's cache, and from there, with `torch.cuda.empty_cache()`, to the GPU. Turn it
     off where threads of a program wait for the whole GPU, or draw random numbers on it, while others compute attention: CUDA forbids the
     former, and PyTorch 2.11 the latter, for the milliseconds in which a graph is captured.
 
@@ -137,10 +137,12 @@ class Captured:
 
     def __call__(self, tensors: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
         outputs = tuple(torch.empty_like(x) for x in self.graph.outputs)
-        copy(tensors, self.inputs)
-        self.graph.replay()
-        copy(self.graph.outputs, outputs)
-        self.graph.used()
+        try:
+            copy(tensors, self.inputs)
+            self.graph.replay()
+            copy(self.graph.outputs, outputs)
+        finally:
+            self.graph.used()
         return outputs
 
 
@@ -148,10 +150,14 @@ def copy(tensors: tuple[Tensor | None, ...], into: tuple[Tensor | None, ...]) ->
     """Copy each of `tensors` into its place: those of one dtype and of the strides of their places in one launch."""
     of_dtype: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
     for x, to in zip(tensors, into):
-        if x is not None:
-            places, sources = of_dtype.setdefault(x.dtype, ([], []))
-            places.append(to)
-            sources.append(x)
+        if x is None:
+            continue
+        if x.stride() != to.stride():
+            to.copy_(x)
+            continue
+        places, sources = of_dtype.setdefault(x.dtype, ([], []))
+        places.append(to)
+        sources.append(x)
     for places, sources in of_dtype.values():
         if len(places) == 1:
             places[0].copy_(sources[0])
@@ -224,7 +230,17 @@ class Graphs:
     def __call__(
         self, place: Hashable, key: Hashable, function: Function, tensors: tuple[Tensor | None, ...], most_bytes: int
     ) -> tuple[Tensor, ...]:
-        """`function(*tensors)`; all graphs together keep to `most_bytes`."""
+        """`function(*tensors)`; all graphs together keep to `most_bytes`, and give it back if there is no memory for a call."""
+        try:
+            return self._run(place, key, function, tensors, most_bytes)
+        except torch.OutOfMemoryError:
+            if not self._give_back():
+                raise
+        return function(*tensors)
+
+    def _run(
+        self, place: Hashable, key: Hashable, function: Function, tensors: tuple[Tensor | None, ...], most_bytes: int
+    ) -> tuple[Tensor, ...]:
         with self._lock:
             if self.enabled:
                 shape = self._shape(place, key)
@@ -263,6 +279,15 @@ class Graphs:
             shape.wait = math.inf
             self._warn(error)
         return outputs
+
+    def _give_back(self) -> bool:
+        """Drop all graphs. Whether there were any."""
+        with self._lock:
+            held = list(self._captured())
+            for shape in held:
+                shape.captured.graph.release()
+                shape.put_off()
+        return bool(held)
 
     def _make_room(self, most_bytes: int) -> None:
         while (count := len(self)) > MOST_GRAPHS or (count and self.n_bytes > most_bytes):

@@ -12,6 +12,7 @@ import warnings
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.utils import counters
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from moba_flex import flex, graphs, moba_attention, patch, set_cuda_graphs
@@ -298,10 +299,11 @@ def test_pytorchs_own_cuda_graphs_take_a_shape_that_nobody_saw_before(way):
         return [out.detach().clone(), *(x.clone() for x in torch.autograd.grad(out.float().square().mean(), tensors))]
 
     compiled = torch.compile(three_layers, mode="reduce-overhead", fullgraph=True)
-    got = []
+    skipped, got = counters["inductor"]["cudagraph_skips"], []
     for seed in range(5):
         torch.compiler.cudagraph_mark_step_begin()
         got.append(run(compiled, seed))
+    assert counters["inductor"]["cudagraph_skips"] == skipped, "PyTorch made graphs of its own"
     for seed, tensors in enumerate(got):
         for a, b in zip(tensors, run(three_layers, seed), strict=True):
             torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2)

@@ -145,6 +145,30 @@ def test_inputs_lie_as_a_call_would_bring_them_to_lie(x, kept):
     assert StandIn.living[0].replays == 2
 
 
+def test_graphs_give_their_memory_back_to_a_call_that_has_too_little():
+    store, x = Graphs(StandIn), torch.randn(3, 4)
+    for name in ("one", "other"):
+        for _ in range(EAGER_CALLS + 2):
+            call(store, Doubling(), x, key=name)
+    assert len(StandIn.living) == len(store) == 2
+
+    def needs_memory(y):
+        if StandIn.living:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return (y * 3,)
+
+    assert torch.equal(call(store, needs_memory, x, key="large")[0], x * 3)
+    assert not StandIn.living
+    assert len(store) == 0
+    assert torch.equal(call(store, Doubling(), x, key="one")[0], x * 2)
+
+    def too_large(y):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        call(store, too_large, x, key="too large")
+
+
 def test_an_argument_that_is_none_is_another_shape():
     store, function = Graphs(StandIn), Doubling()
     for _ in range(5):
