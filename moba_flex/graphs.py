@@ -51,9 +51,10 @@ def set_cuda_graphs(enabled: bool = True) -> bool:
     width 128), and neither within a capture of one's own nor with `set_flex_backend("flash")`; all other calls are as without graphs.
 
     It costs memory: up to as many bytes as `set_working_memory` says, for inputs, outputs and working memory of at most 16 graphs, those
-    used last; a call of ours without memory takes it back. What turning it off frees goes back to PyTorch's cache, and from there, with `torch.cuda.empty_cache()`, to the GPU. Turn it
-    off where threads of a program wait for the whole GPU, or draw random numbers on it, while others compute attention: CUDA forbids the
-    former, and PyTorch 2.11 the latter, for the milliseconds in which a graph is captured.
+    used last. A call of ours that has too little memory takes it back. What turning graphs off frees goes back to PyTorch's cache, and
+    from there, with `torch.cuda.empty_cache()`, to the GPU. Turn them off where threads of a program wait for the whole GPU, or draw
+    random numbers on it, while others compute attention: CUDA forbids the former, and PyTorch 2.11 the latter, for the milliseconds in
+    which a graph is captured.
 
     Raises ValueError if `enabled` is neither True nor False.
 
