@@ -4,6 +4,8 @@ the whole model would, and keeps the GPU as busy.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -18,6 +20,7 @@ def compile_layers(model: nn.Module, **options) -> None:
             layer.compile(dynamic=False, fullgraph=True, **options)
 
 
+@lru_cache(maxsize=8)
 def mask_of(rows: int, context: int, device: torch.device) -> MobaMask:
     """The mask of rows that are whole sequences, for a patched model. Left to itself, transformers would look for packed ones, and break
     a compiled graph.

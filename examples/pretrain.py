@@ -37,7 +37,6 @@ from tqdm import tqdm
 from train import Stop, learning_rate
 
 import moba_flex
-from moba_flex.models.mask import MobaMask
 
 LOG_EVERY = 10  # steps, whose mean loss is kept
 EVALUATIONS = 4  # of held-out loss in a run
@@ -116,7 +115,6 @@ class Training:
         self._resume()
         self.held_out = self.text.held_out.to(self.device)
         self.rows = rows_together(args)
-        self.mask = mask_of(self.rows, args.context, self.device)
         self.of_hidden = losses_of_hidden
         if self.device.type == "cuda" and not args.no_compile:
             compile_layers(self.model)
@@ -159,7 +157,7 @@ class Training:
         parts, total = ids.split(self.rows), torch.zeros((), device=self.device)
         for part in parts:
             with self._autocast():
-                loss = self._losses(part.to(self.device, non_blocking=True), self.mask).mean() / len(parts)
+                loss = self._losses(part.to(self.device, non_blocking=True)).mean() / len(parts)
             loss.backward()
             total += loss.detach()
         nn.utils.clip_grad_norm_(self.model.parameters(), self.args.clip)
@@ -175,9 +173,8 @@ class Training:
         by_position = torch.zeros(context, dtype=torch.float64, device=self.device)
         self.model.eval()
         for which in torch.arange(n, device=self.device).split(self.rows):
-            mask = self.mask if len(which) == self.rows else mask_of(len(which), context, self.device)
             with self._autocast():
-                by_position += self._losses(windows(self.held_out, which, context), mask).sum(0) / n
+                by_position += self._losses(windows(self.held_out, which, context)).sum(0) / n
         self.model.train()
         self.log["held_out"].append([self.step, round(by_position.mean().item(), 5)])
         self.log["by_position"] = [round(part.mean().item(), 5) for part in by_position.chunk(BINS)]
@@ -195,8 +192,8 @@ class Training:
             self.log["tokens_per_second"].append(round((self.step - since[0]) * self.args.batch_tokens / (now - since[1])))
         return self.step, now
 
-    def _losses(self, ids: Tensor, mask: MobaMask) -> Tensor:
-        return losses(self.model, ids, mask, self.of_hidden)
+    def _losses(self, ids: Tensor) -> Tensor:
+        return losses(self.model, ids, self.of_hidden)
 
     def _autocast(self):
         return torch.autocast("cuda", torch.bfloat16) if self.device.type == "cuda" else nullcontext()
@@ -246,9 +243,10 @@ class Training:
         partial.replace(self.file)
 
 
-def losses(model: nn.Module, ids: Tensor, mask: MobaMask, of_hidden: Callable) -> Tensor:
+def losses(model: nn.Module, ids: Tensor, of_hidden: Callable) -> Tensor:
     """`[B, N + 1]` -> `[B, N]`: the loss of each token after the first."""
-    hidden = model.model(ids[:, :-1], attention_mask=mask, use_cache=False).last_hidden_state
+    read = ids[:, :-1]
+    hidden = model.model(read, attention_mask=mask_of(*read.shape, read.device), use_cache=False).last_hidden_state
     return of_hidden(model.lm_head, hidden, ids[:, 1:])
 
 

@@ -192,9 +192,15 @@ class Shape:
     wait: float = EAGER_CALLS
     captured: Captured | None = None
 
+    def release(self) -> None:
+        if self.captured is not None:
+            self.captured.graph.release()
+            self.captured = None
+
     def put_off(self) -> None:
         """No graph for twice as many calls as last time: to capture over and over, where room is short, would cost more than it saves."""
-        self.calls, self.wait, self.captured = 0, 2 * self.wait, None
+        self.release()
+        self.calls, self.wait = 0, 2 * self.wait
 
 
 class Graphs:
@@ -222,8 +228,8 @@ class Graphs:
         with self._lock:
             before, self.enabled = self.enabled, enabled
             if not enabled:
-                for shape in self._captured():
-                    shape.captured.graph.release()
+                for shape in self._shapes.values():
+                    shape.release()
                 self._shapes.clear()
         return before
 
@@ -258,8 +264,7 @@ class Graphs:
         self._shapes.move_to_end((place, key))
         if len(self._shapes) > MOST_SHAPES:
             _, oldest = self._shapes.popitem(last=False)
-            if oldest.captured is not None:
-                oldest.captured.graph.release()
+            oldest.release()
         return shape
 
     def _captures(self, shape: Shape, place: Hashable, function: Function, tensors: tuple[Tensor | None, ...]) -> tuple[Tensor, ...] | None:
@@ -286,15 +291,12 @@ class Graphs:
         with self._lock:
             held = list(self._captured())
             for shape in held:
-                shape.captured.graph.release()
                 shape.put_off()
         return bool(held)
 
     def _make_room(self, most_bytes: int) -> None:
         while (count := len(self)) > MOST_GRAPHS or (count and self.n_bytes > most_bytes):
-            oldest = next(self._captured())
-            oldest.captured.graph.release()
-            oldest.put_off()
+            next(self._captured()).put_off()
 
     def _captured(self) -> Iterator[Shape]:
         return (shape for shape in self._shapes.values() if shape.captured is not None)

@@ -15,7 +15,7 @@ from .blocks import BlockLayout
 from .spec import Spec
 
 MOST_BLOCKS = 32  # the bits of an int32
-# Multiplications and additions of a dense forward pass that cost an H100 no more than a routed one does. With 32 heads of width 128, 2,048
+# Multiplications and additions of a dense forward pass that cost an H100 about what a routed one does. With 32 heads of width 128, 2,048
 # tokens are half of it, where forward and backward take 1.6 ms masked and 1.3 routed (from CUDA graphs) or 2.8 and 4.3 (without); 4,096
 # tokens are twice as many, where they take 4.2 and 1.8, or 4.1 and 3.7.
 FEW_OPERATIONS = 1 << 36
@@ -24,7 +24,7 @@ FEW_OPERATIONS = 1 << 36
 def few_blocks(query: Tensor, key: Tensor, value: Tensor, spec: Spec) -> bool:
     """Whether causal attention to tokens without padding is computed as one dense call; follows from shapes alone.
 
-    It is where each query has a bit for every block, offsets fit into 32 bits, and the dense call costs no more than a routed one.
+    It is where each query has a bit for every block, offsets fit into 32 bits, and the dense call costs about what a routed one does.
     """
     n_query, n_key = query.shape[2], key.shape[2]
     n_blocks = -(-n_key // spec.block_size)

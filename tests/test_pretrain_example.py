@@ -14,12 +14,13 @@ import needle
 import pretrain
 import pytest
 import torch
-from compiled_layers import compile_layers, mask_of
+from compiled_layers import compile_layers
 from pretraining.batches import Batches, order
 from pretraining.compare import differences, draw_sweep, group, held_out, table
 from pretraining.corpus import Corpus, corpus, windows
 from pretraining.runs import NAMES, SIZES, named, new_model, of_blocks
 from tokenizers import Tokenizer
+from torch._dynamo.testing import CompileCounter
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import moba_flex
@@ -185,22 +186,16 @@ def test_a_sweep_reads_the_same_share_of_the_blocks():
 @pytest.mark.parametrize(("name", "kinds"), [("full", 1), ("moba-then-full", 2), ("moba-last-3-full", 2), ("moba-conv-3", 1)])
 def test_all_layers_with_the_same_attention_share_a_graph(name, kinds):
     torch.compiler.reset()
-    run, device = named(name, 16, 3), torch.device("cpu")
-    model, mask = new_model("toy", 300, 128, run, 0, device), mask_of(2, 128, device)
-    plain, graphs = copy.deepcopy(model), []
-
-    def count(graph, _):
-        graphs.append(graph)
-        return graph
-
-    compile_layers(model, backend=count)
-    ids = torch.randint(300, (2, 129))
+    run = named(name, 16, 3)
+    model = new_model("toy", 300, 128, run, 0, torch.device("cpu"))
+    plain, graphs, ids = copy.deepcopy(model), CompileCounter(), torch.randint(300, (2, 129))
+    compile_layers(model, backend=graphs)
     for step in range(4):
         for each in (model, plain):
             moba_flex.MobaSchedule(switch_at=run.switch_at).apply(each, 6 + step, 10)
-        compiled, wanted = (pretrain.losses(each, ids, mask, pretrain.losses_of_hidden) for each in (model, plain))
+        compiled, wanted = (pretrain.losses(each, ids, pretrain.losses_of_hidden) for each in (model, plain))
         torch.testing.assert_close(compiled, wanted)
-    assert len(graphs) == kinds
+    assert graphs.frame_count == kinds
     assert model.state_dict().keys() == plain.state_dict().keys()
     torch.compiler.reset()
 
