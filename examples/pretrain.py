@@ -31,8 +31,10 @@ from compiled_layers import compile_layers, mask_of
 from pretraining.batches import Batches
 from pretraining.compare import compare
 from pretraining.corpus import Corpus, corpus, windows
+from pretraining.optimizer import MuonAndAdamW
 from pretraining.runs import NAMES, SIZES, Run, complete, named, new_model, of_blocks
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 from train import Stop, learning_rate
 
@@ -42,6 +44,12 @@ LOG_EVERY = 10  # steps, whose mean loss is kept
 EVALUATIONS = 4  # of held-out loss in a run
 TRAILING = 2048  # tokens at the end of a context, whose loss is reported
 BINS = 16  # of positions
+DENSE = [  # full attention's kernels, best first
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
 NEEDLE_CONTEXT = 512  # tokens: three times those of a fact, its question and its answer, if each letter is one
 
 
@@ -65,7 +73,9 @@ def pretrain(args: argparse.Namespace) -> bool:
     for training in pending:
         training.successors = [other for other in pending if other.begins_as(training)]
     for i, training in enumerate(pending):
-        if (i and enough()) or not training.go_on(enough):  # a step at least, however little time there is
+        with sdpa_kernel(DENSE, set_priority=True):
+            done = (not i or not enough()) and training.go_on(enough)  # a step at least, however little time there is
+        if not done:
             why = "interrupted" if stop.wanted else "the time is up"
             print(f"{why} after step {training.step} of {training.name}, {len(pending) - i} runs left: the same command goes on from there")
             return False
@@ -83,7 +93,7 @@ class Training:
         self.file, self.checkpoint = args.output / f"{self.name}.json", args.checkpoints / f"{self.name}.pt"
         rule = ("size", "context", "steps", "batch_tokens", "learning_rate", "warmup", "weight_decay", "clip")
         self.settings = {name: getattr(args, name) for name in rule} | {"run": run.name, "seed": seed, "corpus": text.fingerprint}
-        self.settings["needle_share"] = args.needle_share
+        self.settings |= {"needle_share": args.needle_share, "optimizer": "muon"}
         if not run.full:
             self.settings |= json.loads(json.dumps(run.settings))
         self.log = {"settings": self.settings, "train": [], "held_out": [], "tokens_per_second": [], "done": False}
@@ -111,7 +121,7 @@ class Training:
         """Train until the end, or until `enough()` after a step; whether it is the end."""
         args = self.args
         self.model = new_model(args.size, self.text.vocabulary, args.context, self.run, self.settings["seed"], self.device).train()
-        self.optimizer = optimizer_of(self.model, args)
+        self.optimizer = MuonAndAdamW(self.model, args.learning_rate, args.weight_decay)
         self._resume()
         self.held_out = self.text.held_out.to(self.device)
         self.rows = rows_together(args)
@@ -123,9 +133,7 @@ class Training:
 
         for step in tqdm(range(self.step, args.steps), desc=self.name, initial=self.step, total=args.steps, mininterval=5):
             moba_flex.MobaSchedule(switch_at=self.run.switch_at).apply(self.model, step, args.steps)
-            for group in self.optimizer.param_groups:
-                group["lr"] = learning_rate(step, args)
-            self.recent.append(self._train(batches.batch(step)))
+            self.recent.append(self._train(batches.batch(step), learning_rate(step, args)))
             self.step = step + 1
             stopped, last = enough(), self.step == args.steps
             if self.step % LOG_EVERY == 0 or last:
@@ -150,7 +158,7 @@ class Training:
         del self.model, self.optimizer, self.held_out
         torch.compiler.reset()
 
-    def _train(self, ids: Tensor) -> Tensor:
+    def _train(self, ids: Tensor, rate: float) -> Tensor:
         """One step on `[B, context + 1]`; its loss, which stays on the device."""
         if self.device.type == "cuda":
             ids = ids.pin_memory()  # so that nothing waits for the copies
@@ -161,8 +169,7 @@ class Training:
             loss.backward()
             total += loss.detach()
         nn.utils.clip_grad_norm_(self.model.parameters(), self.args.clip)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        self.optimizer.step(rate)
         return total
 
     @torch.no_grad()
@@ -261,14 +268,6 @@ def rows_together(args: argparse.Namespace) -> int:
     return max(1, min(args.micro_tokens, args.batch_tokens) // args.context)
 
 
-def optimizer_of(model: nn.Module, args: argparse.Namespace) -> torch.optim.AdamW:
-    """Weight decay for matrices; none for norms and convolutions."""
-    matrices = [x for name, x in model.named_parameters() if x.ndim == 2 and "key_conv" not in name]
-    others = [x for name, x in model.named_parameters() if x.ndim != 2 or "key_conv" in name]
-    groups = [{"params": matrices, "weight_decay": args.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=args.learning_rate, betas=(0.9, 0.95), fused=True)
-
-
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--compare", type=Path, nargs="+", metavar="LOG", help="print the table of these logs, and train nothing")
@@ -276,8 +275,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--size", choices=SIZES, default="50M", help="parameters")
     parser.add_argument("--context", type=int, default=8192, help="tokens")
     parser.add_argument("--tokens", type=float, default=100e6, help="that a run reads")
-    parser.add_argument("--batch-tokens", type=int, default=32768, help="tokens a step: few, so that few tokens are many steps")
-    parser.add_argument("--micro-tokens", type=int, default=32768, help="tokens that the device works on at a time")
+    parser.add_argument("--batch-tokens", type=int, default=65536, help="tokens a step: few, so that few tokens are many steps")
+    parser.add_argument("--micro-tokens", type=int, default=65536, help="tokens that the device works on at a time")
     parser.add_argument("--runs", nargs="*", choices=NAMES, default=list(NAMES[:4]))
     parser.add_argument("--blocks", type=int, nargs="*", default=[], help="also MoBA with so many blocks, of which a query reads a quarter")
     parser.add_argument("--block-size", type=int, default=512)
@@ -286,7 +285,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--needle-share", type=float, default=0.0, help="of the windows with facts and questions, see needle.py; default: 0"
     )
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--warmup", type=int, help="steps; default: a twentieth")
     parser.add_argument("--weight-decay", type=float, default=0.1)
     parser.add_argument("--clip", type=float, default=1.0, help="norm of the gradient")

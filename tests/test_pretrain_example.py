@@ -18,6 +18,7 @@ from compiled_layers import compile_layers
 from pretraining.batches import Batches, order
 from pretraining.compare import differences, draw_sweep, group, held_out, table
 from pretraining.corpus import Corpus, corpus, windows
+from pretraining.optimizer import MuonAndAdamW
 from pretraining.runs import NAMES, SIZES, named, new_model, of_blocks
 from tokenizers import Tokenizer
 from torch._dynamo.testing import CompileCounter
@@ -284,7 +285,7 @@ def test_runs_that_are_done_are_left_out(trained, text, monkeypatch):
 
 
 def test_other_settings_under_the_same_name_are_refused(trained, text):
-    with pytest.raises(SystemExit, match=r"learning_rate was 0.001 and is 0.5"):
+    with pytest.raises(SystemExit, match=r"learning_rate was 0.002 and is 0.5"):
         pretrain.pretrain(arguments(trained, text, "--runs", "moba", "--learning-rate", "0.5"))
 
 
@@ -294,7 +295,7 @@ def test_a_batch_that_is_not_whole_contexts_is_refused(capsys):
     assert "--batch-tokens must be a multiple of 8192" in capsys.readouterr().err
 
 
-def test_a_log_without_a_share_of_facts_is_of_a_run_without(trained, text, tmp_path):
+def test_a_log_from_before_a_setting_has_what_was_so_then(trained, text, tmp_path):
     shutil.copytree(trained / "logs", tmp_path / "logs")
     file = tmp_path / "logs" / "toy-128-moba-b16k3-seed0.json"
     log = json.loads(file.read_text())
@@ -307,6 +308,22 @@ def test_a_log_without_a_share_of_facts_is_of_a_run_without(trained, text, tmp_p
         pretrain.pretrain(command)
     ((_, runs),) = group([json.loads(file.read_text()) for file in (tmp_path / "logs").glob("*.json")]).items()
     assert sorted(runs["moba (16, top-3)"]) == [0, 1]
+    del log["settings"]["optimizer"]
+    file.write_text(json.dumps(log))
+    with pytest.raises(SystemExit, match=r"optimizer was adamw and is muon"):
+        pretrain.pretrain(arguments(tmp_path, text, "--runs", "moba"))
+
+
+def test_muon_has_the_matrices_of_layers_and_only_matrices_decay():
+    model = new_model("toy", 64, 128, named("moba-conv-3", 16, 3), 0, torch.device("cpu"))
+    muon, adamw = MuonAndAdamW(model, 1e-3, 0.1)._optimizers
+    name_of = {x: name for name, x in model.named_parameters()}
+    in_muon = {name_of[x] for group in muon.param_groups for x in group["params"]}
+    decayed, others = ({name_of[x] for x in group["params"]} for group in adamw.param_groups)
+    assert in_muon | decayed | others == set(name_of.values())
+    assert {name.split(".")[-2] for name in in_muon} == {f"{x}_proj" for x in ("q", "k", "v", "o", "gate", "up", "down")}
+    assert decayed == {"model.embed_tokens.weight"}
+    assert any("key_conv" in name for name in others) and any("norm" in name for name in others)
 
 
 # Retrieval
@@ -416,7 +433,7 @@ def test_logs_of_several_folders_are_one_table_unless_two_of_them_are_the_same_r
     out = capsys.readouterr().out
     assert out.count("| run |") == 1 and "+0.0100" in out and "not done: 1 of the 4 runs" in out
     (tmp_path / "a again").write_text(json.dumps(log_of("full", device="H200")))
-    with pytest.raises(SystemExit, match=r"two logs are of full, seed 0, with size toy, context 1024, needle_share 0\.0: name one of them"):
+    with pytest.raises(SystemExit, match=r"two logs are of full, seed 0, with size toy, .*needle_share 0\.0, optimizer adamw: name one"):
         pretrain.compare(sorted(tmp_path.iterdir()))
 
 

@@ -51,8 +51,9 @@ NAMES = ("full", "moba", "moba-then-full", "moba-last-3-full", "moba-conv-3", "m
 
 
 def complete(settings: dict) -> dict:
-    """The settings of a log, with those that came after it was written as they were for it."""
-    return {**settings, "needle_share": settings.get("needle_share", 0.0)}
+    """The settings of a log, with those that came after it was written as they were for it. Those come last."""
+    later = {"needle_share": 0.0, "optimizer": "adamw"}
+    return {name: x for name, x in settings.items() if name not in later} | {name: settings.get(name, x) for name, x in later.items()}
 
 
 def of_blocks(n_blocks: int, context: int) -> Run:
