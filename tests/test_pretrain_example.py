@@ -285,7 +285,7 @@ def test_runs_that_are_done_are_left_out(trained, text, monkeypatch):
 
 
 def test_other_settings_under_the_same_name_are_refused(trained, text):
-    with pytest.raises(SystemExit, match=r"learning_rate was 0.002 and is 0.5"):
+    with pytest.raises(SystemExit, match=r"learning_rate was 0.004 and is 0.5"):
         pretrain.pretrain(arguments(trained, text, "--runs", "moba", "--learning-rate", "0.5"))
 
 
