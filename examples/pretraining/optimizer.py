@@ -1,14 +1,59 @@
 """What `pretrain.py` trains with: Muon for the matrices of the layers, AdamW for everything else.
 
-Muon (Keller Jordan, 2024) makes the momentum of a matrix orthogonal before it adds it, with as large an update as AdamW's (Moonlight,
-arXiv 2502.16982), so that both take the same learning rate and weight decay. Small models learn in it to copy from what they read before
+Muon (Keller Jordan, 2024) makes the momentum of a matrix orthogonal before it adds it, here with as large an update as AdamW's (Moonlight,
+arXiv 2502.16982), so that both take the same learning rate and weight decay. Small models learn with it to copy from what they read before
 in far fewer tokens.
+
+L matrices of A rows and B columns.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
+
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+MOMENTUM = 0.95
+COEFFICIENTS, ITERATIONS = (3.4445, -4.7750, 2.0315), 5  # Keller Jordan's
+
+
+class Muon(torch.optim.Optimizer):
+    """`torch.optim.Muon` with `adjust_lr_fn="match_rms_adamw"`, for all matrices of a shape at once: that one launches some 30 kernels for
+    each matrix, which takes a small model as long as its gradients.
+    """
+
+    def __init__(self, params: list[nn.Parameter], lr: float, weight_decay: float) -> None:
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            same = defaultdict(list)
+            for x in group["params"]:
+                same[x.shape].append(x)
+            for shape, matrices in same.items():
+                self._step(matrices, group["lr"] * 0.2 * max(shape) ** 0.5, 1 - group["lr"] * group["weight_decay"])
+
+    def _step(self, matrices: list[nn.Parameter], rate: float, decay: float) -> None:
+        grads = [x.grad for x in matrices]
+        momenta = [self.state[x].setdefault("momentum_buffer", torch.zeros_like(x)) for x in matrices]
+        torch._foreach_lerp_(momenta, grads, 1 - MOMENTUM)
+        updates = orthogonal(torch.stack(torch._foreach_lerp(grads, momenta, MOMENTUM)))
+        torch._foreach_mul_(matrices, decay)
+        torch._foreach_add_(matrices, list(updates.to(matrices[0].dtype)), alpha=-rate)
+
+
+def orthogonal(x: Tensor) -> Tensor:
+    """`[L, A, B]`: each matrix with singular values near one, by Newton and Schulz's iteration in bfloat16."""
+    a, b, c = COEFFICIENTS
+    wide = x.shape[1] <= x.shape[2]
+    x = (x if wide else x.mT).bfloat16()
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(ITERATIONS):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x if wide else x.mT
 
 
 class MuonAndAdamW:
@@ -25,7 +70,7 @@ class MuonAndAdamW:
             {"params": named(others), "weight_decay": 0.0},
         ]
         self._optimizers = [
-            torch.optim.Muon(named(of_layers), lr=learning_rate, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"),
+            Muon(named(of_layers), learning_rate, weight_decay),
             torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), fused=True),
         ]
 
