@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 import transformers
 from demo_weights import DemoError
 from llama import Parser, context_of, exit_code, load, one_line, with_adapter
@@ -100,21 +101,27 @@ def haystack(text: Tensor, fact: Fact, length: int, depth: float, tokenizer: Pre
 
 
 @torch.inference_mode()
-def finds(model: PreTrainedModel, prompt: Tensor, answer: Tensor) -> bool:
-    """Whether greedy decoding after the prompt `[N]` gives the answer."""
-    ids = prompt[None].to(model.device)
+def finds(model: PreTrainedModel, prompts: Tensor, answers: Tensor) -> list[bool]:
+    """Of each row whether greedy decoding after the prompt `[n, N]` gives the answer `[n, A]`."""
+    ids = prompts.to(model.device)
     options = {"attention_mask": torch.ones_like(ids), "do_sample": False, "pad_token_id": 0}
-    new = model.generate(ids, max_new_tokens=len(answer), **options)[0, len(prompt) :]
-    return new.cpu().equal(answer)
+    new = model.generate(ids, max_new_tokens=answers.shape[1], **options)[:, ids.shape[1] :].cpu()
+    whole = F.pad(new, (0, answers.shape[1] - new.shape[1]), value=-1)  # generation ends early where every row does
+    return (whole == answers).all(1).tolist()
 
 
 def score(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: Tensor, length: int, depth: float, args) -> list[bool]:
     """One cell: whether each trial is right. Its prompts follow from the seed and the cell alone, so that both sides get the same."""
-    generator, right = torch.Generator().manual_seed((args.seed << 40) + (length << 8) + round(100 * depth)), []
-    for _ in range(args.trials):
+    generator = torch.Generator().manual_seed((args.seed << 40) + (length << 8) + round(100 * depth))
+    same: dict[int, list[tuple[int, Tensor, Tensor]]] = {}  # trials by the length of their answer, which are one batch
+    for trial in range(args.trials):
         first = int(torch.randint(max(1, len(text) - length), (), generator=generator))
-        right.append(finds(model, *haystack(text[first:], Fact.random(generator), length, depth, tokenizer)))
-    return right
+        prompt, answer = haystack(text[first:], Fact.random(generator), length, depth, tokenizer)
+        same.setdefault(len(answer), []).append((trial, prompt, answer))
+    right = {}
+    for trials, prompts, answers in (zip(*rows) for rows in same.values()):
+        right |= zip(trials, finds(model, torch.stack(prompts), torch.stack(answers)))
+    return [right[trial] for trial in range(args.trials)]
 
 
 def needle(args: argparse.Namespace) -> dict:

@@ -40,11 +40,12 @@ class Reader:
         self._tokenizer, self._reach = tokenizer, reach
 
     def generate(self, ids: torch.Tensor, max_new_tokens: int, **_) -> torch.Tensor:
-        seen = self._tokenizer.decode(ids[0, -self._reach :])
-        _, said, after = seen.partition(" is ")
-        answer = needle.tokens(f" {after[:6] if said else '000000'}", self._tokenizer)
-        assert len(answer) == max_new_tokens
-        return torch.cat([ids[0], answer])[None]
+        answers = []
+        for row in ids:
+            _, said, after = self._tokenizer.decode(row[-self._reach :]).partition(" is ")
+            answers.append(needle.tokens(f" {after[:6] if said else '000000'}", self._tokenizer))
+            assert len(answers[-1]) == max_new_tokens
+        return torch.cat([ids, torch.stack(answers)], 1)
 
 
 def generator(seed: int) -> torch.Generator:
@@ -110,15 +111,32 @@ def test_a_cell_is_right_where_the_value_is_within_reach(tokenizer) -> None:
         assert found == [right] * 3, f"depth {depth}, reach {reach}"
 
 
+def test_trials_with_answers_of_different_lengths_keep_their_order(tokenizer, monkeypatch) -> None:
+    facts, batches = iter([needle.Fact("baba", value) for value in ("1", "22", "3", "44")]), []
+
+    def finds(_, prompts, answers):
+        batches.append(len(prompts))
+        return [tokenizer.decode(row) in (" 22", " 3") for row in answers]
+
+    monkeypatch.setattr(needle.Fact, "random", lambda _: next(facts))
+    monkeypatch.setattr(needle, "finds", finds)
+    text, args = needle.tokens("straw " * 300, tokenizer), SimpleNamespace(seed=0, trials=4)
+    assert needle.score(None, tokenizer, text, 1000, 0.5, args) == [False, True, True, False] and batches == [2, 2]
+
+
 def test_greedy_decoding_after_the_prompt_must_give_every_token_of_the_answer(byte_llama: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(byte_llama).eval()
-    prompt = torch.randint(0, 256, (90,))
-    ids = prompt
+    model.generation_config.eos_token_id = None
+    ids = prompts = torch.randint(0, 256, (4, 90), generator=generator(0))
     for _ in range(4):
-        ids = torch.cat([ids, model(ids[None]).logits[0, -1].argmax()[None]])
-    answer = ids[len(prompt) :]
-    assert needle.finds(model, prompt, answer)
-    assert not needle.finds(model, prompt, torch.cat([answer[:-1], (answer[-1:] + 1) % 256]))
+        ids = torch.cat([ids, model(ids).logits[:, -1].argmax(1, keepdim=True)], 1)
+    answers = ids[:, 90:]
+    assert needle.finds(model, prompts, answers) == [True] * 4
+    answers[1, -1] += 1
+    answers[2, 0] += 1
+    assert needle.finds(model, prompts, answers) == [True, False, False, True]
+    model.generation_config.eos_token_id = answers[0, 1].item()
+    assert needle.finds(model, prompts[:1], answers[:1]) == [False], "it ends before the answer does"
 
 
 def test_from_beginning_to_end_and_again_after_a_stop(flags: list[str], byte_llama: Path, tmp_path: Path, monkeypatch, capsys) -> None:
@@ -153,9 +171,9 @@ def test_from_beginning_to_end_and_again_after_a_stop(flags: list[str], byte_lla
 def test_both_sides_get_the_same_prompts_and_one_reads_sparsely(flags: list[str], byte_llama: Path, tmp_path: Path, monkeypatch) -> None:
     prompts: dict[str, list] = {"moba": [], "full": []}
 
-    def finds(model, prompt, answer):
-        prompts["moba" if model.config._attn_implementation == "moba" else "full"].append((prompt.tolist(), answer.tolist()))
-        return False
+    def finds(model, rows, answers):
+        prompts["moba" if model.config._attn_implementation == "moba" else "full"] += zip(rows.tolist(), answers.tolist())
+        return [False] * len(rows)
 
     monkeypatch.setattr(needle, "finds", finds)
     assert needle.main([*flags, "--moba", str(byte_llama), "--full", str(byte_llama), "--output", str(tmp_path)]) == 0
