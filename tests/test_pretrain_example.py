@@ -18,7 +18,7 @@ from compiled_layers import compile_layers
 from pretraining.batches import Batches, order
 from pretraining.compare import differences, draw_sweep, group, held_out, table
 from pretraining.corpus import Corpus, corpus, windows
-from pretraining.optimizer import MuonAndAdamW
+from pretraining.optimizer import Muon, MuonAndAdamW
 from pretraining.runs import NAMES, SIZES, named, new_model, of_blocks
 from tokenizers import Tokenizer
 from torch._dynamo.testing import CompileCounter
@@ -312,6 +312,21 @@ def test_a_log_from_before_a_setting_has_what_was_so_then(trained, text, tmp_pat
     file.write_text(json.dumps(log))
     with pytest.raises(SystemExit, match=r"optimizer was adamw and is muon"):
         pretrain.pretrain(arguments(tmp_path, text, "--runs", "moba"))
+
+
+def test_matrices_taken_together_move_as_pytorchs_muon_moves_each():
+    shapes, generator = [(8, 8), (16, 8), (8, 8), (8, 24), (16, 8)], torch.Generator().manual_seed(0)
+    ours = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
+    theirs = [torch.nn.Parameter(x.detach().clone()) for x in ours]
+    both = Muon(ours, 1e-2, 0.1), torch.optim.Muon(theirs, lr=1e-2, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    for _ in range(4):
+        for x, y in zip(ours, theirs):
+            x.grad = torch.randn(x.shape, generator=generator)
+            y.grad = x.grad.clone()
+        for optimizer in both:
+            optimizer.step()
+    for x, y in zip(ours, theirs):
+        torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-3)  # in bfloat16, and a step is a hundredth
 
 
 def test_muon_has_the_matrices_of_layers_and_only_matrices_decay():

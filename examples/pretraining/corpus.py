@@ -25,7 +25,7 @@ END, VOCABULARY = "<|end|>", 8192
 MOST_OF_A_FILE = 1 << 20  # bytes: longer ones are tables that a program wrote
 HELD_OUT_OF = 50  # one file of so many is held out
 BPE_BYTES = 20_000_000  # that the BPE is trained on
-AT_ONCE = 512  # files that are tokenised together
+AT_ONCE = 2048  # files that are tokenised together: so many that one long file is not what the others wait for
 DESCRIPTION = "corpus.json"
 
 

@@ -37,7 +37,10 @@ class Muon(torch.optim.Optimizer):
 
     def _step(self, matrices: list[nn.Parameter], rate: float, decay: float) -> None:
         grads = [x.grad for x in matrices]
-        momenta = [self.state[x].setdefault("momentum_buffer", torch.zeros_like(x)) for x in matrices]
+        for x in matrices:
+            if not self.state[x]:
+                self.state[x]["momentum_buffer"] = torch.zeros_like(x)
+        momenta = [self.state[x]["momentum_buffer"] for x in matrices]
         torch._foreach_lerp_(momenta, grads, 1 - MOMENTUM)
         updates = orthogonal(torch.stack(torch._foreach_lerp(grads, momenta, MOMENTUM)))
         torch._foreach_mul_(matrices, decay)
