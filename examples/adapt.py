@@ -10,9 +10,9 @@
     python examples/adapt.py --output long --sequence-length 32768 --rope-theta 800000 --batch-size 2 --micro-batch-size 1
 
 Three low-rank adapters (LoRA) are trained from the same start, on the same sequences in the same order: `full`, `moba`, and `hybrid`,
-which is MoBA with full attention in the last 3 layers. Each is measured on files that no run has read, with and without its training.
-`--output` gets results.json, and a folder for each run: log.jsonl (every step), the checkpoint, the adapter. Whichever call finds
-that all three are measured prints the results.
+which is MoBA with full attention in the `--full-layers`: the last 3, or those that examples/full_layers.py finds. Each is measured on
+files that no run has read, with and without its training. `--output` gets results.json, and a folder for each run: log.jsonl (every step),
+the checkpoint, the adapter. Whichever call finds that all three are measured prints the results.
 
 For sequences beyond the model's context, `--rope-theta` raises the base of its rotary embedding, in all runs and measurements alike. It
 is kept with the adapter, and so is the longer context, for `llama.py --adapted` and `needle.py`.
@@ -38,6 +38,8 @@ from tqdm import tqdm
 from train import Stop, learning_rate, mean_loss
 from transformers import PreTrainedModel
 
+import moba_flex
+
 ROWS = (*(f"{name}, untrained" for name in RUNS), *RUNS)  # of the results
 
 
@@ -46,6 +48,9 @@ def adapt(args: argparse.Namespace) -> dict | None:
     limit, output = Limit(args.minutes), Output(args)
     model, tokenizer = load(args.model, args.device, "bfloat16" if args.device.startswith("cuda") else "float32")
     fit_context(model, args)
+    with one_line("this model cannot use MoBA"):  # known before anything is written
+        for name in args.runs:
+            moba_flex.unpatch(attend(model, name, args))
     model.loss_function = mean_loss  # in float32 all logits of a long sequence would take gigabytes
     text = Text(args, tokenizer)
     output.start(text)
@@ -117,16 +122,18 @@ def measure(name: str, base: PreTrainedModel, text: Text, output: Output, limit:
     return True
 
 
-@torch.inference_mode()
 def losses(model: PreTrainedModel, sequences: Tensor, description: str) -> list[float]:
     """The mean negative log-likelihood of each of `sequences [n, N]`, in nats a token."""
-    found = []
-    for ids in tqdm(sequences.to(model.device), desc=f"measuring {description}"):
-        logits = model.eval()(input_ids=ids[None, :-1], use_cache=False).logits[0]
-        parts = zip(logits.split(1024), ids[1:].split(1024))  # in float32 all logits of a long sequence would take gigabytes
-        total = sum(torch.nn.functional.cross_entropy(part.float(), target, reduction="sum").item() for part, target in parts)
-        found.append(total / (len(ids) - 1))
-    return found
+    return [loss_of(model, ids) for ids in tqdm(sequences.to(model.device), desc=f"measuring {description}")]
+
+
+@torch.inference_mode()
+def loss_of(model: PreTrainedModel, ids: Tensor) -> float:
+    """That of one sequence `[N]`."""
+    logits = model.eval()(input_ids=ids[None, :-1], use_cache=False).logits[0]
+    parts = zip(logits.split(1024), ids[1:].split(1024))  # in float32 all logits of a long sequence would take gigabytes
+    total = sum(torch.nn.functional.cross_entropy(part.float(), target, reduction="sum").item() for part, target in parts)
+    return total / (len(ids) - 1)
 
 
 class Limit:
@@ -176,6 +183,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     flag("--block-size", type=int, default=128)
     flag("--top-k", type=int, default=8)
     flag("--sink-blocks", type=int, default=1)
+    flag("--full-layers", type=int, nargs="+", default=[-3, -2, -1], help="those of `hybrid` with full attention (default: -3 -2 -1)")
     flag("--seed", type=int, default=0)
     flag("--checkpoint-seconds", type=float, default=120, help="time between checkpoints (default: 120)")
     flag("--no-compile", action="store_true", help="do not compile the layers on a GPU")

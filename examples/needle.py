@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from demo_weights import DemoError
-from llama import Parser, context_of, exit_code, load, one_line, with_adapter
+from llama import Parser, context_of, exit_code, load, one_line, trained_with, with_adapter
 from package_text import KINDS, Document, collect, default_roots
 from pretraining.corpus import HELD_OUT_OF
 from torch import Tensor
@@ -160,8 +160,8 @@ def load_side(side: str, args: argparse.Namespace) -> tuple[PreTrainedModel, Pre
     if side == "full":
         return model.eval(), tokenizer, None
     saved = getattr(model.config, "moba", None) or {}
-    if adapter and (source / "moba.json").is_file():
-        saved = json.loads((source / "moba.json").read_text())
+    if adapter:
+        saved = trained_with(source) or saved
     given = {name: getattr(args, name) for name in ("block_size", "top_k", "sink_blocks") if getattr(args, name) is not None}
     if not saved and not {"block_size", "top_k"} <= given.keys():
         raise DemoError("this model has no settings of MoBA saved with it: give --block-size and --top-k")

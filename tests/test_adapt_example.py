@@ -17,7 +17,7 @@ import needle
 import package_text
 import pytest
 import torch
-from adapting.runs import new_adapter
+from adapting.runs import moba_config, new_adapter
 from peft import PeftModel
 from torch._dynamo.testing import CompileCounter
 from torch.nn.functional import cross_entropy
@@ -107,6 +107,14 @@ def test_what_is_measured_is_the_adapter_on_disk_with_the_attention_of_its_run(
         logits = [model(input_ids=row[None, :-1], use_cache=False).logits[0] for row in ids[:1800].view(3, 600)]
     expected = torch.stack([cross_entropy(part, row[1:]) for part, row in zip(logits, ids[:1800].view(3, 600))])
     torch.testing.assert_close(torch.tensor(found["loss"][name]["code"]), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_layers_of_hybrid_with_full_attention_may_be_named(flags: list[str], tmp_path: Path, capsys) -> None:
+    args = adapt.parse([*flags, "--output", str(tmp_path), "--full-layers", "1", "2"])
+    assert moba_config("hybrid", args).full_attention_layers == (1, 2) and moba_config("moba", args).full_attention_layers == ()
+    assert adapt.main([*flags, "--output", str(tmp_path / "none"), "--runs", "hybrid", "--full-layers", "7"]) == 2
+    assert "cannot use MoBA: full_attention_layers has 7, but LlamaForCausalLM has the layers 0 to 3" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
 
 
 def test_all_runs_start_from_the_same_model_on_the_same_sequences(whole: Path, flags: list[str]) -> None:
@@ -295,6 +303,17 @@ def test_the_demo_reads_with_the_adapter(whole: Path, byte_llama: Path, text_fol
         assert llama.main([*command, *more]) == 0
         said.append(float(re.search(r"mean log-likelihood, MoBA +(\S+)", capsys.readouterr().out)[1]))
     assert said[1] > said[0] + 0.1
+
+
+def test_the_demo_reads_as_the_adapter_was_trained_unless_flags_say_otherwise(whole: Path) -> None:
+    def settings(name: str, *more: str) -> moba_flex.MobaConfig:
+        return llama.settings_of(llama.parse(["--adapted", str(whole / name / "adapter"), *more]))
+
+    assert settings("moba") == moba_flex.MobaConfig(**BLOCKS)
+    assert settings("hybrid") == moba_flex.MobaConfig(**BLOCKS, full_attention_layers=(-3, -2, -1))
+    changed = settings("hybrid", "--moba-topk", "5", "--moba-full-layers", "0")
+    assert changed == moba_flex.MobaConfig(**{**BLOCKS, "top_k": 5}, full_attention_layers=(0,))
+    assert settings("full") == moba_flex.MobaConfig(**llama.DEFAULTS)
 
 
 def test_the_demo_says_where_an_adapter_is_missing_or_does_not_fit(whole: Path, tiny: Path, tmp_path: Path, capsys) -> None:

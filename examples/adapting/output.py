@@ -25,7 +25,7 @@ from adapting.runs import BLOCKS, attend, moba_config, new_adapter, trained, wei
 from adapting.text import Text
 
 SETTINGS = ("steps", "batch_size", "sequence_length", "rope_theta", "learning_rate", "warmup", "weight_decay", "clip", "rank")
-SETTINGS += ("needle_share", "held_out", "seed", *BLOCKS)
+SETTINGS += ("needle_share", "held_out", "seed", *BLOCKS, "full_layers")
 
 
 class Output:

@@ -15,7 +15,6 @@ from transformers import PreTrainedModel
 import moba_flex
 
 RUNS = ("full", "moba", "hybrid")
-LAST_LAYERS = (-3, -2, -1)  # that keep full attention in `hybrid`
 BLOCKS = ("block_size", "top_k", "sink_blocks")
 
 
@@ -41,7 +40,7 @@ def attend(model, name: str, args: argparse.Namespace):
 
 def moba_config(name: str, args: argparse.Namespace) -> moba_flex.MobaConfig:
     blocks = {setting: getattr(args, setting) for setting in BLOCKS}
-    return moba_flex.MobaConfig(**blocks, full_attention_layers=LAST_LAYERS if name == "hybrid" else ())
+    return moba_flex.MobaConfig(**blocks, full_attention_layers=args.full_layers if name == "hybrid" else ())
 
 
 def new_adapter(base: PreTrainedModel, rank: int, seed: int) -> PeftModel:

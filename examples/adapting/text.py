@@ -23,9 +23,10 @@ class Text:
         with one_line("cannot read the text to train on"):
             documents = collect(args.text or default_roots(), args.megabytes)
         self.held_out, self.held_out_files = {}, {}
+        cut = tokenizer, args.sequence_length
         for kind in KINDS:
-            self.held_out[kind], self.held_out_files[kind] = self._sequences(documents[kind].held_out, f"held-out {kind}", args.held_out)
-        self._train = torch.cat([self._sequences(documents[kind].train, kind)[0] for kind in KINDS])
+            self.held_out[kind], self.held_out_files[kind] = sequences(documents[kind].held_out, *cut, f"held-out {kind}", args.held_out)
+        self._train = torch.cat([sequences(documents[kind].train, *cut, kind)[0] for kind in KINDS])
         self.fingerprint = [len(self._train), *(int(ids.sum()) for ids in (self._train, *self.held_out.values()))]
 
     def batch(self, step: int) -> Tensor:
@@ -41,17 +42,20 @@ class Text:
             return training_sequence(ids, self._tokenizer, generator)
         return ids
 
-    def _sequences(self, documents: list[Document], what: str, most: int = sys.maxsize) -> tuple[Tensor, list[str]]:
-        """`[n, N]`, n at most `most`: one line of files, an end-of-text token after each, cut into sequences; and the files' names."""
-        length, ids, names = self._args.sequence_length, [], []
-        for first in tqdm(range(0, len(documents), 32), desc=f"Tokens of {what}"):
-            if len(ids) >= most * length:
-                break
-            part = documents[first : first + 32]
-            names += [document.name for document in part]
-            for tokens in self._tokenizer([document.text for document in part], add_special_tokens=False).input_ids:
-                ids += [*tokens, self._tokenizer.eos_token_id]
-        n = min(most, len(ids) // length)
-        if n == 0:
-            raise DemoError(f"there is too little text: its {what} has {len(ids):,} tokens, but one sequence has {length:,}")
-        return torch.tensor(ids[: n * length]).view(n, length), names
+
+def sequences(
+    documents: list[Document], tokenizer: PreTrainedTokenizerBase, length: int, what: str, most: int = sys.maxsize
+) -> tuple[Tensor, list[str]]:
+    """`[n, N]`, n at most `most`: one line of files, an end-of-text token after each, cut into sequences; and the files' names."""
+    ids, names = [], []
+    for first in tqdm(range(0, len(documents), 32), desc=f"Tokens of {what}"):
+        if len(ids) >= most * length:
+            break
+        part = documents[first : first + 32]
+        names += [document.name for document in part]
+        for tokens in tokenizer([document.text for document in part], add_special_tokens=False).input_ids:
+            ids += [*tokens, tokenizer.eos_token_id]
+    n = min(most, len(ids) // length)
+    if n == 0:
+        raise DemoError(f"there is too little text: its {what} has {len(ids):,} tokens, but one sequence has {length:,}")
+    return torch.tensor(ids[: n * length]).view(n, length), names

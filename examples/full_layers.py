@@ -1,0 +1,139 @@
+"""Which layers of a pretrained model need full attention? Often one of them does most of what MoBA misses.
+
+    pip install ".[demo]"
+    python examples/full_layers.py                          # SmolLM2-135M on the text of installed packages; 25 minutes on two CPU cores
+    python examples/full_layers.py --layers 2 --resume      # goes on: which layer beside the first
+    python examples/full_layers.py --model HuggingFaceTB/SmolLM2-360M --sequence-length 8192 --output smol360.json
+
+A few heads look for passages that a text repeats, and lose them where the gate does not choose their blocks. The loss of the model is
+measured with full attention, with MoBA, and with MoBA where one layer keeps full attention, for each layer in turn. The best one is
+kept, and so on for `--layers`. What comes out is what `MobaConfig(full_attention_layers=...)` and `adapt.py --full-layers` take. Nothing
+is trained.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+from adapt import loss_of
+from adapting.text import sequences
+from demo_weights import DemoError
+from llama import Parser, context_of, exit_code, load, one_line
+from needle import write
+from package_text import KINDS, collect, default_roots
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+import moba_flex
+from moba_flex.models.patch import moba_layers
+
+FULL, SHOWN = "full attention", 5  # rows of a table
+SETTINGS = ("sequences", "sequence_length", "block_size", "top_k", "sink_blocks")
+Layers = tuple[int, ...]
+
+
+def find(args: argparse.Namespace) -> Layers:
+    """Measure what `--output` lacks, and print the layers that were found."""
+    with one_line("these flags do not fit together"):
+        blocks = moba_flex.MobaConfig(block_size=args.block_size, top_k=args.top_k, sink_blocks=args.sink_blocks)
+    model, tokenizer = load(args.model, args.device, args.dtype)
+    if args.sequence_length > context_of(model):
+        raise DemoError(f"--sequence-length is {args.sequence_length:,}, but the model's context is {context_of(model):,} tokens")
+    with one_line("this model cannot use MoBA"):
+        moba_flex.patch(model, blocks)
+    candidates = list(moba_layers(model))
+    if not 0 < args.layers < len(candidates):
+        raise DemoError(f"--layers must be from 1 to {len(candidates) - 1}, one less than layers use MoBA, but is {args.layers}")
+    with one_line("cannot read the text"):
+        documents = collect(args.text or default_roots(), args.megabytes)
+    rows = [sequences(documents[kind].held_out, tokenizer, args.sequence_length, kind, args.sequences)[0] for kind in KINDS]
+    text = torch.cat(rows).to(model.device)
+    measured = Measured(args, text)
+
+    full, sparse = measured.loss(FULL, model, None), measured.loss(name_of(()), model, blocks)
+    found: Layers = ()
+    for _ in range(args.layers):
+        tried = {}
+        for layer in tqdm([n for n in candidates if n not in found], desc=f"one layer beside {list(found)}" if found else "one layer"):
+            layers = (*found, layer)
+            tried[layers] = measured.loss(name_of(layers), model, moba_flex.MobaConfig(**{**blocks, "full_attention_layers": layers}))
+        best = sorted(tried, key=tried.get)
+        found = best[0]
+        print_losses({FULL: full, name_of(()): sparse} | {name_of(layers): tried[layers] for layers in best[:SHOWN]})
+    print(f"\nfull_attention_layers={tuple(sorted(found))}", flush=True)
+    return found
+
+
+class Measured:
+    """Losses, each kept in `--output` as soon as it is known."""
+
+    def __init__(self, args: argparse.Namespace, text: Tensor) -> None:
+        self._file, self._text = args.output, text
+        settings = {name: getattr(args, name) for name in SETTINGS} | {"model": args.model, "text": int(text.sum())}
+        self._found = {"settings": settings, "loss": {}}
+        if self._file.exists():
+            if not args.resume:
+                raise DemoError(f"{self._file} is there already: go on with --resume, or choose another --output")
+            with one_line(f"{self._file} is no result of this script"):
+                self._found = json.loads(self._file.read_text())
+                before = self._found["settings"]
+            changed = [f"{name} was {before.get(name)} and is {x}" for name, x in settings.items() if before.get(name) != x]
+            if changed:
+                raise DemoError(f"{self._file} has losses with other settings: {', '.join(changed)}")
+
+    def loss(self, name: str, model: PreTrainedModel, config: moba_flex.MobaConfig | None) -> float:
+        """Mean negative log-likelihood of the text, nats a token, with MoBA's settings `config`, or with full attention."""
+        if name not in self._found["loss"]:
+            if config is None:
+                moba_flex.set_attention(model, "full")
+            else:
+                moba_flex.patch(model, config)
+            self._found["loss"][name] = sum(loss_of(model, ids) for ids in self._text) / len(self._text)
+            write(self._file, self._found)
+        return self._found["loss"][name]
+
+
+def name_of(layers: Layers) -> str:
+    return f"MoBA, full attention in {', '.join(map(str, layers))}" if layers else "MoBA"
+
+
+def print_losses(losses: dict[str, float]) -> None:
+    width = max(map(len, losses))
+    print(f"\n{'nats a token':<{width}}{'':>10}{'to full':>10}")
+    for name, loss in losses.items():
+        print(f"{name:<{width}}{loss:>10.4f}{loss - losses[FULL]:>+10.4f}", flush=True)
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flag = parser.add_argument
+    flag("--model", help="a GGUF file, a local folder or a model on the hub (default: SmolLM2-135M-Instruct, from PyPI)")
+    flag("--layers", type=int, default=1, metavar="N", help="how many are looked for, one after another (default: 1)")
+    flag("--output", type=Path, default=Path("full_layers.json"), metavar="FILE", help="what was measured (default: full_layers.json)")
+    flag("--resume", action="store_true", help="go on with what is in --output")
+    flag("--text", type=Path, nargs="+", metavar="FOLDER", help="where text is looked for (default: all installed packages)")
+    flag("--megabytes", type=float, default=20, help="most text of each kind that is looked at (default: 20)")
+    flag("--sequences", type=int, default=2, metavar="N", help="of prose, and as many of code, to measure on (default: 2)")
+    flag("--sequence-length", type=int, default=4096, help="tokens (default: 4096)")
+    flag("--block-size", type=int, default=128)
+    flag("--top-k", type=int, default=8)
+    flag("--sink-blocks", type=int, default=1)
+    flag("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda if there is one, else cpu")
+    flag("--dtype", choices=["float32", "bfloat16", "float16"], help="default: bfloat16 on cuda, else float32")
+    args = parser.parse_args(argv)
+    args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure; the exit code: 0, or 2 for something that whoever runs it can mend."""
+    return exit_code("full_layers.py", lambda: find(parse(argv)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
