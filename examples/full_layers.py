@@ -123,11 +123,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     flag("--block-size", type=int, default=128)
     flag("--top-k", type=int, default=8)
     flag("--sink-blocks", type=int, default=1)
-    flag("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda if there is one, else cpu")
-    flag("--dtype", choices=["float32", "bfloat16", "float16"], help="default: bfloat16 on cuda, else float32")
-    args = parser.parse_args(argv)
-    args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
-    return args
+    parser.add_device_flags()
+    return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:

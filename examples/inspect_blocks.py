@@ -22,7 +22,6 @@ if __name__ == "__main__":
 import argparse
 from pathlib import Path
 
-import torch
 from llama import Parser, exit_code, load, one_line, print_table, read_prompt, tokenize
 
 import moba_flex
@@ -66,11 +65,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     flag("--moba-topk", type=int, default=8, metavar="N", help="blocks that a token reads, its own included (default: 8)")
     flag("--moba-sink-blocks", type=int, default=1, metavar="N", help="the first N blocks are among them (default: 1)")
     flag("--prompt-file", type=Path, help="a text to read (default: files of Python's standard library, and a question)")
-    flag("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda if there is one, else cpu")
-    flag("--dtype", choices=["float32", "bfloat16", "float16"], help="default: bfloat16 on cuda, else float32")
-    args = parser.parse_args(argv)
-    args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
-    return args
+    parser.add_device_flags()
+    return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -287,6 +287,17 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:
         raise DemoError(message)  # without the usage, which takes many lines
 
+    def add_device_flags(self) -> None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.add_argument("--device", default=device, help="default: cuda if there is one, else cpu")
+        self.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: bfloat16 on cuda, else float32")
+
+    def parse_args(self, *args, **kwargs) -> argparse.Namespace:
+        found = super().parse_args(*args, **kwargs)
+        if "dtype" in found and found.dtype is None:
+            found.dtype = "bfloat16" if found.device.startswith("cuda") else "float32"
+        return found
+
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(description="A pretrained Llama reads a long text with MoBA and answers a question about it.")
@@ -301,15 +312,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     flag("--moba-full-layers", type=int, nargs="+", metavar="N", help="layers with full attention (default: the adapter's, or none)")
     flag("--prompt-file", type=Path, help="a text to read (default: files of Python's standard library, and a question)")
     flag("--max-new-tokens", type=int, default=64, metavar="N", help="longest answer (default: 64)")
-    flag("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda if there is one, else cpu")
-    flag("--dtype", choices=["float32", "bfloat16", "float16"], help="default: bfloat16 on cuda, else float32")
+    parser.add_device_flags()
     flag("--compare", action="store_true", help="read the prompt with full attention too, and say how they differ")
     args = parser.parse_args(argv)
     if args.max_new_tokens < 1:
         parser.error(f"argument --max-new-tokens: must be at least 1, but is {args.max_new_tokens}")
     if args.compare and args.attn == "full":
         parser.error("argument --compare: compares MoBA with full attention, so that --attn must be moba or moba_naive")
-    args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
     return args
 
 

@@ -281,10 +281,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     flag("--sink-blocks", type=int, help="default: what was saved with the model")
     flag("--text", type=Path, nargs="+", metavar="FOLDER", help="where text is looked for (default: all installed packages)")
     flag("--seed", type=int, default=0)
-    flag("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda if there is one, else cpu")
-    flag("--dtype", choices=["float32", "bfloat16", "float16"], help="default: bfloat16 on cuda, else float32")
+    parser.add_device_flags()
     args = parser.parse_args(argv)
-    args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
     if args.trials < 1:
         parser.error(f"argument --trials: must be at least 1, but is {args.trials}")
     if outside := [depth for depth in args.depths if not 0 <= depth <= 1]:
