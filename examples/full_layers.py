@@ -13,9 +13,17 @@ is trained.
 
 from __future__ import annotations
 
+import os
+import signal
+import sys
+
+if __name__ == "__main__":
+    # See examples/llama.py.
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
 import argparse
 import json
-import sys
 from pathlib import Path
 
 import torch
@@ -41,6 +49,10 @@ def find(args: argparse.Namespace) -> Layers:
     """Measure what `--output` lacks, and print the layers that were found."""
     with one_line("these flags do not fit together"):
         blocks = moba_flex.MobaConfig(block_size=args.block_size, top_k=args.top_k, sink_blocks=args.sink_blocks)
+    if args.sequence_length - 1 <= (read := args.block_size * args.top_k):
+        raise DemoError(
+            f"--sequence-length is {args.sequence_length:,}, of which MoBA reads every key: give more than --block-size times --top-k, {read:,}"
+        )
     model, tokenizer = load(args.model, args.device, args.dtype)
     if args.sequence_length > context_of(model):
         raise DemoError(f"--sequence-length is {args.sequence_length:,}, but the model's context is {context_of(model):,} tokens")
@@ -76,6 +88,8 @@ class Measured:
         self._file, self._text = args.output, text
         settings = {name: getattr(args, name) for name in SETTINGS} | {"model": args.model, "text": int(text.sum())}
         self._found = {"settings": settings, "loss": {}}
+        with one_line("cannot write to the folder"):
+            self._file.parent.mkdir(parents=True, exist_ok=True)
         if self._file.exists():
             if not args.resume:
                 raise DemoError(f"{self._file} is there already: go on with --resume, or choose another --output")

@@ -51,8 +51,9 @@ def losses(file: Path) -> dict[str, float]:
 
 
 def test_each_layer_is_measured_and_the_best_is_kept(flags, expected, tmp_path, capsys) -> None:
-    assert full_layers.main([*flags, "--layers", "2", "--output", str(tmp_path / "found.json")]) == 0
-    found = losses(tmp_path / "found.json")
+    file = tmp_path / "new folder" / "found.json"
+    assert full_layers.main([*flags, "--layers", "2", "--output", str(file)]) == 0
+    found = losses(file)
     assert found == pytest.approx(expected, abs=1e-5) and len(found) == 2 + 4 + 3
     pairs = {name: loss for name, loss in found.items() if name.count(",") == 2}
     layers = min(pairs, key=pairs.get).partition(" in ")[2].split(", ")
@@ -84,6 +85,7 @@ def test_after_a_stop_it_goes_on_to_the_same_layers(flags, expected, tmp_path, m
     [
         (["--layers", "4"], "--layers must be from 1 to 3, one less than layers use MoBA, but is 4"),
         (["--sequence-length", "2000"], "--sequence-length is 2,000, but the model's context is 1,024 tokens"),
+        (["--top-k", "16"], "--sequence-length is 500, of which MoBA reads every key: give more than --block-size times --top-k, 512"),
         (["--top-k", "0"], "these flags do not fit together: top_k must be an int of at least 1, but is 0"),
         (["--text", "/nowhere"], "cannot read the text: text is read from folders, but /nowhere is none"),
     ],
