@@ -51,7 +51,8 @@ def find(args: argparse.Namespace) -> Layers:
         blocks = moba_flex.MobaConfig(block_size=args.block_size, top_k=args.top_k, sink_blocks=args.sink_blocks)
     if args.sequence_length - 1 <= (read := args.block_size * args.top_k):
         raise DemoError(
-            f"--sequence-length is {args.sequence_length:,}, of which MoBA reads every key: give more than --block-size times --top-k, {read:,}"
+            f"--sequence-length is {args.sequence_length:,}, of which MoBA reads every key: give more than --block-size times --top-k, "
+            f"{read:,}"
         )
     model, tokenizer = load(args.model, args.device, args.dtype)
     if args.sequence_length > context_of(model):
