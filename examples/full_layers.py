@@ -29,6 +29,7 @@ from pathlib import Path
 import torch
 from adapt import loss_of
 from adapting.text import sequences
+from changed_settings import changes
 from demo_weights import DemoError
 from llama import Parser, context_of, exit_code, load, one_line
 from needle import write
@@ -97,9 +98,8 @@ class Measured:
             with one_line(f"{self._file} is no result of this script"):
                 self._found = json.loads(self._file.read_text())
                 before = self._found["settings"]
-            changed = [f"{name} was {before.get(name)} and is {x}" for name, x in settings.items() if before.get(name) != x]
-            if changed:
-                raise DemoError(f"{self._file} has losses with other settings: {', '.join(changed)}")
+            if changed := changes(before, settings):
+                raise DemoError(f"{self._file} has losses with other settings: {changed}")
 
     def loss(self, name: str, model: PreTrainedModel, config: moba_flex.MobaConfig | None) -> float:
         """Mean negative log-likelihood of the text, nats a token, with MoBA's settings `config`, or with full attention."""

@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import transformers
+from changed_settings import changes
 from demo_weights import DemoError
 from llama import Parser, context_of, exit_code, load, one_line, trained_with, with_adapter
 from package_text import KINDS, Document, collect, default_roots
@@ -204,9 +205,8 @@ def begin(file: Path, asked: dict) -> dict:
         about = {"date": time.strftime("%Y-%m-%d"), "torch": torch.__version__, "transformers": transformers.__version__}
         return {**about, "asked": asked, "models": {}, "right": {side: {} for side in SIDES}}
     results = json.loads(file.read_text())
-    changed = [f"{name} was {results['asked'][name]} and is {x}" for name, x in asked.items() if results["asked"][name] != x]
-    if changed:
-        raise DemoError(f"{file} cannot be continued: {', '.join(changed)}")
+    if changed := changes(results["asked"], asked):
+        raise DemoError(f"{file} cannot be continued: {changed}")
     return results
 
 

@@ -27,6 +27,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from benchmarking.results import environment
+from changed_settings import changes
 from compiled_layers import compile_layers, mask_of
 from pretraining.batches import Batches
 from pretraining.compare import compare
@@ -72,14 +73,13 @@ def pretrain(args: argparse.Namespace) -> bool:
     pending = [training for training in every if not training.done]
     for training in pending:
         training.successors = [other for other in pending if other.begins_as(training)]
-    for i, training in enumerate(pending):
-        with sdpa_kernel(DENSE, set_priority=True):
-            done = (not i or not enough()) and training.go_on(enough)  # a step at least, however little time there is
-        if not done:
-            why = "interrupted" if stop.wanted else "the time is up"
-            print(f"{why} after step {training.step} of {training.name}, {len(pending) - i} runs left: the same command goes on from there")
-            return False
-        training.release()
+    with sdpa_kernel(DENSE, set_priority=True):
+        for i, training in enumerate(pending):
+            if (i and enough()) or not training.go_on(enough):  # a step at least, however little time there is
+                why, left = "interrupted" if stop.wanted else "the time is up", len(pending) - i
+                print(f"{why} after step {training.step} of {training.name}, {left} runs left: the same command goes on from there")
+                return False
+            training.release()
     return True
 
 
@@ -206,11 +206,8 @@ class Training:
         return torch.autocast("cuda", torch.bfloat16) if self.device.type == "cuda" else nullcontext()
 
     def _check(self, settings: dict, file: Path) -> None:
-        settings = complete(settings)
-        changed = [name for name, x in self.settings.items() if settings.get(name) != x]
-        if changed:
-            was = ", ".join(f"{name} was {settings.get(name)} and is {self.settings[name]}" for name in changed)
-            raise SystemExit(f"{file} is of a run with other settings: {was}. Choose another --output and --checkpoints, or delete it")
+        if changed := changes(complete(settings), self.settings):
+            raise SystemExit(f"{file} is of a run with other settings: {changed}. Choose another --output and --checkpoints, or delete it")
 
     def _resume(self) -> None:
         if not self.checkpoint.exists():

@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 import torch.distributed.checkpoint as dcp
 from accelerate import Accelerator
+from changed_settings import changes
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -222,10 +223,8 @@ class Run:
             raise SystemExit(f"--resume: there is no checkpoint in {self._output}")
         path = self._checkpoints()[-1]
         saved = json.loads((path / "run.json").read_text())
-        changed = [name for name, x in self._settings.items() if saved["settings"].get(name) != x]
-        if changed:
-            was = ", ".join(f"{name} was {saved['settings'].get(name)} and is {self._settings[name]}" for name in changed)
-            raise SystemExit(f"--resume from {path}: these must not change: {was}")
+        if changed := changes(saved["settings"], self._settings):
+            raise SystemExit(f"--resume from {path}: these must not change: {changed}")
         model, optimizer = get_state_dict(self._model, self._optimizer)
         dcp.load({"model": model, "optimizer": optimizer}, checkpoint_id=path)
         set_state_dict(self._model, self._optimizer, model_state_dict=model, optim_state_dict=optimizer)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from changed_settings import changes
 from demo_weights import DemoError
 from filelock import FileLock, Timeout
 from llama import context_of
@@ -51,9 +52,8 @@ class Output:
         self._folder.mkdir(parents=True, exist_ok=True)
         with self.results() as results:
             saved = results.setdefault("settings", settings)
-            changed = [f"{name} was {saved.get(name)} and is {x}" for name, x in settings.items() if saved.get(name) != x]
-            if changed:
-                raise DemoError(f"--output {self._folder} has runs with other settings; these must not change: {', '.join(changed)}")
+            if changed := changes(saved, settings):
+                raise DemoError(f"--output {self._folder} has runs with other settings; these must not change: {changed}")
             results["held_out_files"] = text.held_out_files
             for name in self._args.runs:
                 results["runs"].setdefault(name, about)
