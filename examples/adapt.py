@@ -10,9 +10,10 @@
     python examples/adapt.py --output long --sequence-length 32768 --rope-theta 800000 --batch-size 2 --micro-batch-size 1
 
 Three low-rank adapters (LoRA) are trained from the same start, on the same sequences in the same order: `full`, `moba`, and `hybrid`,
-which is MoBA with full attention in the `--full-layers`: the last 3, or those that examples/full_layers.py finds. Each is measured on
-files that no run has read, with and without its training. `--output` gets results.json, and a folder for each run: log.jsonl (every step),
-the checkpoint, the adapter. Whichever call finds that all three are measured prints the results.
+which is MoBA with full attention in the `--full-layers`, those that examples/full_layers.py finds. Each is measured on files that no run
+has read, with and without its training. `--output` gets results.json, and a folder for each run: log.jsonl (every step), the checkpoint,
+the adapter. Whichever call finds that all three are measured prints the results. The adapter in examples/adapter, which `llama.py --adapted`
+uses by itself, is `hybrid` after `--steps 160 --micro-batch-size 4`; docs/results.md has what it keeps.
 
 For sequences beyond the model's context, `--rope-theta` raises the base of its rotary embedding, in all runs and measurements alike. It
 is kept with the adapter, and so is the longer context, for `llama.py --adapted` and `needle.py`.
@@ -180,16 +181,17 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     flag("--clip", type=float, default=1.0, help="norm of the gradient (default: 1)")
     flag("--rank", type=int, default=16, help="of the adapter (default: 16, 9.8 MB for SmolLM2-135M)")
     flag("--needle-share", type=float, default=0.1, help="share of sequences with facts and questions, see needle.py (default: 0.1)")
-    flag("--block-size", type=int, default=128)
-    flag("--top-k", type=int, default=8)
+    flag("--block-size", type=int, default=64, help="tokens (default: 64)")
+    flag("--top-k", type=int, default=24, help="blocks (default: 24, which are 1,536 tokens)")
     flag("--sink-blocks", type=int, default=1)
-    flag("--full-layers", type=int, nargs="+", default=[-3, -2, -1], help="those of `hybrid` with full attention (default: -3 -2 -1)")
+    flag("--full-layers", type=int, nargs="+", help="those of `hybrid` with full attention (default: 17 18 20; of another --model the last 3)")
     flag("--seed", type=int, default=0)
     flag("--checkpoint-seconds", type=float, default=120, help="time between checkpoints (default: 120)")
     flag("--no-compile", action="store_true", help="do not compile the layers on a GPU")
     flag("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda if there is one, else cpu")
     args = parser.parse_args(argv)
     args.runs = [name for name in RUNS if name in args.runs]
+    args.full_layers = args.full_layers or ([17, 18, 20] if args.model is None else [-3, -2, -1])
     if args.rope_theta is not None and not 1 < args.rope_theta < float("inf"):
         parser.error(f"argument --rope-theta: must be above 1, but is {args.rope_theta:g}")
     with one_line("these flags do not fit together"):

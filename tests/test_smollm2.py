@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from adapt import loss_of
+from llama import ADAPTER, parse, settings_of, with_adapter
 from torch import Tensor
 
 import moba_flex
@@ -83,3 +85,16 @@ def test_saving_and_loading_keep_settings_and_answers(model, prompt, tmp_path):
     loaded = moba_flex.AutoModelForCausalLM.from_pretrained(tmp_path)
     assert loaded.config.moba == plain.config.moba
     assert torch.equal(logits(loaded, prompt), logits(plain, prompt))
+
+
+def test_the_adapter_of_the_repository_makes_a_model_with_moba_read_better(smollm2):
+    model, tokenizer = copy.deepcopy(smollm2[0]), smollm2[1]
+    settings = settings_of(parse(["--adapted"]))
+    text = (Path(sysconfig.get_path("stdlib")) / "textwrap.py").read_text(encoding="utf-8")
+    ids = tokenizer(text, return_tensors="pt")["input_ids"][0, :2048]
+    assert settings.block_size * settings.top_k < len(ids)  # so that something is left out
+    before = loss_of(moba_flex.patch(model, settings), ids)
+    moba_flex.unpatch(model)
+    after = loss_of(moba_flex.patch(with_adapter(model, ADAPTER), settings), ids)
+    assert after < before
+    assert sum(file.stat().st_size for file in ADAPTER.iterdir()) < 10e6
