@@ -12,8 +12,9 @@
 Three low-rank adapters (LoRA) are trained from the same start, on the same sequences in the same order: `full`, `moba`, and `hybrid`,
 which is MoBA with full attention in the `--full-layers`, those that examples/full_layers.py finds. Each is measured on files that no run
 has read, with and without its training. `--output` gets results.json, and a folder for each run: log.jsonl (every step), the checkpoint,
-the adapter. Whichever call finds that all three are measured prints the results. The adapter in examples/adapter, which `llama.py --adapted`
-uses by itself, is `hybrid` after `--steps 160 --micro-batch-size 4`; docs/results.md has what it keeps.
+the adapter. Whichever call finds that all three are measured prints the results.
+
+The adapter in examples/adapter, which `llama.py --adapted` uses, is `hybrid` after `--steps 160 --micro-batch-size 4`: see docs/results.md.
 
 For sequences beyond the model's context, `--rope-theta` raises the base of its rotary embedding, in all runs and measurements alike. It
 is kept with the adapter, and so is the longer context, for `llama.py --adapted` and `needle.py`.
@@ -184,7 +185,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     flag("--block-size", type=int, default=64, help="tokens (default: 64)")
     flag("--top-k", type=int, default=24, help="blocks (default: 24, which are 1,536 tokens)")
     flag("--sink-blocks", type=int, default=1)
-    flag("--full-layers", type=int, nargs="+", help="those of `hybrid` with full attention (default: 17 18 20; of another --model the last 3)")
+    flag("--full-layers", type=int, nargs="+", help="those of `hybrid` with full attention (default: 17 18 20; the last 3 of a --model)")
     flag("--seed", type=int, default=0)
     flag("--checkpoint-seconds", type=float, default=120, help="time between checkpoints (default: 120)")
     flag("--no-compile", action="store_true", help="do not compile the layers on a GPU")

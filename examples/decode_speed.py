@@ -132,7 +132,8 @@ def tokens_per_second(model: PreTrainedModel, tokens: int, new: int, compiled: b
         cache.update(key, value, index)
 
     def step(call: Callable, token: Tensor) -> Tensor:
-        return call(input_ids=token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
+        # By its place: transformers 5.24 renamed past_key_values to cache.
+        return call(token, None, None, cache, use_cache=True).logits[:, -1:].argmax(-1)
 
     token = step(model, torch.zeros(1, 1, dtype=torch.int64, device="cuda"))  # uncompiled: lays block means beside the cache
     call = torch.compile(model, mode="reduce-overhead", fullgraph=True) if compiled else model

@@ -8,6 +8,7 @@ import re
 import threading
 from functools import lru_cache
 from pathlib import Path
+from unittest.mock import Mock
 
 import torch
 import torch.distributed as dist
@@ -405,15 +406,19 @@ def order_of_events() -> tuple[list[str], list[str]]:
 
 
 def most_messages_held() -> int:
-    """How many gathered messages there are at a time while attention works, without gradients."""
+    """How many gathered messages there are at a time while attention works, without gradients.
+
+    Nothing travels: gloo's thread holds a message for a moment after it has arrived, and what is counted is what attention holds.
+    """
     messages: list[StorageWeakRef] = []
     held: list[int] = []
     before = exchange.MESSAGE_BYTES, exchange._all_gather
 
-    def gather(out: Tensor, x: Tensor, **options) -> dist.Work:
+    def gather(out: Tensor, x: Tensor, **_) -> Mock:
         messages.append(StorageWeakRef(out.untyped_storage()))
         held.append(sum(not message.expired() for message in messages))
-        return before[1](out, x, **options)
+        out.copy_(x.repeat(out.shape[0] // x.shape[0], *[1] * (x.dim() - 1)))
+        return Mock(dist.Work)
 
     exchange.MESSAGE_BYTES, exchange._all_gather = 1, gather
     try:

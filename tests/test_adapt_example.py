@@ -316,6 +316,12 @@ def test_the_demo_reads_as_the_adapter_was_trained_unless_flags_say_otherwise(wh
     assert settings("full") == moba_flex.MobaConfig(**llama.DEFAULTS)
 
 
+def test_the_adapter_of_the_repository_has_the_settings_that_are_the_default_of_its_recipe() -> None:
+    expected = moba_config("hybrid", adapt.parse(["--output", "anywhere"]))
+    assert llama.settings_of(llama.parse(["--adapted"])) == expected
+    assert moba_config("hybrid", adapt.parse(["--output", "anywhere", "--model", "another"])).full_attention_layers == (-3, -2, -1)
+
+
 def test_the_demo_says_where_an_adapter_is_missing_or_does_not_fit(whole: Path, tiny: Path, tmp_path: Path, capsys) -> None:
     for folder, words in (
         (tmp_path, f"there is no adapter in {tmp_path}: train one with examples/adapt.py"),

@@ -133,7 +133,7 @@ def test_a_hybrid_of_full_and_sparse_layers_gives_the_tokens_of_recomputation(of
     cache = DynamicCache(config=model.config)
     cache.offloading = offloading  # what makes its layers move; streams, which the rest of it is, are for GPUs
     if offloading:
-        cache.update = lambda key, value, index, *_: (cache.layers[index].update(key, value), cache.layers[index].offload())[0]
+        cache.update = lambda key, value, index, *_, **__: (cache.layers[index].update(key, value), cache.layers[index].offload())[0]
     out = model.generate(ids, past_key_values=cache, **GREEDY)
     assert not hasattr(cache.layers[2], "_moba_means"), "a layer with full attention needs no means"
     full = build(**FULL, full_attention_layers=(-1,))

@@ -29,9 +29,15 @@ _PACKED = ("cu_seq_lens_q", "cu_seq_lens_k")
 _HOOK = "_moba_hook"
 
 
+def cache_in(kwargs: dict) -> Cache | None:
+    """The cache among the keyword arguments of a layer or a model: "cache" since transformers 5.24, "past_key_values" before."""
+    cache = kwargs.get("cache")
+    return kwargs.get("past_key_values") if cache is None else cache
+
+
 def pass_cache(layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
     """A forward pre-hook of attention layers: the attention function gets the cache."""
-    cache = kwargs.get("past_key_values")
+    cache = cache_in(kwargs)
     return (args, {**kwargs, CACHE: cache}) if cache is not None else None
 
 
@@ -48,7 +54,7 @@ def _drafts(kwargs: dict) -> dict:
     of these tells drafts from a prompt, with which they may share a call.
     """
     keep = kwargs.get("logits_to_keep")
-    return {DRAFTS: keep - 1} if kwargs.get("past_key_values") is not None and isinstance(keep, int) and keep >= 2 else {}
+    return {DRAFTS: keep - 1} if cache_in(kwargs) is not None and isinstance(keep, int) and keep >= 2 else {}
 
 
 def _whole(model: nn.Module, args: tuple, kwargs: dict) -> dict:
@@ -57,7 +63,7 @@ def _whole(model: nn.Module, args: tuple, kwargs: dict) -> dict:
     Without a cache transformers looks for packed sequences in positions that it made itself, and in a graph cannot see that there are
     none. A mask keeps it from looking.
     """
-    given = [kwargs.get(name) for name in ("attention_mask", "position_ids", "past_key_values", *_PACKED)]
+    given = [cache_in(kwargs), *(kwargs.get(name) for name in ("attention_mask", "position_ids", *_PACKED))]
     if not torch.compiler.is_compiling() or len(args) > 1 or any(x is not None for x in given):
         return {}
     use_cache = kwargs.get("use_cache")

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, EncoderDecoderCache
 
 from ..config import MobaConfig
-from .cache import DynamicLayerWithMeans
+from .cache import DynamicLayerWithMeans, cache_in
 from .layers import named_full
 from .mask import MobaMask
 
@@ -80,7 +80,7 @@ class KeyConv(nn.Module):
                 f"key_conv: the k_proj of {type(layer).__name__} {layer.layer_idx} was replaced after moba_flex.patch, so its keys would "
                 "not be convolved: leave k_proj as it was (with LoRA, out of target_modules)"
             )
-        hidden, cache = args[0] if args else kwargs["hidden_states"], kwargs.get("past_key_values")
+        hidden, cache = args[0] if args else kwargs["hidden_states"], cache_in(kwargs)
         position = _positions(kwargs.get("attention_mask"), hidden, kwargs)
         now = None if cache is None and position is None else Pass(position, cache, _keys_before(cache, layer))
         if now is not self._pass:
