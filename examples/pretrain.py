@@ -19,8 +19,8 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from datetime import date
 from pathlib import Path
 
@@ -30,6 +30,7 @@ from benchmarking.results import environment
 from changed_settings import changes
 from compiled_layers import compile_layers, mask_of
 from pretraining.batches import Batches
+from pretraining.captured import Passes
 from pretraining.compare import compare
 from pretraining.corpus import Corpus, corpus, windows
 from pretraining.optimizer import MuonAndAdamW
@@ -73,7 +74,7 @@ def pretrain(args: argparse.Namespace) -> bool:
     pending = [training for training in every if not training.done]
     for training in pending:
         training.successors = [other for other in pending if other.begins_as(training)]
-    with sdpa_kernel(DENSE, set_priority=True):
+    with sdpa_kernel(DENSE, set_priority=True), steps_in_graphs(device, args):
         for i, training in enumerate(pending):
             if (i and enough()) or not training.go_on(enough):  # a step at least, however little time there is
                 why, left = "interrupted" if stop.wanted else "the time is up", len(pending) - i
@@ -126,9 +127,11 @@ class Training:
         self.held_out = self.text.held_out.to(self.device)
         self.rows = rows_together(args)
         self.of_hidden = losses_of_hidden
-        if self.device.type == "cuda" and not args.no_compile:
+        on_gpu = self.device.type == "cuda"
+        if on_gpu and not args.no_compile:
             compile_layers(self.model)
             self.of_hidden = torch.compile(losses_of_hidden, dynamic=False, fullgraph=True)
+        self.passes = Passes(self._passes, self.model) if on_gpu and not args.no_step_graphs else None
         batches, saved, since = Batches(self.text, args, self.settings["seed"]), time.monotonic(), None
 
         for step in tqdm(range(self.step, args.steps), desc=self.name, initial=self.step, total=args.steps, mininterval=5):
@@ -154,22 +157,30 @@ class Training:
         return True
 
     def release(self) -> None:
-        """Let go of the memory of a run that is done, and of its compiled graphs."""
-        del self.model, self.optimizer, self.held_out
+        """Let go of the memory of a run that is done, and of its graphs."""
+        del self.model, self.optimizer, self.held_out, self.passes
         torch.compiler.reset()
 
     def _train(self, ids: Tensor, rate: float) -> Tensor:
         """One step on `[B, context + 1]`; its loss, which stays on the device."""
         if self.device.type == "cuda":
-            ids = ids.pin_memory()  # so that nothing waits for the copies
+            ids = ids.pin_memory()  # so that nothing waits for the copy
+        if self.passes is not None:
+            loss = self.passes(ids, kind=self.step < self.first_of_its_own)
+        else:
+            loss = self._passes(ids.to(self.device, non_blocking=True))
+        nn.utils.clip_grad_norm_(self.model.parameters(), self.args.clip)
+        self.optimizer.step(rate)
+        return loss
+
+    def _passes(self, ids: Tensor) -> Tensor:
+        """The forward and backward pass of a step, as many contexts at a time as fit; the loss."""
         parts, total = ids.split(self.rows), torch.zeros((), device=self.device)
         for part in parts:
             with self._autocast():
-                loss = self._losses(part.to(self.device, non_blocking=True)).mean() / len(parts)
+                loss = self._losses(part).mean() / len(parts)
             loss.backward()
             total += loss.detach()
-        nn.utils.clip_grad_norm_(self.model.parameters(), self.args.clip)
-        self.optimizer.step(rate)
         return total
 
     @torch.no_grad()
@@ -247,6 +258,16 @@ class Training:
         partial.replace(self.file)
 
 
+@contextmanager
+def steps_in_graphs(device: torch.device, args: argparse.Namespace) -> Iterator[None]:
+    """Where whole steps are captured in CUDA graphs, calls of attention need none, nor the memory of theirs."""
+    before = moba_flex.set_cuda_graphs(device.type != "cuda" or args.no_step_graphs)
+    try:
+        yield
+    finally:
+        moba_flex.set_cuda_graphs(before)
+
+
 def losses(model: nn.Module, ids: Tensor, of_hidden: Callable) -> Tensor:
     """`[B, N + 1]` -> `[B, N]`: the loss of each token after the first."""
     read = ids[:, :-1]
@@ -301,6 +322,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--most-bytes", type=int, help="of the sources")
     parser.add_argument("--cpu", action="store_true", help="also where there is a GPU")
     parser.add_argument("--no-compile", action="store_true", help="do not compile the layers")
+    parser.add_argument("--no-step-graphs", action="store_true", help="do not capture the two passes of a step in a CUDA graph")
     args = parser.parse_args(arguments)
     rows, together = args.batch_tokens // args.context, rows_together(args)
     if args.batch_tokens % args.context or rows % together:

@@ -15,6 +15,7 @@ import pretrain
 import pytest
 import torch
 from compiled_layers import compile_layers
+from pretraining import captured
 from pretraining.batches import Batches, order
 from pretraining.compare import differences, draw_sweep, group, held_out, table
 from pretraining.corpus import Corpus, corpus, windows
@@ -312,6 +313,47 @@ def test_a_log_from_before_a_setting_has_what_was_so_then(trained, text, tmp_pat
     file.write_text(json.dumps(log))
     with pytest.raises(SystemExit, match=r"optimizer was adamw and is muon"):
         pretrain.pretrain(arguments(tmp_path, text, "--runs", "moba"))
+
+
+def test_a_step_is_captured_once_it_has_run_twice_and_again_when_its_attention_changes(monkeypatch):
+    ran = []
+
+    class Graph:
+        def __init__(self, function, model, ids):
+            ran.append("capture")
+
+        def __call__(self, ids):
+            ran.append("replay")
+            return ids.sum()
+
+    def eager(ids):
+        ran.append("eager")
+        return ids.sum()
+
+    monkeypatch.setattr(captured, "Graph", Graph)
+    passes = captured.Passes(eager, torch.nn.Linear(1, 1))
+    assert [passes(torch.tensor([i]), kind=i < 4).item() for i in range(8)] == list(range(8))
+    assert ran == ["eager", "eager", "capture", "replay", "replay"] * 2
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU: only there steps are captured")
+@pytest.mark.parametrize("name", ["full", "moba-then-full", "moba-conv-3"])
+def test_captured_steps_have_the_losses_of_others(text, tmp_path, monkeypatch, name):
+    """Two parts a step, so that gradients add up within a graph; on a GPU not all sums are of one order, so not to the bit."""
+    replays = []
+    replay = captured.Graph.__call__
+    monkeypatch.setattr(captured.Graph, "__call__", lambda self, ids: replays.append(0) or replay(self, ids))
+    losses = []
+    for more in ([], ["--no-step-graphs"]):
+        args = arguments(tmp_path / str(len(more)), text, "--runs", name, "--tokens", str(512 * 60), *more)
+        args.cpu = False
+        assert pretrain.pretrain(args)
+        (log,) = logs(tmp_path / str(len(more))).values()
+        losses.append([loss for _, loss in log["train"] + log["held_out"]])
+        assert len(replays) == (56 if name == "moba-then-full" else 58)  # all steps but two of each attention
+    assert losses[0] == pytest.approx(losses[1], rel=5e-3)
+    assert losses[0][0] > losses[0][5]
 
 
 def test_matrices_taken_together_move_as_pytorchs_muon_moves_each():

@@ -1,0 +1,53 @@
+"""A step's forward and backward pass as one CUDA graph: a small model's thousands of kernels take the host longer to launch than a GPU
+to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+
+import torch
+from torch import Tensor, nn
+
+EAGER_STEPS = 2  # of a kind, before it is captured: what compiles, or is kept for later, does so in these
+
+Function = Callable[[Tensor], Tensor]  # ids on the GPU -> loss; leaves gradients in a model that had none
+
+
+class Passes:
+    """`function` on the GPU, from its third step of a kind on replayed from a CUDA graph: the same kernels on the same numbers.
+
+    `kind` is all but the ids that decides which kernels run. A graph of another kind is freed.
+    """
+
+    def __init__(self, function: Function, model: nn.Module) -> None:
+        self._function, self._model = function, model
+        self._kind: Hashable = None
+        self._steps, self._graph = 0, None
+
+    def __call__(self, ids: Tensor, kind: Hashable) -> Tensor:
+        """`[B, context + 1]` in pinned memory -> the loss, on the GPU. Gradients are there until the next call."""
+        if kind != self._kind:
+            self._kind, self._steps, self._graph = kind, 0, None
+        self._steps += 1
+        if self._steps <= EAGER_STEPS:
+            return self._function(ids.to(next(self._model.parameters()).device, non_blocking=True))
+        self._graph = self._graph or Graph(self._function, self._model, ids)
+        return self._graph(ids)
+
+
+class Graph:
+    """`function`, captured. All its memory is its own, that of the gradients too."""
+
+    def __init__(self, function: Function, model: nn.Module, ids: Tensor) -> None:
+        self._ids, self._graph = torch.empty_like(ids, device="cuda"), torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._loss = function(self._ids)
+        self._grads = [(x, x.grad) for x in model.parameters() if x.grad is not None]
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        self._ids.copy_(ids, non_blocking=True)
+        self._graph.replay()
+        for x, grad in self._grads:  # an optimizer forgets them after each step
+            x.grad = grad
+        return self._loss.clone()
