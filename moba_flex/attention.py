@@ -28,7 +28,8 @@ from . import eager, flex, graphs
 from .autocast import without_autocast
 from .blocks import BlockLayout, dense_layout, one_block, packed_layout, padded_layout, slots_per_block
 from .chunks import Chunk, chunks
-from .masked import as_they_lie, empty_lying_like, few_blocks
+from .lying import as_it_lies, empty_lying_like
+from .masked import few_blocks
 from .rows import write
 from .spec import Spec
 
@@ -41,15 +42,16 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output `[B, H, Nq, Dv]`, log-sum-exp `[B, H, Nq]` and the chosen blocks `[B, H, Q * P, S]`."""
     if masks(query, key, value, layout, spec, backend):
-        query, key, value = (as_they_lie(x) for x in (query, key, value))
+        query, key, value = (as_it_lies(x) for x in (query, key, value))
         chosen = choose(layout.query_slots(query), layout.key_slots(key), layout, spec, backend)
         return *backend.masked(query, key, value, chosen, layout, spec), chosen
 
-    q, k, v = (x.contiguous() for x in (layout.query_slots(query), layout.key_slots(key), layout.key_slots(value)))
+    q = as_it_lies(layout.query_slots(query, as_it_lies=True)) if backend is flex else layout.query_slots(query).contiguous()
+    k, v = layout.key_slots(key).contiguous(), layout.key_slots(value).contiguous()
     plan = planned(q, k, v, layout, spec, budget, backend.REACH)
     chosen = choose(q, k, layout, spec, backend)
 
-    out, lse = q.new_empty(*q.shape[:3], v.shape[-1]), q.new_empty(q.shape[:3], dtype=_wide(q.dtype))
+    out, lse = empty_lying_like(q, q.shape[2], v.shape[-1]), q.new_empty(q.shape[:3], dtype=_wide(q.dtype))
     for rows, groups, parts in plan:
         for heads, blocks in parts:
             part, at = layout.part(rows, blocks), (rows, heads, layout.slots(blocks))
@@ -211,8 +213,8 @@ def _(query, key, value, padding_mask, cu_seqlens, sizes, causal, share_selectio
     lse = query.new_empty(query.shape[:3], dtype=_wide(query.dtype))
     chosen = query.new_empty(*query.shape[:2], blocks * width, spec.routed, dtype=torch.int32)
     dense = padding_mask is None and cu_seqlens is None
-    if implementation == "flex" and dense and few_blocks(query, key, value, spec):
-        return empty_lying_like(query, value.shape[-1]), lse, chosen
+    if implementation == "flex" and dense:
+        return empty_lying_like(query, n_query, value.shape[-1]), lse, chosen
     return query.new_empty(*query.shape[:3], value.shape[-1]), lse, chosen
 
 

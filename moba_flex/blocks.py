@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .kept import kept
+from .lying import tokens_first
 
 T = TypeVar("T")
 
@@ -93,25 +94,32 @@ class BlockLayout:
         """`[B, G, Nk, D]` -> `[B, G, C * P, D]`, zeros where no token is."""
         if self.token_of_key_slot is not None:
             return _take(x, self.token_of_key_slot)
-        return self._spread(x, 0, self.n_key_blocks)
+        return self._spread(x, 2, 0, self.n_key_blocks)
 
-    def query_slots(self, x: Tensor) -> Tensor:
-        """`[B, H, Nq, ...]` -> `[B, H, Q * P, ...]`, zeros where no token is."""
+    def query_slots(self, x: Tensor, as_it_lies: bool = False) -> Tensor:
+        """`[B, H, Nq, ...]` -> `[B, H, Q * P, ...]`, zeros where no token is.
+
+        If it has to be copied, its heads come apart, unless it shall lie as `x` does and there is no padding.
+        """
         if self.token_of_query_slot is not None:
             return _take(x, self.token_of_query_slot)
-        return self._spread(x, self.lead, self.n_query_blocks)
+        if as_it_lies and tokens_first(x):
+            return self._spread(x.transpose(1, 2), 1, self.lead, self.n_query_blocks).transpose(1, 2)
+        return self._spread(x, 2, self.lead, self.n_query_blocks)
 
     def key_tokens(self, x: Tensor) -> Tensor:
         """The inverse of `key_slots`; zeros at padding."""
         if self.slot_of_key is not None:
             return _take(x, self.slot_of_key)
-        return self._collect(x, 0, self.n_key)
+        return self._collect(x, 2, 0, self.n_key)
 
     def query_tokens(self, x: Tensor, fill: float = 0) -> Tensor:
         """The inverse of `query_slots`; `fill` at padding."""
         if self.slot_of_query is not None:
             return _take(x, self.slot_of_query, fill)
-        return self._collect(x, self.lead, self.n_query)
+        if tokens_first(x):
+            return self._collect(x.transpose(1, 2), 1, self.lead, self.n_query).transpose(1, 2)
+        return self._collect(x, 2, self.lead, self.n_query)
 
     def slots(self, blocks: slice) -> slice:
         """The query slots of some query blocks."""
@@ -149,19 +157,21 @@ class BlockLayout:
             pairs -= (min((block + 1) * self.block_size, self.n_key) - start) * (count - block)
         return pairs
 
-    def _spread(self, x: Tensor, lead: int, n_blocks: int) -> Tensor:
-        tail = n_blocks * self.block_size - lead - x.shape[2]
-        flat = (0, 0) * (x.dim() - 3)
+    def _spread(self, x: Tensor, dim: int, lead: int, n_blocks: int) -> Tensor:
+        """Tokens, dimension `dim`, to slots."""
+        tail = n_blocks * self.block_size - lead - x.shape[dim]
+        flat = (0, 0) * (x.dim() - 1 - dim)
         if lead or tail:
             x = F.pad(x, (*flat, lead, tail))
         if self.width > self.block_size:
-            x = F.pad(x.unflatten(2, (n_blocks, self.block_size)), (*flat, 0, self.width - self.block_size)).flatten(2, 3)
+            x = F.pad(x.unflatten(dim, (n_blocks, self.block_size)), (*flat, 0, self.width - self.block_size)).flatten(dim, dim + 1)
         return x
 
-    def _collect(self, x: Tensor, lead: int, n_tokens: int) -> Tensor:
+    def _collect(self, x: Tensor, dim: int, lead: int, n_tokens: int) -> Tensor:
+        """Slots, dimension `dim`, to tokens."""
         if self.width > self.block_size:
-            x = x.unflatten(2, (-1, self.width))[:, :, :, : self.block_size].flatten(2, 3)
-        return x[:, :, lead : lead + n_tokens].contiguous()
+            x = x.unflatten(dim, (-1, self.width)).narrow(dim + 1, 0, self.block_size).flatten(dim, dim + 1)
+        return x.narrow(dim, lead, n_tokens).contiguous()
 
 
 def _take(x: Tensor, index: Tensor, fill: float = 0) -> Tensor:

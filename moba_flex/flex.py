@@ -23,6 +23,7 @@ from . import rows as plain
 from .block_masks import QUERY_TILE, Mask, bits_mask, block_mask, local_mask, routed_mask
 from .blocks import BlockLayout
 from .compiled import any_length, compiled
+from .lying import as_it_lies
 from .routing import Routes
 from .spec import Spec
 
@@ -72,7 +73,7 @@ def local(query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, spec: 
     mask = local_mask(layout, query.shape[1], key.shape[1])
     operands = _by_group(query, key.shape[1]), _by_group(key, key.shape[1]), _by_group(value, key.shape[1])
     out, lse = _forward(*operands, mask, spec)
-    return out.view(*query.shape[:3], -1), lse.view(query.shape[:3])
+    return out.reshape(*query.shape[:3], -1), lse.view(query.shape[:3])
 
 
 def merge_routed(
@@ -94,7 +95,7 @@ def merge_routed(
 
 def delta(out: Tensor, grad: Tensor, grad_lse: Tensor | None) -> Tensor:
     """`out . grad - grad_lse`: see `moba_flex.rows.delta`."""
-    return _steps(out).delta(out, grad, grad_lse)
+    return _steps(out).delta(as_it_lies(out), grad, grad_lse)
 
 
 def routed(row_query: Tensor, key: Tensor, value: Tensor, routes: Routes, layout: BlockLayout, spec: Spec) -> tuple[Tensor, Tensor]:

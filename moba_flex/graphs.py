@@ -31,7 +31,7 @@ from . import flash, flex
 from .blocks import BlockLayout
 from .cuda_graph import CudaGraph, Function
 from .kept import kept
-from .masked import empty_lying_like
+from .lying import empty_lying_like
 from .spec import Spec
 
 EAGER_CALLS = 2  # of a shape, before it is captured
@@ -170,7 +170,7 @@ def place_for(x: Tensor | None) -> Tensor | None:
     """A tensor like `x` that lies as the call would bring it to lie: copying in is then all that moves it."""
     if x is None:
         return None
-    return empty_lying_like(x, x.shape[3]) if x.dim() == 4 else torch.empty_like(x, memory_format=torch.contiguous_format)
+    return empty_lying_like(x, *x.shape[2:]) if x.dim() == 4 else torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def places_for(tensors: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:

@@ -36,22 +36,6 @@ def few_blocks(query: Tensor, key: Tensor, value: Tensor, spec: Spec) -> bool:
     return scores * (query.shape[3] + value.shape[3]) <= FEW_OPERATIONS
 
 
-def as_they_lie(x: Tensor) -> Tensor:
-    """`[B, H, N, D]`, copied only if it is neither contiguous nor one row of tokens `[1, N, H, D]`, as a model's projections make it."""
-    return x if _of_tokens(x) else x.contiguous()
-
-
-def empty_lying_like(x: Tensor, width: int) -> Tensor:
-    """`[B, H, N, width]` that lies in memory as `as_they_lie(x)` does, and as the dense call returns its output for such a query."""
-    if not _of_tokens(x):
-        return x.new_empty(*x.shape[:3], width)
-    return x.new_empty(1, x.shape[2], x.shape[1], width).transpose(1, 2)
-
-
-def _of_tokens(x: Tensor) -> bool:
-    return x.shape[0] == 1 and not x.is_contiguous() and x.transpose(1, 2).is_contiguous()
-
-
 def block_bits(chosen: Tensor, layout: BlockLayout) -> Tensor:
     """`[B, H, Q * P, S]`, -1 for none -> `[B, H, Nq]` int32: bit c of a query is set if it reads block c; its own block's always is."""
     own = layout.own.repeat_interleave(layout.width, 1)[:, None, :, None].expand(*chosen.shape[:3], 1)

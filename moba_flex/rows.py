@@ -40,7 +40,8 @@ def merge(out: Tensor, lse: Tensor, row_out: Tensor, row_lse: Tensor, routes: Ro
     over all blocks and its log-sum-exp, written `into` two tensors of these shapes.
     """
     pairs = routes.row_of_pair.flatten(0, 2)
-    merged, total = (x.flatten(0, 2) for x in into)
+    whole_out, whole_lse = (x if x.is_contiguous() else torch.empty_like(x, memory_format=torch.contiguous_format) for x in into)
+    merged, total = whole_out.flatten(0, 2), whole_lse.flatten(0, 2)
     for start in range(0, pairs.shape[0], _QUERIES_AT_ONCE):
         part = slice(start, start + _QUERIES_AT_ONCE)
         pair = pairs[part]
@@ -51,6 +52,7 @@ def merge(out: Tensor, lse: Tensor, row_out: Tensor, row_lse: Tensor, routes: Ro
         result = _sum_of_rows(row_out, pair, weight[:, : pair.shape[1]])
         merged[part] = result.addcmul_(weight[:, -1:], out.flatten(0, 2)[part].to(result.dtype))
         total[part] = whole
+    write((whole_out, whole_lse), into)
 
 
 def sum_rows(grad: Tensor, row_grad: Tensor, routes: Routes, into: Tensor) -> None:

@@ -95,26 +95,34 @@ def check_masked(query: Tensor, key: Tensor, chosen: Tensor, layout: BlockLayout
         assert (a.to(CPU).float() - b.float()).norm() < 2e-2 * b.float().norm()
 
 
+def turned(x: Tensor) -> Tensor:
+    """The same, with heads that lie together for each token."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
 def check_rows(query: Tensor, routes: Routes, on_gpu: Routes) -> None:
     width, lse = query.shape[-1], torch.randn(query.shape[:3])
     used = routes.tile_in_use.bool().repeat_interleave(routes.tile)
     real = rows.dispatch(torch.ones_like(lse)[..., None], routes)[:, 0] > 0
-    same(kernels.dispatch(on_device(query), on_gpu)[on_device(real)], rows.dispatch(query, routes)[real])
+    for lying in (query, turned(query)):
+        same(kernels.dispatch(on_device(lying), on_gpu)[on_device(real)], rows.dispatch(query, routes)[real])
     operands = query, query, lse, lse
     for got, wanted in zip(kernels.dispatch_backward(*map(on_device, operands), on_gpu), rows.dispatch_backward(*operands, routes)):
         same(got[on_device(used)], wanted[used])
 
     row_out, row_lse = torch.randn(routes.n_rows, width).to(query.dtype), torch.randn(routes.n_rows)
     partial, into = (query, lse, row_out, row_lse), (torch.empty_like(query), torch.empty_like(lse))
-    got = tuple(on_device(torch.empty_like(x)) for x in into)
     rows.merge(*partial, routes, into)
-    kernels.merge(*map(on_device, partial), on_gpu, got)
-    for a, b in zip(got, into):
-        same(a, b, 2e-2)
+    for lying in (turned(query), query):
+        got = on_device(torch.empty_like(lying)), on_device(torch.empty_like(lse))
+        kernels.merge(*map(on_device, (lying, *partial[1:])), on_gpu, got)
+        for a, b in zip(got, into):
+            same(a, b, 2e-2)
     rows.sum_rows(query, row_out, routes, into[0])
     kernels.sum_rows(on_device(query), on_device(row_out), on_gpu, got[0])
     same(got[0], into[0], 2e-2)
-    same(kernels.delta(*map(on_device, (query, query, lse))), rows.delta(query, query, lse), 1e-3)
+    for lying in (query, turned(query)):
+        same(kernels.delta(*map(on_device, (lying, query, lse))), rows.delta(query, query, lse), 1e-3)
 
 
 def check_decoding(heads, groups, new, tokens, room, width, value_width, block_size, top_k, dtype, shared) -> None:

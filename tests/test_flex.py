@@ -11,6 +11,7 @@ import torch
 import torch.nn.attention.flex_attention as flex_module
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moba_flex import attention as attention_module
 from moba_flex import flex, gate
@@ -89,16 +90,24 @@ def prepared(case: dict):
     return layout, spec, routes
 
 
+def operands(case: dict) -> list[torch.Tensor]:
+    packed = case["padding"] == "packed"
+    n_query, rows = (case["n_key"], 1) if packed else (case["n_query"], case["rows"])
+    shapes = (rows, case["heads"], n_query, 8), (rows, case["groups"], case["n_key"], 8), (rows, case["groups"], case["n_key"], 6)
+    generator = torch.Generator().manual_seed(case["seed"] + 1)
+    return [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
+
+
+def settings_of(case: dict, implementation: str) -> tuple:
+    sizes = [*(case[name] for name in ("block_size", "top_k", "sink_blocks", "recent_blocks")), 1 << 30]
+    return sizes, case["causal"], case["share_selection"], 0.3, case["softcap"], implementation
+
+
 def computed(case: dict, implementation: str) -> list[torch.Tensor]:
     """Output, finite log-sum-exp and gradients of a loss that uses both."""
-    generator = torch.Generator().manual_seed(case["seed"])
-    padding_mask, bounds = visibility(case, generator)
-    n_query, rows = (case["n_key"], 1) if bounds is not None else (case["n_query"], case["rows"])
-    shapes = (rows, case["heads"], n_query, 8), (rows, case["groups"], case["n_key"], 8), (rows, case["groups"], case["n_key"], 6)
-    leaves = [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
-    sizes = [*(case[name] for name in ("block_size", "top_k", "sink_blocks", "recent_blocks")), 1 << 30]
-    settings = sizes, case["causal"], case["share_selection"], 0.3, case["softcap"], implementation
-    out, lse, _ = attention(*leaves, padding_mask, bounds, *settings)
+    leaves = operands(case)
+    padding_mask, bounds = visibility(case, torch.Generator().manual_seed(case["seed"]))
+    out, lse, _ = attention(*leaves, padding_mask, bounds, *settings_of(case, implementation))
     lse = torch.where(lse == -torch.inf, 0, lse)
     loss = (out * torch.arange(out.numel()).view_as(out).sin()).sum() + lse.sin().sum()
     return [out, lse, *torch.autograd.grad(loss, leaves)]
@@ -127,6 +136,23 @@ def test_a_key_head_beyond_the_reach_of_a_kernel_is_worked_through_in_parts(case
         patched.setattr(attention_module, "chunks", short)
         for implementation in ("eager", "flex"):
             assert_same(computed(case, implementation), wanted, case)
+
+
+@settings(max_examples=25)
+@given(cases())
+def test_an_output_lies_as_its_query_does(case):
+    """Heads together for each token, as a model's projections make them; and torch.compile is told truly."""
+    case |= {"rows": 1, "padding": "none"}
+    straight = operands(case)
+    turned = [x.detach().transpose(1, 2).contiguous().transpose(1, 2) for x in straight]
+    out, lse, _ = attention(*turned, None, None, *settings_of(case, "flex"))
+    wanted, wanted_lse, _ = attention(*straight, None, None, *settings_of(case, "flex"))
+    assert out.transpose(1, 2).is_contiguous() and wanted.is_contiguous() and lse.is_contiguous()
+    assert_same([out, lse], [wanted, wanted_lse], case)
+    with FakeTensorMode() as mode:
+        for real, given_ in ((out, turned), (wanted, straight)):
+            fake = attention(*map(mode.from_tensor, given_), None, None, *settings_of(case, "flex"))[0]
+            assert all(n == 1 or a == b for n, a, b in zip(real.shape, real.stride(), fake.stride(), strict=True))
 
 
 def tile_maps(mask, n_query: int, n_key: int):

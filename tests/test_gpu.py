@@ -156,6 +156,28 @@ def test_transposed_inputs_need_no_preparation():
     assert torch.equal(moba_attention(*turned, block_size=128, top_k=3), moba_attention(query, key, value, block_size=128, top_k=3))
 
 
+@pytest.mark.parametrize("case", [case for case in CASES if not case.padding], ids=lambda case: case.name)
+def test_an_output_lies_as_its_query_does(case):
+    """One row of heads that lie together for each token, as a model's projections make them; compiled too, with gradients."""
+    straight = [t.detach()[:1].clone() for t in case.tensors()]
+    turned = [t.transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for t in straight]
+
+    def call(query, key, value):
+        return moba_attention(query, key, value, **case.settings)
+
+    wanted, out = call(*(x.requires_grad_() for x in straight)), call(*turned)
+    assert torch.equal(out, wanted)
+    assert out.transpose(1, 2).is_contiguous() and wanted.is_contiguous()
+    gradients = [torch.autograd.grad(x.float().square().sum(), leaves) for x, leaves in ((out, turned), (wanted, straight))]
+    for a, b in zip(*gradients):
+        assert torch.equal(a, b)
+
+    compiled = torch.compile(lambda *x: call(*x) + 1, fullgraph=True)(*turned)
+    assert distance(compiled, out + 1) < 1e-3
+    for a, b in zip(torch.autograd.grad((compiled - 1).float().square().sum(), turned), gradients[0]):
+        assert distance(a, b) < 2e-2
+
+
 def test_nothing_is_read_back_to_the_host():
     run(CASES[0], "flex")
     torch.cuda.set_sync_debug_mode("error")
@@ -178,6 +200,10 @@ def test_fifty_lengths_compile_at_most_twice():
         moba_attention(query, key, value, block_size=128, top_k=3)
     # The local and the routed kernel, twice each: for the first length, and for any other.
     assert counters["stats"]["unique_graphs"] <= 2 * 2, dict(counters["stats"])
+    for length in range(300, 2300, 40):
+        query, key, value = (torch.randn(1, length, h, 64, device="cuda", dtype=torch.bfloat16).transpose(1, 2) for h in (4, 2, 2))
+        moba_attention(query, key, value, block_size=128, top_k=3)
+    assert counters["stats"]["unique_graphs"] <= 2 * 3, dict(counters["stats"])  # the local one, for queries that lie otherwise
 
 
 def test_forward_can_be_captured_in_a_cuda_graph():

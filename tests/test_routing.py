@@ -303,6 +303,19 @@ def test_slots_hold_the_tokens_of_their_block_and_give_them_back(case: Case, wid
 
 
 @examples(60)
+@given(cases(), st.booleans())
+def test_slots_of_queries_may_lie_as_the_queries_do(case: Case, wide: bool):
+    layout = layout_of(case.but(batch=1, padding=None), wide)
+    tokens = random(1, case.n_query, 2, 3, seed=case.seed).transpose(1, 2)
+    slots = layout.query_slots(tokens, as_it_lies=True)
+    assert torch.equal(slots, layout.query_slots(tokens.contiguous()))
+    back = layout.query_tokens(slots)
+    assert torch.equal(back, tokens)
+    assert back.transpose(1, 2).is_contiguous()
+    assert case.n_query == 1 or slots.transpose(1, 2).is_contiguous()  # one token lies in either way
+
+
+@examples(60)
 @given(packed_cases(), st.booleans())
 def test_slots_hold_the_tokens_of_packed_sequences_each_from_a_block_of_its_own(packed: Packed, wide: bool):
     layout, total, size = packed_layout_of(packed, wide), sum(packed.lengths), packed.case.block_size

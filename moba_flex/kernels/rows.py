@@ -12,11 +12,12 @@ from .sizes import cdiv, next_power_of_2
 
 
 @triton.jit
-def _dispatch_kernel(X, PAIR, OUT, N, S, D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr):
-    # One program: M queries, each written to the row of each of its pairs.
-    n, d = tl.program_id(0).to(tl.int64) * M + tl.arange(0, M), tl.arange(0, DP)
-    here, seen = n < N, d[None, :] < D
-    x = tl.load(X + n[:, None] * D + d[None, :], mask=here[:, None] & seen, other=0.0)
+def _dispatch_kernel(X, PAIR, OUT, H, N, S, stride_b, stride_h, stride_n, D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr):
+    # One program: M queries of a head, each written to the row of each of its pairs.
+    head, i, d = tl.program_id(1).to(tl.int64), tl.program_id(0).to(tl.int64) * M + tl.arange(0, M), tl.arange(0, DP)
+    n, here, seen = head * N + i, i < N, d[None, :] < D
+    at = (head // H) * stride_b + (head % H) * stride_h + i * stride_n
+    x = tl.load(X + at[:, None] + d[None, :], mask=here[:, None] & seen, other=0.0)
     for s in range(S):
         row = tl.load(PAIR + n * S + s, mask=here, other=-1).to(tl.int64)
         tl.store(OUT + row[:, None] * D + d[None, :], x, mask=(row[:, None] >= 0) & seen)
@@ -24,9 +25,11 @@ def _dispatch_kernel(X, PAIR, OUT, N, S, D: tl.constexpr, DP: tl.constexpr, M: t
 
 def dispatch(x: Tensor, routes: Routes) -> Tensor:
     """`[B, H, N, D]` -> `[R, D]`: the query of each row. Spare rows hold anything: no output of theirs is ever read."""
-    n_query, count, width, tile = x.numel() // x.shape[-1], routes.row_of_pair.shape[-1], x.shape[-1], 32
+    (rows, heads, slots, width), count, tile = x.shape, routes.row_of_pair.shape[-1], 32
     out = x.new_empty(routes.n_rows, width)
-    _dispatch_kernel[(cdiv(n_query, tile),)](x, routes.row_of_pair, out, n_query, count, width, next_power_of_2(width), tile, num_warps=4)
+    _dispatch_kernel[(cdiv(slots, tile), rows * heads)](
+        x, routes.row_of_pair, out, heads, slots, count, *x.stride()[:3], width, next_power_of_2(width), tile, num_warps=4
+    )
     return out
 
 
@@ -92,9 +95,13 @@ def dispatch_backward(query: Tensor, grad: Tensor, lse: Tensor, delta: Tensor, r
 
 
 @triton.jit
-def _merge_kernel(OUT, LSE, ROW_OUT, ROW_LSE, PAIR, TO, TO_LSE, N, S: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr):
-    n, d = tl.program_id(0).to(tl.int64) * M + tl.arange(0, M), tl.arange(0, DP)
-    here, seen = n < N, d[None, :] < D
+def _merge_kernel(
+    OUT, LSE, ROW_OUT, ROW_LSE, PAIR, TO, TO_LSE, H, N, stride_b, stride_h, stride_n, to_stride_b, to_stride_h, to_stride_n,
+    S: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr,
+):  # fmt: skip
+    # One program: M queries of a head.
+    head, i, d = tl.program_id(1).to(tl.int64), tl.program_id(0).to(tl.int64) * M + tl.arange(0, M), tl.arange(0, DP)
+    n, here, seen = head * N + i, i < N, d[None, :] < D
     most = tl.load(LSE + n, mask=here, other=float("-inf"))
     for s in tl.static_range(S):
         row = tl.load(PAIR + n * S + s, mask=here, other=-1).to(tl.int64)
@@ -102,7 +109,8 @@ def _merge_kernel(OUT, LSE, ROW_OUT, ROW_LSE, PAIR, TO, TO_LSE, N, S: tl.constex
     most = tl.where(most == float("-inf"), 0.0, most)
 
     total = tl.exp(tl.load(LSE + n, mask=here, other=float("-inf")) - most)
-    acc = total[:, None] * tl.load(OUT + n[:, None] * D + d[None, :], mask=here[:, None] & seen, other=0.0).to(tl.float32)
+    at = (head // H) * stride_b + (head % H) * stride_h + i * stride_n
+    acc = total[:, None] * tl.load(OUT + at[:, None] + d[None, :], mask=here[:, None] & seen, other=0.0).to(tl.float32)
     for s in tl.static_range(S):
         row = tl.load(PAIR + n * S + s, mask=here, other=-1).to(tl.int64)
         weight = tl.exp(tl.load(ROW_LSE + row, mask=row >= 0, other=float("-inf")) - most)
@@ -110,16 +118,30 @@ def _merge_kernel(OUT, LSE, ROW_OUT, ROW_LSE, PAIR, TO, TO_LSE, N, S: tl.constex
         total += weight
         acc += weight[:, None] * part.to(tl.float32)
     acc = acc / tl.where(total == 0, 1.0, total)[:, None]
-    tl.store(TO + n[:, None] * D + d[None, :], acc.to(TO.dtype.element_ty), mask=here[:, None] & seen)
+    at = (head // H) * to_stride_b + (head % H) * to_stride_h + i * to_stride_n
+    tl.store(TO + at[:, None] + d[None, :], acc.to(TO.dtype.element_ty), mask=here[:, None] & seen)
     tl.store(TO_LSE + n, most + tl.log(total), mask=here)
 
 
 def merge(out: Tensor, lse: Tensor, row_out: Tensor, row_lse: Tensor, routes: Routes, into: tuple[Tensor, Tensor]) -> None:
-    """The softmax-weighted sum of a query's partial outputs: see `moba_flex.rows.merge`."""
-    count, width, tile = routes.row_of_pair.shape[-1], row_out.shape[-1], 16
-    n_query = lse.numel()
-    _merge_kernel[(cdiv(n_query, tile),)](
-        out, lse, row_out, row_lse, routes.row_of_pair, *into, n_query, count, width, next_power_of_2(width), tile, num_warps=4
+    """The softmax-weighted sum of a query's partial outputs: see `moba_flex.rows.merge`. Outputs are read and written by their strides."""
+    (rows, heads, slots, width), count, tile = out.shape, routes.row_of_pair.shape[-1], 16
+    strides = *out.stride()[:3], *into[0].stride()[:3]
+    _merge_kernel[(cdiv(slots, tile), rows * heads)](
+        out,
+        lse,
+        row_out,
+        row_lse,
+        routes.row_of_pair,
+        *into,
+        heads,
+        slots,
+        *strides,
+        count,
+        width,
+        next_power_of_2(width),
+        tile,
+        num_warps=4,
     )
 
 
@@ -146,22 +168,31 @@ def sum_rows(grad: Tensor, row_grad: Tensor, routes: Routes, into: Tensor) -> No
 
 
 @triton.jit
-def _delta_kernel(OUT, GRAD, GRAD_LSE, TO, N, D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr):
-    n, d = tl.program_id(0).to(tl.int64) * M + tl.arange(0, M), tl.arange(0, DP)
-    at, mask = n[:, None] * D + d[None, :], (n < N)[:, None] & (d[None, :] < D)
-    out, grad = tl.load(OUT + at, mask=mask, other=0.0), tl.load(GRAD + at, mask=mask, other=0.0)
+def _delta_kernel(
+    OUT, GRAD, GRAD_LSE, TO, H, N, stride_b, stride_h, stride_n, grad_stride_b, grad_stride_h, grad_stride_n,
+    D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr,
+):  # fmt: skip
+    # One program: M queries of a head.
+    head, i, d = tl.program_id(1).to(tl.int64), tl.program_id(0).to(tl.int64) * M + tl.arange(0, M), tl.arange(0, DP)
+    n, here, mask = head * N + i, i < N, (i < N)[:, None] & (d[None, :] < D)
+    at = (head // H) * stride_b + (head % H) * stride_h + i * stride_n
+    out = tl.load(OUT + at[:, None] + d[None, :], mask=mask, other=0.0)
+    at = (head // H) * grad_stride_b + (head % H) * grad_stride_h + i * grad_stride_n
+    grad = tl.load(GRAD + at[:, None] + d[None, :], mask=mask, other=0.0)
     delta = tl.sum(out.to(tl.float32) * grad.to(tl.float32), 1)
     if GRAD_LSE is not None:
-        delta -= tl.load(GRAD_LSE + n, mask=n < N, other=0.0)
-    tl.store(TO + n, delta, mask=n < N)
+        delta -= tl.load(GRAD_LSE + n, mask=here, other=0.0)
+    tl.store(TO + n, delta, mask=here)
 
 
 def delta(out: Tensor, grad: Tensor, grad_lse: Tensor | None) -> Tensor:
-    """`out . grad - grad_lse`, float32 `[B, H, N]`."""
-    width, tile = out.shape[-1], 32
+    """`out . grad - grad_lse`, float32 `[B, H, N]`. Both may lie as they like, but for the numbers of a head."""
+    rows, heads, n_query, width = out.shape
+    tile = 32
     to = torch.empty(out.shape[:-1], dtype=torch.float32, device=out.device)
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
-    _delta_kernel[(cdiv(to.numel(), tile),)](
-        out.contiguous(), grad.contiguous(), grad_lse, to, to.numel(), width, next_power_of_2(width), tile, num_warps=4
+    strides = *out.stride()[:3], *grad.stride()[:3]
+    _delta_kernel[(cdiv(n_query, tile), rows * heads)](
+        out, grad, grad_lse, to, heads, n_query, *strides, width, next_power_of_2(width), tile, num_warps=4
     )
     return to
