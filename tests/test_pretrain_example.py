@@ -214,7 +214,7 @@ def test_every_run_trains_to_the_end(trained):
 
 def test_runs_differ_only_from_where_their_attention_does(trained):
     found = logs(trained)
-    losses = {name: found[f"toy-128-{name}{'' if name == 'full' else '-b16k3'}-seed0"]["train"] for name in NAMES}
+    losses = {name: found[f"toy-128-{name}{'' if name.startswith('full') else '-b16k3'}-seed0"]["train"] for name in NAMES}
     assert losses["moba-then-full"][:2] == losses["moba"][:2]  # the first 20 of 24 steps; it switches before the 23rd
     assert losses["moba-then-full"][2] != losses["moba"][2]
     assert len({str(x[:2]) for name, x in losses.items() if name != "moba-then-full"}) == len(NAMES) - 1

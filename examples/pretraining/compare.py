@@ -42,7 +42,7 @@ def group(logs: list[dict]) -> dict[str, dict[str, dict[int, dict]]]:
     for log in sorted(logs, key=_place):
         rule = complete(log["settings"])
         title = ", ".join(f"{name} {x}" for name, x in rule.items() if name not in _OF_A_RUN)
-        name = rule["run"] if rule["run"] == "full" else f"{rule['run']} ({rule['block_size']}, top-{rule['top_k']})"
+        name = f"{rule['run']} ({rule['block_size']}, top-{rule['top_k']})" if "block_size" in rule else rule["run"]
         if settings[title][name].setdefault(rule["seed"], log) != log:
             raise SystemExit(f"two logs are of {name}, seed {rule['seed']}, with {title}: name one of them")
     return settings
