@@ -15,6 +15,9 @@ from .blocks import BlockLayout
 from .routing import tiles_needed
 from .spec import Spec
 
+# Rows times query heads that a kernel can be launched for: CUDA's bound on all but the first axis of a grid.
+MOST_HEADS = 65_535
+
 Parts = list[tuple[slice, slice]]
 Chunk = tuple[slice, slice, Parts]
 
@@ -26,12 +29,15 @@ def chunks(query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, spec:
     heads is the least that a budget asks for; more of them share a chunk when they fit. Only beyond `reach` a chunk is a key head in
     several parts, and else it is one part.
 
+    Neither has a chunk of several key heads more than `MOST_HEADS` query heads of all its rows.
+
     Raises ValueError if one head's keys, or the routed rows of one query block, are more than `reach` numbers.
     """
     n_rows, n_groups, repeats = query.shape[0], key.shape[1], query.shape[1] // key.shape[1]
     width, row_bytes = max(query.shape[-1], value.shape[-1]), (query.shape[-1] + 2 * value.shape[-1]) * query.element_size() + 24
     parts = _parts(repeats, width, layout, spec, reach)
     fit = min(
+        MOST_HEADS // repeats,
         budget // max(1, repeats * layout.n_query * spec.routed * row_bytes),
         reach // most_numbers(repeats, layout.n_query_blocks, width, layout, spec),
     )

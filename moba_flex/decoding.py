@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .autocast import without_autocast
+from .chunks import MOST_HEADS
 from .gate import best_blocks
 from .spec import Spec
 
@@ -89,7 +90,7 @@ def decode(
     spec = Spec(block_size, top_k, sink_blocks, recent_blocks, True, scale, softcap, share_selection)
     with without_autocast(query), torch.cuda.device_of(query):
         if implementation == "flex":
-            return kernels.decode(query, key, value, means, length, start, spec)
+            return _by_rows(query, key, value, means, length, start, spec)
         return decode_plain(query, key, value, means, length, start, spec)
 
 
@@ -97,6 +98,20 @@ def decode(
 def _(query, key, value, means, *_):
     wide = torch.promote_types(query.dtype, torch.float32)
     return query.new_empty(*query.shape[:3], value.shape[-1]), query.new_empty(query.shape[:3], dtype=wide)
+
+
+def _by_rows(
+    query: Tensor, key: Tensor, value: Tensor, means: Tensor, length: Tensor | None, start: Tensor | None, spec: Spec
+) -> tuple[Tensor, Tensor]:
+    """The kernels, on as many rows at a time as one launch serves."""
+    n_rows, step = query.shape[0], max(1, MOST_HEADS // (query.shape[1] * query.shape[2]))
+    if n_rows <= step:
+        return kernels.decode(query, key, value, means, length, start, spec)
+    some = [slice(row, min(row + step, n_rows)) for row in range(0, n_rows, step)]
+    tensors = ([x[rows] for x in (query, key, value, means)] for rows in some)
+    starts = (None if start is None else start[rows] for rows in some)
+    out, lse = zip(*(kernels.decode(*of_rows, length, first, spec) for of_rows, first in zip(tensors, starts)))
+    return torch.cat(out), torch.cat(lse)
 
 
 def decode_plain(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .blocks import BlockLayout
+from .chunks import MOST_HEADS
 from .spec import Spec
 
 MOST_BLOCKS = 32  # the bits of an int32
@@ -24,11 +25,14 @@ FEW_OPERATIONS = 1 << 36
 def few_blocks(query: Tensor, key: Tensor, value: Tensor, spec: Spec) -> bool:
     """Whether causal attention to tokens without padding is computed as one dense call; follows from shapes alone.
 
-    It is where each query has a bit for every block, offsets fit into 32 bits, and the dense call costs about what a routed one does.
+    It is where each query has a bit for every block, one launch serves all heads, offsets fit into 32 bits, and the dense call costs about
+    what a routed one does.
     """
     n_query, n_key = query.shape[2], key.shape[2]
     n_blocks = -(-n_key // spec.block_size)
     if not spec.causal or not spec.routed or not 1 < n_blocks <= MOST_BLOCKS:
+        return False
+    if query.shape[0] * query.shape[1] > MOST_HEADS:
         return False
     if max(x.numel() // x.shape[3] for x in (query, key)) * max(query.shape[3], value.shape[3]) >= 1 << 31:
         return False

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moba_flex import decoding
-from moba_flex.decoding import decode, means_for, write_means
+from moba_flex.decoding import decode, decode_plain, means_for, write_means
 from moba_flex.functional import attend_decoding
 
 ROOM = 7  # slots of the cache behind the last token
@@ -35,10 +35,12 @@ def means_before(case: Case, key: torch.Tensor, n_new: int) -> torch.Tensor:
     return write_means(means, key[:, :, : case.n_key - n_new], starts(case), case.block_size).nan_to_num(nan=1e9)
 
 
-def decoded(case: Case, tensors: dict[str, torch.Tensor], means: torch.Tensor, length: torch.Tensor | None) -> tuple:
+def decoded(
+    case: Case, tensors: dict[str, torch.Tensor], means: torch.Tensor, length: torch.Tensor | None, implementation: str = "eager"
+) -> tuple:
     blocks = [case.selection[name] for name in ("block_size", "top_k", "sink_blocks", "recent_blocks", "share_selection")]
     operands_ = (tensors[name] for name in ("query", "key", "value"))
-    return decode(*operands_, means, length, starts(case), *blocks, case.real_scale, case.softcap, "eager")
+    return decode(*operands_, means, length, starts(case), *blocks, case.real_scale, case.softcap, implementation)
 
 
 few = st.integers(1, 9)
@@ -59,6 +61,29 @@ def test_decoding_is_moba_attention_of_the_last_tokens(case: Case, n_new: int, r
         patch.setattr(decoding, "_NUMBERS_AT_ONCE", numbers)
         actual = decoded(case, tensors, means, length)
     for x, y in zip(actual, expected):
+        assert_same(x, y)
+
+
+@examples(40)
+@given(cases(causal=True, sinks=False), few, st.integers(1, 20))
+def test_more_heads_than_one_launch_serves_are_decoded_some_rows_at_a_time(case: Case, n_new: int, most: int):
+    case = left_padded(case.but(n_query=min(n_new, case.n_key)))
+    tensors, length = operands(case), torch.tensor(case.n_key)
+    means = means_before(case, tensors["key"], case.n_query)
+    expected_means = means.clone()
+    expected = decoded(case, tensors, expected_means, length)
+
+    class Kernels:
+        @staticmethod
+        def decode(query, *args):
+            assert query.shape[0] == 1 or query.shape[:3].numel() <= most
+            return decode_plain(query, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decoding, "kernels", Kernels)
+        patch.setattr(decoding, "MOST_HEADS", most)
+        actual = decoded(case, tensors, means, length, "flex")
+    for x, y in zip((*actual, means), (*expected, expected_means)):
         assert_same(x, y)
 
 

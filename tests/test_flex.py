@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moba_flex import attention as attention_module
+from moba_flex import chunks as chunks_module
 from moba_flex import flex, gate
 from moba_flex.attention import attention
 from moba_flex.block_masks import local_mask, routed_mask
-from moba_flex.blocks import dense_layout, packed_layout, padded_layout, slots_per_block
+from moba_flex.blocks import _kept_layout, dense_layout, packed_layout, padded_layout, slots_per_block
 from moba_flex.chunks import chunks, most_numbers
 from moba_flex.functional import attend
 from moba_flex.routing import route
@@ -136,6 +137,35 @@ def test_a_key_head_beyond_the_reach_of_a_kernel_is_worked_through_in_parts(case
         patched.setattr(attention_module, "chunks", short)
         for implementation in ("eager", "flex"):
             assert_same(computed(case, implementation), wanted, case)
+
+
+@settings(max_examples=25)
+@given(cases(), st.integers(1, 6))
+def test_no_step_has_more_heads_than_one_launch_serves(case, most):
+    """The gate has one row at least, and all other steps the query heads of one key head."""
+    repeats = case["heads"] // case["groups"]
+    allowed = {"choose": case["heads"], "local": repeats, "route": repeats, "local_backward": repeats}
+    wanted, seen = computed(case, "flex"), set()
+
+    def watched(name: str):
+        step = getattr(flex, name)
+
+        def call(x, *args):
+            assert x.shape[0] * x.shape[1] <= max(most, allowed[name])
+            seen.add(name)
+            return step(x, *args)
+
+        return call
+
+    _kept_layout.cache_clear()  # with the chunks of calls before
+    with pytest.MonkeyPatch.context() as patched:
+        for module in (attention_module, chunks_module):
+            patched.setattr(module, "MOST_HEADS", most)
+        for name in allowed:
+            patched.setattr(flex, name, watched(name))
+        assert_same(computed(case, "flex"), wanted, case)
+    _kept_layout.cache_clear()
+    assert seen
 
 
 @settings(max_examples=25)

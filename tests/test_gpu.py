@@ -145,6 +145,22 @@ def test_chunks_do_not_change_the_result():
         assert distance(a, b) < 1e-6
 
 
+@pytest.mark.parametrize("masks", [False, True], ids=["routed", "as it comes"])
+def test_there_may_be_more_heads_than_a_grid_is_wide(masks, monkeypatch):
+    """CUDA launches at most 65,535 programs along the second axis of a grid."""
+    if masks:
+        monkeypatch.undo()
+    generator = torch.Generator(device="cuda").manual_seed(0)
+    shapes = (16500, 4, 40, 16), (16500, 2, 40, 16), (16500, 2, 40, 16)
+    leaves = [torch.randn(shape, generator=generator, device="cuda").bfloat16().requires_grad_() for shape in shapes]
+    some, results = slice(16000, 16010), []
+    for x in (leaves, [x.detach()[some].requires_grad_() for x in leaves]):
+        out = moba_attention(*x, block_size=16, top_k=2)
+        results.append([out, *torch.autograd.grad(out.float().square().sum(), x)])
+    for whole, alone in zip(*results):
+        assert torch.equal(whole[some], alone)
+
+
 def test_two_runs_give_the_same_bits():
     for a, b in zip(run(CASES[0], "flex"), run(CASES[0], "flex")):
         assert torch.equal(a, b)

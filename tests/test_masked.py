@@ -122,6 +122,12 @@ def test_long_prompts_of_few_large_blocks_are_routed(heads, tokens, masked):
     assert few_blocks(query, key, key, Spec(512, 3, 0, 0, True, 1.0)) == masked
 
 
+def test_more_heads_than_one_launch_serves_are_routed():
+    for rows, masked in ((2047, True), (2048, False)):
+        x = torch.empty(rows, 32, 60, 16, device="meta")
+        assert few_blocks(x, x, x, Spec(40, 2, 0, 0, True, 1.0)) == masked
+
+
 def test_what_needs_wider_offsets_is_routed():
     spec = Spec(1 << 15, 4, 0, 0, True, 1.0)
     for heads, masked in ((63, True), (64, False)):  # 64 x 2^18 x 128 elements: chunks keep below that, a dense call cannot

@@ -173,7 +173,9 @@ def _delta_kernel(
     D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr,
 ):  # fmt: skip
     # One program: M queries of a head.
-    head, i, d = tl.program_id(1).to(tl.int64), tl.program_id(0).to(tl.int64) * M + tl.arange(0, M), tl.arange(0, DP)
+    tiles = tl.cdiv(N, M)
+    head, i = (tl.program_id(0) // tiles).to(tl.int64), (tl.program_id(0) % tiles).to(tl.int64) * M + tl.arange(0, M)
+    d = tl.arange(0, DP)
     n, here, mask = head * N + i, i < N, (i < N)[:, None] & (d[None, :] < D)
     at = (head // H) * stride_b + (head % H) * stride_h + i * stride_n
     out = tl.load(OUT + at[:, None] + d[None, :], mask=mask, other=0.0)
@@ -192,7 +194,7 @@ def delta(out: Tensor, grad: Tensor, grad_lse: Tensor | None) -> Tensor:
     to = torch.empty(out.shape[:-1], dtype=torch.float32, device=out.device)
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
     strides = *out.stride()[:3], *grad.stride()[:3]
-    _delta_kernel[(cdiv(n_query, tile), rows * heads)](
+    _delta_kernel[(cdiv(n_query, tile) * rows * heads,)](
         out, grad, grad_lse, to, heads, n_query, *strides, width, next_power_of_2(width), tile, num_warps=4
     )
     return to
