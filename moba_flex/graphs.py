@@ -22,7 +22,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -35,7 +35,7 @@ from .lying import empty_lying_like
 from .spec import Spec
 
 EAGER_CALLS = 2  # of a shape, before it is captured
-MOST_GRAPHS = 16
+MOST_GRAPHS = 16  # of a GPU
 MOST_SHAPES = 256  # whose calls are counted
 # Numbers of a tensor, 8,192 tokens of 32 heads of width 128. For larger ones copies cost the GPU more than launches cost the host.
 MOST_NUMBERS = 1 << 25
@@ -50,10 +50,10 @@ def set_cuda_graphs(enabled: bool = True) -> bool:
     for bfloat16 and float16, without `padding_mask` and `cu_seqlens`, for tensors of at most 2**25 numbers (8,192 tokens of 32 heads of
     width 128), and neither within a capture of one's own nor with `set_flex_backend("flash")`; all other calls are as without graphs.
 
-    It costs memory: up to as many bytes as `set_working_memory` says, for inputs, outputs and working memory of at most 16 graphs, those
-    used last. A call of ours that has too little memory takes it back. What turning graphs off frees goes back to PyTorch's cache, and
-    from there, with `torch.cuda.empty_cache()`, to the GPU. Turn them off where threads of a program wait for the whole GPU, or draw
-    random numbers on it, while others compute attention: CUDA forbids the former, and PyTorch 2.11 the latter, for the milliseconds in
+    It costs memory: on each GPU up to as many bytes as `set_working_memory` says, for inputs, outputs and working memory of at most 16
+    graphs, those used last. A call of ours that has too little memory takes it back. What turning graphs off frees goes back to PyTorch's
+    cache, and from there, with `torch.cuda.empty_cache()`, to the GPU. Turn them off where threads of a program wait for the whole GPU, or
+    draw random numbers on it, while others compute attention: CUDA forbids the former, and PyTorch 2.11 the latter, for the milliseconds in
     which a graph is captured.
 
     Raises ValueError if `enabled` is neither True nor False.
@@ -78,7 +78,7 @@ def call(
     if not (_graphs.enabled and suits(tensors, layout, backend)):
         return run(*tensors)
     stream = torch.cuda.current_stream()
-    place = stream.device_index, stream.cuda_stream
+    place = Place(stream.device_index, stream.cuda_stream)
     return _graphs(place, (function.__name__, spec, budget, *signature(tensors)), run, tensors, budget)
 
 
@@ -101,6 +101,13 @@ def signature(tensors: tuple[Tensor | None, ...]) -> tuple[Hashable, ...]:
     """All that a graph depends on but settings of the call."""
     modes = torch.is_inference_mode_enabled(), torch.are_deterministic_algorithms_enabled()
     return *modes, *(None if x is None else (x.shape, x.stride(), x.dtype) for x in tensors)
+
+
+class Place(NamedTuple):
+    """Where a graph is replayed."""
+
+    gpu: int
+    stream: int
 
 
 class Pool(Protocol):
@@ -204,7 +211,7 @@ class Shape:
 
 
 class Graphs:
-    """The graphs of a process, those that were used last."""
+    """The graphs of a process, of each GPU those that were used last."""
 
     def __init__(self, capture: Capture) -> None:
         self.enabled = True
@@ -219,9 +226,7 @@ class Graphs:
     @property
     def n_bytes(self) -> int:
         """What all graphs hold."""
-        held = [shape.captured for shape in self._captured()]
-        pools = {id(captured.graph.pool): captured.graph.pool.n_bytes for captured in held}
-        return sum(pools.values()) + sum(captured.n_bytes for captured in held)
+        return _n_bytes(list(self._captured()))
 
     def enable(self, enabled: bool) -> bool:
         """Allow or forbid graphs, and return what held before. Forbidden, they are freed."""
@@ -235,18 +240,18 @@ class Graphs:
 
     @torch.no_grad()
     def __call__(
-        self, place: Hashable, key: Hashable, function: Function, tensors: tuple[Tensor | None, ...], most_bytes: int
+        self, place: Place, key: Hashable, function: Function, tensors: tuple[Tensor | None, ...], most_bytes: int
     ) -> tuple[Tensor, ...]:
-        """`function(*tensors)`; all graphs together keep to `most_bytes`, and give it back if there is no memory for a call."""
+        """`function(*tensors)`; all graphs of a GPU together keep to `most_bytes`, and give it back if there is no memory for a call."""
         try:
             return self._run(place, key, function, tensors, most_bytes)
         except torch.OutOfMemoryError:
-            if not self._give_back():
+            if not self._give_back(place.gpu):
                 raise
         return function(*tensors)
 
     def _run(
-        self, place: Hashable, key: Hashable, function: Function, tensors: tuple[Tensor | None, ...], most_bytes: int
+        self, place: Place, key: Hashable, function: Function, tensors: tuple[Tensor | None, ...], most_bytes: int
     ) -> tuple[Tensor, ...]:
         with self._lock:
             if self.enabled:
@@ -255,11 +260,11 @@ class Graphs:
                     return shape.captured(tensors)
                 shape.calls += 1
                 if shape.calls > shape.wait and (outputs := self._captures(shape, place, function, tensors)) is not None:
-                    self._make_room(most_bytes)
+                    self._make_room(place.gpu, most_bytes)
                     return outputs
         return function(*tensors)
 
-    def _shape(self, place: Hashable, key: Hashable) -> Shape:
+    def _shape(self, place: Place, key: Hashable) -> Shape:
         shape = self._shapes.setdefault((place, key), Shape())
         self._shapes.move_to_end((place, key))
         if len(self._shapes) > MOST_SHAPES:
@@ -267,7 +272,7 @@ class Graphs:
             oldest.release()
         return shape
 
-    def _captures(self, shape: Shape, place: Hashable, function: Function, tensors: tuple[Tensor | None, ...]) -> tuple[Tensor, ...] | None:
+    def _captures(self, shape: Shape, place: Place, function: Function, tensors: tuple[Tensor | None, ...]) -> tuple[Tensor, ...] | None:
         """Run the function where a graph will, and capture it. None if there is no memory for a second set of inputs."""
         try:
             inputs = places_for(tensors)
@@ -286,20 +291,21 @@ class Graphs:
             self._warn(error)
         return outputs
 
-    def _give_back(self) -> bool:
-        """Drop all graphs. Whether there were any."""
+    def _give_back(self, gpu: int) -> bool:
+        """Drop all graphs of a GPU. Whether there were any."""
         with self._lock:
-            held = list(self._captured())
+            held = list(self._captured(gpu))
             for shape in held:
                 shape.put_off()
         return bool(held)
 
-    def _make_room(self, most_bytes: int) -> None:
-        while (count := len(self)) > MOST_GRAPHS or (count and self.n_bytes > most_bytes):
-            next(self._captured()).put_off()
+    def _make_room(self, gpu: int, most_bytes: int) -> None:
+        while (held := list(self._captured(gpu))) and (len(held) > MOST_GRAPHS or _n_bytes(held) > most_bytes):
+            held[0].put_off()
 
-    def _captured(self) -> Iterator[Shape]:
-        return (shape for shape in self._shapes.values() if shape.captured is not None)
+    def _captured(self, gpu: int | None = None) -> Iterator[Shape]:
+        """Shapes with a graph, of one GPU or of all, the one used last at the end."""
+        return (shape for (place, _), shape in self._shapes.items() if shape.captured is not None and gpu in (None, place.gpu))
 
     def _warn(self, error: Exception) -> None:
         if not self._warned:
@@ -310,6 +316,13 @@ class Graphs:
                 f"moba_flex.set_cuda_graphs(False) keeps it from trying: {type(error).__name__}: {reason}",
                 stacklevel=2,
             )
+
+
+def _n_bytes(shapes: list[Shape]) -> int:
+    """What their graphs hold. Several may share a pool."""
+    held = [shape.captured for shape in shapes]
+    pools = {id(captured.graph.pool): captured.graph.pool.n_bytes for captured in held}
+    return sum(pools.values()) + sum(captured.n_bytes for captured in held)
 
 
 _graphs = Graphs(CudaGraph)

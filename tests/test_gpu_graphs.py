@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from moba_flex import flex, graphs, moba_attention, patch, set_cuda_graphs
 from moba_flex.cuda_graph import CudaGraph
-from moba_flex.graphs import EAGER_CALLS, Graphs
+from moba_flex.graphs import EAGER_CALLS, Graphs, Place
 
 pytestmark = [
     pytest.mark.gpu,
@@ -77,6 +77,7 @@ def without_graphs(run, *arguments, **more):
         set_cuda_graphs(before)
 
 
+HERE = Place(0, 0)
 CASES = {
     "contiguous": ({}, {}),
     "as a model projects": ({"batch": 1, "tokens_first": True}, {}),
@@ -326,7 +327,7 @@ def in_order() -> None:
     assert torch.cuda.memory_reserved() <= with_big - (1 << 28)
     store, x = Graphs(CudaGraph), torch.randn(8, device="cuda")
     for _ in range(EAGER_CALLS + 3):
-        assert torch.equal(store("here", "square", square, (x,), 1 << 30)[0], x * x)
+        assert torch.equal(store(HERE, "square", square, (x,), 1 << 30)[0], x * x)
         x = x + 1
     assert len(store) == 1
     store.enable(False)
@@ -339,17 +340,17 @@ def test_a_capture_that_cuda_forbids_costs_a_warning_and_nothing_else():
     store = Graphs(CudaGraph)
     x = torch.arange(8.0, device="cuda")
     for _ in range(EAGER_CALLS + 3):  # a graph that shares its pool with the failure
-        store("here", "square", square, (x,), 1 << 30)
+        store(HERE, "square", square, (x,), 1 << 30)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(EAGER_CALLS + 3):
-            assert torch.equal(store("here", "reads back", reads_back, (x,), 1 << 30)[0], x * 28)
+            assert torch.equal(store(HERE, "reads back", reads_back, (x,), 1 << 30)[0], x * 28)
     assert sum("set_cuda_graphs" in str(warning.message) for warning in caught) == 1
-    assert torch.equal(store("here", "square", square, (x,), 1 << 30)[0], x * x)
+    assert torch.equal(store(HERE, "square", square, (x,), 1 << 30)[0], x * x)
     in_order()
     for _ in range(EAGER_CALLS + 3):
         y = torch.randn(9, device="cuda")
-        assert torch.equal(store("here", "square of nine", square, (y,), 1 << 30)[0], y * y)
+        assert torch.equal(store(HERE, "square of nine", square, (y,), 1 << 30)[0], y * y)
     assert len(store) == 2
     store.enable(False)
 
@@ -379,9 +380,9 @@ def test_a_graph_may_be_dropped_while_the_gpu_is_at_it():
     wanted = slow(x)[0]
     store = Graphs(CudaGraph)
     for _ in range(EAGER_CALLS + 1):
-        store("here", "slow", slow, (x,), 1 << 30)
+        store(HERE, "slow", slow, (x,), 1 << 30)
     torch.cuda.synchronize()
-    got = [store("here", "slow", slow, (x,), 1 << 30)[0] for _ in range(5)]
+    got = [store(HERE, "slow", slow, (x,), 1 << 30)[0] for _ in range(5)]
     store.enable(False)
     torch.cuda.empty_cache()
     others = [torch.full_like(x, torch.nan) for _ in range(20)]

@@ -20,10 +20,11 @@ from torch import Tensor
 from moba_flex import attention, eager, flash, flex, graphs, moba_attention, set_cuda_graphs
 from moba_flex.blocks import _kept_layout, dense_layout, padded_layout
 from moba_flex.functional import attend
-from moba_flex.graphs import EAGER_CALLS, MOST_GRAPHS, MOST_NUMBERS, MOST_SHAPES, Graphs, place_for
+from moba_flex.graphs import EAGER_CALLS, MOST_GRAPHS, MOST_NUMBERS, MOST_SHAPES, Graphs, Place, place_for
 from moba_flex.spec import Spec
 
 MUCH = 1 << 40
+HERE, ELSEWHERE, ON_ANOTHER_GPU = Place(0, 10), Place(0, 11), Place(1, 10)
 SPEC = Spec(8, 3, 0, 0, True, 0.25)
 
 
@@ -75,7 +76,7 @@ class Doubling:
         return x * 2, (x + 1).transpose(0, 1) if y is None else x + y
 
 
-def call(store: Graphs, function, *tensors: Tensor | None, key="key", place="place", most_bytes: int = MUCH):
+def call(store: Graphs, function, *tensors: Tensor | None, key="key", place=HERE, most_bytes: int = MUCH):
     return store(place, (key, *graphs.signature(tensors)), function, tensors, most_bytes)
 
 
@@ -183,7 +184,7 @@ def test_what_differs_in_shape_strides_dtype_settings_or_stream_shares_no_graph(
         {"x": x.T},
         {"x": x.half()},
         {"x": x, "key": "other settings"},
-        {"x": x, "place": "other stream"},
+        {"x": x, "place": ELSEWHERE},
     ]
     store, function = Graphs(StandIn), Doubling()
     for n, variant in enumerate(variants, start=1):
@@ -204,7 +205,7 @@ def test_graphs_of_one_stream_share_a_pool_that_is_usable():
     store, function = Graphs(StandIn), Doubling()
     for n in (2, 3):
         capture(store, function, torch.randn(n, n))
-    capture(store, function, torch.randn(2, 2), place="other stream")
+    capture(store, function, torch.randn(2, 2), place=ELSEWHERE)
     StandIn.living[0].pool.usable = False
     capture(store, function, torch.randn(5, 5))
     first, second, elsewhere, afterwards = (graph.pool for graph in StandIn.living)
@@ -319,6 +320,25 @@ def test_all_graphs_together_keep_to_their_bytes(monkeypatch):
     assert max(held) <= 5000
     assert max(held) > 2000
     assert len(store) == len(StandIn.living)
+
+
+def test_each_gpu_has_a_number_of_graphs_and_bytes_of_its_own():
+    store, function = Graphs(StandIn), Doubling()
+    shapes = [torch.randn(n, 2) for n in range(1, MOST_GRAPHS + 1)]
+    for place in (HERE, ON_ANOTHER_GPU):
+        for x in shapes:
+            capture(store, function, x, place=place, most_bytes=sum(x.nbytes for x in shapes))
+    assert len(store) == len(StandIn.living) == 2 * MOST_GRAPHS
+    capture(store, function, torch.randn(1, 3), place=ELSEWHERE)  # another stream of the first
+    assert len(store) == 2 * MOST_GRAPHS
+    assert [graph.inputs[0].shape for graph in StandIn.living[:1]] == [shapes[1].shape]
+
+    def no_memory(x: Tensor) -> tuple[Tensor, ...]:
+        raise torch.OutOfMemoryError
+
+    with pytest.raises(torch.OutOfMemoryError):
+        call(store, no_memory, torch.randn(3, 3), key="no memory", place=ON_ANOTHER_GPU)
+    assert len(store) == len(StandIn.living) == MOST_GRAPHS
 
 
 def test_a_graph_that_alone_is_too_large_is_tried_ever_more_rarely():
