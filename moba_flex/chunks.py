@@ -27,9 +27,7 @@ def chunks(query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, spec:
 
     A part, slices of query heads and of query blocks, has no tensor of more than `reach` numbers. One key head of one row with its query
     heads is the least that a budget asks for; more of them share a chunk when they fit. Only beyond `reach` a chunk is a key head in
-    several parts, and else it is one part.
-
-    Neither has a chunk of several key heads more than `MOST_HEADS` query heads of all its rows.
+    several parts, and else it is one part. No chunk of several key heads has more than `MOST_HEADS` query heads, those of all its rows.
 
     Raises ValueError if one head's keys, or the routed rows of one query block, are more than `reach` numbers.
     """

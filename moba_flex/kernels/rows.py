@@ -126,22 +126,9 @@ def _merge_kernel(
 def merge(out: Tensor, lse: Tensor, row_out: Tensor, row_lse: Tensor, routes: Routes, into: tuple[Tensor, Tensor]) -> None:
     """The softmax-weighted sum of a query's partial outputs: see `moba_flex.rows.merge`. Outputs are read and written by their strides."""
     (rows, heads, slots, width), count, tile = out.shape, routes.row_of_pair.shape[-1], 16
-    strides = *out.stride()[:3], *into[0].stride()[:3]
+    tensors, strides = (out, lse, row_out, row_lse, routes.row_of_pair, *into), (*out.stride()[:3], *into[0].stride()[:3])
     _merge_kernel[(cdiv(slots, tile), rows * heads)](
-        out,
-        lse,
-        row_out,
-        row_lse,
-        routes.row_of_pair,
-        *into,
-        heads,
-        slots,
-        *strides,
-        count,
-        width,
-        next_power_of_2(width),
-        tile,
-        num_warps=4,
+        *tensors, heads, slots, *strides, count, width, next_power_of_2(width), tile, num_warps=4
     )
 
 
