@@ -36,7 +36,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import moba_flex
 
 SIDES = ("moba", "full")
-MOST_FACTS = 8  # in one training sequence
+MOST_FACTS = 8  # in one training sequence, unless more are asked for
 
 
 @dataclass(frozen=True)
@@ -68,13 +68,13 @@ def tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> Tensor:
     return torch.tensor(tokenizer(text, add_special_tokens=False).input_ids, dtype=torch.long)
 
 
-def training_sequence(filler: Tensor, tokenizer: PreTrainedTokenizerBase, generator: torch.Generator) -> Tensor:
-    """`[N]`, as long as `filler`: its first tokens with up to 8 facts at random places, and questions about them with answers at the end.
+def training_sequence(filler: Tensor, tokenizer: PreTrainedTokenizerBase, generator: torch.Generator, most: int = MOST_FACTS) -> Tensor:
+    """`[N]`, as long as `filler`: its first tokens with up to `most` facts at random places, and at the end questions with their answers.
 
     A share of such sequences among the text that a model is trained on teaches it what this script asks for. Raises ValueError if
     `filler` is too short for one fact, with twice as much text around it.
     """
-    facts = [Fact.random(generator) for _ in range(MOST_FACTS)]
+    facts = [Fact.random(generator) for _ in range(most)]
     statements = [fact.statement(tokenizer) for fact in facts]
     endings = [torch.cat([fact.question(tokenizer), fact.answer(tokenizer)]) for fact in facts]
     sizes = torch.tensor([len(statement) + len(ending) for statement, ending in zip(statements, endings)]).cumsum(0)

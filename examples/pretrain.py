@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from benchmarking.results import environment
 from changed_settings import changes
 from compiled_layers import compile_layers, mask_of
+from needle import MOST_FACTS
 from pretraining.batches import Batches
 from pretraining.captured import Passes
 from pretraining.compare import compare
@@ -94,7 +95,7 @@ class Training:
         self.file, self.checkpoint = args.output / f"{self.name}.json", args.checkpoints / f"{self.name}.pt"
         rule = ("size", "context", "steps", "batch_tokens", "learning_rate", "warmup", "weight_decay", "clip")
         self.settings = {name: getattr(args, name) for name in rule} | {"run": run.name, "seed": seed, "corpus": text.fingerprint}
-        self.settings |= {"needle_share": args.needle_share, "optimizer": "muon"}
+        self.settings |= {"needle_facts": args.needle_facts, "needle_share": args.needle_share, "optimizer": "muon"}
         if not run.full:
             self.settings |= json.loads(json.dumps(run.settings))
         self.log = {"settings": self.settings, "train": [], "held_out": [], "tokens_per_second": [], "done": False}
@@ -303,6 +304,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--needle-share", type=float, default=0.0, help="of the windows with facts and questions, see needle.py; default: 0"
     )
+    parser.add_argument("--needle-facts", type=int, default=MOST_FACTS, help="at most in such a window; a long one has room for more")
     parser.add_argument("--learning-rate", type=float, default=4e-3)
     parser.add_argument("--warmup", type=int, help="steps; default: a twentieth")
     parser.add_argument("--weight-decay", type=float, default=0.1)
@@ -332,6 +334,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         )
     if not 0 <= args.needle_share <= 1:
         parser.error(f"--needle-share must be from 0 to 1, but is {args.needle_share}")
+    if args.needle_facts < 1:
+        parser.error(f"--needle-facts must be at least 1, but is {args.needle_facts}")
     if args.needle_share and args.context < NEEDLE_CONTEXT:
         parser.error(f"--context must be at least {NEEDLE_CONTEXT} for --needle-share, but is {args.context}")
     args.steps = max(1, round(args.tokens / args.batch_tokens))

@@ -88,6 +88,14 @@ def test_a_training_sequence_states_every_fact_before_it_asks_for_it(tokenizer, 
     assert text == tokenizer.decode(filler)[: len(text)]
 
 
+def test_a_long_training_sequence_has_as_many_facts_as_are_asked_for(tokenizer) -> None:
+    filler = needle.tokens("straw " * 3400, tokenizer)[:20_000]
+    made = [needle.training_sequence(filler, tokenizer, generator(3), *most) for most in ((), (8,), (20,))]
+    assert made[0].equal(made[1])
+    text = tokenizer.decode(made[2])
+    assert [text.count(words) for words in ("\nThe secret code", "\nQuestion: What is the secret code")] == [20, 20]
+
+
 def test_a_training_sequence_needs_text_around_its_facts(tokenizer) -> None:
     with pytest.raises(ValueError, match=r"filler must have at least .* tokens, three times those of a fact, but has 100"):
         needle.training_sequence(torch.zeros(100, dtype=torch.long), tokenizer, generator(0))

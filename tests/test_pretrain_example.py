@@ -132,6 +132,8 @@ def test_a_share_of_the_windows_has_facts_and_the_others_are_as_without(text, tm
         asked = found.tokenizer.decode(every[row]).count("\nQuestion: What is the secret code of")
         assert 1 <= asked <= needle.MOST_FACTS and "secret code" not in found.tokenizer.decode(plain[row])
     assert share["0.5"].batch(7).equal(some[14:16])  # whatever was read before
+    two = Batches(found, arguments(tmp_path, text, *WITH_FACTS, "--needle-share", "1", "--needle-facts", "2"), seed=1).batch(0)
+    assert [found.tokenizer.decode(row).count("\nQuestion: What is the secret code of") for row in two] == [2, 2]
     assert len({str(row) for row in every.tolist()}) == 100
 
 
@@ -139,6 +141,7 @@ def test_a_share_of_the_windows_has_facts_and_the_others_are_as_without(text, tm
     ("more", "words"),
     [
         (["--needle-share", "1.5"], "--needle-share must be from 0 to 1, but is 1.5"),
+        (["--needle-facts", "0"], "--needle-facts must be at least 1, but is 0"),
         (["--needle-share", "0.1", "--context", "256"], "--context must be at least 512 for --needle-share, but is 256"),
     ],
 )
@@ -300,7 +303,7 @@ def test_a_log_from_before_a_setting_has_what_was_so_then(trained, text, tmp_pat
     shutil.copytree(trained / "logs", tmp_path / "logs")
     file = tmp_path / "logs" / "toy-128-moba-b16k3-seed0.json"
     log = json.loads(file.read_text())
-    assert log["settings"].pop("needle_share") == 0.0
+    assert log["settings"].pop("needle_share") == 0.0 and log["settings"].pop("needle_facts") == 8
     file.write_text(json.dumps(log))
     assert pretrain.pretrain(arguments(tmp_path, text, "--runs", "moba"))  # which is done
     command = arguments(tmp_path, text, "--runs", "moba")

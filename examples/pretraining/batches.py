@@ -21,7 +21,8 @@ class Batches:
     """
 
     def __init__(self, text: Corpus, args: argparse.Namespace, seed: int) -> None:
-        self._text, self._context, self._needle_share, self._seed = text, args.context, args.needle_share, seed
+        self._text, self._context, self._seed = text, args.context, seed
+        self._needle_share, self._needle_facts = args.needle_share, args.needle_facts
         self._rows, self._n = args.batch_tokens // args.context, (len(text.train) - 1) // args.context
 
     def batch(self, step: int) -> Tensor:
@@ -36,7 +37,7 @@ class Batches:
         if self._needle_share:
             generator = torch.Generator().manual_seed((self._seed << 40) + n)
             if torch.rand((), generator=generator) < self._needle_share:
-                return training_sequence(ids, self._text.tokenizer, generator)
+                return training_sequence(ids, self._text.tokenizer, generator, self._needle_facts)
         return ids
 
 
