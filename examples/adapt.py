@@ -148,10 +148,10 @@ class Limit:
         return self._signal.wanted or time.monotonic() > self._end
 
 
-def print_results(loss: dict[str, dict[str, list[float]]]) -> None:
-    """Means, and how far each is from the control, with the standard error of the difference over sequences."""
+def print_results(loss: dict[str, dict[str, list[float]]], rows: tuple[str, ...] = ROWS) -> None:
+    """Means, and how far each is from the control, "full", with the standard error of the difference over sequences."""
     print(f"\n{'nats a token, held-out':<24}" + "".join(f"{kind:>10}{'to full':>10}{'+-':>8}" for kind in KINDS))
-    for row in ROWS:
+    for row in rows:
         cells = ""
         for kind in KINDS:
             x, difference = torch.tensor(loss[row][kind]), torch.tensor(loss[row][kind]) - torch.tensor(loss["full"][kind])

@@ -23,16 +23,14 @@ if __name__ == "__main__":
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import argparse
-import json
 from pathlib import Path
 
 import torch
 from adapt import loss_of
 from adapting.text import sequences
-from changed_settings import changes
 from demo_weights import DemoError
+from kept_results import KeptResults
 from llama import Parser, context_of, exit_code, load, one_line
-from needle import write
 from package_text import KINDS, collect, default_roots
 from torch import Tensor
 from tqdm import tqdm
@@ -87,30 +85,20 @@ class Measured:
     """Losses, each kept in `--output` as soon as it is known."""
 
     def __init__(self, args: argparse.Namespace, text: Tensor) -> None:
-        self._file, self._text = args.output, text
         settings = {name: getattr(args, name) for name in SETTINGS} | {"model": args.model, "text": int(text.sum())}
-        self._found = {"settings": settings, "loss": {}}
-        with one_line("cannot write to the folder"):
-            self._file.parent.mkdir(parents=True, exist_ok=True)
-        if self._file.exists():
-            if not args.resume:
-                raise DemoError(f"{self._file} is there already: go on with --resume, or choose another --output")
-            with one_line(f"{self._file} is no result of this script"):
-                self._found = json.loads(self._file.read_text())
-                before = self._found["settings"]
-            if changed := changes(before, settings):
-                raise DemoError(f"{self._file} has losses with other settings: {changed}")
+        self._kept, self._text = KeptResults(args.output, args.resume, "loss", settings), text
 
     def loss(self, name: str, model: PreTrainedModel, config: moba_flex.MobaConfig | None) -> float:
         """Mean negative log-likelihood of the text, nats a token, with MoBA's settings `config`, or with full attention."""
-        if name not in self._found["loss"]:
+
+        def measured() -> float:
             if config is None:
                 moba_flex.set_attention(model, "full")
             else:
                 moba_flex.patch(model, config)
-            self._found["loss"][name] = sum(loss_of(model, ids) for ids in self._text) / len(self._text)
-            write(self._file, self._found)
-        return self._found["loss"][name]
+            return sum(loss_of(model, ids) for ids in self._text) / len(self._text)
+
+        return self._kept.get(name, measured)
 
 
 def name_of(layers: Layers) -> str:
