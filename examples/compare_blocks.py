@@ -22,6 +22,7 @@ if __name__ == "__main__":
 
 import argparse
 import copy
+import hashlib
 import re
 from pathlib import Path
 
@@ -35,7 +36,7 @@ from package_text import KINDS, collect, default_roots
 import moba_flex
 
 FULL = "full"
-SETTINGS = ("sequences", "sequence_length", "sink_blocks", "model", "adapter", "control")
+SETTINGS = ("sequences", "sequence_length", "sink_blocks", "model")
 
 
 def compare(args: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
@@ -55,7 +56,8 @@ def compare(args: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
     cut = tokenizer, args.sequence_length
     text = {kind: sequences(documents[kind].held_out, *cut, f"held-out {kind}", args.sequences)[0] for kind in KINDS}
     settings = {name: getattr(args, name) for name in SETTINGS} | {"text": [int(ids.sum()) for ids in text.values()]}
-    kept = KeptResults(args.output, args.resume, "loss", {name: str(x) if isinstance(x, Path) else x for name, x in settings.items()})
+    settings |= {"adapter": fingerprint(args.adapter), "control": fingerprint(args.control)}
+    kept = KeptResults(args.output, args.resume, "loss", settings)
 
     def measured(name: str) -> dict[str, list[float]]:
         model = models[sides[name]]
@@ -65,6 +67,11 @@ def compare(args: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
     found = {name: kept.get(name, lambda name=name: measured(name)) for name in sides}
     print_results(found, tuple(found))
     return found
+
+
+def fingerprint(adapter: Path | None) -> str | None:
+    """Which adapter it is, wherever it lies."""
+    return None if adapter is None else hashlib.sha256((adapter / "adapter_model.safetensors").read_bytes()).hexdigest()[:12]
 
 
 def config_of(text: str, sink_blocks: int) -> moba_flex.MobaConfig:

@@ -80,7 +80,7 @@ def test_each_setting_is_measured_with_its_adapter(flags, adapter, byte_llama, t
     assert f"{difference:+.4f}" in next(line for line in printed.splitlines() if line.startswith("32x2 "))
 
 
-def test_settings_go_on_in_the_same_file(flags, tmp_path, monkeypatch, capsys) -> None:
+def test_settings_go_on_in_the_same_file(flags, adapter, tmp_path, monkeypatch, capsys) -> None:
     file, measured = tmp_path / "found.json", []
     command, measure = [*flags, "--output", str(file)], compare_blocks.losses
 
@@ -98,6 +98,8 @@ def test_settings_go_on_in_the_same_file(flags, tmp_path, monkeypatch, capsys) -
     assert compare_blocks.main(command) == 2 and "go on with --resume" in capsys.readouterr().err
     assert compare_blocks.main([*command, "--resume", "--sink-blocks", "0"]) == 2
     assert "sink_blocks was 1 and is 0" in capsys.readouterr().err
+    assert compare_blocks.main([*command, "--resume", "--adapter", str(adapter)]) == 2
+    assert "adapter was None and is " in capsys.readouterr().err
     assert compare_blocks.main([*command, "--resume"]) == 0
     assert list(losses(file)) == ["full", *BLOCKS] and losses(file)["full"] == before["full"]
     assert measured[4:] == [f"{name}, {kind}" for name in BLOCKS for kind in KINDS]
