@@ -27,11 +27,10 @@ import re
 from pathlib import Path
 
 from adapt import losses, print_results
-from adapting.text import sequences
+from adapting.text import add_held_out_flags, held_out
 from demo_weights import DemoError
 from kept_results import KeptResults
 from llama import Parser, context_of, exit_code, load, one_line, with_adapter
-from package_text import KINDS, collect, default_roots
 
 import moba_flex
 
@@ -51,10 +50,7 @@ def compare(args: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
         moba_flex.unpatch(base)
     sides = {FULL: args.control, **dict.fromkeys(configs, args.adapter)}
     models = {folder: base if folder is None else with_adapter(copy.deepcopy(base), folder) for folder in dict.fromkeys(sides.values())}
-    with one_line("cannot read the text"):
-        documents = collect(args.text or default_roots(), args.megabytes)
-    cut = tokenizer, args.sequence_length
-    text = {kind: sequences(documents[kind].held_out, *cut, f"held-out {kind}", args.sequences)[0] for kind in KINDS}
+    text = held_out(args, tokenizer)
     settings = {name: getattr(args, name) for name in SETTINGS} | {"text": [int(ids.sum()) for ids in text.values()]}
     settings |= {"adapter": fingerprint(args.adapter), "control": fingerprint(args.control)}
     kept = KeptResults(args.output, args.resume, "loss", settings)
@@ -94,10 +90,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     flag("--control", type=Path, metavar="FOLDER", help="an adapter for full attention (default: the model as it is)")
     flag("--output", type=Path, default=Path("compare_blocks.json"), metavar="FILE", help="losses (default: compare_blocks.json)")
     flag("--resume", action="store_true", help="go on with what is in --output")
-    flag("--text", type=Path, nargs="+", metavar="FOLDER", help="where text is looked for (default: all installed packages)")
-    flag("--megabytes", type=float, default=20, help="most text of each kind that is looked at (default: 20)")
-    flag("--sequences", type=int, default=4, metavar="N", help="of prose, and as many of code, to measure on (default: 4)")
-    flag("--sequence-length", type=int, default=8192, help="tokens (default: 8192)")
+    add_held_out_flags(parser, 4, 8192)
     flag("--sink-blocks", type=int, default=1)
     parser.add_device_flags()
     return parser.parse_args(argv)

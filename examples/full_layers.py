@@ -27,11 +27,10 @@ from pathlib import Path
 
 import torch
 from adapt import loss_of
-from adapting.text import sequences
+from adapting.text import add_held_out_flags, held_out
 from demo_weights import DemoError
 from kept_results import KeptResults
 from llama import Parser, context_of, exit_code, load, one_line
-from package_text import KINDS, collect, default_roots
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
@@ -61,10 +60,7 @@ def find(args: argparse.Namespace) -> Layers:
     candidates = list(moba_layers(model))
     if not 0 < args.layers < len(candidates):
         raise DemoError(f"--layers must be from 1 to {len(candidates) - 1}, one less than layers use MoBA, but is {args.layers}")
-    with one_line("cannot read the text"):
-        documents = collect(args.text or default_roots(), args.megabytes)
-    rows = [sequences(documents[kind].held_out, tokenizer, args.sequence_length, kind, args.sequences)[0] for kind in KINDS]
-    text = torch.cat(rows).to(model.device)
+    text = torch.cat(list(held_out(args, tokenizer).values())).to(model.device)
     measured = Measured(args, text)
 
     full, sparse = measured.loss(FULL, model, None), measured.loss(name_of(()), model, blocks)
@@ -119,10 +115,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     flag("--layers", type=int, default=1, metavar="N", help="how many are looked for, one after another (default: 1)")
     flag("--output", type=Path, default=Path("full_layers.json"), metavar="FILE", help="what was measured (default: full_layers.json)")
     flag("--resume", action="store_true", help="go on with what is in --output")
-    flag("--text", type=Path, nargs="+", metavar="FOLDER", help="where text is looked for (default: all installed packages)")
-    flag("--megabytes", type=float, default=20, help="most text of each kind that is looked at (default: 20)")
-    flag("--sequences", type=int, default=2, metavar="N", help="of prose, and as many of code, to measure on (default: 2)")
-    flag("--sequence-length", type=int, default=4096, help="tokens (default: 4096)")
+    add_held_out_flags(parser, 2, 4096)
     flag("--block-size", type=int, default=128)
     flag("--top-k", type=int, default=8)
     flag("--sink-blocks", type=int, default=1)

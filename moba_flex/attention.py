@@ -19,7 +19,6 @@ B rows, H query heads, G key heads, N tokens, Q query blocks, C key blocks, P sl
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from types import ModuleType
 
 import torch
@@ -28,7 +27,7 @@ from torch import Tensor
 from . import eager, flex, graphs
 from .autocast import without_autocast
 from .blocks import BlockLayout, dense_layout, one_block, packed_layout, padded_layout, slots_per_block
-from .chunks import MOST_HEADS, Chunk, chunks
+from .chunks import Chunk, chunks, launches
 from .lying import as_it_lies, empty_lying_like
 from .masked import few_blocks
 from .rows import write
@@ -116,16 +115,15 @@ def backward(
 
 def choose(query: Tensor, key: Tensor, layout: BlockLayout, spec: Spec, backend: ModuleType) -> Tensor:
     """The gate of every head, or of every group of heads: the sum of scores is the score of the sum of the queries."""
-    repeats, wide = query.shape[1] // key.shape[1], _wide(query.dtype)
+    repeats = query.shape[1] // key.shape[1] if spec.share_selection else 1
     if spec.share_selection:
-        together = query.unflatten(1, (-1, repeats)).sum(2, dtype=wide)
-        return choose(together, key, layout, replace(spec, share_selection=False), backend).repeat_interleave(repeats, 1)
-    n_rows, every = query.shape[0], slice(0, layout.n_query_blocks)
-    step = max(1, MOST_HEADS // query.shape[1])
-    if n_rows <= step:
-        return backend.choose(query, key, layout, spec)
-    some = [slice(row, min(row + step, n_rows)) for row in range(0, n_rows, step)]
-    return torch.cat([backend.choose(query[rows], key[rows], layout.part(rows, every), spec) for rows in some])
+        query = query.unflatten(1, (-1, repeats)).sum(2, dtype=_wide(query.dtype))
+    some, every = launches(*query.shape[:2]), slice(0, layout.n_query_blocks)
+    if len(some) == 1:
+        chosen = backend.choose(query, key, layout, spec)
+    else:
+        chosen = torch.cat([backend.choose(query[rows], key[rows], layout.part(rows, every), spec) for rows in some])
+    return chosen.repeat_interleave(repeats, 1) if spec.share_selection else chosen
 
 
 def masks(query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, spec: Spec, backend: ModuleType) -> bool:

@@ -48,6 +48,12 @@ def chunks(query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, spec:
             yield slice(row, row + rows_fit), slice(group, group + groups_fit), shifted
 
 
+def launches(n_rows: int, heads: int) -> list[slice]:
+    """Slices of rows with `heads` heads each, as many together as one launch serves, and one at least."""
+    step = max(1, MOST_HEADS // heads)
+    return [slice(row, min(row + step, n_rows)) for row in range(0, n_rows, step)]
+
+
 def _parts(repeats: int, width: int, layout: BlockLayout, spec: Spec, reach: int) -> Parts:
     """The query heads of one key head and their query blocks: all at once, or fewer heads, or some blocks of one head."""
 

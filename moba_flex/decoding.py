@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .autocast import without_autocast
-from .chunks import MOST_HEADS
+from .chunks import launches
 from .gate import best_blocks
 from .spec import Spec
 
@@ -104,10 +104,9 @@ def _by_rows(
     query: Tensor, key: Tensor, value: Tensor, means: Tensor, length: Tensor | None, start: Tensor | None, spec: Spec
 ) -> tuple[Tensor, Tensor]:
     """The kernels, on as many rows at a time as one launch serves."""
-    n_rows, step = query.shape[0], max(1, MOST_HEADS // (query.shape[1] * query.shape[2]))
-    if n_rows <= step:
+    some = launches(query.shape[0], query.shape[1] * query.shape[2])
+    if len(some) == 1:
         return kernels.decode(query, key, value, means, length, start, spec)
-    some = [slice(row, min(row + step, n_rows)) for row in range(0, n_rows, step)]
     tensors = ([x[rows] for x in (query, key, value, means)] for rows in some)
     starts = (None if start is None else start[rows] for rows in some)
     out, lse = zip(*(kernels.decode(*of_rows, length, first, spec) for of_rows, first in zip(tensors, starts)))

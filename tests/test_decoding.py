@@ -8,7 +8,7 @@ from cases import Case, assert_same, attend, cases, examples, operands
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moba_flex import decoding
+from moba_flex import chunks, decoding
 from moba_flex.decoding import decode, decode_plain, means_for, write_means
 from moba_flex.functional import attend_decoding
 
@@ -81,7 +81,7 @@ def test_more_heads_than_one_launch_serves_are_decoded_some_rows_at_a_time(case:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(decoding, "kernels", Kernels)
-        patch.setattr(decoding, "MOST_HEADS", most)
+        patch.setattr(chunks, "MOST_HEADS", most)
         actual = decoded(case, tensors, means, length, "flex")
     for x, y in zip((*actual, means), (*expected, expected_means)):
         assert_same(x, y)

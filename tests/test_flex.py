@@ -159,8 +159,7 @@ def test_no_step_has_more_heads_than_one_launch_serves(case, most):
 
     _kept_layout.cache_clear()  # with the chunks of calls before
     with pytest.MonkeyPatch.context() as patched:
-        for module in (attention_module, chunks_module):
-            patched.setattr(module, "MOST_HEADS", most)
+        patched.setattr(chunks_module, "MOST_HEADS", most)
         for name in allowed:
             patched.setattr(flex, name, watched(name))
         assert_same(computed(case, "flex"), wanted, case)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 
 import torch
 from demo_weights import DemoError
-from llama import one_line
+from llama import Parser, one_line
 from needle import training_sequence
 from package_text import KINDS, Document, collect, default_roots
 from torch import Tensor
@@ -41,6 +42,23 @@ class Text:
         if torch.rand((), generator=generator) < self._args.needle_share:
             return training_sequence(ids, self._tokenizer, generator)
         return ids
+
+
+def add_held_out_flags(parser: Parser, n: int, length: int) -> None:
+    """Those that `held_out` reads, with defaults for how many sequences of each kind there are, and how long they are."""
+    flag = parser.add_argument
+    flag("--text", type=Path, nargs="+", metavar="FOLDER", help="where text is looked for (default: all installed packages)")
+    flag("--megabytes", type=float, default=20, help="most text of each kind that is looked at (default: 20)")
+    flag("--sequences", type=int, default=n, metavar="N", help=f"of prose, and as many of code, to measure on (default: {n})")
+    flag("--sequence-length", type=int, default=length, help=f"tokens (default: {length})")
+
+
+def held_out(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> dict[str, Tensor]:
+    """Of each kind of text the first sequences `[n, N]` of files that no run of `adapt.py` has read. Raises DemoError."""
+    with one_line("cannot read the text"):
+        documents = collect(args.text or default_roots(), args.megabytes)
+    cut = tokenizer, args.sequence_length
+    return {kind: sequences(documents[kind].held_out, *cut, f"held-out {kind}", args.sequences)[0] for kind in KINDS}
 
 
 def sequences(

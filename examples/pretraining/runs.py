@@ -44,7 +44,7 @@ def named(name: str, block_size: int, top_k: int) -> Run:
         "moba-last-3-full": Run("moba-last-3-full", settings={**blocks, "full_attention_layers": (-3, -2, -1)}),
         "moba-conv-3": Run("moba-conv-3", settings={**blocks, "key_conv": 3}),
         "moba-conv-5": Run("moba-conv-5", settings={**blocks, "key_conv": 5}),
-        # What of a convolution's gain is not the gate's: keys that know their neighbours help a model to copy with any attention.
+        # Controls of a convolution: keys that know their neighbours may help a model to copy with any attention.
         "full-conv-3": Run("full-conv-3", switch_at=0.0, settings={**blocks, "key_conv": 3}),
         "full-conv-5": Run("full-conv-5", switch_at=0.0, settings={**blocks, "key_conv": 5}),
     }[name]
