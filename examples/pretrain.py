@@ -30,7 +30,7 @@ from benchmarking.results import environment
 from changed_settings import changes
 from compiled_layers import compile_layers, mask_of
 from needle import MOST_FACTS
-from pretraining.batches import Batches
+from pretraining.batches import Batches, Upload
 from pretraining.captured import Passes
 from pretraining.compare import compare
 from pretraining.corpus import Corpus, corpus, windows
@@ -132,6 +132,7 @@ class Training:
         if on_gpu and not args.no_compile:
             compile_layers(self.model)
             self.of_hidden = torch.compile(losses_of_hidden, dynamic=False, fullgraph=True)
+        self.upload = Upload(self.device) if on_gpu else lambda ids: ids
         self.passes = Passes(self._passes, self.model) if on_gpu and not args.no_step_graphs else None
         batches, saved, since = Batches(self.text, args, self.settings["seed"]), time.monotonic(), None
 
@@ -159,17 +160,13 @@ class Training:
 
     def release(self) -> None:
         """Let go of the memory of a run that is done, and of its graphs."""
-        del self.model, self.optimizer, self.held_out, self.passes
+        del self.model, self.optimizer, self.held_out, self.passes, self.upload
         torch.compiler.reset()
 
     def _train(self, ids: Tensor, rate: float) -> Tensor:
         """One step on `[B, context + 1]`; its loss, which stays on the device."""
-        if self.device.type == "cuda":
-            ids = ids.pin_memory()  # so that nothing waits for the copy
-        if self.passes is not None:
-            loss = self.passes(ids, kind=self.step < self.first_of_its_own)
-        else:
-            loss = self._passes(ids.to(self.device, non_blocking=True))
+        ids = self.upload(ids)
+        loss = self._passes(ids) if self.passes is None else self.passes(ids, kind=self.step < self.first_of_its_own)
         nn.utils.clip_grad_norm_(self.model.parameters(), self.args.clip)
         self.optimizer.step(rate)
         return loss

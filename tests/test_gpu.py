@@ -147,7 +147,7 @@ def test_chunks_do_not_change_the_result():
 
 @pytest.mark.parametrize("masks", [False, True], ids=["routed", "as it comes"])
 def test_there_may_be_more_heads_than_a_grid_is_wide(masks, monkeypatch):
-    """CUDA launches at most 65,535 programs along the second axis of a grid."""
+    """CUDA launches at most 65,535 programs along the second axis of a grid. As it comes, ten rows alone are one dense call."""
     if masks:
         monkeypatch.undo()
     generator = torch.Generator(device="cuda").manual_seed(0)
@@ -158,7 +158,8 @@ def test_there_may_be_more_heads_than_a_grid_is_wide(masks, monkeypatch):
         out = moba_attention(*x, block_size=16, top_k=2)
         results.append([out, *torch.autograd.grad(out.float().square().sum(), x)])
     for whole, alone in zip(*results):
-        assert torch.equal(whole[some], alone)
+        assert distance(whole[some], alone) < TOLERANCE[torch.bfloat16]
+        assert masks or torch.equal(whole[some], alone)
 
 
 def test_two_runs_give_the_same_bits():
@@ -307,6 +308,24 @@ def test_the_gate_is_exact_where_the_best_blocks_share_a_lane(block_size, top_k)
         got = select_blocks(q, k, block_size=block_size, top_k=top_k).indices
         layout = dense_layout(1, q.shape[2], q.shape[2], block_size, block_size, q.device)
         wanted = gate.choose(q.double(), k.double(), layout, Spec(block_size, top_k, 0, 0, True, 1.0))
+        last = torch.iinfo(torch.int32).max
+        wanted = torch.where(wanted < 0, last, wanted).sort(-1).values
+        different = (torch.where(got < 0, last, got) != wanted).any(-1)
+        assert different.float().mean() < 1e-3, (int(different.sum()), dtype)
+
+
+@pytest.mark.parametrize("top_k", [2, 9, 16])
+def test_the_gate_tells_blocks_apart_whose_scores_are_nearly_equal(top_k):
+    """Pairs of blocks differ in one number of one key, by less than the last bits that the fast search needs for itself."""
+    n_blocks, block_size = 640, 16
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        query, key = (torch.randn(1, 2, n_blocks * block_size, 64, device="cuda").to(dtype) for _ in range(2))
+        in_blocks = key.unflatten(2, (n_blocks, block_size))
+        in_blocks[:, :, 1::2] = in_blocks[:, :, ::2]
+        in_blocks[:, :, 1::4, 3, 5] *= 1.01
+        got = select_blocks(query, key, block_size=block_size, top_k=top_k).indices
+        layout = dense_layout(1, query.shape[2], query.shape[2], block_size, block_size, query.device)
+        wanted = gate.choose(query.double(), key.double(), layout, Spec(block_size, top_k, 0, 0, True, 1.0))
         last = torch.iinfo(torch.int32).max
         wanted = torch.where(wanted < 0, last, wanted).sort(-1).values
         different = (torch.where(got < 0, last, got) != wanted).any(-1)

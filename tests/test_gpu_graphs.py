@@ -126,6 +126,27 @@ def test_shapes_may_alternate_and_graphs_come_and_go(way, replays, monkeypatch):
     assert len(graphs._graphs) <= 4
 
 
+def test_while_the_gpu_is_far_behind_a_large_call_is_launched_kernel_by_kernel(way, replays, monkeypatch):
+    """Some hundred million cycles of nothing keep the GPU from where the calls before began."""
+    monkeypatch.setattr(graphs, "LARGE", 0)
+    tensors = [leaves(seed) for seed in range(16)]
+    wanted = without_graphs(lambda: [results(x) for x in tensors])
+    got = [results(x) for x in tensors[:4]]
+    captured = len(replays)
+    torch.cuda.synchronize()
+    got += [results(x) for x in tensors[4:6]]
+    assert len(replays) == captured + 4
+    torch.cuda._sleep(500_000_000)
+    got += [results(x) for x in tensors[6:14]]
+    far_ahead = len(replays)
+    assert captured + 4 <= far_ahead <= captured + 4 + graphs.CALLS_AHEAD  # the first ones do not know yet
+    torch.cuda.synchronize()
+    got += [results(x) for x in tensors[14:]]
+    assert len(replays) == far_ahead + 4
+    for seed, x in enumerate(got):
+        assert_same_bits(x, wanted[seed], seed)
+
+
 def test_another_stream_has_its_own_graphs(way, replays):
     tensors = [leaves(seed) for seed in range(12)]
     wanted = without_graphs(lambda: [results(x) for x in tensors])

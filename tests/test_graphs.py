@@ -20,7 +20,7 @@ from torch import Tensor
 from moba_flex import attention, eager, flash, flex, graphs, moba_attention, set_cuda_graphs
 from moba_flex.blocks import _kept_layout, dense_layout, padded_layout
 from moba_flex.functional import attend
-from moba_flex.graphs import EAGER_CALLS, MOST_GRAPHS, MOST_NUMBERS, MOST_SHAPES, Graphs, Place, place_for
+from moba_flex.graphs import CALLS_AHEAD, EAGER_CALLS, MOST_GRAPHS, MOST_NUMBERS, MOST_SHAPES, Graphs, Place, place_for
 from moba_flex.spec import Spec
 
 MUCH = 1 << 40
@@ -101,6 +101,50 @@ def test_the_third_call_of_a_shape_is_captured_and_later_ones_are_replayed():
         assert (before[0], len(store)) == ((0, 0), (0, 0), (0, 1), (1, 1), (1, 1), (1, 1))[n]
     assert StandIn.living[0].replays == StandIn.living[0].uses == 3
     assert function.runs == 2 + 2 + 3  # eager; before and within the capture; the stand-in's replays
+
+
+class Gpu:
+    """As far as events tell: it comes to what was launched when it is told to."""
+
+    def __init__(self):
+        self.launched = self.done = 0
+
+    def event(self) -> SimpleNamespace:
+        event = SimpleNamespace(at=0, query=lambda: event.at <= self.done, record=lambda: setattr(event, "at", self.launched))
+        return event
+
+
+@pytest.mark.parametrize("large", [True, False])
+def test_a_large_call_is_launched_kernel_by_kernel_while_the_gpu_is_calls_behind(monkeypatch, large):
+    monkeypatch.setattr(graphs, "LARGE", 12 if large else 13)
+    gpu, function = Gpu(), Doubling()
+    store = Graphs(StandIn, gpu.event)
+
+    def go(calls: int, place: Place = HERE, keeps_up: bool = False) -> int:
+        """How many of so many calls are replayed."""
+        before = sum(graph.replays for graph in StandIn.living)
+        for _ in range(calls):
+            x = torch.randn(3, 4)
+            assert_equal(call(store, function, x, place=place), Doubling()(x))
+            gpu.launched += 1
+            if keeps_up:
+                gpu.done = gpu.launched
+        return sum(graph.replays for graph in StandIn.living) - before
+
+    assert go(EAGER_CALLS + 1, keeps_up=True) == 0
+    assert go(5, keeps_up=True) == 5
+    assert go(10) == (CALLS_AHEAD + 1 if large else 10)  # the GPU has come to the begin of the first of them
+    assert go(EAGER_CALLS + 2, ELSEWHERE) == 1  # of the calls on another stream too few have been launched
+    gpu.done = gpu.launched
+    assert go(3) == 3
+    assert len(store) == 2
+    assert not set_cuda_graphs_of(store)
+
+
+def set_cuda_graphs_of(store: Graphs) -> list:
+    """What is left of a store that has been turned off."""
+    store.enable(False)
+    return [*store._begun, *store._shapes, *StandIn.living]
 
 
 def test_outputs_of_one_call_are_untouched_by_the_next():

@@ -45,3 +45,26 @@ class Batches:
 def order(n: int, epoch: int, seed: int) -> Tensor:
     """`[n]`: in which order an epoch reads n windows. Each has an order of its own."""
     return torch.randperm(n, generator=torch.Generator().manual_seed(1000 * seed + epoch))
+
+
+class Upload:
+    """Batches on their way to a GPU, without waiting for it: from two places in pinned memory, in turn.
+
+    To pin each batch would wait: PyTorch gave its memory back to the system after each step, which ends only when the GPU is idle.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._turn = device, 0
+        self._places: list[tuple[Tensor, torch.cuda.Event]] = []
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        """`ids` of the CPU, the same shape each time, on the GPU."""
+        if len(self._places) < 2:
+            self._places.append((torch.empty_like(ids, pin_memory=True), torch.cuda.Event()))
+        place, copied = self._places[self._turn]
+        self._turn = (self._turn + 1) % 2
+        copied.synchronize()  # of the step before last
+        place.copy_(ids)
+        on_device = place.to(self._device, non_blocking=True)
+        copied.record()
+        return on_device

@@ -26,12 +26,12 @@ class Passes:
         self._steps, self._graph = 0, None
 
     def __call__(self, ids: Tensor, kind: Hashable) -> Tensor:
-        """`[B, context + 1]` in pinned memory -> the loss, on the GPU. Gradients are there until the next call."""
+        """`[B, context + 1]` -> the loss, both on the GPU. Gradients are there until the next call."""
         if kind != self._kind:
             self._kind, self._steps, self._graph = kind, 0, None
         self._steps += 1
         if self._steps <= EAGER_STEPS:
-            return self._function(ids.to(next(self._model.parameters()).device, non_blocking=True))
+            return self._function(ids)
         self._graph = self._graph or Graph(self._function, self._model, ids)
         return self._graph(ids)
 
@@ -40,13 +40,13 @@ class Graph:
     """`function`, captured. All its memory is its own, that of the gradients too."""
 
     def __init__(self, function: Function, model: nn.Module, ids: Tensor) -> None:
-        self._ids, self._graph = torch.empty_like(ids, device="cuda"), torch.cuda.CUDAGraph()
+        self._ids, self._graph = torch.empty_like(ids), torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph):
             self._loss = function(self._ids)
         self._grads = [(x, x.grad) for x in model.parameters() if x.grad is not None]
 
     def __call__(self, ids: Tensor) -> Tensor:
-        self._ids.copy_(ids, non_blocking=True)
+        self._ids.copy_(ids)
         self._graph.replay()
         for x, grad in self._grads:  # an optimizer forgets them after each step
             x.grad = grad

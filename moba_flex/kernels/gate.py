@@ -91,6 +91,32 @@ def _scores(q, HIGH, LOW, at, mask):
 
 
 @triton.jit
+def _without(x, bits: tl.constexpr):
+    """Float32 without its last bits."""
+    return (x.to(tl.int32, bitcast=True) & ~bits).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _mean(HIGH, LOW, at, mask):
+    mean = tl.load(HIGH + at, mask=mask, other=0.0).to(tl.float32)
+    if LOW is not None:
+        mean += tl.load(LOW + at, mask=mask, other=0.0).to(tl.float32)
+    return mean
+
+
+@triton.jit
+def _lead(queries, HIGH, LOW, chosen, rival, wanted, D: tl.constexpr, DP: tl.constexpr):
+    # By how much the query at each of these addresses scores one mean higher than another; 0 where it is not wanted.
+    lead = tl.zeros_like(wanted.to(tl.float32))
+    for start in tl.static_range(0, DP, 16):
+        d = start + tl.arange(0, 16)[None, :]
+        mask = wanted[:, None] & (d < D)
+        difference = _mean(HIGH, LOW, chosen[:, None] * D + d, mask) - _mean(HIGH, LOW, rival[:, None] * D + d, mask)
+        lead += tl.sum(tl.load(queries[:, None] + d, mask=mask, other=0.0).to(tl.float32) * difference, 1)
+    return lead
+
+
+@triton.jit
 def _lanes_kernel(
     QUERY, HIGH, LOW, OUT, REDO, FIRST, LAST, START, STOP, stride_b, stride_h, stride_n, H, G, C, N_BLOCKS,
     SINK: tl.constexpr, RECENT: tl.constexpr, FREE: tl.constexpr, P: tl.constexpr,
@@ -99,8 +125,8 @@ def _lanes_kernel(
 ):  # fmt: skip
     # One program: M queries. Block c belongs to lane c mod T, and each lane keeps its best four, so that nothing is compared across
     # lanes until the end. A lane needs no second number for the block: which of its blocks it was replaces the score's last BITS bits.
-    # So the choice is certain if the last bits do not decide what is chosen, and no lane had to drop what might have been. Where
-    # it is not, and at infinity or NaN, REDO asks for the exact search.
+    # So the choice is certain if these bits do not decide what is chosen, and no lane had to drop what might have been. Where they
+    # decide between two blocks, these are scored once more. Where more are in doubt, and at infinity or NaN, REDO asks for an exact search.
     tile, bh = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)
     b, h = bh // H, bh % H
     group = (b * G + h // (H // G)).to(tl.int64)
@@ -111,11 +137,8 @@ def _lanes_kernel(
     start, stop = tl.load(START + meta, mask=exists, other=0), tl.load(STOP + meta, mask=exists, other=0)
     real = (slot - block * P >= start) & (slot - block * P < stop)
     d, lane = tl.arange(0, DP), tl.arange(0, T)
-    q = tl.load(
-        QUERY + b.to(tl.int64) * stride_b + h.to(tl.int64) * stride_h + slot.to(tl.int64)[:, None] * stride_n + d[None, :],
-        mask=real[:, None] & (d[None, :] < D),
-        other=0.0,
-    )
+    queries = QUERY + b.to(tl.int64) * stride_b + h.to(tl.int64) * stride_h + slot.to(tl.int64) * stride_n
+    q = tl.load(queries[:, None] + d[None, :], mask=real[:, None] & (d[None, :] < D), other=0.0)
 
     none: tl.constexpr = -3.4028234e38
     turn_bits: tl.constexpr = (1 << BITS) - 1
@@ -142,13 +165,15 @@ def _lanes_kernel(
     here = slot < N_BLOCKS * P
     found = tl.zeros([M], tl.int32)
     normal = tl.full([M], 1, tl.int32)
-    most = tl.zeros([M], tl.float32)
+    most = tl.full([M], float("inf"), tl.float32)
     for j in tl.static_range(FREE):
-        most = tl.max(best1, 1)
+        before, most = most, tl.max(best1, 1)
         of_lane = tl.min(tl.where(best1 == most[:, None], lane[None, :], T), 1)
         some = most > none
         chosen = begin + (most.to(tl.int32, bitcast=True) & turn_bits) * T + of_lane
-        tl.store(out + j, tl.where(real & some, chosen, -1), mask=here)
+        chosen = tl.where(real & some, chosen, -1)
+        if j < FREE - 1:
+            tl.store(out + j, chosen, mask=here)
         found += some.to(tl.int32)
         normal &= (tl.abs(most) > 1.2e-38).to(tl.int32)  # smaller numbers may lose their last bits
         taken = lane[None, :] == of_lane[:, None]
@@ -162,12 +187,23 @@ def _lanes_kernel(
     for r in tl.static_range(RECENT):
         tl.store(forced + SINK + r, tl.where(real & (last - 1 - r >= first + SINK), last - 1 - r, -1), mask=here)
 
-    next_best = tl.max(tl.maximum(best1, left, nan), 1)
-    ahead = (most.to(tl.int32, bitcast=True) & ~turn_bits).to(tl.float32, bitcast=True)
-    behind = (next_best.to(tl.int32, bitcast=True) & ~turn_bits).to(tl.float32, bitcast=True)
+    second = tl.max(best1, 1)
+    ahead, behind = _without(most, turn_bits), _without(tl.maximum(second, tl.max(left, 1), nan), turn_bits)
+    certain = (ahead > behind) | ((second == none) & (tl.max(left, 1) == none))
+    if BITS > 0:
+        rival_lane = tl.min(tl.where(best1 == second[:, None], lane[None, :], T), 1)
+        third = tl.max(tl.maximum(tl.where(lane[None, :] == rival_lane[:, None], best2, best1), left, nan), 1)
+        pair = real & (second > none) & (ahead == _without(second, turn_bits)) & (ahead > _without(third, turn_bits))
+        pair = pair & (_without(before, turn_bits) > ahead)
+        if tl.max(pair.to(tl.int32), 0) > 0:
+            rival = begin + (second.to(tl.int32, bitcast=True) & turn_bits) * T + rival_lane
+            lead = _lead(queries, HIGH, LOW, group * C + chosen, group * C + rival, pair, D, DP)
+            chosen = tl.where(pair & ((lead < 0) | ((lead == 0) & (rival < chosen))), rival, chosen)
+        certain = certain | pair
+    tl.store(out + FREE - 1, chosen, mask=here)
     wanted = tl.minimum(tl.maximum(last - RECENT - first - SINK, 0), FREE)
     finite = tl.min((left == left).to(tl.int32), 1)
-    certain = ((ahead > behind) | (next_best == none)) & (found == wanted) & (normal > 0) & (finite > 0)
+    certain = certain & (found == wanted) & (normal > 0) & (finite > 0)
     redo = tl.reshape((real & ~certain).to(tl.int32), [M // REDO_M, REDO_M])
     flags = tl.program_id(1) * tl.num_programs(0) * (M // REDO_M) + tile * (M // REDO_M) + tl.arange(0, M // REDO_M)
     tl.store(REDO + flags, tl.max(redo, 1))
@@ -232,6 +268,15 @@ def _search_kernel(
         tl.store(out + FREE + SINK + r, tl.where(real & (last - 1 - r >= first + SINK), last - 1 - r, -1))
 
 
+def _program(dtype: torch.dtype, free: int) -> tuple[int, int, dict]:
+    """Queries and lanes of a program, and how it is compiled, to choose `free` blocks."""
+    if dtype == torch.float32:
+        return 32, 32, {"num_warps": 4, "num_stages": 3}
+    if free <= 8:  # two programs share a multiprocessor, and nothing spills
+        return 128, 32, {"num_warps": 8, "num_stages": 3, "maxnreg": 128}
+    return 64, 64, {"num_warps": 4, "num_stages": 3}
+
+
 def choose(query: Tensor, key: Tensor, layout: BlockLayout, spec: Spec) -> Tensor:
     """`[B, H, Q * P, D]`, `[B, G, C * P, D]` -> `[B, H, Q * P, S]` int32, the chosen blocks, -1 where there are fewer."""
     rows, heads, slots, width = query.shape
@@ -245,16 +290,13 @@ def choose(query: Tensor, key: Tensor, layout: BlockLayout, spec: Spec) -> Tenso
     operands = query, *block_means(key, layout, query.dtype), chosen
     places = *candidates(layout, spec), layout.query_start, layout.query_stop, *query.stride()[:3], *shape
 
-    tile, lanes = (32, 32) if query.dtype == torch.float32 else (128, 32) if free <= 8 else (64, 64)
+    tile, lanes, options = _program(query.dtype, free)
     searched, most = min(tile, 64), 64 if query.dtype != torch.float32 else 32
     bits = (cdiv(layout.n_key_blocks, lanes) - 1).bit_length()
     tiles, redo = cdiv(slots, tile), None
     if 0 < free <= _MOST_IN_LANES and bits <= _MOST_BITS:
         redo = chosen.new_empty(rows * heads * tiles * tile // searched)
         spans = 1 if layout.width % tile == 0 else tile
-        options = {"num_warps": 8 if tile * lanes >= 4096 else 4, "num_stages": 3}
-        if (tile, lanes) == (128, 32):  # then two programs share a multiprocessor, and nothing spills
-            options["maxnreg"] = 128
         _lanes_kernel[(tiles, rows * heads)](
             *operands, redo, *places, **sizes, **forced, M=tile, R=spans, T=lanes, BITS=bits, REDO_M=searched, **options
         )
