@@ -17,7 +17,7 @@ from benchmarking import attention, measure, model, results
 from benchmarking.attention import BOTH, FORWARD, SYSTEMS, Attention, Settings, System
 from torch.nn.attention.flex_attention import flex_attention
 
-from moba_flex import moba_attention_varlen, select_blocks
+from moba_flex import flash, moba_attention_varlen, select_blocks
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -351,6 +351,21 @@ def peers(monkeypatch):
     for name, call in (("flash_moba", flash_moba_varlen_func), ("moba", moba_attn_varlen)):
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
         setattr(sys.modules[name], call.__name__, call)
+
+
+def test_flash_is_compared_where_it_is_named_and_its_backend_holds_for_its_calls_alone(monkeypatch):
+    seen = []
+    monkeypatch.setattr(flash, "_installed", lambda: True)
+    monkeypatch.setattr(attention, "moba_attention", lambda *_, **settings: seen.append((flash.enabled(), settings)))
+    for name in ("moba_flex-flash", "moba_flex"):
+        SYSTEMS[name].call(*torch.randn(3, 1, 2, 8, 4), TOY)
+    blocks = {"block_size": TOY.block_size, "top_k": TOY.top_k}
+    assert seen == [(True, blocks), (False, blocks)]
+    monkeypatch.setattr(attention, "moba_attention", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        SYSTEMS["moba_flex-flash"].call(*torch.randn(3, 1, 2, 8, 4), TOY)
+    assert not flash.enabled()
+    assert "moba_flex-flash" not in attention.available(None, torch.device("cuda"))[0]
 
 
 @pytest.mark.parametrize("name", ["flash-moba", "moonshot-moba"])

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from moba_flex import moba_attention
+from moba_flex import moba_attention, set_flex_backend
 
 from .measure import Call
 from .results import OURS
@@ -62,6 +62,14 @@ class Settings:
 
 def moba(query: Tensor, key: Tensor, value: Tensor, settings: Settings) -> Tensor:
     return moba_attention(query, key, value, block_size=settings.block_size, top_k=settings.top_k)
+
+
+def moba_flash(query: Tensor, key: Tensor, value: Tensor, settings: Settings) -> Tensor:
+    before = set_flex_backend("flash")
+    try:
+        return moba(query, key, value, settings)
+    finally:
+        set_flex_backend(before)
 
 
 def sdpa(backend: SDPBackend | list[SDPBackend], query: Tensor, key: Tensor, value: Tensor, settings: Settings) -> Tensor:
@@ -129,13 +137,14 @@ def bounds(batch: int, tokens: int, device: torch.device) -> Tensor:
 class System:
     call: Callable[..., Tensor]
     growth: int  # time grows with this power of the length, to guess what would take too long
-    devices: tuple[str, ...] = ("cuda",)
+    devices: tuple[str, ...] = ("cuda",)  # where it is compared unless others are named
     needs: str | None = None  # a module
     packed: bool = False
 
 
 SYSTEMS = {
     OURS: System(moba, 1, ("cuda", "cpu")),
+    f"{OURS}-flash": System(moba_flash, 1, (), needs="flash_attn.cute"),  # large blocks, forward
     "dense-fa2": System(partial(sdpa, SDPBackend.FLASH_ATTENTION), 2),
     "dense-cudnn": System(partial(sdpa, SDPBackend.CUDNN_ATTENTION), 2),
     "dense-flex": System(flex, 2),
