@@ -309,8 +309,9 @@ def _kernel_options(routed: bool, tiles: tuple[int, int], divisible: bool, width
     q, kv = (math.gcd(tile, QUERY_TILE) for tile in tiles)
     half, narrow = dtype != torch.float32, max(widths) <= 64
     # A tile of rows meets so few keys that loading dominates: with four warps two tiles share a multiprocessor. On an H100 23 % faster at
-    # block 128 than the default of eight warps, 13 % at 512; at width 64 14 % at block 128, 20 % at 64 than with 64 rows.
-    few_keys = routed and half and tiles[1] <= 1024 and max(widths) <= 128
+    # block 128 than the default of eight warps, 13 % at 512; at width 64 14 % at block 128 (larger ones were not tried), and 20 % at 64
+    # than with 64 rows.
+    few_keys = routed and half and max(widths) <= 128 and tiles[1] <= (128 if narrow else 1024)
     if min(q, kv) < QUERY_TILE:
         most = (64 if half else 32) // (1 if max(widths) <= 128 else 2)
         q, kv = q if few_keys and narrow and kv == 64 else min(q, most), min(kv, most)
