@@ -1,4 +1,5 @@
-"""One CUDA graph: a function captured on a stream of its own, into a pool of memory that other graphs of the caller's stream may share.
+"""One CUDA graph: a function captured on a stream of its own, into a pool of memory that other graphs of the caller's stream may share;
+and how far a GPU is behind its host.
 
 `torch.cuda.graph` would wait for the GPU, collect garbage and empty PyTorch's cache, which nobody expects of a call of attention. Here
 nothing waits, and whatever happens within a capture, PyTorch and CUDA are in order afterwards.
@@ -14,6 +15,8 @@ from functools import cache
 
 import torch
 from torch import Tensor
+
+from .kept import kept
 
 Function = Callable[..., tuple[Tensor, ...]]
 
@@ -117,3 +120,27 @@ def _without_collection() -> Iterator[None]:
     finally:
         if collecting:
             gc.enable()
+
+
+class CudaMarks:
+    """Marks on the current stream: numbers that the GPU copies to the host's memory as it comes to them. To read one asks CUDA for nothing.
+
+    An event would tell as much. But while another thread captures a graph in PyTorch's default mode, to ask for one is an error, which
+    also ends that capture.
+    """
+
+    _COUNT = 256  # then numbers begin again: a host that is as many marks ahead looks as if it were not
+
+    def __init__(self) -> None:
+        device = torch.device("cuda", torch.cuda.current_device())
+        self._numbers = kept(lambda: torch.arange(self._COUNT, device=device), device).unbind()
+        self._reached = kept(lambda: torch.zeros((), dtype=torch.int64, pin_memory=True), device)
+        self._made = 0
+
+    @property
+    def behind(self) -> int:
+        return (self._made - self._reached.item()) % self._COUNT
+
+    def mark(self) -> None:
+        self._made = (self._made + 1) % self._COUNT
+        self._reached.copy_(self._numbers[self._made], non_blocking=True)

@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 import threading
 import warnings
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from types import ModuleType
@@ -30,7 +30,7 @@ from torch import Tensor
 
 from . import flash, flex
 from .blocks import BlockLayout
-from .cuda_graph import CudaGraph, Function
+from .cuda_graph import CudaGraph, CudaMarks, Function
 from .kept import kept
 from .lying import empty_lying_like
 from .spec import Spec
@@ -215,22 +215,21 @@ class Shape:
         self.calls, self.wait = 0, 2 * self.wait
 
 
-class Event(Protocol):
-    """A point on the current stream."""
+class Marks(Protocol):
+    """Marks on the stream that was current when this was made."""
 
-    def record(self) -> None: ...
+    behind: int  # how many of them the GPU has not come to
 
-    def query(self) -> bool:
-        """Whether the GPU has come to where it was recorded last."""
+    def mark(self) -> None: ...
 
 
 class Graphs:
     """The graphs of a process, of each GPU those that were used last."""
 
-    def __init__(self, capture: Capture, event: Callable[[], Event] = torch.cuda.Event) -> None:
+    def __init__(self, capture: Capture, marks: Callable[[], Marks] = CudaMarks) -> None:
         self.enabled = True
-        self._capture, self._event = capture, event
-        self._begun: dict[Place, deque[Event]] = {}  # where the last large calls began
+        self._capture, self._new_marks = capture, marks
+        self._marks: dict[Place, Marks] = {}  # where large calls began
         self._shapes: OrderedDict[Hashable, Shape] = OrderedDict()  # by place (GPU and stream) and key; the one used last is the last
         self._lock = threading.Lock()
         self._warned = False
@@ -251,7 +250,7 @@ class Graphs:
                 for shape in self._shapes.values():
                     shape.release()
                 self._shapes.clear()
-                self._begun.clear()
+                self._marks.clear()
         return before
 
     @torch.no_grad()
@@ -290,15 +289,13 @@ class Graphs:
         return shape
 
     def _gpu_is_behind(self, place: Place, tensors: tuple[Tensor | None, ...]) -> bool:
-        """Whether this is a large call, and the GPU has not come to where a large one of some calls ago began."""
+        """Whether this is a large call, and the GPU has not come to where some large calls before it began."""
         if tensors[0].numel() < LARGE:  # of the query, or of its gradient
             return False
-        begun = self._begun.setdefault(place, deque())
-        full = len(begun) == CALLS_AHEAD
-        event = begun.popleft() if full else self._event()
-        behind = full and not event.query()
-        event.record()
-        begun.append(event)
+        if place not in self._marks:
+            self._marks[place] = self._new_marks()
+        behind = self._marks[place].behind >= CALLS_AHEAD
+        self._marks[place].mark()
         return behind
 
     def _captures(self, shape: Shape, place: Place, function: Function, tensors: tuple[Tensor | None, ...]) -> tuple[Tensor, ...] | None:

@@ -16,7 +16,7 @@ from torch._dynamo.utils import counters
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from moba_flex import flex, graphs, moba_attention, patch, set_cuda_graphs
-from moba_flex.cuda_graph import CudaGraph
+from moba_flex.cuda_graph import CudaGraph, CudaMarks
 from moba_flex.graphs import EAGER_CALLS, Graphs, Place
 
 pytestmark = [
@@ -145,6 +145,46 @@ def test_while_the_gpu_is_far_behind_a_large_call_is_launched_kernel_by_kernel(w
     assert len(replays) == far_ahead + 4
     for seed, x in enumerate(got):
         assert_same_bits(x, wanted[seed], seed)
+
+
+def test_marks_say_how_far_the_gpu_is_behind_its_host():
+    marks = CudaMarks()
+    for _ in range(200):  # numbers begin again in between
+        torch.cuda._sleep(20_000_000)
+        for n in range(3):
+            assert marks.behind == n
+            marks.mark()
+        torch.cuda.synchronize()
+        assert marks.behind == 0
+
+
+def test_a_capture_in_another_thread_is_not_disturbed(way, replays, monkeypatch):
+    """In PyTorch's default mode it ends where any thread asks for an event."""
+    monkeypatch.setattr(graphs, "LARGE", 0)
+    tensors = [leaves(seed) for seed in range(EAGER_CALLS + 6)]
+    wanted = without_graphs(lambda: [results(x) for x in tensors])
+    got = [results(x) for x in tensors[: EAGER_CALLS + 2]]
+    x, captured, open_, over = torch.ones(8, device="cuda"), torch.cuda.CUDAGraph(), threading.Event(), threading.Event()
+
+    def capture() -> None:
+        with torch.cuda.graph(captured):
+            x.mul_(2)
+            open_.set()
+            over.wait(60)
+
+    thread = threading.Thread(target=capture)
+    thread.start()
+    assert open_.wait(60)
+    try:
+        got += [results(x) for x in tensors[EAGER_CALLS + 2 :]]
+    finally:
+        over.set()
+        thread.join()
+    captured.replay()
+    assert (x == 2).all()
+    assert replays
+    for seed, each in enumerate(got):
+        assert_same_bits(each, wanted[seed], seed)
 
 
 def test_another_stream_has_its_own_graphs(way, replays):

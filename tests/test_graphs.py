@@ -104,21 +104,29 @@ def test_the_third_call_of_a_shape_is_captured_and_later_ones_are_replayed():
 
 
 class Gpu:
-    """As far as events tell: it comes to what was launched when it is told to."""
+    """It comes to what was launched when it is told to."""
 
     def __init__(self):
         self.launched = self.done = 0
 
-    def event(self) -> SimpleNamespace:
-        event = SimpleNamespace(at=0, query=lambda: event.at <= self.done, record=lambda: setattr(event, "at", self.launched))
-        return event
+
+class GpuMarks:
+    def __init__(self, gpu: Gpu):
+        self._gpu, self._at = gpu, []
+
+    @property
+    def behind(self) -> int:
+        return sum(at > self._gpu.done for at in self._at)
+
+    def mark(self) -> None:
+        self._at.append(self._gpu.launched)
 
 
 @pytest.mark.parametrize("large", [True, False])
 def test_a_large_call_is_launched_kernel_by_kernel_while_the_gpu_is_calls_behind(monkeypatch, large):
     monkeypatch.setattr(graphs, "LARGE", 12 if large else 13)
     gpu, function = Gpu(), Doubling()
-    store = Graphs(StandIn, gpu.event)
+    store = Graphs(StandIn, lambda: GpuMarks(gpu))
 
     def go(calls: int, place: Place = HERE, keeps_up: bool = False) -> int:
         """How many of so many calls are replayed."""
@@ -138,13 +146,13 @@ def test_a_large_call_is_launched_kernel_by_kernel_while_the_gpu_is_calls_behind
     gpu.done = gpu.launched
     assert go(3) == 3
     assert len(store) == 2
-    assert not set_cuda_graphs_of(store)
+    assert not left_once_turned_off(store)
 
 
-def set_cuda_graphs_of(store: Graphs) -> list:
+def left_once_turned_off(store: Graphs) -> list:
     """What is left of a store that has been turned off."""
     store.enable(False)
-    return [*store._begun, *store._shapes, *StandIn.living]
+    return [*store._marks, *store._shapes, *StandIn.living]
 
 
 def test_outputs_of_one_call_are_untouched_by_the_next():
