@@ -175,9 +175,8 @@ def test_cu_seq_lens_are_refused_beside_cached_tokens():
 
 
 def test_packed_sequences_that_read_every_block_keep_out_of_attention_that_does_not_know_them(monkeypatch):
-    """On a GPU a prompt that reads every block gets the attention that the layer had before, which knows nothing of `cu_seq_lens_q`."""
+    """A prompt that reads every block gets the attention that the layer had before, which knows nothing of `cu_seq_lens_q`."""
     calls = []
-    monkeypatch.setattr(interface.arguments, "resolve_implementation", lambda *_: "flex")
     monkeypatch.setattr(interface, "_attend", lambda query, *rest: calls.append("MoBA") or torch.zeros_like(query))
     monkeypatch.setattr(interface, "_ordinary", lambda _, query, *rest: (calls.append("ordinary") or query.transpose(1, 2), None))
     model, ids = patched(block_size=64), tokens(1, 40)

@@ -75,7 +75,7 @@ def test_gate_and_attention_both_see_the_convolved_keys():
 
 
 def test_full_attention_for_a_while_reads_the_convolved_keys_too():
-    model = model_with(top_k=99)  # MoBA that reads every block
+    model = model_with(top_k=99, implementation="eager")  # MoBA that reads every block
     expected = model(tokens()).logits
     with moba_flex.full_attention(model):
         torch.testing.assert_close(model(tokens()).logits, expected, atol=1e-4, rtol=1e-4)
@@ -140,7 +140,7 @@ def test_the_convolution_does_not_cross_the_borders_of_packed_sequences(named):
 @pytest.mark.parametrize("padded", [False, True])
 def test_generation_with_a_growing_cache_is_generation_without(decode, padded):
     """With so many blocks that decoding reads what prefill reads."""
-    model, text = model_with(decode=decode, top_k=99), tokens()
+    model, text = model_with(decode=decode, top_k=99, implementation="eager"), tokens()
     mask = torch.ones_like(text)
     if padded:
         text[1, :7], mask[1, :7] = 0, 0
@@ -150,7 +150,7 @@ def test_generation_with_a_growing_cache_is_generation_without(decode, padded):
 
 
 def test_a_prompt_may_come_in_pieces_of_any_length():
-    model, text, cache = model_with(top_k=99), tokens(), DynamicCache()
+    model, text, cache = model_with(top_k=99, implementation="eager"), tokens(), DynamicCache()
     parts = [model(part, past_key_values=cache).logits for part in text.split([9, 1, 1, 2, 16], 1)]
     torch.testing.assert_close(torch.cat(parts, 1), model(text).logits, atol=1e-4, rtol=1e-4)
 

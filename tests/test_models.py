@@ -522,11 +522,15 @@ def operators(model: nn.Module, **inputs) -> list[str]:
     return called.names
 
 
+@pytest.mark.parametrize("resolved", ["flex", "eager"])
 @pytest.mark.parametrize("use_cache", [False, True])
-def test_a_prompt_that_reads_all_blocks_calls_the_operators_that_the_model_calls_without_moba(use_cache, monkeypatch):
-    monkeypatch.setattr("moba_flex.arguments.resolve_implementation", lambda *_: "flex")  # as on a GPU
+def test_a_prompt_that_reads_all_blocks_calls_the_operators_that_the_model_calls_without_moba(use_cache, resolved, monkeypatch):
+    """On a GPU, and elsewhere unless "eager" is asked for."""
+    monkeypatch.setattr("moba_flex.arguments.resolve_implementation", lambda *_: resolved)
     inputs = {"input_ids": tokens(), "use_cache": use_cache}
     model = build()
     expected = operators(model, **inputs)
-    assert operators(patch(model, **ALL_BLOCKS), **inputs) == expected
+    assert operators(patch(model, **{**ALL_BLOCKS, "implementation": "auto"}), **inputs) == expected
     assert operators(set_attention(model, "full"), **inputs) == expected
+    if resolved == "eager":
+        assert operators(patch(model, **ALL_BLOCKS), **inputs).count("moba_flex.attention.default") == model.config.num_hidden_layers
