@@ -50,7 +50,7 @@ def order(n: int, epoch: int, seed: int) -> Tensor:
 class Upload:
     """Batches on their way to a GPU, without waiting for it: from two places in pinned memory, in turn.
 
-    With each batch pinned anew the host was busy with it for 8 ms a step, and then idle until the GPU was, it seems to give that memory back.
+    With each batch pinned anew the host took 8 ms a step for it, and then waited for the GPU, it seems to give that memory back.
     """
 
     def __init__(self, device: torch.device) -> None:
