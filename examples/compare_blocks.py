@@ -27,10 +27,10 @@ import re
 from pathlib import Path
 
 from adapt import losses, print_results
-from adapting.text import add_held_out_flags, held_out
+from adapting.text import add_held_out_flags, check_length, held_out
 from demo_weights import DemoError
 from kept_results import KeptResults
-from llama import Parser, context_of, exit_code, load, one_line, with_adapter
+from llama import Parser, exit_code, load, one_line, with_adapter
 
 import moba_flex
 
@@ -42,8 +42,7 @@ def compare(args: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
     """Measure what `--output` lacks, and print. Losses by setting and kind of text."""
     configs = {text: config_of(text, args.sink_blocks) for text in args.blocks}
     base, tokenizer = load(args.model, args.device, args.dtype)
-    if args.sequence_length > context_of(base):
-        raise DemoError(f"--sequence-length is {args.sequence_length:,}, but the model's context is {context_of(base):,} tokens")
+    check_length(args, base)
     with one_line("this model cannot use MoBA"):
         for config in configs.values():
             moba_flex.patch(base, config)

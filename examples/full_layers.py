@@ -27,10 +27,10 @@ from pathlib import Path
 
 import torch
 from adapt import loss_of
-from adapting.text import add_held_out_flags, held_out
+from adapting.text import add_held_out_flags, check_length, held_out
 from demo_weights import DemoError
 from kept_results import KeptResults
-from llama import Parser, context_of, exit_code, load, one_line
+from llama import Parser, exit_code, load, one_line
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
@@ -53,8 +53,7 @@ def find(args: argparse.Namespace) -> Layers:
             f"{read:,}"
         )
     model, tokenizer = load(args.model, args.device, args.dtype)
-    if args.sequence_length > context_of(model):
-        raise DemoError(f"--sequence-length is {args.sequence_length:,}, but the model's context is {context_of(model):,} tokens")
+    check_length(args, model)
     with one_line("this model cannot use MoBA"):
         moba_flex.patch(model, blocks)
     candidates = list(moba_layers(model))

@@ -314,7 +314,8 @@ def _kernel_options(routed: bool, tiles: tuple[int, int], divisible: bool, width
     few_keys = routed and half and max(widths) <= 128 and tiles[1] <= (128 if narrow else 1024)
     if min(q, kv) < QUERY_TILE:
         most = (64 if half else 32) // (1 if max(widths) <= 128 else 2)
-        q, kv = q if few_keys and narrow and kv == 64 else min(q, most), min(kv, most)
+        rows = QUERY_TILE if few_keys and narrow and kv == 64 else most
+        q, kv = min(q, rows), min(kv, most)
         options |= {"fwd_BLOCK_M": q, "fwd_BLOCK_N": kv, "num_warps": 4, "num_stages": 2}
         if not half:
             q, kv = 16, 16

@@ -149,8 +149,8 @@ def test_while_the_gpu_is_far_behind_a_large_call_is_launched_kernel_by_kernel(w
 
 def test_marks_say_how_far_the_gpu_is_behind_its_host():
     marks = CudaMarks()
-    for _ in range(200):  # numbers begin again in between
-        torch.cuda._sleep(20_000_000)
+    for _ in range(90):  # numbers begin again in between
+        torch.cuda._sleep(50_000_000)
         for n in range(3):
             assert marks.behind == n
             marks.mark()

@@ -146,13 +146,8 @@ def test_a_large_call_is_launched_kernel_by_kernel_while_the_gpu_is_calls_behind
     gpu.done = gpu.launched
     assert go(3) == 3
     assert len(store) == 2
-    assert not left_once_turned_off(store)
-
-
-def left_once_turned_off(store: Graphs) -> list:
-    """What is left of a store that has been turned off."""
     store.enable(False)
-    return [*store._marks, *store._shapes, *StandIn.living]
+    assert not [*store._marks, *store._shapes, *StandIn.living]
 
 
 def test_outputs_of_one_call_are_untouched_by_the_next():

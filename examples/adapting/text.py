@@ -8,12 +8,12 @@ from pathlib import Path
 
 import torch
 from demo_weights import DemoError
-from llama import Parser, one_line
+from llama import Parser, context_of, one_line
 from needle import training_sequence
 from package_text import KINDS, Document, collect, default_roots
 from torch import Tensor
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 class Text:
@@ -51,6 +51,12 @@ def add_held_out_flags(parser: Parser, n: int, length: int) -> None:
     flag("--megabytes", type=float, default=20, help="most text of each kind that is looked at (default: 20)")
     flag("--sequences", type=int, default=n, metavar="N", help=f"of prose, and as many of code, to measure on (default: {n})")
     flag("--sequence-length", type=int, default=length, help=f"tokens (default: {length})")
+
+
+def check_length(args: argparse.Namespace, model: PreTrainedModel) -> None:
+    """Raises DemoError if the model's context is shorter than the sequences."""
+    if args.sequence_length > context_of(model):
+        raise DemoError(f"--sequence-length is {args.sequence_length:,}, but the model's context is {context_of(model):,} tokens")
 
 
 def held_out(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> dict[str, Tensor]:

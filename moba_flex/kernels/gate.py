@@ -187,12 +187,12 @@ def _lanes_kernel(
     for r in tl.static_range(RECENT):
         tl.store(forced + SINK + r, tl.where(real & (last - 1 - r >= first + SINK), last - 1 - r, -1), mask=here)
 
-    second = tl.max(best1, 1)
-    ahead, behind = _without(most, turn_bits), _without(tl.maximum(second, tl.max(left, 1), nan), turn_bits)
-    certain = (ahead > behind) | ((second == none) & (tl.max(left, 1) == none))
+    second, dropped = tl.max(best1, 1), tl.max(left, 1)
+    ahead, behind = _without(most, turn_bits), _without(tl.maximum(second, dropped), turn_bits)
+    certain = (ahead > behind) | ((second == none) & (dropped == none))
     if BITS > 0:
         rival_lane = tl.min(tl.where(best1 == second[:, None], lane[None, :], T), 1)
-        third = tl.max(tl.maximum(tl.where(lane[None, :] == rival_lane[:, None], best2, best1), left, nan), 1)
+        third = tl.maximum(tl.max(tl.where(lane[None, :] == rival_lane[:, None], best2, best1), 1), dropped)
         pair = real & (second > none) & (ahead == _without(second, turn_bits)) & (ahead > _without(third, turn_bits))
         pair = pair & (_without(before, turn_bits) > ahead)
         if tl.max(pair.to(tl.int32), 0) > 0:

@@ -107,7 +107,7 @@ def _moba(
     reads_all = visible.causal and visible.cu_seqlens is None and visible.n_key <= settings.block_size * settings.top_k
     # What the layer had before then computes just that, and a short prompt in less time, unless "eager" is asked for by its name. It
     # need not know of packed sequences.
-    ordinary = reads_all and not naive and (implementation == "flex" or settings.implementation == "auto")
+    ordinary = reads_all and not naive and settings.implementation != "eager"
     call = {} if ordinary else _call(query, key, value, visible.causal, settings, implementation, kwargs)
     if "_watch" in module.__dict__:  # see moba_flex.tracing
         module._watch(module, query, key, visible, settings)
