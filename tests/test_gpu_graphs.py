@@ -164,13 +164,17 @@ def test_a_capture_in_another_thread_is_not_disturbed(way, replays, monkeypatch)
     tensors = [leaves(seed) for seed in range(EAGER_CALLS + 6)]
     wanted = without_graphs(lambda: [results(x) for x in tensors])
     got = [results(x) for x in tensors[: EAGER_CALLS + 2]]
+    more = [results(x) for x in tensors[EAGER_CALLS + 2 :]]
+    del more  # their memory stays with PyTorch: in that mode no thread may ask CUDA for any
     x, captured, open_, over = torch.ones(8, device="cuda"), torch.cuda.CUDAGraph(), threading.Event(), threading.Event()
 
     def capture() -> None:
-        with torch.cuda.graph(captured):
+        with torch.cuda.stream(torch.cuda.Stream()):
+            captured.capture_begin()  # torch.cuda.graph would empty PyTorch's cache first
             x.mul_(2)
             open_.set()
             over.wait(60)
+            captured.capture_end()
 
     thread = threading.Thread(target=capture)
     thread.start()

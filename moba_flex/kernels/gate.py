@@ -117,11 +117,23 @@ def _lead(queries, HIGH, LOW, chosen, rival, wanted, D: tl.constexpr, DP: tl.con
 
 
 @triton.jit
+def _turn(q, HIGH, LOW, base, c, end, turn, bits: tl.constexpr, since, until, R: tl.constexpr, D: tl.constexpr, d):
+    # The scores of blocks c, one a lane, with the number of the turn as their last bits; the lowest number where a query may not choose.
+    at = (base + c.to(tl.int64))[None, :] * D + d[:, None]
+    score = _scores(q, HIGH, LOW, at, (c[None, :] < end) & (d[:, None] < D))
+    score = ((score.to(tl.int32, bitcast=True) & ~bits) | turn).to(tl.float32, bitcast=True)
+    candidate = c[None, :] < until
+    if R > 1:
+        candidate = candidate & (c[None, :] >= since)
+    return tl.where(candidate, score, -3.4028234e38)
+
+
+@triton.jit
 def _lanes_kernel(
     QUERY, HIGH, LOW, OUT, REDO, FIRST, LAST, START, STOP, stride_b, stride_h, stride_n, H, G, C, N_BLOCKS,
     SINK: tl.constexpr, RECENT: tl.constexpr, FREE: tl.constexpr, P: tl.constexpr,
     M: tl.constexpr, R: tl.constexpr, T: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
-    BITS: tl.constexpr, REDO_M: tl.constexpr,
+    BITS: tl.constexpr, TURNS: tl.constexpr, REDO_M: tl.constexpr,
 ):  # fmt: skip
     # One program: M queries. Block c belongs to lane c mod T, and each lane keeps its best four, so that nothing is compared across
     # lanes until the end. A lane needs no second number for the block: which of its blocks it was replaces the score's last BITS bits.
@@ -146,20 +158,27 @@ def _lanes_kernel(
     best1 = tl.full([M, T], none, tl.float32)
     best2, best3, best4, left = best1, best1, best1, best1
     begin, end = tl.min(first, 0) + SINK, tl.max(last, 0) - RECENT
-    for turn in range(0, tl.cdiv(end - begin, T)):
-        c = begin + turn * T + lane
-        at = (group * C + c.to(tl.int64))[None, :] * D + d[:, None]
-        score = _scores(q, HIGH, LOW, at, (c[None, :] < end) & (d[:, None] < D))
-        score = ((score.to(tl.int32, bitcast=True) & ~turn_bits) | turn).to(tl.float32, bitcast=True)
-        candidate = c[None, :] < last[:, None] - RECENT
-        if R > 1:
-            candidate = candidate & (c[None, :] >= first[:, None] + SINK)
-        score = tl.where(candidate, score, none)
-        best1, score = tl.maximum(best1, score, nan), tl.minimum(best1, score, nan)
-        best2, score = tl.maximum(best2, score, nan), tl.minimum(best2, score, nan)
-        best3, score = tl.maximum(best3, score, nan), tl.minimum(best3, score, nan)
-        best4, score = tl.maximum(best4, score, nan), tl.minimum(best4, score, nan)
-        left = tl.maximum(left, score, nan)
+    since, until = first[:, None] + SINK, last[:, None] - RECENT
+    for turn in tl.range(0, tl.cdiv(end - begin, T), TURNS):
+        score = _turn(q, HIGH, LOW, group * C, begin + turn * T + lane, end, turn, turn_bits, since, until, R, D, d)
+        if TURNS == 1:
+            best1, score = tl.maximum(best1, score, nan), tl.minimum(best1, score, nan)
+            best2, score = tl.maximum(best2, score, nan), tl.minimum(best2, score, nan)
+            best3, score = tl.maximum(best3, score, nan), tl.minimum(best3, score, nan)
+            best4, score = tl.maximum(best4, score, nan), tl.minimum(best4, score, nan)
+            left = tl.maximum(left, score, nan)
+        else:
+            # 16 comparisons for two scores instead of 18: the better one contends with the fourth, the other with the third; what stays
+            # is the best four of six, and is put in order again.
+            turn += 1
+            other = _turn(q, HIGH, LOW, group * C, begin + turn * T + lane, end, turn, turn_bits, since, until, R, D, d)
+            score, other = tl.maximum(score, other, nan), tl.minimum(score, other, nan)
+            left = tl.maximum(left, tl.maximum(tl.minimum(best3, other, nan), tl.minimum(best4, score, nan), nan), nan)
+            best3, best4 = tl.maximum(best3, other, nan), tl.maximum(best4, score, nan)
+            best1, best3 = tl.maximum(best1, best3, nan), tl.minimum(best1, best3, nan)
+            best2, best4 = tl.maximum(best2, best4, nan), tl.minimum(best2, best4, nan)
+            best1, best2 = tl.maximum(best1, best2, nan), tl.minimum(best1, best2, nan)
+            best3, best4 = tl.maximum(best3, best4, nan), tl.minimum(best3, best4, nan)
 
     out = OUT + (bh.to(tl.int64) * N_BLOCKS * P + slot.to(tl.int64)) * (FREE + SINK + RECENT)
     here = slot < N_BLOCKS * P
@@ -268,13 +287,15 @@ def _search_kernel(
         tl.store(out + FREE + SINK + r, tl.where(real & (last - 1 - r >= first + SINK), last - 1 - r, -1))
 
 
-def _program(dtype: torch.dtype, free: int) -> tuple[int, int, dict]:
-    """Queries and lanes of a program, and how it is compiled, to choose `free` blocks."""
+def _program(dtype: torch.dtype, free: int, slots: int) -> tuple[int, int, int, dict]:
+    """Queries and lanes of a program, turns of its loop at once, and how it is compiled, to choose `free` blocks of `slots` slots."""
     if dtype == torch.float32:
-        return 32, 32, {"num_warps": 4, "num_stages": 3}
+        return 32, 32, 1, {"num_warps": 4, "num_stages": 3}
     if free <= 8:  # two programs share a multiprocessor, and nothing spills
-        return 128, 32, {"num_warps": 8, "num_stages": 3, "maxnreg": 128}
-    return 64, 64, {"num_warps": 4, "num_stages": 3}
+        return 128, 32, 1, {"num_warps": 8, "num_stages": 3, "maxnreg": 128}
+    if slots % 128 == 0:  # all queries of a program may choose the same blocks
+        return 128, 64, 2, {"num_warps": 8, "num_stages": 3}
+    return 64, 64, 1, {"num_warps": 4, "num_stages": 3}
 
 
 def choose(query: Tensor, key: Tensor, layout: BlockLayout, spec: Spec) -> Tensor:
@@ -290,7 +311,7 @@ def choose(query: Tensor, key: Tensor, layout: BlockLayout, spec: Spec) -> Tenso
     operands = query, *block_means(key, layout, query.dtype), chosen
     places = *candidates(layout, spec), layout.query_start, layout.query_stop, *query.stride()[:3], *shape
 
-    tile, lanes, options = _program(query.dtype, free)
+    tile, lanes, turns, options = _program(query.dtype, free, layout.width)
     searched, most = min(tile, 64), 64 if query.dtype != torch.float32 else 32
     bits = (cdiv(layout.n_key_blocks, lanes) - 1).bit_length()
     tiles, redo = cdiv(slots, tile), None
@@ -298,7 +319,7 @@ def choose(query: Tensor, key: Tensor, layout: BlockLayout, spec: Spec) -> Tenso
         redo = chosen.new_empty(rows * heads * tiles * tile // searched)
         spans = 1 if layout.width % tile == 0 else tile
         _lanes_kernel[(tiles, rows * heads)](
-            *operands, redo, *places, **sizes, **forced, M=tile, R=spans, T=lanes, BITS=bits, REDO_M=searched, **options
+            *operands, redo, *places, **sizes, **forced, M=tile, R=spans, T=lanes, BITS=bits, TURNS=turns, REDO_M=searched, **options
         )
     m, k = math.gcd(layout.width, searched), next_power_of_2(max(free, 2))
     _search_kernel[(slots // m, rows * heads)](
