@@ -37,6 +37,7 @@ import moba_flex
 
 SIDES = ("moba", "full")
 MOST_FACTS = 8  # in one training sequence, unless more are asked for
+QUESTIONS = ("end", "anywhere")  # where a training sequence asks for its facts
 
 
 @dataclass(frozen=True)
@@ -68,11 +69,14 @@ def tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> Tensor:
     return torch.tensor(tokenizer(text, add_special_tokens=False).input_ids, dtype=torch.long)
 
 
-def training_sequence(filler: Tensor, tokenizer: PreTrainedTokenizerBase, generator: torch.Generator, most: int = MOST_FACTS) -> Tensor:
-    """`[N]`, as long as `filler`: its first tokens with up to `most` facts at random places, and at the end questions with their answers.
+def training_sequence(
+    filler: Tensor, tokenizer: PreTrainedTokenizerBase, generator: torch.Generator, most: int = MOST_FACTS, questions: str = "end"
+) -> Tensor:
+    """`[N]`, as long as `filler`: its first tokens with up to `most` facts at random places, and questions with their answers.
 
-    A share of such sequences among the text that a model is trained on teaches it what this script asks for. Raises ValueError if
-    `filler` is too short for one fact, with twice as much text around it.
+    Questions follow each other at the end, in any order, or come each at a random place after its fact (`questions="anywhere"`): then they
+    are asked after plain text, from any distance and at any length. A share of such sequences among the text that a model is trained on
+    teaches it what this script asks for. Raises ValueError if `filler` is too short for one fact, with twice as much text around it.
     """
     facts = [Fact.random(generator) for _ in range(most)]
     statements = [fact.statement(tokenizer) for fact in facts]
@@ -82,10 +86,16 @@ def training_sequence(filler: Tensor, tokenizer: PreTrainedTokenizerBase, genera
     if n == 0:
         raise ValueError(f"filler must have at least {3 * int(sizes[0])} tokens, three times those of a fact, but has {len(filler)}")
     around = filler[: len(filler) - int(sizes[n - 1])]
-    places = torch.randint(len(around) + 1, (n,), generator=generator).sort().values
-    order = torch.randperm(n, generator=generator).tolist()
-    parts = [part for pair in zip(around.tensor_split(places), statements[:n]) for part in pair]
-    return torch.cat([*parts, around[places[-1] :], *(endings[i] for i in order)])
+    inserted, at_end = statements[:n], []
+    if questions == "anywhere":
+        slots = torch.randperm(2 * n, generator=generator).view(n, 2).sort(1).values  # of each fact, and after it of its question
+        both = statements[:n] + endings[:n]
+        inserted = [both[i] for i in slots.T.flatten().argsort().tolist()]
+    places = torch.randint(len(around) + 1, (len(inserted),), generator=generator).sort().values
+    if questions == "end":
+        at_end = [endings[i] for i in torch.randperm(n, generator=generator).tolist()]
+    parts = [part for pair in zip(around.tensor_split(places), inserted) for part in pair]
+    return torch.cat([*parts, around[places[-1] :], *at_end])
 
 
 def haystack(text: Tensor, fact: Fact, length: int, depth: float, tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, Tensor]:

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from benchmarking.results import environment
 from changed_settings import changes
 from compiled_layers import compile_layers, mask_of
-from needle import MOST_FACTS
+from needle import MOST_FACTS, QUESTIONS
 from pretraining.batches import Batches, Upload
 from pretraining.captured import Passes
 from pretraining.compare import compare
@@ -95,7 +95,8 @@ class Training:
         self.file, self.checkpoint = args.output / f"{self.name}.json", args.checkpoints / f"{self.name}.pt"
         rule = ("size", "context", "steps", "batch_tokens", "learning_rate", "warmup", "weight_decay", "clip")
         self.settings = {name: getattr(args, name) for name in rule} | {"run": run.name, "seed": seed, "corpus": text.fingerprint}
-        self.settings |= {"needle_facts": args.needle_facts, "needle_share": args.needle_share, "optimizer": "muon"}
+        self.settings |= {"needle_facts": args.needle_facts, "needle_share": args.needle_share, "needle_questions": args.needle_questions}
+        self.settings["optimizer"] = "muon"
         if not run.full:
             self.settings |= json.loads(json.dumps(run.settings))
         self.log = {"settings": self.settings, "train": [], "held_out": [], "tokens_per_second": [], "done": False}
@@ -302,6 +303,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--needle-share", type=float, default=0.0, help="of the windows with facts and questions, see needle.py; default: 0"
     )
     parser.add_argument("--needle-facts", type=int, default=MOST_FACTS, help="at most in such a window; a long one has room for more")
+    parser.add_argument(
+        "--needle-questions", choices=QUESTIONS, default="end", help="where they are: at the end, or each anywhere after its fact"
+    )
     parser.add_argument("--learning-rate", type=float, default=4e-3)
     parser.add_argument("--warmup", type=int, help="steps; default: a twentieth")
     parser.add_argument("--weight-decay", type=float, default=0.1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -85,6 +86,26 @@ def test_a_training_sequence_states_every_fact_before_it_asks_for_it(tokenizer, 
     for fact in facts:
         assert text.count(fact) == 1
         text = text.replace(fact, "")
+    assert text == tokenizer.decode(filler)[: len(text)]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_training_sequence_may_ask_for_each_fact_anywhere_after_it(tokenizer, seed: int) -> None:
+    filler = needle.tokens("straw " * 900, tokenizer)[:5000]
+    made = needle.training_sequence(filler, tokenizer, generator(seed), 12, "anywhere")
+    assert made.shape == filler.shape and made.dtype == filler.dtype
+    assert made.equal(needle.training_sequence(filler, tokenizer, generator(seed), 12, "anywhere"))
+    text = tokenizer.decode(made)
+    facts = re.findall(r"\n(The secret code of (\w+) is \d{6})\.\n", text)
+    assert len(facts) == 12
+    places = []
+    for statement, key in facts:
+        question = f"\nQuestion: What is the secret code of {key}?\nAnswer: {statement}"
+        assert text.count(question) == 1 and text.index(f"\n{statement}.\n") < text.index(question)
+        places.append(text.index(question))
+    assert sum(place < 3500 for place in places) > 2 and places != sorted(places)
+    for statement, key in facts:
+        text = text.replace(f"\n{statement}.\n", "").replace(f"\nQuestion: What is the secret code of {key}?\nAnswer: {statement}", "")
     assert text == tokenizer.decode(filler)[: len(text)]
 
 

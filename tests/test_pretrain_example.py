@@ -134,6 +134,9 @@ def test_a_share_of_the_windows_has_facts_and_the_others_are_as_without(text, tm
     assert share["0.5"].batch(7).equal(some[14:16])  # whatever was read before
     two = Batches(found, arguments(tmp_path, text, *WITH_FACTS, "--needle-share", "1", "--needle-facts", "2"), seed=1).batch(0)
     assert [found.tokenizer.decode(row).count("\nQuestion: What is the secret code of") for row in two] == [2, 2]
+    anywhere = arguments(tmp_path, text, *WITH_FACTS, "--needle-share", "1", "--needle-questions", "anywhere")
+    spread = Batches(found, anywhere, seed=1).batch(0)
+    assert all(found.tokenizer.decode(row[:700]).count("\nQuestion: What is the secret code of") > 0 for row in spread)
     assert len({str(row) for row in every.tolist()}) == 100
 
 
@@ -304,6 +307,7 @@ def test_a_log_from_before_a_setting_has_what_was_so_then(trained, text, tmp_pat
     file = tmp_path / "logs" / "toy-128-moba-b16k3-seed0.json"
     log = json.loads(file.read_text())
     assert log["settings"].pop("needle_share") == 0.0 and log["settings"].pop("needle_facts") == 8
+    assert log["settings"].pop("needle_questions") == "end"
     file.write_text(json.dumps(log))
     assert pretrain.pretrain(arguments(tmp_path, text, "--runs", "moba"))  # which is done
     command = arguments(tmp_path, text, "--runs", "moba")

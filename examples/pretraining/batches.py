@@ -16,13 +16,13 @@ class Batches:
     """All of it follows from the seed and the number of the step: all runs of a seed, resumed or not, read the same.
 
     A share of `needle_share` of the windows, chosen at random, are sequences of `needle.training_sequence`: the window's first tokens
-    around facts, and questions about them at the end. The windows are put together on the CPU, a millisecond's work or less beside the
+    around facts, and questions about them. The windows are put together on the CPU, a millisecond's work or less beside the
     tokenising of facts, while a GPU is busy with the steps before.
     """
 
     def __init__(self, text: Corpus, args: argparse.Namespace, seed: int) -> None:
         self._text, self._context, self._seed = text, args.context, seed
-        self._needle_share, self._needle_facts = args.needle_share, args.needle_facts
+        self._needle_share, self._facts = args.needle_share, (args.needle_facts, args.needle_questions)
         self._rows, self._n = args.batch_tokens // args.context, (len(text.train) - 1) // args.context
 
     def batch(self, step: int) -> Tensor:
@@ -37,7 +37,7 @@ class Batches:
         if self._needle_share:
             generator = torch.Generator().manual_seed((self._seed << 40) + n)
             if torch.rand((), generator=generator) < self._needle_share:
-                return training_sequence(ids, self._text.tokenizer, generator, self._needle_facts)
+                return training_sequence(ids, self._text.tokenizer, generator, *self._facts)
         return ids
 
 

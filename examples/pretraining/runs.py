@@ -55,7 +55,7 @@ NAMES = ("full", "moba", "moba-then-full", "moba-last-3-full", "moba-conv-3", "m
 
 def complete(settings: dict) -> dict:
     """The settings of a log, with those that came after it was written as they were for it. Those come last."""
-    later = {"needle_facts": 8, "needle_share": 0.0, "optimizer": "adamw"}
+    later = {"needle_facts": 8, "needle_questions": "end", "needle_share": 0.0, "optimizer": "adamw"}
     return {name: x for name, x in settings.items() if name not in later} | {name: settings.get(name, x) for name, x in later.items()}
 
 
