@@ -17,10 +17,12 @@ import json
 import math
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from accelerate import Accelerator
 from changed_settings import changes
@@ -88,7 +90,7 @@ def train(args: argparse.Namespace) -> None:
     else:
         run.save_model(tokenizer)
     accelerator.wait_for_everyone()
-    if accelerator.device.type == "cpu":  # gloo's threads may still want Python's lock, which destroying the group would hold for ever
+    if accelerator.device.type == "cpu":  # where the group cannot be destroyed: see `main`
         for tracker in accelerator.trackers:
             tracker.finish()
     else:
@@ -312,5 +314,16 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def main(arguments: list[str] | None = None) -> None:
+    """Train, and end the process. On CPUs at once: gloo's threads may still want Python's lock. To destroy their group would hold it for
+    ever, and if Python ends under them they abort the process.
+    """
+    train(parse(arguments))
+    if dist.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
+
+
 if __name__ == "__main__":
-    train(parse())
+    main()

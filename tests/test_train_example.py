@@ -160,6 +160,27 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(tmp_path: Path) -
     assert losses(output) == losses(tmp_path / "whole")
 
 
+def test_a_process_ends_well_while_gloo_s_threads_still_want_python_s_lock(tmp_path: Path) -> None:
+    script = f"""
+import sys
+sys.path.insert(0, "examples")
+import torch, torch.distributed as dist, train
+
+def busy(_):
+    sum(range(10_000_000))
+
+def trained(_):
+    dist.init_process_group("gloo", store=dist.FileStore({str(tmp_path / "store")!r}, 1), rank=0, world_size=1)
+    for _ in range(20):
+        dist.all_reduce(torch.ones(1), async_op=True).get_future().then(busy)
+
+train.train = trained
+print("trained")
+train.main(["--tiny", "--text", "-", "--output", "-"])
+"""
+    assert run([sys.executable, "-c", script]).endswith("trained\n")
+
+
 @pytest.mark.parametrize(("processes", "rows"), [(1, 1), (1, 4), (2, 2), (4, 1)])
 def test_every_sequence_is_read_once_an_epoch_whoever_shares_the_work(tmp_path: Path, processes: int, rows: int) -> None:
     """Also where an epoch ends in the middle of a step."""

@@ -12,4 +12,4 @@ from cpus_as_gpus import let_cpus_pass_as_gpus
 let_cpus_pass_as_gpus()
 torch.accelerator.is_available = lambda: True
 torch.optim.Optimizer._accelerator_graph_capture_health_check = lambda self: None  # a CUDA build of PyTorch 2.14 would ask the GPU
-train.train(train.parse([x for x in sys.argv[1:] if x != "--cpu"]))
+train.main([x for x in sys.argv[1:] if x != "--cpu"])
