@@ -112,10 +112,11 @@ def haystack(text: Tensor, fact: Fact, length: int, depth: float, tokenizer: Pre
 
 
 @torch.inference_mode()
-def finds(model: PreTrainedModel, prompts: Tensor, answers: Tensor) -> list[bool]:
-    """Of each row whether greedy decoding after the prompt `[n, N]` gives the answer `[n, A]`."""
+def finds(model: PreTrainedModel, prompts: Tensor, answers: Tensor, full_tail: int = 0) -> list[bool]:
+    """Whether greedy decoding after each prompt `[n, N]` gives its answer `[n, A]`. A prompt's last `full_tail` tokens read all keys."""
     ids = prompts.to(model.device)
     options = {"attention_mask": torch.ones_like(ids), "do_sample": False, "pad_token_id": 0}
+    options |= {"logits_to_keep": full_tail + 1} if full_tail else {}  # see docs/decoding.md
     new = model.generate(ids, max_new_tokens=answers.shape[1], **options)[:, ids.shape[1] :].cpu()
     whole = F.pad(new, (0, answers.shape[1] - new.shape[1]), value=-1)  # generation ends early where every row does
     return (whole == answers).all(1).tolist()
@@ -131,7 +132,7 @@ def score(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: Tens
         same.setdefault(len(answer), []).append((trial, prompt, answer))
     right = {}
     for trials, prompts, answers in (zip(*rows) for rows in same.values()):
-        right |= zip(trials, finds(model, torch.stack(prompts), torch.stack(answers)))
+        right |= zip(trials, finds(model, torch.stack(prompts), torch.stack(answers), args.full_tail))
     return [right[trial] for trial in range(args.trials)]
 
 
@@ -148,6 +149,7 @@ def needle(args: argparse.Namespace) -> dict:
         model, tokenizer, moba = load_side(side, args)
         lengths = args.lengths or default_lengths(model)
         asked = {"lengths": lengths, "depths": args.depths, "trials": args.trials, "seed": args.seed}
+        asked |= {"full_tail": args.full_tail} if args.full_tail else {}
         results = begin(file, asked)
         results["models"][side] = {"model": name_of(getattr(args, side)), "moba": moba}
         text = held_out_text(tokenizer, 2 * max(lengths), args)
@@ -289,12 +291,15 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     flag("--block-size", type=int, help="default: what was saved with the model")
     flag("--top-k", type=int, help="default: what was saved with the model")
     flag("--sink-blocks", type=int, help="default: what was saved with the model")
+    flag("--full-tail", type=int, default=0, metavar="N", help="the last N tokens of a prompt, its question, read all keys (default: 0)")
     flag("--text", type=Path, nargs="+", metavar="FOLDER", help="where text is looked for (default: all installed packages)")
     flag("--seed", type=int, default=0)
     parser.add_device_flags()
     args = parser.parse_args(argv)
     if args.trials < 1:
         parser.error(f"argument --trials: must be at least 1, but is {args.trials}")
+    if args.full_tail < 0:
+        parser.error(f"argument --full-tail: must be at least 0, but is {args.full_tail}")
     if outside := [depth for depth in args.depths if not 0 <= depth <= 1]:
         parser.error(f"argument --depths: must be from 0 to 1, but is {outside[0]}")
     return args

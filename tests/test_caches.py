@@ -371,6 +371,21 @@ def test_full_decoding_gives_the_same_tokens_in_every_way(way, length):
     assert torch.equal(model.generate(ids, **call_of(way)), expected)
 
 
+@ways(["growing cache", "static cache"])
+def test_the_end_of_a_prompt_reads_all_keys_if_its_logits_are_asked_for(way):
+    model, ids = build(**FULL), tokens()
+    cache = filled(model, ids[:, :-4])
+    for token in ids[:, -4:-1].split(1, 1):
+        run(model, token, cache)
+
+    def first_logits(**call) -> Tensor:
+        return model.generate(ids, **GREEDY, **call, return_dict_in_generate=True, output_logits=True).logits[0]
+
+    expected = first_logits(past_key_values=cache)
+    torch.testing.assert_close(first_logits(logits_to_keep=5, **way), expected, rtol=1e-4, atol=2e-4)
+    assert (first_logits(**way) - expected).abs().max() > 1e-2, "the case does not tell the end of a prompt from the rest"
+
+
 @pytest.mark.parametrize("cached", [0, 20])  # a later turn: transformers' own assisted generation cannot have one
 def test_drafts_behind_a_prompt_read_all_keys_and_the_prompt_its_blocks(cached):
     model, ids = build(**FULL), tokens()

@@ -40,8 +40,8 @@ class Reader:
     def __init__(self, tokenizer, reach: int) -> None:
         self._tokenizer, self._reach = tokenizer, reach
 
-    def generate(self, ids: torch.Tensor, max_new_tokens: int, **_) -> torch.Tensor:
-        answers = []
+    def generate(self, ids: torch.Tensor, max_new_tokens: int, **options) -> torch.Tensor:
+        self.options, answers = options, []
         for row in ids:
             _, said, after = self._tokenizer.decode(row[-self._reach :]).partition(" is ")
             answers.append(needle.tokens(f" {after[:6] if said else '000000'}", self._tokenizer))
@@ -134,22 +134,29 @@ def test_the_text_around_a_needle_is_held_out_from_continued_training_and_from_p
 
 
 def test_a_cell_is_right_where_the_value_is_within_reach(tokenizer) -> None:
-    text, args = needle.tokens("straw " * 300, tokenizer), SimpleNamespace(seed=0, trials=3)
+    text, args = needle.tokens("straw " * 300, tokenizer), SimpleNamespace(seed=0, trials=3, full_tail=0)
     for depth, reach, right in ((0.0, 1000, True), (0.0, 500, False), (1.0, 500, True), (0.5, 700, True), (0.5, 300, False)):
         found = needle.score(Reader(tokenizer, reach), tokenizer, text, 1000, depth, args)
         assert found == [right] * 3, f"depth {depth}, reach {reach}"
 
 
+@pytest.mark.parametrize(("full_tail", "kept"), [(0, None), (24, 25)])
+def test_the_end_of_a_prompt_may_read_all_keys(tokenizer, full_tail: int, kept: int | None) -> None:
+    text, reader = needle.tokens("straw " * 300, tokenizer), Reader(tokenizer, 1000)
+    args = SimpleNamespace(seed=0, trials=1, full_tail=full_tail)
+    assert needle.score(reader, tokenizer, text, 1000, 0.5, args) == [True] and reader.options.get("logits_to_keep") == kept
+
+
 def test_trials_with_answers_of_different_lengths_keep_their_order(tokenizer, monkeypatch) -> None:
     facts, batches = iter([needle.Fact("baba", value) for value in ("1", "22", "3", "44")]), []
 
-    def finds(_, prompts, answers):
+    def finds(_, prompts, answers, full_tail):
         batches.append(len(prompts))
         return [tokenizer.decode(row) in (" 22", " 3") for row in answers]
 
     monkeypatch.setattr(needle.Fact, "random", lambda _: next(facts))
     monkeypatch.setattr(needle, "finds", finds)
-    text, args = needle.tokens("straw " * 300, tokenizer), SimpleNamespace(seed=0, trials=4)
+    text, args = needle.tokens("straw " * 300, tokenizer), SimpleNamespace(seed=0, trials=4, full_tail=0)
     assert needle.score(None, tokenizer, text, 1000, 0.5, args) == [False, True, True, False] and batches == [2, 2]
 
 
@@ -200,7 +207,7 @@ def test_from_beginning_to_end_and_again_after_a_stop(flags: list[str], byte_lla
 def test_both_sides_get_the_same_prompts_and_one_reads_sparsely(flags: list[str], byte_llama: Path, tmp_path: Path, monkeypatch) -> None:
     prompts: dict[str, list] = {"moba": [], "full": []}
 
-    def finds(model, rows, answers):
+    def finds(model, rows, answers, full_tail):
         prompts["moba" if model.config._attn_implementation == "moba" else "full"] += zip(rows.tolist(), answers.tolist())
         return [False] * len(rows)
 
@@ -248,6 +255,7 @@ def test_cells_that_moba_alone_misses_are_named(capsys) -> None:
     ("more", "words"),
     [
         (["--trials", "0"], "--trials: must be at least 1, but is 0"),
+        (["--full-tail", "-1"], "--full-tail: must be at least 0, but is -1"),
         (["--depths", "0.5", "50"], "--depths: must be from 0 to 1, but is 50.0"),
         (["--lengths", "100"], "length must be from"),
         (["--text", "nowhere"], "text is read from folders, but nowhere is none"),
