@@ -86,14 +86,15 @@ def training_sequence(
     if n == 0:
         raise ValueError(f"filler must have at least {3 * int(sizes[0])} tokens, three times those of a fact, but has {len(filler)}")
     around = filler[: len(filler) - int(sizes[n - 1])]
-    inserted, at_end = statements[:n], []
-    if questions == "anywhere":
-        slots = torch.randperm(2 * n, generator=generator).view(n, 2).sort(1).values  # of each fact, and after it of its question
-        both = statements[:n] + endings[:n]
-        inserted = [both[i] for i in slots.T.flatten().argsort().tolist()]
-    places = torch.randint(len(around) + 1, (len(inserted),), generator=generator).sort().values
+    n_inserted = n if questions == "end" else 2 * n
+    places = torch.randint(len(around) + 1, (n_inserted,), generator=generator).sort().values
+    order = torch.randperm(n_inserted, generator=generator)
     if questions == "end":
-        at_end = [endings[i] for i in torch.randperm(n, generator=generator).tolist()]
+        inserted, at_end = statements[:n], [endings[i] for i in order.tolist()]
+    else:
+        slots = order.view(n, 2).sort(1).values  # of each fact, and after it of its question
+        both = statements[:n] + endings[:n]
+        inserted, at_end = [both[i] for i in slots.T.flatten().argsort().tolist()], []
     parts = [part for pair in zip(around.tensor_split(places), inserted) for part in pair]
     return torch.cat([*parts, around[places[-1] :], *at_end])
 

@@ -94,9 +94,9 @@ class Training:
         self.name = f"{args.size}-{args.context}-{run.name}{blocks}-seed{seed}"
         self.file, self.checkpoint = args.output / f"{self.name}.json", args.checkpoints / f"{self.name}.pt"
         rule = ("size", "context", "steps", "batch_tokens", "learning_rate", "warmup", "weight_decay", "clip")
-        self.settings = {name: getattr(args, name) for name in rule} | {"run": run.name, "seed": seed, "corpus": text.fingerprint}
-        self.settings |= {"needle_facts": args.needle_facts, "needle_share": args.needle_share, "needle_questions": args.needle_questions}
-        self.settings["optimizer"] = "muon"
+        rule += ("needle_facts", "needle_questions", "needle_share")
+        self.settings = {name: getattr(args, name) for name in rule}
+        self.settings |= {"run": run.name, "seed": seed, "corpus": text.fingerprint, "optimizer": "muon"}
         if not run.full:
             self.settings |= json.loads(json.dumps(run.settings))
         self.log = {"settings": self.settings, "train": [], "held_out": [], "tokens_per_second": [], "done": False}
