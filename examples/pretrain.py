@@ -2,9 +2,9 @@
 
     python examples/pretrain.py --size 50M --context 8192 --tokens 100e6 --output results
     python examples/pretrain.py --size 10M --context 32768 --runs full --blocks 8 16 32 64 128 --output results
-    python examples/pretrain.py --size 50M --context 32768 --needle-share 0.1 --output results --checkpoints checkpoints
     python examples/pretrain.py --compare results/*.json --plot results/losses.png
-    python examples/needle.py --moba checkpoints/50M-32768-moba-b512k3-seed0 --full checkpoints/50M-32768-full-seed0 --output results/needle
+    python examples/pretrain.py --size 50M --context 32768 --needle-share 0.3 --output results --checkpoints checkpoints
+    python examples/needle.py --moba checkpoints/50M-32768-moba-last-3-full-... --full checkpoints/50M-32768-full-seed0 --output needle
 
 Needs no data set: it reads the source files of Python and of the installed packages (`pretraining/corpus.py`). Runs follow one another,
 and all of a seed begin with the same weights and read the same tokens in the same order; steps that two runs share are trained once.
@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from benchmarking.results import environment
 from changed_settings import changes
 from compiled_layers import compile_layers, mask_of
-from needle import MOST_FACTS, QUESTIONS
+from needle import QUESTIONS
 from pretraining.batches import Batches, Upload
 from pretraining.captured import Passes
 from pretraining.compare import compare
@@ -99,6 +99,7 @@ class Training:
         self.settings |= {"run": run.name, "seed": seed, "corpus": text.fingerprint, "optimizer": "muon"}
         if not run.full:
             self.settings |= json.loads(json.dumps(run.settings))
+        self.settings = complete(self.settings)
         self.log = {"settings": self.settings, "train": [], "held_out": [], "tokens_per_second": [], "done": False}
         self.step, self.recent = 0, []  # steps that are done, and the losses of those that are not logged yet
         self.successors: list[Training] = []  # runs whose first steps are this one's
@@ -302,9 +303,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--needle-share", type=float, default=0.0, help="of the windows with facts and questions, see needle.py; default: 0"
     )
-    parser.add_argument("--needle-facts", type=int, default=MOST_FACTS, help="at most in such a window; a long one has room for more")
+    parser.add_argument("--needle-facts", type=int, default=32, help="at most in such a window; default: 32")
     parser.add_argument(
-        "--needle-questions", choices=QUESTIONS, default="end", help="where they are: at the end, or each anywhere after its fact"
+        "--needle-questions", choices=QUESTIONS, default="anywhere", help="each anywhere after its fact (the default), or all at the end"
     )
     parser.add_argument("--learning-rate", type=float, default=4e-3)
     parser.add_argument("--warmup", type=int, help="steps; default: a twentieth")

@@ -20,7 +20,7 @@ from pretraining.batches import Batches, order
 from pretraining.compare import differences, draw_sweep, group, held_out, table
 from pretraining.corpus import Corpus, corpus, windows
 from pretraining.optimizer import Muon, MuonAndAdamW
-from pretraining.runs import NAMES, SIZES, named, new_model, of_blocks
+from pretraining.runs import NAMES, SIZES, complete, named, new_model, of_blocks
 from tokenizers import Tokenizer
 from torch._dynamo.testing import CompileCounter
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -130,13 +130,14 @@ def test_a_share_of_the_windows_has_facts_and_the_others_are_as_without(text, tm
     assert 35 < len(with_facts) < 65 and some[with_facts].equal(every[with_facts])
     for row in range(100):
         asked = found.tokenizer.decode(every[row]).count("\nQuestion: What is the secret code of")
-        assert 1 <= asked <= needle.MOST_FACTS and "secret code" not in found.tokenizer.decode(plain[row])
+        assert asked >= 1 and "secret code" not in found.tokenizer.decode(plain[row])
     assert share["0.5"].batch(7).equal(some[14:16])  # whatever was read before
     two = Batches(found, arguments(tmp_path, text, *WITH_FACTS, "--needle-share", "1", "--needle-facts", "2"), seed=1).batch(0)
     assert [found.tokenizer.decode(row).count("\nQuestion: What is the secret code of") for row in two] == [2, 2]
-    anywhere = arguments(tmp_path, text, *WITH_FACTS, "--needle-share", "1", "--needle-questions", "anywhere")
-    spread = Batches(found, anywhere, seed=1).batch(0)
-    assert all(found.tokenizer.decode(row[:700]).count("\nQuestion: What is the secret code of") > 0 for row in spread)
+    assert all("\nQuestion: What is the secret code of" in found.tokenizer.decode(row[:600]) for row in every[:2])
+    at_end = arguments(tmp_path, text, *WITH_FACTS, "--needle-share", "1", "--needle-questions", "end")
+    for row in Batches(found, at_end, seed=1).batch(0):
+        assert "\nQuestion" not in found.tokenizer.decode(row[:600]) and "\nQuestion" in found.tokenizer.decode(row[600:])
     assert len({str(row) for row in every.tolist()}) == 100
 
 
@@ -306,8 +307,7 @@ def test_a_log_from_before_a_setting_has_what_was_so_then(trained, text, tmp_pat
     shutil.copytree(trained / "logs", tmp_path / "logs")
     file = tmp_path / "logs" / "toy-128-moba-b16k3-seed0.json"
     log = json.loads(file.read_text())
-    assert log["settings"].pop("needle_share") == 0.0 and log["settings"].pop("needle_facts") == 8
-    assert log["settings"].pop("needle_questions") == "end"
+    assert log["settings"].pop("needle_share") == 0.0
     file.write_text(json.dumps(log))
     assert pretrain.pretrain(arguments(tmp_path, text, "--runs", "moba"))  # which is done
     command = arguments(tmp_path, text, "--runs", "moba")
@@ -320,6 +320,15 @@ def test_a_log_from_before_a_setting_has_what_was_so_then(trained, text, tmp_pat
     file.write_text(json.dumps(log))
     with pytest.raises(SystemExit, match=r"optimizer was adamw and is muon"):
         pretrain.pretrain(arguments(tmp_path, text, "--runs", "moba"))
+
+
+def test_how_facts_are_asked_for_counts_where_there_are_some():
+    without = {"needle_share": 0.0, "optimizer": "muon"}
+    assert complete({**without, "needle_facts": 8, "needle_questions": "end"}) == complete(without) == without
+    some = {"needle_share": 0.1, "optimizer": "muon"}
+    before = {**some, "needle_facts": 8, "needle_questions": "end"}
+    assert complete(some) == before  # which the first of such logs do not say
+    assert complete({**before, "needle_questions": "anywhere"}) == {**before, "needle_questions": "anywhere"}
 
 
 def test_a_step_is_captured_once_it_has_run_twice_and_again_when_its_attention_changes(monkeypatch):

@@ -54,9 +54,15 @@ NAMES = ("full", "moba", "moba-then-full", "moba-last-3-full", "moba-conv-3", "m
 
 
 def complete(settings: dict) -> dict:
-    """The settings of a log, with those that came after it was written as they were for it. Those come last."""
+    """The settings of a log, with those that came after it was written as they were for it, and without those that mean nothing.
+
+    Where no window has facts, it means nothing how many and how they would be asked for. What came later stands last.
+    """
     later = {"needle_facts": 8, "needle_questions": "end", "needle_share": 0.0, "optimizer": "adamw"}
-    return {name: x for name, x in settings.items() if name not in later} | {name: settings.get(name, x) for name, x in later.items()}
+    whole = {name: x for name, x in settings.items() if name not in later} | {name: settings.get(name, x) for name, x in later.items()}
+    if not whole["needle_share"]:
+        del whole["needle_facts"], whole["needle_questions"]
+    return whole
 
 
 def of_blocks(n_blocks: int, context: int) -> Run:
