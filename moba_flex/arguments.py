@@ -7,6 +7,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 IMPLEMENTATIONS = ("auto", "flex", "eager", "naive")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -16,6 +17,8 @@ def check_count(name: str, value: object, least: int) -> None:
     """`value` must be a plain int (bool is none) that is at least `least`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"{name} must be an int of at least {least}, but is {value!r}")
+    if value >= 1 << 63:
+        raise ValueError(f"{name} must be below 2**63, but is {value}")
 
 
 def check_blocks(
@@ -26,8 +29,9 @@ def check_blocks(
     check_count("top_k", top_k, 1)
     check_count("sink_blocks", sink_blocks, 0)
     check_count("recent_blocks", recent_blocks, 0)
-    if not isinstance(share_selection, bool):
-        raise ValueError(f"share_selection must be True or False, but is {share_selection!r}")
+    for name, value in (("causal", causal), ("share_selection", share_selection)):
+        if not isinstance(value, bool):
+            raise ValueError(f"{name} must be True or False, but is {value!r}")
     if not causal and (sink_blocks or recent_blocks):
         raise ValueError(f"sink_blocks and recent_blocks must be 0 with causal=False, but are {sink_blocks} and {recent_blocks}")
     if causal and 1 + sink_blocks + recent_blocks > top_k:
@@ -71,7 +75,7 @@ def _check_heads(heads: int, groups: int) -> None:
 
 def readable(*tensors: Tensor) -> bool:
     """Whether values may be looked at: not while a graph is traced or captured."""
-    if torch.compiler.is_compiling() or any(t.is_meta for t in tensors):
+    if torch.compiler.is_compiling() or any(t.is_meta or isinstance(t, FakeTensor) for t in tensors):
         return False
     return not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
 
@@ -117,12 +121,12 @@ def check_padding_mask(padding_mask: Tensor | None, query: Tensor, key: Tensor) 
             raise ValueError(f"padding_mask has a hole in row {row}: real tokens must be one run, with padding on the left or right only")
 
 
-def check_packed(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor) -> None:
-    """`[T, H, D]`, `[T, G, D]`, `[T, G, Dv]` and rising `cu_seqlens [n + 1]` from 0 to T."""
+def check_packed(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor) -> int | None:
+    """`[T, H, D]`, `[T, G, D]`, `[T, G, Dv]` and rising `cu_seqlens [n + 1]` from 0 to T. Returns what `check_cu_seqlens` does."""
     check_packed_operands(query, key, value)
     if key.shape[0] != query.shape[0]:
         raise ValueError(f"query {tuple(query.shape)} and key {tuple(key.shape)} must agree in tokens (dimension 0)")
-    check_cu_seqlens("cu_seqlens", cu_seqlens, query, query.shape[0])
+    return check_cu_seqlens("cu_seqlens", cu_seqlens, query, query.shape[0])
 
 
 def check_packed_operands(query: Tensor, key: Tensor, value: Tensor) -> None:
@@ -139,25 +143,33 @@ def check_packed_operands(query: Tensor, key: Tensor, value: Tensor) -> None:
     _check_heads(query.shape[1], key.shape[1])
 
 
-def check_cu_seqlens(name: str, cu_seqlens: Tensor, query: Tensor, tokens: int) -> None:
-    """The argument `name`: whole numbers that rise from 0 to `tokens`, on the query's device."""
+def check_cu_seqlens(name: str, cu_seqlens: Tensor, query: Tensor, tokens: int) -> int | None:
+    """The argument `name`: whole numbers that rise from 0 to `tokens`, on the query's device.
+
+    Returns the length of the longest sequence, or None where values may not be looked at, which go unchecked then.
+    """
     _check_tensor(name, cu_seqlens)
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{name} must be int32, but is {cu_seqlens.dtype}")
     if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1:
         raise ValueError(f"{name} must have one dimension and at least one entry, but has shape {tuple(cu_seqlens.shape)}")
     _check_devices(query=query, **{name: cu_seqlens})
-    if readable(cu_seqlens):
-        bounds = cu_seqlens.tolist()
-        if bounds[0] != 0 or bounds[-1] != tokens or any(b < a for a, b in itertools.pairwise(bounds)):
-            shown = bounds if len(bounds) <= 8 else [*bounds[:4], "...", *bounds[-3:]]
-            raise ValueError(f"{name} must start at 0, never fall and end at {tokens} (the number of tokens), but is {shown}")
+    if not readable(cu_seqlens):
+        return None
+    bounds = cu_seqlens.tolist()
+    lengths = [b - a for a, b in itertools.pairwise(bounds)]
+    if bounds[0] != 0 or bounds[-1] != tokens or min(lengths, default=0) < 0:
+        shown = bounds if len(bounds) <= 8 else [*bounds[:4], "...", *bounds[-3:]]
+        raise ValueError(f"{name} must start at 0, never fall and end at {tokens} (the number of tokens), but is {shown}")
+    return max(lengths, default=0)
 
 
 def check_scores(query: Tensor, heads: int, scale: float | None, softcap: float | None, sinks: Tensor | None) -> None:
     """What changes the scores: `scale`, `softcap > 0`, `sinks [H]`."""
     if scale is not None and not isinstance(scale, (int, float)):
         raise TypeError(f"scale must be a float or None, but is a {type(scale).__name__}")
+    if scale is not None and not -math.inf < scale < math.inf:
+        raise ValueError(f"scale must be finite, but is {scale}")
     if softcap is not None and not (isinstance(softcap, (int, float)) and 0 < softcap < math.inf):
         raise ValueError(f"softcap must be a finite float above 0 or None, but is {softcap!r}")
     if sinks is None:

@@ -187,6 +187,8 @@ def _take(x: Tensor, index: Tensor, fill: float = 0) -> Tensor:
 def dense_layout(rows: int, n_query: int, n_key: int, block_size: int, width: int, device: torch.device) -> BlockLayout:
     """Rows of equal length without padding; the queries are the last `n_query` of `n_key` positions. Kept for the next call."""
     settings = rows, n_query, n_key, block_size, width, device
+    if torch._C._len_torch_dispatch_stack():  # tensors made under a mode, fake ones say, are for that mode alone
+        return _dense_layout(*settings)
     if device.type != "cuda":
         return _kept_layout(None, *settings)
     # Tensors made while a CUDA graph is captured have no contents before its replay: they are for that graph alone.

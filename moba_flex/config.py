@@ -72,6 +72,8 @@ class MobaConfig(dict):
 
         Raises ValueError for a name that is no setting, and for values as the class itself does.
         """
+        if not isinstance(settings, Mapping):
+            raise ValueError(f"settings of MoBA must be a dict of them by name, as in config.json, but are {settings!r}")
         names = [field.name for field in fields(cls)]
         for name in settings:
             if name not in names:

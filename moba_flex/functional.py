@@ -9,6 +9,7 @@ from torch import Tensor
 from . import arguments
 from .attention import attention
 from .autocast import without_autocast
+from .blocks import one_block
 from .decoding import decode
 from .naive import naive_attention
 
@@ -16,6 +17,7 @@ from .naive import naive_attention
 DEFAULT_WORKING_MEMORY = 2 << 30
 _working_memory = DEFAULT_WORKING_MEMORY
 _LEAST_WIDTH = 16  # of a GPU's tiles
+_MANY = 64  # blocks a query; a larger `top_k` is compared with how many there are
 
 
 def set_working_memory(n_bytes: int = DEFAULT_WORKING_MEMORY) -> int:
@@ -149,7 +151,7 @@ def moba_attention_varlen(
     >>> moba_attention_varlen(x, x, x, bounds, block_size=8, top_k=2).shape
     torch.Size([50, 2, 16])
     """
-    arguments.check_packed(query, key, value, cu_seqlens)
+    longest = arguments.check_packed(query, key, value, cu_seqlens)
     arguments.check_blocks(block_size, top_k, sink_blocks, recent_blocks, causal, share_selection)
     arguments.check_scores(query, query.shape[1], scale, softcap, sinks)
     implementation = arguments.resolve_implementation(implementation, query)
@@ -166,12 +168,13 @@ def moba_attention_varlen(
         causal=causal,
         scale=scale,
         cu_seqlens=cu_seqlens,
+        longest=longest,
         softcap=softcap,
         sinks=sinks,
         return_lse=True,
         implementation=implementation,
     )
-    out, lse = out[0].transpose(0, 1), lse[0].transpose(0, 1)
+    out, lse = out[0].transpose(0, 1).contiguous(), lse[0].transpose(0, 1)
     return (out, lse) if return_lse else out
 
 
@@ -189,17 +192,21 @@ def attend(
     scale: float | None = None,
     padding_mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    longest: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
     return_lse: bool = False,
     implementation: str,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """The operation on arguments that have been checked, `[B, H, N, D]`; the adapters for models call this for every layer."""
+    """The operation on arguments that have been checked, `[B, H, N, D]`; the adapters for models call this for every layer.
+
+    `longest` is the length of the longest packed sequence, where it is known.
+    """
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
     softcap = None if softcap is None else float(softcap)
     if query.numel() == 0 or value.numel() == 0:
-        out = query.sum() * 0 + query.new_zeros(*query.shape[:3], value.shape[-1])
-        lse = torch.full(query.shape[:3], -torch.inf, device=query.device)
+        out = (query.sum() + key.sum() + value.sum()) * 0 + query.new_zeros(*query.shape[:3], value.shape[-1])
+        lse = query.new_full(query.shape[:3], -torch.inf, dtype=torch.promote_types(query.dtype, torch.float32))
     elif implementation == "naive":
         run = _naive_packed if cu_seqlens is not None else naive_attention
         which = {"cu_seqlens": cu_seqlens} if cu_seqlens is not None else {"padding_mask": padding_mask}
@@ -215,6 +222,11 @@ def attend(
         with without_autocast(query):
             return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=query.shape[1] != key.shape[1])
     else:
+        _check_not_forward_mode(query, key, value)
+        if longest is not None:  # short sequences are then not padded to a long block each
+            block_size = one_block(block_size, longest)
+        if top_k > _MANY:
+            top_k = _enough(top_k, 1 + sink_blocks + recent_blocks, -(-key.shape[2] // block_size))
         sizes = (block_size, top_k, sink_blocks, recent_blocks, _working_memory)
         settings = (sizes, causal, share_selection, scale, softcap, implementation)
         narrow = implementation == "flex" and min(query.shape[-1], value.shape[-1]) < _LEAST_WIDTH
@@ -226,6 +238,22 @@ def attend(
     if sinks is not None:
         out, lse = _with_sinks(out, lse, sinks)
     return (out, lse) if return_lse else out
+
+
+def _enough(top_k: int, least: int, n_blocks: int) -> int:
+    """A smaller `top_k` that means the same where it is far above the number of blocks: time and memory grow with it."""
+    enough = _MANY
+    while enough < n_blocks:
+        enough *= 2
+    return min(top_k, max(enough, least))
+
+
+def _check_not_forward_mode(*tensors: Tensor) -> None:
+    """A custom operator would let tangents fall, and say nothing."""
+    if torch.compiler.is_compiling() or torch.autograd.forward_ad._current_level < 0:
+        return
+    if any(torch.autograd.forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+        raise NotImplementedError('forward-mode derivatives (torch.func.jvp and the like) need implementation="naive"')
 
 
 def _is_plain(query: Tensor, key: Tensor, value: Tensor, reach: int, causal: bool, *more: Tensor | float | None) -> bool:
@@ -264,9 +292,10 @@ def _with_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor
     """The output and its log-sum-exp with one more logit a head in the softmax's denominator."""
     sink = sinks.to(lse.dtype)[:, None]
     empty = lse == -torch.inf
-    share = torch.sigmoid(lse - sink)
+    safe = lse.masked_fill(empty, 0)  # with a sink of -inf, which is none, the difference below would have no gradient
+    share = torch.sigmoid(safe - sink)
     out = torch.where(empty[..., None], 0, out * share[..., None]).to(out.dtype)
-    return out, torch.where(empty, lse, torch.logaddexp(lse, sink))
+    return out, torch.where(empty, lse, torch.logaddexp(safe, sink))
 
 
 def _naive_packed(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, **settings) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from . import arguments, flex, gate
 from .attention import choose, layout_of
+from .autocast import without_autocast
 from .naive import block_of_key
 from .spec import Spec
 
@@ -101,7 +102,7 @@ def select_blocks(
     arguments.check_padding_mask(padding_mask, query, key)
     spec = Spec(block_size, top_k, sink_blocks, recent_blocks, causal, 1.0, share_selection=share_selection)
     implementation = arguments.resolve_implementation("auto", query)
-    with torch.no_grad(), torch.cuda.device_of(query):
+    with without_autocast(query), torch.no_grad(), torch.cuda.device_of(query):  # which the operation does too
         layout = layout_of(query, key, padding_mask, None, spec, implementation)
         backend = flex if implementation == "flex" else gate
         if query.numel():

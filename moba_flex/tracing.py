@@ -21,7 +21,8 @@ from transformers.utils import logging
 from . import figures
 from .config import MobaConfig, layer_indices
 from .models.cache import hooked, remove_hooks
-from .models.layers import MOBA, attention_layers, attention_of, resolve_layers
+from .models.key_conv import KeyConv
+from .models.layers import MOBA, attention_layers, attention_of, n_layers, resolve_layers
 from .models.mask import Visible
 from .models.patch import find_layers, is_patched, patch
 from .selection import Selection, select_blocks
@@ -122,7 +123,7 @@ def trace(
         found = [layer.layer_idx for layer in layers]
         if not found:
             raise ValueError(f'all layers of this {type(model).__name__} use full attention now: use set_attention(model, "moba")')
-        keep = resolve_layers("selections", wanted, layers[0].config.num_hidden_layers, found, model)
+        keep = resolve_layers("selections", wanted, n_layers(layers[0]), found, model)
         model.eval()
         with logging.tqdm(total=len(layers), desc="Tracing", unit="layer") as bar:
             watcher = Watcher(keep, bar)
@@ -205,8 +206,10 @@ def _check_inputs(input_ids: Tensor, attention_mask: Tensor | None) -> None:
 
 @contextmanager
 def _left_as_it_was(model: nn.Module) -> Iterator[None]:
-    """After the `with` block the model's configurations, modes and marks of MoBA are what they were before."""
+    """After the `with` block the model's configurations, modes, convolutions of keys and marks of MoBA are what they were before."""
     layers = attention_layers(model)
+    holders = [(module, module.__dict__["config"]) for module in model.modules() if "config" in module.__dict__]
+    convolutions = [(layer, getattr(layer, "key_conv", None)) for layer in layers]
     configs = {id(layer.config): (layer.config, dict(layer.config.__dict__)) for layer in layers}.values()
     states = [(layer, layer.__dict__.get("_moba")) for layer in layers]
     modes = [(module, module.training) for module in model.modules()]
@@ -214,6 +217,14 @@ def _left_as_it_was(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
+        for layer, before in convolutions:
+            now = getattr(layer, "key_conv", None)
+            if now is not before and isinstance(now, KeyConv):
+                now.detach(layer)
+            if now is not before and isinstance(before, KeyConv):
+                before.attach(layer)
+        for module, config in holders:
+            module.config = config
         for config, before in configs:
             config.__dict__.clear()
             config.__dict__.update(before)

@@ -210,7 +210,7 @@ def test_attention_dropout_is_refused_in_training_but_not_by_the_specification()
     patch(model, **SPARSE)
     quiet = logits(model, ids)
     model.train()
-    with pytest.raises(ValueError, match=r'dropout of 0\.5.*set it to 0.*"moba_naive"'):
+    with pytest.raises(ValueError, match=r'dropout of 0\.5.*attention_dropout=0\.0.*"moba_naive"'):
         logits(model, ids)
     set_attention(model, "moba_naive")
     assert (logits(model, ids) - quiet).abs().max() > 1e-2, "no dropout"

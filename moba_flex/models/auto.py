@@ -36,20 +36,24 @@ class AutoModelForCausalLM:
         """
         _check(attn)
         loader = transformers.AutoModelForCausalLM
-        config = kwargs.get("config") or transformers.AutoConfig.from_pretrained(name, **{k: kwargs[k] for k in _WHERE if k in kwargs})
-        if not MobaConfig.of(config).key_conv:
-            return _use(loader.from_pretrained(name, *args, **kwargs), attn)
-        original = loader._model_mapping[type(config)]
-        model = _with_key_convs(original).from_pretrained(name, *args, **kwargs)
-        model.__class__ = original
-        return _use(model, attn)
+        config = kwargs.get("config") or _saved_config(name, kwargs)
+        original = None
+        if config is not None and _settings(config).key_conv:
+            original = loader._model_mapping[type(config)]
+            loader = _with_key_convs(original)
+        loaded = loader.from_pretrained(name, *args, **kwargs)
+        model, *more = loaded if isinstance(loaded, tuple) else (loaded,)  # with `output_loading_info=True`
+        if original is not None:
+            model.__class__ = original
+        model = _use(model, attn)
+        return (model, *more) if more else model
 
     @classmethod
     def from_config(cls, config: transformers.PreTrainedConfig, attn: str = "moba", **kwargs) -> PreTrainedModel:
         """The same for a new model with random weights."""
         _check(attn)
         model = transformers.AutoModelForCausalLM.from_config(config, **kwargs)
-        settings = MobaConfig.of(model.config)
+        settings = _settings(model.config)
         return _use(patch(model, settings) if settings.key_conv else model, attn)
 
 
@@ -58,8 +62,21 @@ def _check(attn: str) -> None:
         raise ValueError(f"attn must be one of {', '.join(ATTENTION)}, but is {attn!r}")
 
 
+def _saved_config(name: str, kwargs: dict) -> transformers.PreTrainedConfig | None:
+    """None for what has no configuration of its own, such as an adapter, or is not there: the loader then says why."""
+    try:
+        return transformers.AutoConfig.from_pretrained(name, **{k: kwargs[k] for k in _WHERE if k in kwargs})
+    except (OSError, ValueError):
+        return None
+
+
+def _settings(config: transformers.PreTrainedConfig) -> MobaConfig:
+    """Those saved with a model; of a model of several parts they lie in its language model's configuration."""
+    return MobaConfig.of(config.get_text_config(decoder=True))
+
+
 def _use(model: PreTrainedModel, attn: str) -> PreTrainedModel:
-    if attn == "full" and not MobaConfig.of(model.config).key_conv:
+    if attn == "full" and not _settings(model.config).key_conv:
         return model
     return set_attention(patch(model), attn)
 

@@ -212,8 +212,8 @@ def _check_supported(module: nn.Module, naive: bool, kwargs: dict) -> tuple[floa
     weights = bool(kwargs.get("output_attentions", getattr(module.config, "output_attentions", False)))
     if dropout and not naive:
         raise ValueError(
-            f"{_name(module)} has an attention dropout of {dropout} in training, which MoBA does not do: set it to 0 in the "
-            'model\'s configuration, or use "moba_naive"'
+            f"{_name(module)} has an attention dropout of {dropout} in training, which MoBA does not do: load the model "
+            'with that dropout set to 0 (of most models attention_dropout=0.0), or use "moba_naive"'
         )
     if weights and not naive:
         raise ValueError('output_attentions=True asks for attention weights, which MoBA never builds: set it to False, or use "moba_naive"')
@@ -265,7 +265,8 @@ def _call(query: Tensor, key: Tensor, value: Tensor, causal: bool, settings: Mob
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, visible: Visible, call: dict) -> Tensor:
     """`[B, H, Nq, Dv]`. Packed rows are laid end to end, as one longer row of packed sequences."""
-    given = {"padding_mask": visible.padding_mask, "cu_seqlens": visible.cu_seqlens, "causal": visible.causal, **call}
+    given = {"padding_mask": visible.padding_mask, "cu_seqlens": visible.cu_seqlens, "longest": visible.longest}
+    given |= {"causal": visible.causal, **call}
     rows = query.shape[0]
     if visible.cu_seqlens is None or rows == 1:
         return attend(query, key, value, **given)

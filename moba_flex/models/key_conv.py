@@ -61,6 +61,9 @@ class KeyConv(nn.Module):
             mixed = mixed + weight * (past if position is None else past.where((position >= lag)[..., None], 0))
         return (key + F.silu(mixed)).to(key.dtype)
 
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_pass": None}  # a call that an error has ended leaves its own, which is no one else's
+
     def attach(self, layer: nn.Module) -> None:
         layer.key_conv = self
         self._hooks = [

@@ -57,7 +57,7 @@ def takes_moba(layer: nn.Module) -> bool:
     index, config = getattr(layer, "layer_idx", None), layer.config
     if index is None or getattr(layer, "is_cross_attention", False) or not getattr(layer, "is_causal", True):
         return False
-    if _has_position_bias(type(layer)):
+    if _is_foreign(type(layer)):
         return False
     types = getattr(config, "layer_types", None)
     if types is not None and index < len(types):
@@ -92,7 +92,12 @@ def keeps_full(layer: nn.Module, settings: MobaConfig) -> bool:
 
 def named_full(layer: nn.Module, settings: MobaConfig) -> bool:
     """The same, by the configuration's number of layers. Raises ValueError if `full_attention_layers` names one that is not there."""
-    return layer.layer_idx in full_layers(settings, layer.config.num_hidden_layers, layer)
+    return layer.layer_idx in full_layers(settings, n_layers(layer), layer)
+
+
+def n_layers(layer: nn.Module) -> int:
+    """How many layers there are in a causal layer's stack: `num_hidden_layers` may be an encoder's, where the configuration is of both."""
+    return getattr(layer.config, "decoder_layers", None) or layer.config.num_hidden_layers
 
 
 def full_layers(settings: MobaConfig, n_layers: int, model: nn.Module) -> list[int]:
@@ -154,9 +159,10 @@ def default_implementation(layer_class: type) -> str:
 
 
 @_of_a_class
-def _has_position_bias(layer_class: type) -> bool:
-    """Whether a number for each query and key is added to the scores, as in T5 and its kin: MoBA never has such a matrix."""
-    return "position_bias" in inspect.signature(layer_class.forward).parameters
+def _is_foreign(layer_class: type) -> bool:
+    """Whether a number for each query and key is added to the scores, as in T5 and its kin, or keys are those of other states (Mllama)."""
+    names = {*inspect.signature(layer_class.forward).parameters, *inspect.signature(layer_class.__init__).parameters}
+    return not names.isdisjoint({"position_bias", "has_relative_attention_bias", "cross_attention_states"})
 
 
 @_of_a_class

@@ -34,6 +34,7 @@ class Visible:
     causal: bool = True
     padding_mask: Tensor | None = None  # [B, n_key] bool; None: all tokens are real
     cu_seqlens: Tensor | None = None  # [n + 1] int32 over all rows' tokens one after another; None: a row is one sequence
+    longest: int | None = None  # of packed sequences, their greatest length; None: not packed, or in a compiled graph not known
     starts: tuple[int, ...] | None = None  # the first real token of each row; None: 0 for all rows, or in a compiled graph not known
 
     def start(self, device: torch.device) -> Tensor | None:
@@ -51,7 +52,7 @@ class Visible:
         if cu_seqlens is None:
             return self
         n_tokens = query.shape[0] * query.shape[2]
-        arguments.check_cu_seqlens("cu_seq_lens_q", cu_seqlens, query, n_tokens)
+        longest = arguments.check_cu_seqlens("cu_seq_lens_q", cu_seqlens, query, n_tokens)
         if self.n_key != query.shape[2]:
             raise ValueError(
                 f"cu_seq_lens_q is for packed sequences without cached keys, but there are {query.shape[2]} queries and {self.n_key} keys"
@@ -60,11 +61,11 @@ class Visible:
             raise ValueError("attention_mask has padding, but cu_seq_lens_q packs sequences without padding: pass one of the two")
         if key_cu_seqlens is not None and arguments.readable(cu_seqlens) and not torch.equal(cu_seqlens, key_cu_seqlens):
             raise ValueError("cu_seq_lens_k must equal cu_seq_lens_q, since MoBA is self-attention, but does not")
-        return replace(self, cu_seqlens=cu_seqlens.int())
+        return replace(self, cu_seqlens=cu_seqlens.int(), longest=longest)
 
     def to(self, device: torch.device) -> Visible:
         moved = (x if x is None else x.to(device, non_blocking=True) for x in (self.padding_mask, self.cu_seqlens))
-        return Visible(self.n_key, self.causal, *moved, self.starts)
+        return Visible(self.n_key, self.causal, *moved, self.longest, self.starts)
 
 
 @dataclass(frozen=True)
@@ -194,7 +195,8 @@ def _read(request: dict, whole: bool) -> Visible:
             "MoBA cannot follow a custom mask function, only causal or bidirectional attention with padding or packed "
             'sequences: use set_attention(model, "full")'
         )
-    return Visible(seen, True, None, _sequences(mask_function, request["batch_size"], seen, request["device"]))
+    cu_seqlens = _sequences(mask_function, request["batch_size"], seen, request["device"])
+    return Visible(seen, True, None, cu_seqlens, None if cu_seqlens is None else int(cu_seqlens.diff().max()))
 
 
 def _padding(attention_mask: Tensor | None, n_key: int) -> Tensor | None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 from torch import nn
+from transformers import PreTrainedConfig
 
 from ..config import MobaConfig, layer_indices
 from .cache import add_hooks, hooked, remove_hooks
@@ -17,10 +19,12 @@ from .layers import (
     attention_of,
     full_layers,
     keeps_full,
+    n_layers,
     named_full,
     ordinary_implementation,
     resolve_layers,
     show,
+    state_of,
     takes_moba,
 )
 
@@ -37,8 +41,9 @@ def patch(model: nn.Module, config: MobaConfig | Mapping | None = None, **settin
 
     Returns:
         The same model. Sliding-window and other layers that are not full causal self-attention stay what they are. The
-        settings lie in `model.config.moba` (for models of several parts in the language model's configuration).
-        Patching again replaces them and undoes `set_attention`.
+        settings lie in `model.config.moba` (for models of several parts in the language model's configuration), a copy of the
+        configuration that the model was built from, for another model may have been built from it too. Patching again replaces
+        them and undoes `set_attention`.
 
     Raises:
         ValueError: a setting is out of range, no attention layer can be replaced, or `full_attention_layers` has an
@@ -60,8 +65,10 @@ def patch(model: nn.Module, config: MobaConfig | Mapping | None = None, **settin
             check_key_conv(layer, config)
     elif not isinstance(config, MobaConfig):
         config = MobaConfig.from_dict(settings if config is None else config)
-    full_layers(config, replaceable[0].config.num_hidden_layers, model)  # raises if one is not there
+    full_layers(config, n_layers(replaceable[0]), model)  # raises if one is not there
     set_key_convs(replaceable, config)
+    if any(state_of(layer) is None for layer in replaceable):
+        _own_configs(model, replaceable)
 
     for layer in every:
         used = layer.config._attn_implementation
@@ -123,7 +130,7 @@ def set_attention(model: nn.Module, attention: str, layers: Iterable[int] | None
     chosen = replaceable
     if layers is not None:
         found = sorted({layer.layer_idx for layer in replaceable})
-        wanted = resolve_layers("layers", layer_indices("layers", layers), replaceable[0].config.num_hidden_layers, found, model)
+        wanted = resolve_layers("layers", layer_indices("layers", layers), n_layers(replaceable[0]), found, model)
         chosen = [layer for layer in replaceable if layer.layer_idx in wanted]
     if not is_patched(replaceable):
         if attention == "full":
@@ -143,7 +150,7 @@ def set_attention(model: nn.Module, attention: str, layers: Iterable[int] | None
 @contextmanager
 def full_attention(model: nn.Module) -> Iterator[nn.Module]:
     """Within the `with` block all layers have full attention; afterwards, also after an exception, they are what they
-    were.
+    were. Layers that are changed within the block stay as changed.
 
     >>> from transformers import LlamaConfig, LlamaForCausalLM
     >>> tiny = LlamaConfig(vocab_size=32, hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
@@ -152,13 +159,16 @@ def full_attention(model: nn.Module) -> Iterator[nn.Module]:
     ...     logits = model(torch.arange(32)[None]).logits
     """
     _, replaceable = find_layers(model)
-    before = [layer.__dict__.get("_moba") for layer in replaceable]
+    before = [state_of(layer) for layer in replaceable]
+    if is_patched(replaceable):
+        _use(replaceable, "full")
+    within = [state_of(layer) for layer in replaceable]
     try:
-        if is_patched(replaceable):
-            _use(replaceable, "full")
         yield model
     finally:
-        for layer, state in zip(replaceable, before):
+        for layer, state, full in zip(replaceable, before, within):
+            if state_of(layer) is not full:
+                continue
             layer.__dict__.pop("_moba", None)
             if state is not None:
                 layer._moba = state
@@ -194,14 +204,39 @@ def find_layers(model: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
         )
         raise ValueError(
             f"{type(model).__name__} has no layer that MoBA can replace, which must be full causal self-attention without a position bias: "
-            f"{layers}"
+            f"{layers}{_windows(every)}"
         )
     shared = {id(layer.config) for layer in replaceable}
     return [layer for layer in every if id(layer.config) in shared], replaceable
 
 
+def _windows(layers: list[nn.Module]) -> str:
+    """For the message: some models name a window that is longer than all they read, and can do without."""
+    windows = [window for layer in layers if isinstance(window := getattr(layer.config, "sliding_window", None), int)]
+    advice = f"; the configuration has a sliding_window of {max(windows, default=0)}: if no text gets that long, load the model with "
+    return f"{advice}sliding_window=None" if windows else ""
+
+
 def _configs(modules: list[nn.Module]) -> list:
     return list({id(module.config): module.config for module in modules}.values())
+
+
+def _own_configs(model: nn.Module, layers: list[nn.Module]) -> None:
+    """Give a model copies of its layers' configurations and of those that hold them, which other models may have been built from."""
+    holders = [module for module in model.modules() if isinstance(module.__dict__.get("config"), PreTrainedConfig)]
+    copies = {id(config): copy.copy(config) for config in _configs(layers)}
+
+    def own(config: PreTrainedConfig) -> PreTrainedConfig:
+        if id(config) not in copies:
+            parts = {name: own(part) for name, part in vars(config).items() if isinstance(part, PreTrainedConfig)}
+            changed = any(part is not getattr(config, name) for name, part in parts.items())
+            copies[id(config)] = copy.copy(config) if changed else config
+            if changed:
+                vars(copies[id(config)]).update(parts)
+        return copies[id(config)]
+
+    for module in holders:
+        module.config = own(module.config)
 
 
 def is_patched(replaceable: list[nn.Module]) -> bool:
