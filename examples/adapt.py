@@ -7,7 +7,7 @@
 
     CUDA_VISIBLE_DEVICES=0 python examples/adapt.py --output adapted --runs full           # beside the next line, or on another day
     CUDA_VISIBLE_DEVICES=1 python examples/adapt.py --output adapted --runs moba hybrid
-    python examples/adapt.py --output long --sequence-length 32768 --rope-theta 800000 --batch-size 2 --micro-batch-size 1
+    python examples/adapt.py --output long --sequence-length 32768 --rope-theta 420000 --batch-size 2 --micro-batch-size 1
 
 Three low-rank adapters (LoRA) are trained from the same start, on the same sequences in the same order: `full`, `moba`, and `hybrid`,
 which is MoBA with full attention in the `--full-layers`, those that examples/full_layers.py finds. Each is measured on files that no run
@@ -22,9 +22,15 @@ is kept with the adapter, and so is the longer context, for `llama.py --adapted`
 
 from __future__ import annotations
 
+import signal
+import sys
+
+if __name__ == "__main__":
+    # See examples/llama.py.
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
+
 import argparse
 import copy
-import sys
 import time
 from pathlib import Path
 
@@ -33,6 +39,7 @@ from adapting.output import Output
 from adapting.runs import RUNS, attend, fit_context, moba_config, trained
 from adapting.text import Text
 from compiled_layers import compile_layers, mask_of
+from flag_types import count, fraction
 from llama import Parser, exit_code, load, one_line, with_adapter
 from package_text import KINDS
 from torch import Tensor
@@ -170,18 +177,18 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     flag("--model", help="a GGUF file, a local folder or a model on the hub (default: SmolLM2-135M-Instruct, from PyPI)")
     flag("--text", type=Path, nargs="+", metavar="FOLDER", help="where text is looked for (default: all installed packages)")
     flag("--megabytes", type=float, default=60, help="most text of each kind (default: 60)")
-    flag("--held-out", type=int, default=32, metavar="N", help="sequences of each kind to measure on, at most (default: 32)")
-    flag("--steps", type=int, default=400)
-    flag("--batch-size", type=int, default=8, help="sequences a step (default: 8)")
-    flag("--micro-batch-size", type=int, default=2, help="sequences at a time (default: 2)")
-    flag("--sequence-length", type=int, default=8192, help="tokens (default: 8192)")
+    flag("--held-out", type=count, default=32, metavar="N", help="sequences of each kind to measure on, at most (default: 32)")
+    flag("--steps", type=count, default=400)
+    flag("--batch-size", type=count, default=8, help="sequences a step (default: 8)")
+    flag("--micro-batch-size", type=count, default=2, help="sequences at a time (default: 2)")
+    flag("--sequence-length", type=count, default=8192, help="tokens (default: 8192)")
     flag("--rope-theta", type=float, metavar="BASE", help="of the rotary embedding, for longer sequences (default: the model's own)")
     flag("--learning-rate", type=float, default=3e-4)
     flag("--warmup", type=int, default=20, help="steps (default: 20)")
     flag("--weight-decay", type=float, default=0.0)
     flag("--clip", type=float, default=1.0, help="norm of the gradient (default: 1)")
-    flag("--rank", type=int, default=16, help="of the adapter (default: 16, 9.8 MB for SmolLM2-135M)")
-    flag("--needle-share", type=float, default=0.1, help="share of sequences with facts and questions, see needle.py (default: 0.1)")
+    flag("--rank", type=count, default=16, help="of the adapter (default: 16, 9.8 MB for SmolLM2-135M)")
+    flag("--needle-share", type=fraction, default=0.1, help="share of sequences with facts and questions, see needle.py (default: 0.1)")
     flag("--block-size", type=int, default=64, help="tokens (default: 64)")
     flag("--top-k", type=int, default=24, help="blocks (default: 24, which are 1,536 tokens)")
     flag("--sink-blocks", type=int, default=1)
@@ -191,6 +198,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     flag("--no-compile", action="store_true", help="do not compile the layers on a GPU")
     flag("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda if there is one, else cpu")
     args = parser.parse_args(argv)
+    if not args.minutes >= 0:
+        parser.error(f"argument --minutes: must be at least 0, but is {args.minutes:g}")
     args.runs = [name for name in RUNS if name in args.runs]
     args.full_layers = args.full_layers or ([17, 18, 20] if args.model is None else [-3, -2, -1])
     if args.rope_theta is not None and not 1 < args.rope_theta < float("inf"):

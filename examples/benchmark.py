@@ -33,7 +33,8 @@ import torch
 from benchmarking.attention import SYSTEMS, Attention, Settings, available
 from benchmarking.measure import Call, attempt, over_limit
 from benchmarking.model import MODELS, ModelPrefill
-from benchmarking.results import TIME_UP, Results, ResultsError, environment, find, load, plot, skewed_over_uniform, tables
+from benchmarking.results import TIME_UP, Results, ResultsError, check_writable, environment, find, load, plot, skewed_over_uniform, tables
+from flag_types import count
 from tqdm import tqdm
 
 ROW = {"batch": 2, "heads": 16, "key_heads": 16, "width": 128, "block_size": 128, "top_k": 8, "dtype": "bfloat16"}
@@ -109,6 +110,7 @@ def main(argv: list[str] | None = None) -> int:
             print(report(runs))
             draw(runs, args.plot or args.plot_only.with_suffix(".png"))
             return 0
+        check_writable(args.json, args.plot)
         results = Results(args.json)
     except ResultsError as error:
         print(f"benchmark.py: error: {error}", file=sys.stderr)
@@ -169,13 +171,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     flag("--quick", action="store_true", help="two short lengths, within a minute")
     flag("--model", choices=MODELS, help="prefill of one prompt by a whole model of this shape, random weights, against sdpa")
     for name in ("batch", "heads", "key-heads", "width", "block-size", "top-k"):
-        flag(f"--{name}", type=positive, metavar="N")
-    flag("--lengths", type=positive, nargs="+", metavar="N", help="tokens")
+        flag(f"--{name}", type=count, metavar="N")
+    flag("--lengths", type=count, nargs="+", metavar="N", help="tokens")
     flag("--dtype", choices=["float32", "bfloat16", "float16"])
     flag("--systems", nargs="+", metavar="NAME", help=f"of {', '.join(SYSTEMS)}; with --model of {', '.join(ModelPrefill.SYSTEMS)}")
     flag("--forward-only", action="store_true", default=None)
     flag("--one-group", action="store_true", default=None, help="measure one key head of one sequence and multiply its times")
-    flag("--repeats", type=positive, default=5, metavar="N", help="timings, of which the median counts (default: 5)")
+    flag("--repeats", type=count, default=5, metavar="N", help="timings, of which the median counts (default: 5)")
     flag("--limit", type=float, default=300.0, metavar="SECONDS", help="skip a measurement that would take longer (default: 300)")
     flag("--json", type=Path, default=Path("benchmark.json"), help="results, continued if there are some (default: benchmark.json)")
     flag("--plot", type=Path, help="default: the JSON file's name with .png")
@@ -201,12 +203,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error(f"argument --heads: must be a multiple of --key-heads, but is {args.heads} with {args.key_heads}")
     args.lengths = sorted(set(args.lengths))
     return args
-
-
-def positive(text: str) -> int:
-    if (number := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, but is {number}")
-    return number
 
 
 if __name__ == "__main__":

@@ -123,7 +123,7 @@ def with_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     Its linear layers are replaced in place. Raises DemoError.
     """
     if not (folder / "adapter_model.safetensors").is_file():
-        raise DemoError(f"there is no adapter in {folder}: train one with examples/adapt.py, and name its folder after --adapted")
+        raise DemoError(f"there is no adapter in {folder}: name the folder of one that examples/adapt.py trained")
     with one_line('cannot use the adapter without PEFT: pip install "peft>=0.18"'):
         from peft import PeftModel
     with one_line(f"the adapter in {folder} does not fit the model"):
@@ -263,12 +263,13 @@ def print_table(rows: dict[str, str]) -> None:
 
 @contextmanager
 def one_line(problem: str) -> Iterator[None]:
-    """Turn any exception into a DemoError whose message is `problem` and the first line of the exception's own."""
+    """Turn any exception into a DemoError whose message is `problem` and the first line of the exception's own, or what that leads to."""
     try:
         yield
     except Exception as error:
-        said = str(error).strip() or type(error).__name__
-        raise DemoError(f"{problem}: {said.splitlines()[0]}") from error
+        first, *more = (str(error).strip() or type(error).__name__).splitlines()
+        said = f"{first} {more[0].strip()}" if more and first.endswith(":") else first
+        raise DemoError(f"{problem}: {said}") from error
 
 
 def exit_code(script: str, work: Callable[[], object]) -> int:

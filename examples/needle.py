@@ -13,9 +13,16 @@ N tokens of a sequence, F tokens of the text around the facts.
 
 from __future__ import annotations
 
-import argparse
-import json
+import signal
 import sys
+
+if __name__ == "__main__":
+    # See examples/llama.py.
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
+
+import argparse
+import hashlib
+import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,6 +33,7 @@ import torch.nn.functional as F
 import transformers
 from changed_settings import changes
 from demo_weights import DemoError
+from flag_types import count
 from llama import Parser, context_of, exit_code, load, one_line, trained_with, with_adapter
 from package_text import KINDS, Document, collect, default_roots
 from pretraining.corpus import HELD_OUT_OF
@@ -144,15 +152,18 @@ def needle(args: argparse.Namespace) -> dict:
     file = args.output / "needle.json"
     if file.exists() and not args.resume:
         raise DemoError(f"{file} is there already: go on with --resume, or choose another --output")
-    if not file.exists():
-        args.output.mkdir(parents=True, exist_ok=True)
     for side in SIDES:
         model, tokenizer, moba = load_side(side, args)
+        with one_line("cannot write to the folder"):
+            args.output.mkdir(parents=True, exist_ok=True)
         lengths = args.lengths or default_lengths(model)
         asked = {"lengths": lengths, "depths": args.depths, "trials": args.trials, "seed": args.seed}
         asked |= {"full_tail": args.full_tail} if args.full_tail else {}
         results = begin(file, asked)
-        results["models"][side] = {"model": name_of(getattr(args, side)), "moba": moba}
+        read_by = {"model": name_of(getattr(args, side)), "moba": moba, "weights": fingerprint(model)}
+        before = results["models"].setdefault(side, read_by)
+        if changed := changes(before, {name: read_by[name] for name in before}):
+            raise DemoError(f"{file} cannot be continued: of {side}, {changed}")
         text = held_out_text(tokenizer, 2 * max(lengths), args)
         cells = [(length, depth) for length in lengths for depth in args.depths if key(length, depth) not in results["right"][side]]
         for length, depth in tqdm(cells, desc=side):
@@ -217,7 +228,9 @@ def begin(file: Path, asked: dict) -> dict:
     if not file.exists():
         about = {"date": time.strftime("%Y-%m-%d"), "torch": torch.__version__, "transformers": transformers.__version__}
         return {**about, "asked": asked, "models": {}, "right": {side: {} for side in SIDES}}
-    results = json.loads(file.read_text())
+    with one_line(f"{file} is no result of this script"):
+        results = json.loads(file.read_text())
+        results["models"], results["right"], results["asked"]
     if changed := changes(results["asked"], asked):
         raise DemoError(f"{file} cannot be continued: {changed}")
     return results
@@ -231,6 +244,14 @@ def write(file: Path, results: dict) -> None:
 
 def key(length: int, depth: float) -> str:
     return f"{length} tokens, depth {depth:g}"
+
+
+def fingerprint(model: PreTrainedModel) -> str:
+    """Which weights they are, wherever they lie."""
+    found = hashlib.sha256()
+    for name, weight in sorted(model.state_dict().items()):
+        found.update(f"{name} {weight.double().sum().item()} {weight.double().square().sum().item()}".encode())
+    return found.hexdigest()[:12]
 
 
 def name_of(source: Path | None) -> str:
@@ -286,9 +307,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     flag("--base", help="the model of the adapters: a GGUF file, a folder or a model on the hub (default: the demo's)")
     flag("--output", type=Path, required=True, help="folder for needle.json and needle.png")
     flag("--resume", action="store_true", help="go on with what is in --output")
-    flag("--lengths", type=int, nargs="+", help="tokens (default: powers of two to the model's context)")
+    flag("--lengths", type=count, nargs="+", help="tokens (default: powers of two to the model's context)")
     flag("--depths", type=float, nargs="+", default=[i / 10 for i in range(11)], help="shares of the text (default: 0 0.1 ... 1)")
-    flag("--trials", type=int, default=5, help="needles a cell (default: 5)")
+    flag("--trials", type=count, default=5, help="needles a cell (default: 5)")
     flag("--block-size", type=int, help="default: what was saved with the model")
     flag("--top-k", type=int, help="default: what was saved with the model")
     flag("--sink-blocks", type=int, help="default: what was saved with the model")
@@ -297,8 +318,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     flag("--seed", type=int, default=0)
     parser.add_device_flags()
     args = parser.parse_args(argv)
-    if args.trials < 1:
-        parser.error(f"argument --trials: must be at least 1, but is {args.trials}")
     if args.full_tail < 0:
         parser.error(f"argument --full-tail: must be at least 0, but is {args.full_tail}")
     if outside := [depth for depth in args.depths if not 0 <= depth <= 1]:

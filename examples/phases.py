@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
+from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
 from benchmarking.measure import milliseconds
 
+if find_spec("triton") is None:
+    sys.exit("phases.py needs a CUDA GPU, and Triton, which comes with PyTorch's builds for them")
 from moba_flex import flex, kernels, moba_attention
 from moba_flex.blocks import dense_layout, slots_per_block
 from moba_flex.spec import Spec

@@ -3,7 +3,8 @@
     torchrun --standalone --nproc-per-node 8 examples/prefill_scaling.py --tokens 1048576
     torchrun --standalone --nproc-per-node 2 examples/prefill_scaling.py --tokens 2048 --block-size 128 --top-k 4      # CPUs, to try it out
 
-Prints one line of JSON. With one process it is the plain operation. docs/scaling.md has the formulas that predict it.
+Prints one line of JSON. With one process, also without torchrun, it is the plain operation. docs/scaling.md has the formulas that
+predict it.
 """
 
 from __future__ import annotations
@@ -80,10 +81,9 @@ if __name__ == "__main__":
     parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl")
-    else:
-        dist.init_process_group("gloo")
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", **alone)
     result = main(arguments)
     if dist.get_rank() == 0:
         print(json.dumps(result), flush=True)

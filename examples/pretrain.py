@@ -14,10 +14,17 @@ leaves out the runs that are done.
 
 from __future__ import annotations
 
+import os
+import signal
+import sys
+
+if __name__ == "__main__":
+    # See examples/llama.py.
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
+
 import argparse
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -29,6 +36,9 @@ import torch.nn.functional as F
 from benchmarking.results import environment
 from changed_settings import changes
 from compiled_layers import compile_layers, mask_of
+from demo_weights import DemoError
+from flag_types import count, fraction
+from llama import one_line
 from needle import QUESTIONS
 from pretraining.batches import Batches, Upload
 from pretraining.captured import Passes
@@ -61,12 +71,18 @@ def pretrain(args: argparse.Namespace) -> bool:
     stop, ends = Stop(), time.monotonic() + args.budget_seconds
     device = torch.device("cuda" if torch.cuda.is_available() and not args.cpu else "cpu")
     torch.set_float32_matmul_precision("high")
+    runs = [named(name, args.block_size, args.top_k) for name in args.runs] + [of_blocks(n, args.context) for n in args.blocks]
+    with one_line("these flags do not fit together"):
+        for run in runs:
+            moba_flex.MobaConfig.from_dict(run.settings)
+    with one_line("cannot write to the folder"):
+        for folder in (args.output, args.checkpoints):
+            folder.mkdir(parents=True, exist_ok=True)
     text = corpus(args.corpus, args.sources, args.most_bytes)
     if (least := min(len(text.train), len(text.held_out))) <= args.context:
         raise SystemExit(
             f"--context is {args.context}, but a half of the text in {args.corpus} has only {least} tokens: give more --sources"
         )
-    runs = [named(name, args.block_size, args.top_k) for name in args.runs] + [of_blocks(n, args.context) for n in args.blocks]
 
     def enough() -> bool:
         return stop.wanted or time.monotonic() > ends
@@ -104,8 +120,10 @@ class Training:
         self.step, self.recent = 0, []  # steps that are done, and the losses of those that are not logged yet
         self.successors: list[Training] = []  # runs whose first steps are this one's
         if self.file.exists():
-            self.log = json.loads(self.file.read_text())
-            self._check(self.log["settings"], self.file)
+            with one_line(f"{self.file} is no log of this script: delete it, or choose another --output"):
+                self.log = json.loads(self.file.read_text())
+                settings, _ = self.log["settings"], self.log["done"]
+            self._check(settings, self.file)
 
     @property
     def done(self) -> bool:
@@ -224,7 +242,8 @@ class Training:
         if not self.checkpoint.exists():
             self.log |= {"train": [], "held_out": [], "tokens_per_second": []}
             return
-        saved = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
+        with one_line(f"{self.checkpoint} cannot be read: delete it to begin this run anew"):
+            saved = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
         self._check(saved["log"]["settings"], self.checkpoint)
         self.model.load_state_dict(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
@@ -290,20 +309,20 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--compare", type=Path, nargs="+", metavar="LOG", help="print the table of these logs, and train nothing")
     parser.add_argument("--plot", type=Path, help="with --compare: write a plot to this file")
-    parser.add_argument("--size", choices=SIZES, default="50M", help="parameters")
-    parser.add_argument("--context", type=int, default=8192, help="tokens")
-    parser.add_argument("--tokens", type=float, default=100e6, help="that a run reads")
-    parser.add_argument("--batch-tokens", type=int, default=65536, help="tokens a step: few, so that few tokens are many steps")
-    parser.add_argument("--micro-tokens", type=int, default=65536, help="tokens that the device works on at a time")
-    parser.add_argument("--runs", nargs="*", choices=NAMES, default=list(NAMES[:4]))
+    parser.add_argument("--size", choices=SIZES, default="50M", help="parameters (default: 50M)")
+    parser.add_argument("--context", type=count, default=8192, help="tokens (default: 8192)")
+    parser.add_argument("--tokens", type=float, default=100e6, help="that a run reads (default: 100e6)")
+    parser.add_argument("--batch-tokens", type=count, default=65536, help="a step: few, so that few tokens are many steps (default: 65536)")
+    parser.add_argument("--micro-tokens", type=count, default=65536, help="tokens that the device works on at a time")
+    parser.add_argument("--runs", nargs="*", choices=NAMES, default=list(NAMES[:4]), help=f"default: {' '.join(NAMES[:4])}")
     parser.add_argument("--blocks", type=int, nargs="*", default=[], help="also MoBA with so many blocks, of which a query reads a quarter")
-    parser.add_argument("--block-size", type=int, default=512)
-    parser.add_argument("--top-k", type=int, default=3)
+    parser.add_argument("--block-size", type=count, default=512, help="tokens (default: 512)")
+    parser.add_argument("--top-k", type=count, default=3, help="blocks (default: 3)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument(
-        "--needle-share", type=float, default=0.0, help="of the windows with facts and questions, see needle.py; default: 0"
+        "--needle-share", type=fraction, default=0.0, help="of the windows with facts and questions, see needle.py; default: 0"
     )
-    parser.add_argument("--needle-facts", type=int, default=32, help="at most in such a window; default: 32")
+    parser.add_argument("--needle-facts", type=count, default=32, help="at most in such a window; default: 32")
     parser.add_argument(
         "--needle-questions", choices=QUESTIONS, default="anywhere", help="each anywhere after its fact (the default), or all at the end"
     )
@@ -311,11 +330,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--warmup", type=int, help="steps; default: a twentieth")
     parser.add_argument("--weight-decay", type=float, default=0.1)
     parser.add_argument("--clip", type=float, default=1.0, help="norm of the gradient")
-    parser.add_argument("--held-out-tokens", type=int, default=1 << 20, help="that a held-out loss is of, if there are so many")
-    parser.add_argument("--output", type=Path, default=Path("pretraining-results"), help="folder for the logs")
+    parser.add_argument("--held-out-tokens", type=count, default=1 << 20, help="that a held-out loss is of, if there are so many")
+    parser.add_argument("--output", type=Path, default=Path("pretraining-results"), help="for the logs (default: pretraining-results)")
     checkpoints = os.environ.get("CHECKPOINT", "pretraining-checkpoints")
     parser.add_argument(
-        "--checkpoints", type=Path, default=Path(checkpoints), help="folder for checkpoints and models; default: $CHECKPOINT"
+        "--checkpoints", type=Path, default=Path(checkpoints), help=f"folder for them and for models (default: {checkpoints})"
     )
     parser.add_argument("--checkpoint-minutes", type=float, default=3)
     parser.add_argument(
@@ -323,7 +342,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--corpus", type=Path, help="folder for the tokens; default: in --checkpoints")
     parser.add_argument("--sources", type=Path, nargs="+", help="folders of source files; default: those of Python and its packages")
-    parser.add_argument("--most-bytes", type=int, help="of the sources")
+    parser.add_argument("--most-bytes", type=count, help="of the sources")
     parser.add_argument("--cpu", action="store_true", help="also where there is a GPU")
     parser.add_argument("--no-compile", action="store_true", help="do not compile the layers")
     parser.add_argument("--no-step-graphs", action="store_true", help="do not capture the two passes of a step in a CUDA graph")
@@ -334,10 +353,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
             f"--batch-tokens must be a multiple of {together * args.context}, the contexts that --micro-tokens has room for, "
             f"but is {args.batch_tokens}"
         )
-    if not 0 <= args.needle_share <= 1:
-        parser.error(f"--needle-share must be from 0 to 1, but is {args.needle_share}")
-    if args.needle_facts < 1:
-        parser.error(f"--needle-facts must be at least 1, but is {args.needle_facts}")
+    if not args.tokens > 0:
+        parser.error(f"argument --tokens: must be above 0, but is {args.tokens:g}")
+    if args.plot and not args.compare:
+        parser.error("argument --plot: goes with --compare, which reads the logs that it draws")
     if args.needle_share and args.context < NEEDLE_CONTEXT:
         parser.error(f"--context must be at least {NEEDLE_CONTEXT} for --needle-share, but is {args.context}")
     args.steps = max(1, round(args.tokens / args.batch_tokens))
@@ -348,7 +367,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 if __name__ == "__main__":
     given = parse()
-    if given.compare:
-        compare(given.compare, given.plot)
-    else:
-        pretrain(given)
+    try:
+        compare(given.compare, given.plot) if given.compare else pretrain(given)
+    except DemoError as error:
+        sys.exit(f"pretrain.py: error: {error}")

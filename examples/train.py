@@ -11,13 +11,18 @@ attention and its random numbers. So no step is lost or done twice, and losses d
 
 from __future__ import annotations
 
+import os
+import signal
+import sys
+
+if __name__ == "__main__":
+    # See examples/llama.py.
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
+
 import argparse
 import contextlib
 import json
 import math
-import os
-import signal
-import sys
 import time
 from pathlib import Path
 
@@ -26,6 +31,9 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from accelerate import Accelerator
 from changed_settings import changes
+from demo_weights import DemoError
+from flag_types import count, fraction
+from llama import one_line
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -42,7 +50,8 @@ LOSSES_AT_ONCE = 8192  # tokens, whose losses are worked out in float32 at a tim
 
 def train(args: argparse.Namespace) -> None:
     cpu = args.cpu or not torch.accelerator.is_available()  # accelerate would not see that several processes are meant for CPUs
-    accelerator = Accelerator(cpu=cpu, log_with=args.log_with, project_dir=args.output)
+    with one_line("accelerate cannot begin"):
+        accelerator = Accelerator(cpu=cpu, log_with=args.log_with, project_dir=args.output)
     if accelerator.is_fsdp2 and accelerator.mixed_precision == "bf16":
         # accelerate would also sum gradients, and give the loss, in bfloat16
         accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32)
@@ -172,16 +181,20 @@ def load(args: argparse.Namespace) -> tuple[nn.Module, PreTrainedTokenizerBase |
         model = LlamaForCausalLM(LlamaConfig(vocab_size=256, max_position_embeddings=args.sequence_length, **sizes))
         tokenizer = None
     else:
-        model, tokenizer = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32), AutoTokenizer.from_pretrained(args.model)
+        with one_line(f"cannot load the model {args.model!r}, as a local folder or from the hub"):
+            model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+            tokenizer = AutoTokenizer.from_pretrained(args.model)
     settings = {"block_size": args.block_size, "top_k": args.top_k, "sink_blocks": args.sink_blocks}
-    return moba_flex.patch(model, **settings, full_attention_layers=args.full_attention_layers), tokenizer
+    with one_line("this model cannot use MoBA so"):
+        return moba_flex.patch(model, **settings, full_attention_layers=args.full_attention_layers), tokenizer
 
 
 class Text:
     """Files as one line of tokens, cut into sequences. Each epoch has an order of its own, which follows from the seed."""
 
     def __init__(self, args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase | None, vocabulary: int) -> None:
-        texts = [Path(path).read_text(encoding="utf-8", errors="replace") for path in args.text]
+        with one_line("cannot read the files of --text"):
+            texts = [Path(path).read_text(encoding="utf-8", errors="replace") for path in args.text]
         ids = [x for text in texts for x in (tokenizer(text).input_ids if tokenizer else text.encode())]
         self._n = len(ids) // args.sequence_length
         if self._n == 0:
@@ -215,7 +228,8 @@ class Run:
         if self._checkpoints():
             raise SystemExit(f"--output {self._output} has checkpoints already: go on from the last one with --resume, or choose another")
         self._accelerator.wait_for_everyone()
-        self._output.mkdir(parents=True, exist_ok=True)
+        with one_line("cannot write to the folder"):
+            self._output.mkdir(parents=True, exist_ok=True)
         self._keep_log(0)
         return 0
 
@@ -262,11 +276,11 @@ class Run:
         return sorted(path for path in self._output.glob("step-*") if path.suffix != ".partial")
 
     def _keep_log(self, last: int) -> None:
-        """Drop what was logged after the checkpoint: these steps come again."""
+        """Drop what was logged after the checkpoint, and a line that was cut off: these steps come again."""
         path = self._output / "log.jsonl"
         if self._accelerator.is_main_process:
             lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-            path.write_text("".join(line for line in lines if json.loads(line)["step"] <= last))
+            path.write_text("".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= last))
 
 
 class Stop:
@@ -291,24 +305,24 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--text", nargs="+", required=True, help="text files")
     parser.add_argument("--output", required=True, help="folder for checkpoints, log.jsonl and the finished model")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --output")
-    parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--sequence-length", type=int, default=32768, help="tokens")
-    parser.add_argument("--batch-size", type=int, default=16, help="sequences a step, over all processes")
-    parser.add_argument("--micro-batch-size", type=int, default=1, help="sequences that a process works on at a time")
+    parser.add_argument("--steps", type=count, default=1000)
+    parser.add_argument("--sequence-length", type=count, default=32768, help="tokens")
+    parser.add_argument("--batch-size", type=count, default=16, help="sequences a step, over all processes")
+    parser.add_argument("--micro-batch-size", type=count, default=1, help="sequences that a process works on at a time")
     parser.add_argument("--learning-rate", type=float, default=2e-5)
     parser.add_argument("--warmup", type=int, default=20, help="steps")
     parser.add_argument("--weight-decay", type=float, default=0.1)
     parser.add_argument("--clip", type=float, default=1.0, help="norm of the gradient")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--moba-share", type=float, default=1.0, help="share of the steps with MoBA; full attention from then on")
+    parser.add_argument("--moba-share", type=fraction, default=1.0, help="share of the steps with MoBA; full attention from then on")
     parser.add_argument("--block-size", type=int, default=512)
     parser.add_argument("--top-k", type=int, default=8)
     parser.add_argument("--sink-blocks", type=int, default=0)
     parser.add_argument("--full-attention-layers", type=int, nargs="*", default=[], help="layers that keep full attention")
-    parser.add_argument("--context-parallel", type=int, default=1, help="processes that share a sequence, if accelerate's file doesn't say")
+    parser.add_argument("--context-parallel", type=count, default=1, help="processes that share a sequence, if accelerate's file is silent")
     parser.add_argument("--exchange", choices=("keys", "heads"), default="keys", help="how they share it")
     parser.add_argument("--activation-checkpointing", action="store_true")
-    parser.add_argument("--checkpoint-every", type=int, default=100, help="steps")
+    parser.add_argument("--checkpoint-every", type=count, default=100, help="steps")
     parser.add_argument("--cpu", action="store_true", help="on CPUs, even where there are GPUs")
     parser.add_argument("--log-with", help="a tracker that accelerate knows: tensorboard, wandb, ...")
     return parser.parse_args(arguments)
@@ -318,7 +332,10 @@ def main(arguments: list[str] | None = None) -> None:
     """Train, and end the process. On CPUs at once: gloo's threads may still want Python's lock. To destroy their group would hold it for
     ever, and if Python ends under them they abort the process.
     """
-    train(parse(arguments))
+    try:
+        train(parse(arguments))
+    except DemoError as error:
+        sys.exit(f"train.py: error: {error}")
     if dist.is_initialized():
         sys.stdout.flush()
         sys.stderr.flush()

@@ -191,6 +191,11 @@ def test_what_decides_the_losses_must_not_change(whole: Path, flags: list[str], 
         (["--text", "nowhere"], "text is read from folders, but nowhere is none"),
         (["--top-k", "1"], "sink_blocks"),
         (["--model", "missing.gguf"], "missing.gguf"),
+        (["--batch-size", "0"], "--batch-size: must be at least 1, but is 0"),
+        (["--rank", "0"], "--rank: must be at least 1, but is 0"),
+        (["--needle-share", "2"], "--needle-share: must be from 0 to 1, but is 2"),
+        (["--minutes", "-1"], "--minutes: must be at least 0, but is -1"),
+        (["--sequence-length", "100", "--needle-share", "1"], "--sequence-length is too short for --needle-share: .* but has 100"),
     ],
 )
 def test_what_cannot_work_is_refused_in_one_sentence(flags: list[str], tmp_path: Path, more: list[str], words: str, capsys) -> None:
@@ -324,7 +329,7 @@ def test_the_adapter_of_the_repository_has_the_settings_that_are_the_default_of_
 
 def test_the_demo_says_where_an_adapter_is_missing_or_does_not_fit(whole: Path, tiny: Path, tmp_path: Path, capsys) -> None:
     for folder, words in (
-        (tmp_path, f"there is no adapter in {tmp_path}: train one with examples/adapt.py"),
+        (tmp_path, f"there is no adapter in {tmp_path}: name the folder of one that examples/adapt.py trained"),
         (whole / "moba/adapter", "fit"),
     ):
         assert llama.main(["--model", str(tiny), "--adapted", str(folder), "--device", "cpu"]) == 2

@@ -192,6 +192,12 @@ def test_a_file_that_holds_no_results_is_an_error_and_stays(file, capsys, text):
     assert len(err) == 1 and str(file) in err[0] and file.read_text() == text
 
 
+@pytest.mark.parametrize("flag", ["--json", "--plot"])
+def test_where_nothing_can_be_written_nothing_is_measured(file, capsys, flag):
+    assert benchmark.main(["--json", str(file), "--preset", "cpu", flag, str(Path(__file__) / "results.png")]) == 2
+    assert capsys.readouterr().err.startswith("benchmark.py: error: cannot write to ") and not file.exists()
+
+
 # What cannot be measured
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -200,6 +201,16 @@ def test_from_beginning_to_end_and_again_after_a_stop(flags: list[str], byte_lla
     monkeypatch.undo()
     assert needle.main(command) == 2 and "go on with --resume" in capsys.readouterr().err
     assert needle.main([*command, "--resume", "--seed", "1"]) == 2 and "seed was 0 and is 1" in capsys.readouterr().err
+    assert needle.main([*command, "--resume", "--block-size", "16"]) == 2
+    assert "cannot be continued: of moba, moba was {'block_size': 32" in capsys.readouterr().err
+    other = AutoModelForCausalLM.from_pretrained(byte_llama)
+    torch.nn.init.zeros_(other.lm_head.weight)
+    other.save_pretrained(tmp_path / byte_llama.parent.name / byte_llama.name)  # other weights in folders of the same names
+    shutil.copytree(
+        byte_llama, tmp_path / byte_llama.parent.name / byte_llama.name, ignore=lambda *_: ["model.safetensors"], dirs_exist_ok=True
+    )
+    renamed = [tmp_path / byte_llama.parent.name / byte_llama.name if x == str(byte_llama) else x for x in command]
+    assert needle.main([*map(str, renamed), "--resume"]) == 2 and "of moba, weights was" in capsys.readouterr().err
     assert needle.main([*command, "--resume"]) == 0
     assert json.loads((tmp_path / "stopped/needle.json").read_text()) == whole
 

@@ -15,6 +15,7 @@ import pretrain
 import pytest
 import torch
 from compiled_layers import compile_layers
+from demo_weights import DemoError
 from pretraining import captured
 from pretraining.batches import Batches, order
 from pretraining.compare import differences, draw_sweep, group, held_out, table
@@ -144,15 +145,44 @@ def test_a_share_of_the_windows_has_facts_and_the_others_are_as_without(text, tm
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        (["--needle-share", "1.5"], "--needle-share must be from 0 to 1, but is 1.5"),
-        (["--needle-facts", "0"], "--needle-facts must be at least 1, but is 0"),
+        (["--needle-share", "1.5"], "--needle-share: must be from 0 to 1, but is 1.5"),
+        (["--needle-facts", "0"], "--needle-facts: must be at least 1, but is 0"),
         (["--needle-share", "0.1", "--context", "256"], "--context must be at least 512 for --needle-share, but is 256"),
+        (["--context", "0"], "--context: must be at least 1, but is 0"),
+        (["--tokens", "0"], "--tokens: must be above 0, but is 0"),
+        (["--plot", "losses.png"], "--plot: goes with --compare"),
     ],
 )
-def test_a_share_that_cannot_be_is_refused(text, tmp_path, more, words, capsys):
+def test_a_flag_that_cannot_be_is_refused(text, tmp_path, more, words, capsys):
     with pytest.raises(SystemExit):
         arguments(tmp_path, text, *more)
     assert words in capsys.readouterr().err
+
+
+def test_text_that_was_collected_otherwise_is_not_taken_for_what_is_asked_for(text_folder, tmp_path):
+    with pytest.raises(SystemExit, match="--sources: there is no folder nowhere"):
+        corpus(tmp_path / "text", [Path("nowhere")])
+    made = corpus(tmp_path / "text", [text_folder])
+    assert corpus(tmp_path / "text", [text_folder]).fingerprint == corpus(tmp_path / "text").fingerprint == made.fingerprint
+    with pytest.raises(SystemExit, match=r"was collected otherwise: sources was .* and is .*tests.*most_bytes was None and is 5"):
+        corpus(tmp_path / "text", [Path(__file__).parent], 5)
+    (tmp_path / "text/train.bin").write_bytes(b"ab")
+    with pytest.raises(DemoError, match=r"has no whole text: delete it, .* train\.bin has 1 tokens instead of \d+"):
+        corpus(tmp_path / "text")
+
+
+def test_files_that_cannot_be_read_or_written_are_named(trained, text, tmp_path):
+    shutil.copytree(trained / "logs", tmp_path / "logs")
+    log = tmp_path / "logs/toy-128-moba-b16k3-seed0.json"
+    log.write_text("{")
+    with pytest.raises(DemoError, match=r"seed0\.json is no log of this script: delete it, or choose another --output"):
+        pretrain.pretrain(arguments(tmp_path, text, "--runs", "moba"))
+    log.unlink()
+    (tmp_path / "checkpoints/toy-128-moba-b16k3-seed0.pt").write_bytes(b"cut off")
+    with pytest.raises(DemoError, match=r"seed0\.pt cannot be read: delete it to begin this run anew"):
+        pretrain.pretrain(arguments(tmp_path, text, "--runs", "moba"))
+    with pytest.raises(DemoError, match="cannot write to the folder"):
+        pretrain.pretrain(arguments(tmp_path, text, "--runs", "moba", "--output", __file__))
 
 
 def test_a_context_longer_than_the_text_is_refused(text, tmp_path):
@@ -437,7 +467,9 @@ def test_retrieval_is_measured_on_two_trained_models_to_their_context(with_facts
     assert needle.main([*sides, *flags]) == 0
     found = json.loads((tmp_path / "needle.json").read_text())
     assert found["asked"]["lengths"] == [128, 256, 512, 1024] and all(len(right) == 8 for right in found["right"].values())
-    assert found["models"]["moba"]["moba"]["block_size"] == 16 and found["models"]["full"] == {"model": f"checkpoints/{full}", "moba": None}
+    assert found["models"]["moba"]["moba"]["block_size"] == 16 and found["models"]["full"]["moba"] is None
+    assert found["models"]["full"]["model"] == f"checkpoints/{full}"
+    assert found["models"]["full"]["weights"] != found["models"]["moba"]["weights"]
     assert (tmp_path / "needle.png").stat().st_size > 10_000
 
     side, _, _ = needle.load_side("moba", needle.parse([*sides, *flags]))

@@ -214,6 +214,44 @@ def test_arguments_that_do_not_fit_are_refused_in_one_sentence(alone: None, tmp_
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--text", "nowhere.txt"], "cannot read the files of --text: .*nowhere.txt"),
+        (["--block-size", "0"], "this model cannot use MoBA so: block_size must be an int of at least 1, but is 0"),
+        (["--full-attention-layers", "7"], "full_attention_layers has 7, but LlamaForCausalLM has the layers 0, 1"),
+        (["--log-with", "nosuch"], "accelerate cannot begin: .*nosuch"),
+        (["--output", __file__], "cannot write to the folder: "),
+    ],
+)
+def test_what_cannot_work_is_said_in_one_line(alone: None, tmp_path: Path, arguments: list[str], words: str) -> None:
+    with pytest.raises(SystemExit, match=f"train.py: error: .*{words}") as refused:
+        train.main([*SHORT, "--output", str(tmp_path / "run"), *arguments])
+    assert "\n" not in str(refused.value) and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--batch-size", "0"], "argument --batch-size: must be at least 1, but is 0"),
+        (["--checkpoint-every", "0"], "argument --checkpoint-every: must be at least 1, but is 0"),
+        (["--moba-share", "3"], "argument --moba-share: must be from 0 to 1, but is 3"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(tmp_path: Path, arguments: list[str], words: str, capsys) -> None:
+    with pytest.raises(SystemExit):
+        train.parse([*SHORT, "--output", str(tmp_path), *arguments])
+    assert words in capsys.readouterr().err
+
+
+def test_a_line_of_the_log_that_was_cut_off_is_dropped(alone: None, short: Path, tmp_path: Path) -> None:
+    output = up_to_step_3(short, tmp_path / "run")
+    with open(output / "log.jsonl", "a") as file:
+        file.write('{"step": 4, "loss": 3.1')
+    train.train(train.parse([*SHORT, "--micro-batch-size", "2", "--resume", "--output", str(output)]))
+    assert_same_losses(output, short)
+
+
 def test_a_run_is_not_overwritten(alone: None, short: Path) -> None:
     with pytest.raises(SystemExit, match="has checkpoints already: go on from the last one with --resume"):
         train.train(train.parse([*SHORT, "--output", str(short)]))

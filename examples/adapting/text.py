@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from demo_weights import DemoError
+from flag_types import count
 from llama import Parser, context_of, one_line
 from needle import training_sequence
 from package_text import KINDS, Document, collect, default_roots
@@ -21,6 +22,9 @@ class Text:
 
     def __init__(self, args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> None:
         self._args, self._tokenizer = args, tokenizer
+        if args.needle_share:
+            with one_line("--sequence-length is too short for --needle-share"):
+                training_sequence(torch.zeros(args.sequence_length, dtype=torch.long), tokenizer, torch.Generator())
         with one_line("cannot read the text to train on"):
             documents = collect(args.text or default_roots(), args.megabytes)
         self.held_out, self.held_out_files = {}, {}
@@ -49,8 +53,8 @@ def add_held_out_flags(parser: Parser, n: int, length: int) -> None:
     flag = parser.add_argument
     flag("--text", type=Path, nargs="+", metavar="FOLDER", help="where text is looked for (default: all installed packages)")
     flag("--megabytes", type=float, default=20, help="most text of each kind that is looked at (default: 20)")
-    flag("--sequences", type=int, default=n, metavar="N", help=f"of prose, and as many of code, to measure on (default: {n})")
-    flag("--sequence-length", type=int, default=length, help=f"tokens (default: {length})")
+    flag("--sequences", type=count, default=n, metavar="N", help=f"of prose, and as many of code, to measure on (default: {n})")
+    flag("--sequence-length", type=count, default=length, help=f"tokens (default: {length})")
 
 
 def check_length(args: argparse.Namespace, model: PreTrainedModel) -> None:

@@ -52,6 +52,18 @@ def cpu_name() -> str:
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor() or "CPU")
 
 
+def check_writable(*files: Path | None) -> None:
+    """Raises ResultsError now, not after everything was measured."""
+    for file in filter(None, files):
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            writable = os.access(file if file.exists() else file.parent, os.W_OK) and not file.is_dir()
+        except OSError:
+            writable = False
+        if not writable:
+            raise ResultsError(f"cannot write to {file}")
+
+
 class Results:
     """The runs in a file, which is written anew after each measurement."""
 

@@ -8,6 +8,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from statistics import fmean, median, stdev
 
+from llama import one_line
+
 from .runs import complete
 
 COLUMNS = ("held-out", "minus full", "trailing", "minus full", "tokens/s", "device", "seeds")
@@ -127,7 +129,8 @@ def draw(settings: dict[str, dict[str, dict[int, dict]]], file: Path) -> None:
             draw_sweep(others[-1], sweep)
         row.suptitle(", ".join(part for part in title.split(", ") if part.startswith(("size", "context", "steps", "needle_share"))))
         row.legend(*training.get_legend_handles_labels(), loc="outside lower center", ncols=4)
-    figure.savefig(file, dpi=120)
+    with one_line(f"cannot draw {file}"):
+        figure.savefig(file, dpi=120)
 
 
 def draw_training(axes, runs: dict[str, dict[int, dict]], colors: dict[str, str]) -> None:

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from changed_settings import changes
+from llama import one_line
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from tqdm import tqdm
@@ -36,6 +38,9 @@ class Corpus:
         self._folder = folder
         self.description = json.loads((folder / DESCRIPTION).read_text())
         self.train, self.held_out = (torch.from_numpy(np.memmap(folder / f"{half}.bin", np.int16, "c")) for half in ("train", "held_out"))
+        for half in ("train", "held_out"):
+            if (wanted := self.description[half]["tokens"]) != (n := len(getattr(self, half))):
+                raise ValueError(f"{half}.bin has {n} tokens instead of {wanted}")
 
     @property
     def vocabulary(self) -> int:
@@ -59,18 +64,27 @@ def windows(tokens: Tensor, which: Tensor, context: int) -> Tensor:
 def corpus(folder: Path, sources: list[Path] | None = None, most_bytes: int | None = None) -> Corpus:
     """What `folder` holds, made first if it holds nothing. `sources` are folders of source files, by default Python's own.
 
-    Raises SystemExit if the sources have too little text to hold some out.
+    Raises SystemExit if the sources are not there, have too little text to hold some out, or are not those that the folder was made of,
+    and DemoError if the folder cannot be read or written.
     """
+    asked = {"sources": sources and [str(source.resolve()) for source in sources], "most_bytes": most_bytes}
     if not (folder / DESCRIPTION).exists():
-        _make(folder, sources or _of_python(), most_bytes)
-    return Corpus(folder)
+        if missing := [source for source in sources or () if not source.is_dir()]:
+            raise SystemExit(f"--sources: there is no folder {missing[0]}")
+        _make(folder, sources or _of_python(), most_bytes, asked)
+    with one_line(f"{folder} has no whole text: delete it, and it is collected again"):
+        found = Corpus(folder)
+    given = {name: x for name, x in asked.items() if x is not None}
+    if changed := changes(found.description.get("asked", given), given):
+        raise SystemExit(f"the text in {folder} was collected otherwise: {changed}. Choose another --corpus, or delete it")
+    return found
 
 
 def _of_python() -> list[Path]:
     return sorted({Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib", "platlib")})
 
 
-def _make(folder: Path, sources: list[Path], most_bytes: int | None) -> None:
+def _make(folder: Path, sources: list[Path], most_bytes: int | None, asked: dict) -> None:
     files: dict[str, str] = {}  # by the hash of their text
     size = 0
     for path in _paths(sources):
@@ -91,7 +105,8 @@ def _make(folder: Path, sources: list[Path], most_bytes: int | None) -> None:
         raise SystemExit(f"only {len(files)} different source files below {where}: none to train on, or none to hold out")
 
     tokenizer = _trained([files[name] for name in train])
-    folder.mkdir(parents=True, exist_ok=True)
+    with one_line("cannot write to the folder"):
+        folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     counts, fingerprint = {}, hashlib.sha256()
     for half, names in (("train", train), ("held_out", held_out)):
@@ -99,7 +114,7 @@ def _make(folder: Path, sources: list[Path], most_bytes: int | None) -> None:
         tokens.tofile(folder / f"{half}.bin")
         fingerprint.update(tokens.tobytes())
         counts[half] = {"files": len(names), "bytes": sum(len(files[name].encode()) for name in names), "tokens": len(tokens)}
-    description = {"vocabulary": tokenizer.get_vocab_size(), "fingerprint": fingerprint.hexdigest()[:16], **counts}
+    description = {"vocabulary": tokenizer.get_vocab_size(), "fingerprint": fingerprint.hexdigest()[:16], "asked": asked, **counts}
     description["held_out"]["sha256"] = [name[:16] for name in held_out]
     (folder / DESCRIPTION).write_text(json.dumps(description))  # last: what says that all is there
 
