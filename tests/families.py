@@ -71,7 +71,11 @@ FAMILIES = {
         **{**HEADLESS_SIZES, "num_key_value_heads": 4}, **EXPERTS, **LATENT, **LATENT_EXPERTS, moe_intermediate_size=16
     ),
 }
-HYBRID = ("gemma2", "gemma3", "cohere2", "gpt_oss")  # layers 0 and 2 have sliding windows
+if hasattr(transformers, "Gemma4TextConfig"):  # its last two layers read the keys of others, and cut the mask to the last queries
+    SHARED = {"num_kv_shared_layers": 2, "num_global_key_value_heads": 2, "global_head_dim": 8}
+    PER_LAYER = {"vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 8}
+    FAMILIES["gemma4"] = lambda: transformers.Gemma4TextConfig(**SIZES, **ALTERNATING, **SHARED, **PER_LAYER)
+HYBRID = ("gemma2", "gemma3", "cohere2", "gpt_oss", "gemma4")  # layers 0 and 2 have sliding windows
 _EAGER = ("gemma2", "gpt_oss")  # transformers 5.17 let sdpa leave Gemma 2's soft-capping out; GPT-OSS has no sdpa
 SPARSE = {"block_size": 8, "top_k": 2}
 ALL_BLOCKS = {"block_size": 8, "top_k": 100, "implementation": "eager"}  # "auto" would call the attention that the model had

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from families import FAMILIES, TOKENS, assert_close, build, gradients, logits, padded, tokens
+from families import FAMILIES, HYBRID, TOKENS, assert_close, build, gradients, logits, padded, tokens
 from torch import Tensor, nn
 from transformers import DataCollatorWithFlattening, StaticCache
 
@@ -12,7 +12,7 @@ from moba_flex.models import interface, patch, set_attention
 
 LENGTHS = (13, 1, 26)
 TELLS_PACKED = [family for family in FAMILIES if family != "gpt_oss"]  # transformers' GPT-OSS makes its mask without position_ids
-HAS_FULL_LAYERS_ONLY = [family for family in FAMILIES if family not in ("gemma2", "gemma3", "cohere2", "gpt_oss")]
+HAS_FULL_LAYERS_ONLY = [family for family in FAMILIES if family not in HYBRID]
 
 
 def patched(family: str = "llama", **settings) -> nn.Module:

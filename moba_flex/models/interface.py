@@ -168,11 +168,12 @@ def _decoded(query: Tensor, key: Tensor, mask: MobaMask | Tensor | BlockMask | N
     Drafts behind a single token, the last one that was accepted, are decoding together with it.
     """
     new, cached = query.shape[2], key.shape[2] - query.shape[2]
-    if new == 1:
+    is_part = isinstance(mask, MobaMask) and mask.is_part  # of a prompt, say, whose last tokens alone go through this layer
+    if new == 1 and not is_part:
         return int(cached > 0)
     if not drafts or not isinstance(mask, MobaMask):
         return 0
-    return new if cached and drafts >= new - 1 else min(drafts, new - 1)
+    return new if cached and drafts >= new - 1 and not is_part else min(drafts, new - 1)
 
 
 def _ordinary(

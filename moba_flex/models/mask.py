@@ -96,6 +96,7 @@ class MobaMask(BlockMask):
         self._split: dict[int, tuple[MobaMask, MobaMask]] = {}
         self._visible: Visible | None = None
         self.whole = False  # all tokens are known to be real
+        self.is_part = False  # the call has more new tokens than this mask is for
         # generate makes the mask before it calls a compiled model: what changes its shape with each token must not be needed there
         self._places = _place(request) if request["q_length"] <= FEW else None
         if isinstance(request["q_offset"], Tensor) and not torch.compiler.is_compiling() and request.get("attention_mask") is not None:
@@ -158,6 +159,22 @@ class MobaMask(BlockMask):
             self._split[n_last] = MobaMask({**request, **before}), MobaMask({**request, **last})
         return self._split[n_last]
 
+    def __getitem__(self, index: tuple[slice, ...]) -> MobaMask:
+        """The mask of the last queries alone, `mask[:, :, -n:, :]`: models whose last layers write no keys compute no others in them."""
+        every, n_query = slice(None), self._lengths[0]
+        try:
+            rows, *others = index[2], index[0], index[1], *index[3:]
+            n_last = len(range(n_query)[rows])
+        except (TypeError, IndexError):
+            raise self._unknown("[...]") from None
+        if any(other != every for other in others) or range(n_query)[rows] != range(n_query - n_last, n_query):
+            raise self._unknown("[...]")
+        if n_last == n_query:
+            return self
+        part = self.split(n_last)[1]
+        part.is_part = True
+        return part
+
     def to(self, *args, **kwargs) -> MobaMask:
         return self  # what layers get is moved when they ask
 
@@ -170,7 +187,11 @@ class MobaMask(BlockMask):
     __str__ = __repr__
 
     def __getattr__(self, name: str):
-        raise AttributeError(f"the model's code reads {name!r} of its attention mask, which MoBA does not build: it cannot use MoBA")
+        raise self._unknown(repr(name))
+
+    @staticmethod
+    def _unknown(what: str) -> AttributeError:
+        return AttributeError(f"the model's code reads {what} of its attention mask, which MoBA does not build: it cannot use MoBA")
 
 
 def moba_mask(batch_size: int, q_length: int, kv_length: int, q_offset: int | Tensor = 0, kv_offset: int = 0, **request) -> MobaMask:
