@@ -334,7 +334,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=Path("pretraining-results"), help="for the logs (default: pretraining-results)")
     checkpoints = os.environ.get("CHECKPOINT", "pretraining-checkpoints")
     parser.add_argument(
-        "--checkpoints", type=Path, default=Path(checkpoints), help=f"folder for them and for models (default: {checkpoints})"
+        "--checkpoints", type=Path, default=Path(checkpoints), help="folder for them and for models (default: %(default)s)"
     )
     parser.add_argument("--checkpoint-minutes", type=float, default=3)
     parser.add_argument(
