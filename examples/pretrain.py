@@ -333,9 +333,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--held-out-tokens", type=count, default=1 << 20, help="that a held-out loss is of, if there are so many")
     parser.add_argument("--output", type=Path, default=Path("pretraining-results"), help="for the logs (default: pretraining-results)")
     checkpoints = os.environ.get("CHECKPOINT", "pretraining-checkpoints")
-    parser.add_argument(
-        "--checkpoints", type=Path, default=Path(checkpoints), help="folder for them and for models (default: %(default)s)"
-    )
+    parser.add_argument("--checkpoints", type=Path, default=Path(checkpoints), help="folder for them and for models (default: %(default)s)")
     parser.add_argument("--checkpoint-minutes", type=float, default=3)
     parser.add_argument(
         "--budget-seconds", type=float, default=float("inf"), help="after which a checkpoint is written and the program ends"
