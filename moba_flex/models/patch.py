@@ -32,7 +32,7 @@ ATTENTION = (*MOBA, "full")
 
 
 def patch(model: nn.Module, config: MobaConfig | Mapping | None = None, **settings) -> nn.Module:
-    """Let a transformers model's full-attention layers use MoBA. Weights stay, nothing is copied.
+    """Let a transformers model's full-attention layers use MoBA. Weights stay what and where they are.
 
     Args:
         model: a transformers model, or a module that holds one.
