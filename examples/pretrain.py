@@ -252,7 +252,6 @@ class Training:
     def _save(self, other: Training | None = None) -> None:
         """A checkpoint, of this run or for another one to go on from. Complete or not there."""
         of = other or self
-        of.checkpoint.parent.mkdir(parents=True, exist_ok=True)
         state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "log": self.log | {"settings": of.settings}}
         state |= {"step": self.step, "recent": self.recent}
         partial = of.checkpoint.with_suffix(".partial")
@@ -271,7 +270,6 @@ class Training:
         print(f"{self.name}: held-out loss {self.log['held_out'][-1][1]:.4f}, trailing {self.log['trailing']:.4f}")
 
     def _write(self) -> None:
-        self.file.parent.mkdir(parents=True, exist_ok=True)
         partial = self.file.with_suffix(".partial")
         partial.write_text(json.dumps(self.log))
         partial.replace(self.file)

@@ -22,7 +22,7 @@ from . import figures
 from .config import MobaConfig, layer_indices
 from .models.cache import hooked, remove_hooks
 from .models.key_conv import KeyConv
-from .models.layers import MOBA, attention_layers, attention_of, n_layers, resolve_layers
+from .models.layers import MOBA, attention_layers, attention_of, n_layers, resolve_layers, restore_state, state_of
 from .models.mask import Visible
 from .models.patch import find_layers, is_patched, patch
 from .selection import Selection, select_blocks
@@ -211,7 +211,7 @@ def _left_as_it_was(model: nn.Module) -> Iterator[None]:
     holders = [(module, module.__dict__["config"]) for module in model.modules() if "config" in module.__dict__]
     convolutions = [(layer, getattr(layer, "key_conv", None)) for layer in layers]
     configs = {id(layer.config): (layer.config, dict(layer.config.__dict__)) for layer in layers}.values()
-    states = [(layer, layer.__dict__.get("_moba")) for layer in layers]
+    states = [(layer, state_of(layer)) for layer in layers]
     modes = [(module, module.training) for module in model.modules()]
     had_hooks = hooked(model)
     try:
@@ -230,9 +230,7 @@ def _left_as_it_was(model: nn.Module) -> Iterator[None]:
             config.__dict__.update(before)
         for layer, state in states:
             layer.__dict__.pop("_watch", None)
-            layer.__dict__.pop("_moba", None)
-            if state is not None:
-                layer._moba = state
+            restore_state(layer, state)
         for module, training in modes:
             module.training = training
         remove_hooks(hooked(model) - had_hooks)

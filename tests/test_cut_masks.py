@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from families import ALL_BLOCKS, FAMILIES, SPARSE, TOKENS, assert_close, build, logits, padded, tokens
+from families import ALL_BLOCKS, FAMILIES, SPARSE, TOKENS, assert_close, build, each_decode, logits, padded, tokens
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
@@ -12,7 +12,6 @@ from moba_flex import patch, set_attention
 from moba_flex.models.mask import MobaMask, moba_mask
 
 pytestmark = pytest.mark.skipif("gemma4" not in FAMILIES, reason="this version of transformers has no Gemma 4")
-each_decode = pytest.mark.parametrize("decode", ["full", "sparse"])
 
 
 def patched(**settings) -> PreTrainedModel:

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 import transformers
-from families import ALL_BLOCKS, FAMILIES, SPARSE, attentions, logits, snapshot, tokens
+from families import ALL_BLOCKS, FAMILIES, SPARSE, attentions, build, logits, snapshot, tokens
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
@@ -27,16 +27,8 @@ from moba_flex import full_attention, patch, set_attention, trace, unpatch
 from moba_flex.models.layers import attention_of
 
 
-def llama(**changes) -> PreTrainedModel:
-    torch.manual_seed(0)
-    config = FAMILIES["llama"]()
-    for name, value in changes.items():
-        setattr(config, name, value)
-    return LlamaForCausalLM(config).eval()
-
-
 def with_convolutions(**settings) -> PreTrainedModel:
-    model = patch(llama(), **SPARSE, key_conv=3, **settings)
+    model = patch(build(), **SPARSE, key_conv=3, **settings)
     for layer in attentions(model):
         if hasattr(layer, "key_conv"):
             torch.nn.init.normal_(layer.key_conv.weight)
@@ -60,7 +52,7 @@ def test_a_model_of_the_same_configuration_stays_what_it_is():
 
 
 def test_patching_again_keeps_the_configuration():
-    model = patch(llama(), **SPARSE)
+    model = patch(build(), **SPARSE)
     config = model.config
     assert patch(model, block_size=16, top_k=2).config is config and set_attention(model, "moba_naive").config is config
 
@@ -84,7 +76,7 @@ def test_new_models_of_one_configuration_have_each_their_attention():
 
 
 def test_a_trace_leaves_the_configuration_that_was_there():
-    model = llama()
+    model = build()
     config = model.config
     trace(model, tokens(), block_size=4, top_k=2)
     assert model.config is config and attentions(model)[0].config is config and not hasattr(config, "moba")
@@ -94,16 +86,15 @@ def test_a_trace_leaves_the_configuration_that_was_there():
 
 
 def test_what_is_patched_within_full_attention_stays_patched():
-    model = llama()
-    model.set_attn_implementation("eager")
+    model = build(attention="eager")
     with full_attention(model):
         patch(model, **SPARSE)
-    assert torch.equal(logits(model, tokens()), logits(patch(llama(), **SPARSE), tokens()))
+    assert torch.equal(logits(model, tokens()), logits(patch(build(), **SPARSE), tokens()))
     assert unpatch(model).config._attn_implementation == "eager"
 
 
 def test_what_is_patched_again_or_unpatched_within_full_attention_stays_so():
-    model = patch(llama(), **SPARSE, full_attention_layers=[0])
+    model = patch(build(), **SPARSE, full_attention_layers=[0])
     with full_attention(model):
         patch(model, block_size=8, top_k=2)
     assert {attention_of(layer, model.config.moba) for layer in attentions(model)} == {"moba"}
@@ -125,7 +116,7 @@ def test_a_trace_leaves_the_convolutions_that_were_there(changes):
 
 
 def test_a_trace_with_convolutions_leaves_none():
-    model, ids = llama(), tokens()
+    model, ids = build(), tokens()
     state, before = snapshot(model), logits(model, ids)
     trace(model, ids, block_size=4, top_k=2, key_conv=3)
     assert snapshot(model) == state and torch.equal(logits(model, ids), before)
@@ -170,7 +161,7 @@ def test_a_model_of_several_parts_is_loaded_with_its_convolutions(attn, tmp_path
 
 @pytest.mark.parametrize("key_conv", [0, 3])
 def test_what_loading_says_comes_with_the_model(key_conv, tmp_path):
-    model = with_convolutions() if key_conv else llama()
+    model = with_convolutions() if key_conv else build()
     model.save_pretrained(tmp_path)
     loaded, said = moba_flex.AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not said["missing_keys"] and loaded.config._attn_implementation == "moba"
@@ -179,7 +170,7 @@ def test_what_loading_says_comes_with_the_model(key_conv, tmp_path):
 
 def test_an_adapter_is_loaded_with_its_model(tmp_path):
     peft = pytest.importorskip("peft")
-    llama().save_pretrained(tmp_path / "base")
+    build().save_pretrained(tmp_path / "base")
     base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     adapted = peft.get_peft_model(
         base, peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"], init_lora_weights=False)
@@ -196,7 +187,7 @@ def test_a_folder_that_is_not_there_is_refused_as_by_transformers(tmp_path):
 
 def test_settings_that_are_no_dict_are_refused():
     with pytest.raises(ValueError, match=r"settings of MoBA must be a dict .* as in config\.json, but are 3"):
-        patch(llama(moba=3))
+        patch(build(moba=3))
 
 
 # Which layers there are
@@ -247,4 +238,4 @@ def test_a_bias_for_each_query_and_key_is_refused_by_the_name_of_the_model():
 
 def test_a_window_that_is_in_the_way_is_named():
     with pytest.raises(ValueError, match="a sliding_window of 4096: if no text gets that long, load the model with sliding_window=None"):
-        patch(llama(sliding_window=4096), **SPARSE)
+        patch(build(sliding_window=4096), **SPARSE)

@@ -80,6 +80,13 @@ def state_of(layer: nn.Module) -> LayerState | None:
     return layer.__dict__.get("_moba")
 
 
+def restore_state(layer: nn.Module, state: LayerState | None) -> None:
+    """Give a layer the state that `state_of` said it had."""
+    layer.__dict__.pop("_moba", None)
+    if state is not None:
+        layer._moba = state
+
+
 def keeps_full(layer: nn.Module, settings: MobaConfig) -> bool:
     """Whether `full_attention_layers` names a layer.
 

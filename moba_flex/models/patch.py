@@ -23,6 +23,7 @@ from .layers import (
     named_full,
     ordinary_implementation,
     resolve_layers,
+    restore_state,
     show,
     state_of,
     takes_moba,
@@ -167,11 +168,8 @@ def full_attention(model: nn.Module) -> Iterator[nn.Module]:
         yield model
     finally:
         for layer, state, full in zip(replaceable, before, within):
-            if state_of(layer) is not full:
-                continue
-            layer.__dict__.pop("_moba", None)
-            if state is not None:
-                layer._moba = state
+            if state_of(layer) is full:
+                restore_state(layer, state)
 
 
 def moba_layers(model: nn.Module) -> dict[int, str]:
