@@ -71,6 +71,8 @@ def pretrain(args: argparse.Namespace) -> bool:
     stop, ends = Stop(), time.monotonic() + args.budget_seconds
     device = torch.device("cuda" if torch.cuda.is_available() and not args.cpu else "cpu")
     torch.set_float32_matmul_precision("high")
+    if device.type == "cuda":  # a batch is little work, and the threads of several runs on one host wait for each other in a busy loop
+        torch.set_num_threads(min(torch.get_num_threads(), 4))
     runs = [named(name, args.block_size, args.top_k) for name in args.runs] + [of_blocks(n, args.context) for n in args.blocks]
     with one_line("these flags do not fit together"):
         for run in runs:

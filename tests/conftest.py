@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 # Beside other busy programs PyTorch's threads lose minutes waiting for each other in a busy loop, see examples/llama.py. Only
@@ -40,6 +41,14 @@ def _graphs_of_its_own() -> None:
     """No test replays what another one captured, perhaps with other parts of the package replaced."""
     set_cuda_graphs(False)
     set_cuda_graphs(True)
+
+
+@pytest.fixture(autouse=True)
+def _precision_of_its_own() -> Iterator[None]:
+    """No test computes with the shortened float32 that a script has asked for in another one."""
+    before = torch.get_float32_matmul_precision()
+    yield
+    torch.set_float32_matmul_precision(before)
 
 
 @pytest.fixture(scope="session")

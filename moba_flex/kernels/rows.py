@@ -100,29 +100,36 @@ def dispatch_backward(query: Tensor, grad: Tensor, lse: Tensor, delta: Tensor, r
     return tuple(rows)
 
 
+def _unrolled(slots: int) -> int:
+    """How many slots of a query are summed without a loop. All of 63 compiled in 43 s, and 47 took a quarter longer than in a loop."""
+    return slots if slots <= 16 else 8
+
+
 @triton.jit
 def _merge_kernel(
     OUT, LSE, ROW_OUT, ROW_LSE, PAIR, TO, TO_LSE, H, N, stride_b, stride_h, stride_n, to_stride_b, to_stride_h, to_stride_n,
-    S: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr,
+    S: tl.constexpr, UNROLLED: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr,
 ):  # fmt: skip
     # One program: M queries of a head.
     head, i, d = tl.program_id(1).to(tl.int64), tl.program_id(0).to(tl.int64) * M + tl.arange(0, M), tl.arange(0, DP)
     n, here, seen = head * N + i, i < N, d[None, :] < D
     most = tl.load(LSE + n, mask=here, other=float("-inf"))
-    for s in tl.static_range(S):
-        row = tl.load(PAIR + n * S + s, mask=here, other=-1).to(tl.int64)
-        most = tl.maximum(most, tl.load(ROW_LSE + row, mask=row >= 0, other=float("-inf")), propagate_nan=tl.PropagateNan.ALL)
+    for s in range(0, S, UNROLLED):
+        for u in tl.static_range(UNROLLED):
+            row = tl.load(PAIR + n * S + s + u, mask=here & (s + u < S), other=-1).to(tl.int64)
+            most = tl.maximum(most, tl.load(ROW_LSE + row, mask=row >= 0, other=float("-inf")), propagate_nan=tl.PropagateNan.ALL)
     most = tl.where(most == float("-inf"), 0.0, most)
 
     total = tl.exp(tl.load(LSE + n, mask=here, other=float("-inf")) - most)
     at = _lying(head, i, H, stride_b, stride_h, stride_n)
     acc = total[:, None] * tl.load(OUT + at[:, None] + d[None, :], mask=here[:, None] & seen, other=0.0).to(tl.float32)
-    for s in tl.static_range(S):
-        row = tl.load(PAIR + n * S + s, mask=here, other=-1).to(tl.int64)
-        weight = tl.exp(tl.load(ROW_LSE + row, mask=row >= 0, other=float("-inf")) - most)
-        part = tl.load(ROW_OUT + row[:, None] * D + d[None, :], mask=(row[:, None] >= 0) & seen, other=0.0)
-        total += weight
-        acc += weight[:, None] * part.to(tl.float32)
+    for s in range(0, S, UNROLLED):
+        for u in tl.static_range(UNROLLED):
+            row = tl.load(PAIR + n * S + s + u, mask=here & (s + u < S), other=-1).to(tl.int64)
+            weight = tl.exp(tl.load(ROW_LSE + row, mask=row >= 0, other=float("-inf")) - most)
+            part = tl.load(ROW_OUT + row[:, None] * D + d[None, :], mask=(row[:, None] >= 0) & seen, other=0.0)
+            total += weight
+            acc += weight[:, None] * part.to(tl.float32)
     acc = acc / tl.where(total == 0, 1.0, total)[:, None]
     at = _lying(head, i, H, to_stride_b, to_stride_h, to_stride_n)
     tl.store(TO + at[:, None] + d[None, :], acc.to(TO.dtype.element_ty), mask=here[:, None] & seen)
@@ -134,20 +141,23 @@ def merge(out: Tensor, lse: Tensor, row_out: Tensor, row_lse: Tensor, routes: Ro
     (rows, heads, slots, width), count, tile = out.shape, routes.row_of_pair.shape[-1], 16
     tensors, strides = (out, lse, row_out, row_lse, routes.row_of_pair, *into), (*out.stride()[:3], *into[0].stride()[:3])
     _merge_kernel[(cdiv(slots, tile), rows * heads)](
-        *tensors, heads, slots, *strides, count, width, next_power_of_2(width), tile, num_warps=4
+        *tensors, heads, slots, *strides, count, _unrolled(count), width, next_power_of_2(width), tile, num_warps=4
     )
 
 
 @triton.jit
-def _sum_kernel(GRAD, ROW_GRAD, PAIR, TO, N, S: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr):
+def _sum_kernel(
+    GRAD, ROW_GRAD, PAIR, TO, N, S: tl.constexpr, UNROLLED: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr
+):  # fmt: skip
     n, d = tl.program_id(0).to(tl.int64) * M + tl.arange(0, M), tl.arange(0, DP)
     here, seen = n < N, d[None, :] < D
     at = n[:, None] * D + d[None, :]
     acc = tl.load(GRAD + at, mask=here[:, None] & seen, other=0.0).to(tl.float32)
-    for s in tl.static_range(S):
-        row = tl.load(PAIR + n * S + s, mask=here, other=-1).to(tl.int64)
-        part = tl.load(ROW_GRAD + row[:, None] * D + d[None, :], mask=(row[:, None] >= 0) & seen, other=0.0)
-        acc += part.to(tl.float32)
+    for s in range(0, S, UNROLLED):
+        for u in tl.static_range(UNROLLED):
+            row = tl.load(PAIR + n * S + s + u, mask=here & (s + u < S), other=-1).to(tl.int64)
+            part = tl.load(ROW_GRAD + row[:, None] * D + d[None, :], mask=(row[:, None] >= 0) & seen, other=0.0)
+            acc += part.to(tl.float32)
     tl.store(TO + at, acc.to(TO.dtype.element_ty), mask=here[:, None] & seen)
 
 
@@ -156,7 +166,7 @@ def sum_rows(grad: Tensor, row_grad: Tensor, routes: Routes, into: Tensor) -> No
     count, width, tile = routes.row_of_pair.shape[-1], row_grad.shape[-1], 16
     n_query = grad.numel() // width
     _sum_kernel[(cdiv(n_query, tile),)](
-        grad, row_grad, routes.row_of_pair, into, n_query, count, width, next_power_of_2(width), tile, num_warps=4
+        grad, row_grad, routes.row_of_pair, into, n_query, count, _unrolled(count), width, next_power_of_2(width), tile, num_warps=4
     )
 
 
