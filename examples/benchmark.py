@@ -13,14 +13,14 @@ Prints tables and writes `benchmark.json` and, with matplotlib, `benchmark.png`.
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))  # Ctrl-C during the imports ends quietly
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # Ctrl-C during the imports ends quietly
 
 import argparse
-import os
 import time
 from collections.abc import Iterator
 from functools import partial

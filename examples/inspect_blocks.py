@@ -16,7 +16,7 @@ import sys
 
 if __name__ == "__main__":
     # See examples/llama.py.
-    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import argparse
@@ -75,4 +75,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
     sys.exit(main())

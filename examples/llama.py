@@ -14,8 +14,8 @@ import signal
 import sys
 
 if __name__ == "__main__":
-    # Ctrl-C ends the demo quietly at any moment, also during the seconds that the imports take.
-    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
+    # Ctrl-C ends the demo quietly at any moment. An exception during the imports may be caught by a module that is half imported.
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
     # On Linux, PyTorch's threads wait for each other in a busy loop. Beside another busy program that makes MoBA on the CPU over
     # ten times slower, so let them give up their turn early. Only possible before PyTorch is imported.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
@@ -329,4 +329,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
     sys.exit(main())

@@ -20,7 +20,7 @@ import sys
 
 if __name__ == "__main__":
     # See examples/llama.py.
-    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import argparse
 import json
@@ -364,6 +364,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
     given = parse()
     try:
         compare(given.compare, given.plot) if given.compare else pretrain(given)

@@ -21,7 +21,7 @@ from transformers.utils import logging
 from . import figures
 from .config import MobaConfig, layer_indices
 from .models.cache import hooked, remove_hooks
-from .models.key_conv import KeyConv
+from .models.key_conv import hooks_of
 from .models.layers import MOBA, attention_layers, attention_of, n_layers, resolve_layers, restore_state, state_of
 from .models.mask import Visible
 from .models.patch import find_layers, is_patched, patch
@@ -209,7 +209,7 @@ def _left_as_it_was(model: nn.Module) -> Iterator[None]:
     """After the `with` block the model's configurations, modes, convolutions of keys and marks of MoBA are what they were before."""
     layers = attention_layers(model)
     holders = [(module, module.__dict__["config"]) for module in model.modules() if "config" in module.__dict__]
-    convolutions = [(layer, getattr(layer, "key_conv", None)) for layer in layers]
+    convolutions = [(layer, hooks_of(layer)) for layer in layers]
     configs = {id(layer.config): (layer.config, dict(layer.config.__dict__)) for layer in layers}.values()
     states = [(layer, state_of(layer)) for layer in layers]
     modes = [(module, module.training) for module in model.modules()]
@@ -218,10 +218,10 @@ def _left_as_it_was(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for layer, before in convolutions:
-            now = getattr(layer, "key_conv", None)
-            if now is not before and isinstance(now, KeyConv):
+            now = hooks_of(layer)
+            if now is not before and now is not None:
                 now.detach(layer)
-            if now is not before and isinstance(before, KeyConv):
+            if now is not before and before is not None:
                 before.attach(layer)
         for module, config in holders:
             module.config = config

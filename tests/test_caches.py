@@ -372,17 +372,18 @@ def test_full_decoding_gives_the_same_tokens_in_every_way(way, length):
 
 
 @ways(["growing cache", "static cache"])
-def test_the_end_of_a_prompt_reads_all_keys_if_its_logits_are_asked_for(way):
+@pytest.mark.parametrize("n", [1, 4])
+def test_the_end_of_a_prompt_reads_all_keys_if_its_logits_are_asked_for(way, n):
     model, ids = build(**FULL), tokens()
-    cache = filled(model, ids[:, :-4])
-    for token in ids[:, -4:-1].split(1, 1):
+    cache = filled(model, ids[:, :-n])
+    for token in ids[:, -n:-1].split(1, 1) if n > 1 else ():
         run(model, token, cache)
 
     def first_logits(**call) -> Tensor:
         return model.generate(ids, **GREEDY, **call, return_dict_in_generate=True, output_logits=True).logits[0]
 
     expected = first_logits(past_key_values=cache)
-    torch.testing.assert_close(first_logits(logits_to_keep=5, **way), expected, rtol=1e-4, atol=2e-4)
+    torch.testing.assert_close(first_logits(logits_to_keep=n + 1, **way), expected, rtol=1e-4, atol=2e-4)
     assert (first_logits(**way) - expected).abs().max() > 1e-2, "the case does not tell the end of a prompt from the rest"
 
 

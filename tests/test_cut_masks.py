@@ -6,7 +6,7 @@ import pytest
 import torch
 from families import ALL_BLOCKS, FAMILIES, SPARSE, TOKENS, assert_close, build, each_decode, logits, padded, tokens
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 from moba_flex import patch, set_attention
 from moba_flex.models.mask import MobaMask, moba_mask
@@ -66,6 +66,15 @@ def test_full_attention_behind_a_cut_is_the_unpatched_model_s():
         set_attention(patch(model, **settings), "moba" if settings is ALL_BLOCKS else "full")
         for keep, expected in zip((1, 5), before):
             assert_close(last_logits(model, ids, keep), expected, f"{settings}, the last {keep}")
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_one_query_behind_a_cut_reads_no_key_that_a_static_cache_has_not_got_yet(keep):
+    model, ids = build("gemma4"), tokens()
+    before = last_logits(model, ids, keep)
+    patch(model, **{**ALL_BLOCKS, "implementation": "auto"})
+    cache = StaticCache(config=model.config, max_cache_len=200)
+    assert_close(last_logits(model, ids, keep, past_key_values=cache), before, f"the last {keep}")
 
 
 def test_other_cuts_are_refused_and_the_whole_is_the_same_mask():

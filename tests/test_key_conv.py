@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
 import torch.nn.functional as F
 import transformers
 from families import SIZES, VOCABULARY
+from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM, PreTrainedModel, StaticCache
 
@@ -163,12 +165,39 @@ def after_prefill(change) -> None:
     model(text[:, :1], past_key_values=cache)
 
 
-@pytest.mark.parametrize(
-    "change", [lambda c: c.crop(-9), lambda c: c.reorder_cache(torch.tensor([1, 0])), copy.deepcopy], ids=["crop", "reorder", "copy"]
-)
+@pytest.mark.parametrize("change", [lambda c: c.crop(-9), lambda c: c.reorder_cache(torch.tensor([1, 0]))], ids=["crop", "reorder"])
 def test_a_cache_that_somebody_changed_is_refused(change):
     with pytest.raises(ValueError, match=r"key_conv needs the keys before the new ones, .* use_cache=False"):
         after_prefill(change)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))], ids=["copy", "pickle"])
+def test_a_copied_cache_goes_on_alone(copied):
+    model, text, cache = model_with(), tokens(), DynamicCache()
+    model(text[:, :20], past_key_values=cache)
+    other = copied(cache)
+    expected = [model(part, past_key_values=cache).logits for part in text[:, 20:].split(3, 1)]
+    for part, logits in zip(text[:, 20:].split(3, 1), expected):
+        assert torch.equal(model(part, past_key_values=other).logits, logits)
+
+
+def test_gradients_go_through_a_cache():
+    model, text, cache = model_with().double().train(), tokens(), DynamicCache()
+    parts = torch.cat([model(part, past_key_values=cache).logits for part in text.split([9, 20], 1)], 1)
+    whole = model(text, use_cache=False).logits
+    torch.testing.assert_close(parts, whole)
+    weights = [x for name, x in model.named_parameters() if "k_proj" in name or "key_conv" in name]
+    torch.testing.assert_close(*(torch.autograd.grad(x.sin().sum(), weights) for x in (parts, whole)))
+
+
+def test_a_compiled_model_with_a_cache_gives_the_tokens_of_the_eager_one():
+    model, text = model_with(), tokens()
+    expected = model.generate(text, max_new_tokens=4, do_sample=False)
+    torch.compiler.reset()
+    model.forward = torch.compile(model.forward, backend="eager", dynamic=True)
+    assert torch.equal(model.generate(text, max_new_tokens=4, do_sample=False), expected)
+    torch.compiler.reset()
 
 
 def test_a_static_cache_is_refused():
@@ -264,6 +293,28 @@ def test_a_replaced_k_proj_is_refused():
     model.model.layers[0].self_attn.k_proj = torch.nn.Linear(32, 16, bias=False)
     with pytest.raises(ValueError, match="k_proj of LlamaAttention 0 was replaced"):
         model(tokens())
+
+
+def test_a_k_proj_with_lora_is_named():
+    model = get_peft_model(LlamaForCausalLM(LlamaConfig(**SIZES)), LoraConfig(target_modules=["k_proj"]))
+    with pytest.raises(ValueError, match=r"which LlamaAttention has as a Linear \(with LoRA, leave it out of target_modules\)"):
+        patch(model.model, **SPARSE, key_conv=3)
+
+
+def test_peft_trains_convolutions_that_it_has_copied():
+    lora = LoraConfig(target_modules=["q_proj"], modules_to_save=["key_conv"], task_type="CAUSAL_LM")
+    base = model_with()
+    expected = base(tokens()).logits
+    model = get_peft_model(base, lora)
+    assert torch.equal(model(tokens()).logits, expected)
+    model(input_ids=tokens(), labels=tokens()).loss.backward()
+    trained = [x for name, x in model.named_parameters() if "key_conv" in name and x.requires_grad]
+    assert len(trained) == len(CONVOLVED) and all((x.grad != 0).all() for x in trained)
+    for x in trained:
+        torch.nn.init.zeros_(x)
+    with model.disable_adapter():
+        assert torch.equal(model(tokens()).logits, expected)
+    assert not torch.equal(model(tokens()).logits, expected)
 
 
 def test_slices_of_a_sequence_are_refused():

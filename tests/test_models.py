@@ -233,6 +233,21 @@ def test_attention_weights_are_refused_but_not_by_the_specification(side):
         assert_close(weights[real], expected[real], f"padding {side}, layer {layer}")
 
 
+@pytest.mark.parametrize("decode", ["full", "sparse"])
+def test_all_layers_and_decoded_tokens_have_attention_weights(decode):
+    model, ids = patch(build(), **SPARSE, decode=decode, full_attention_layers=(0,)), tokens()
+    set_attention(model, "moba_naive")
+    out = model.generate(ids, max_new_tokens=3, do_sample=False, output_attentions=True, return_dict_in_generate=True)
+    assert [len(of_step) for of_step in out.attentions] == [4, 4, 4]
+    drafts = model(ids, output_attentions=True, logits_to_keep=4, past_key_values=transformers.DynamicCache(config=model.config)).attentions
+    for layer, weights in enumerate([*out.attentions[0], *drafts]):
+        assert weights.shape == (2, 4, TOKENS, TOKENS)
+        assert_close(weights.sum(-1), torch.ones(2, 4, TOKENS), f"sum of weights, {layer}")
+        read = weights[..., : TOKENS - 3].ne(0).all(-1)  # of the queries from there on, all keys
+        assert read[:, :, -4].all() == (layer % 4 == 0)
+        assert read[:, :, -3:].all() == (layer % 4 == 0 or (layer >= 4 and decode == "full"))
+
+
 def test_attention_weights_of_packed_sequences():
     model, ids = patch(build(), block_size=4, top_k=2), tokens(2, 30)
     position_ids = torch.tensor([[*range(12), *range(18)], [*range(29), 0]])

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 import transformers
-from families import ALL_BLOCKS, FAMILIES, SPARSE, attentions, build, logits, snapshot, tokens
+from families import ALL_BLOCKS, FAMILIES, HEADLESS_SIZES, SPARSE, attentions, build, logits, snapshot, tokens
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
@@ -25,6 +25,7 @@ from transformers import (
 import moba_flex
 from moba_flex import full_attention, patch, set_attention, trace, unpatch
 from moba_flex.models.layers import attention_of
+from moba_flex.models.patch import moba_layers
 
 
 def with_convolutions(**settings) -> PreTrainedModel:
@@ -49,6 +50,22 @@ def test_a_model_of_the_same_configuration_stays_what_it_is():
     assert student.config.moba.block_size == SPARSE["block_size"]
     unpatch(student)
     assert teacher.config.moba.block_size == 16 and teacher.config._attn_implementation == "moba"
+
+
+@pytest.mark.parametrize("change", [unpatch, lambda model: set_attention(model, "moba_naive"), lambda model: set_attention(model, "full")])
+@pytest.mark.parametrize("first", [True, False])
+def test_a_model_of_a_patched_one_s_configuration_is_changed_alone(change, first):
+    """Built from a configuration that says "moba", it uses MoBA without having been patched."""
+    model, ids = patch(build(), **SPARSE), tokens()
+    other = LlamaForCausalLM(model.config).eval()
+    state, before = snapshot(model), logits(model, ids)
+    for _ in range(1 if first else 2):
+        change(other)
+    assert snapshot(model) == state and torch.equal(logits(model, ids), before)
+    assert set(moba_layers(model).values()) == {"moba"}
+    patch(other, block_size=16, top_k=2)
+    unpatch(other)
+    assert snapshot(model) == state and not hasattr(other.config, "moba")
 
 
 def test_patching_again_keeps_the_configuration():
@@ -234,6 +251,16 @@ def test_a_bias_for_each_query_and_key_is_refused_by_the_name_of_the_model():
     config = UMT5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=32, num_layers=2, num_decoder_layers=2, num_heads=4)
     with pytest.raises(ValueError, match="UMT5ForConditionalGeneration has no layer that MoBA can replace"):
         patch(UMT5ForConditionalGeneration(config), **SPARSE)
+
+
+def test_layers_without_a_window_are_found_though_all_name_the_model_s():
+    config = transformers.Exaone4Config(**HEADLESS_SIZES, sliding_window=8, layer_types=["sliding_attention", "full_attention"] * 2)
+    model, ids = transformers.AutoModelForCausalLM.from_config(config).eval(), tokens()
+    expected = logits(model, ids)
+    patch(model, **ALL_BLOCKS)
+    assert moba_layers(model) == {1: "moba", 3: "moba"}
+    torch.testing.assert_close(logits(model, ids), expected, rtol=1e-4, atol=2e-4)
+    assert not torch.allclose(logits(patch(model, **SPARSE), ids), expected, atol=1e-2)
 
 
 def test_a_window_that_is_in_the_way_is_named():

@@ -45,7 +45,8 @@ def moba_attention_forward(
 
     `named` is the name in the configuration under which the model found this function.
 
-    The weights `[B, H, Nq, n_key]` are None unless "moba_naive" is asked for them with `output_attentions=True`.
+    The weights `[B, H, Nq, n_key]` are None unless "moba_naive" is asked for them with `output_attentions=True`: layers with full
+    attention, and tokens that are decoded with it, then have them too.
 
     Raises ValueError for what MoBA cannot do: attention dropout or weights without "moba_naive", custom masks, biases.
     """
@@ -60,16 +61,19 @@ def moba_attention_forward(
         return _across_processes(module, query, key, value, attention_mask, settings, attention, kwargs), None
     mask_is_local = isinstance(attention_mask, MobaMask) and attention_mask.is_local
     is_local = mask_is_local or kwargs.get("sliding_window") is not None
+    weights = "moba_naive" in (named, attention) and _weights_wanted(module, kwargs)
     if attention == "full" or is_local:
-        return _ordinary(module, query, key, value, attention_mask, kwargs)
+        return _ordinary(module, query, key, value, attention_mask, kwargs, weights)
     if settings.decode == "full" and (decoded := _decoded(query, key, attention_mask, drafts)):
         if decoded == query.shape[2]:
-            return _ordinary(module, query, key, value, attention_mask, kwargs)
+            return _ordinary(module, query, key, value, attention_mask, kwargs, weights)
         before, last = attention_mask.split(decoded)
         operands = query[:, :, :-decoded], key[:, :, :-decoded], value[:, :, :-decoded]
-        prompt, _ = _moba(module, *operands, before, settings, attention, cache, kwargs)
-        drafts, _ = _ordinary(module, query[:, :, -decoded:], key, value, last, kwargs)
-        return torch.cat([prompt, drafts], 1), None
+        prompt, of_prompt = _moba(module, *operands, before, settings, attention, cache, kwargs)
+        drafts, of_drafts = _ordinary(module, query[:, :, -decoded:], key, value, last, kwargs, weights)
+        if weights:
+            of_prompt = F.pad(of_prompt, (0, of_drafts.shape[-1] - of_prompt.shape[-1]))
+        return torch.cat([prompt, drafts], 1), torch.cat([of_prompt, of_drafts], 2) if weights else None
 
     return _moba(module, query, key, value, attention_mask, settings, attention, cache, kwargs)
 
@@ -183,8 +187,9 @@ def _ordinary(
     value: Tensor,
     mask: MobaMask | Tensor | BlockMask | None,
     kwargs: dict,
+    weights: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    implementation = ordinary_implementation(module)
+    implementation = "eager" if weights else ordinary_implementation(module)
     if isinstance(mask, MobaMask):
         mask = mask.ordinary(implementation, query.device)
     attention = ordinary_attention(module, implementation)
@@ -210,7 +215,7 @@ def _check_supported(module: nn.Module, naive: bool, kwargs: dict) -> tuple[floa
         if kwargs.get(name) is not None:
             raise ValueError(f'{_name(module)} passes {name}, which MoBA cannot follow: use set_attention(model, "full")')
     dropout = kwargs.get("dropout") or 0.0
-    weights = bool(kwargs.get("output_attentions", getattr(module.config, "output_attentions", False)))
+    weights = _weights_wanted(module, kwargs)
     if dropout and not naive:
         raise ValueError(
             f"{_name(module)} has an attention dropout of {dropout} in training, which MoBA does not do: load the model "
@@ -219,6 +224,10 @@ def _check_supported(module: nn.Module, naive: bool, kwargs: dict) -> tuple[floa
     if weights and not naive:
         raise ValueError('output_attentions=True asks for attention weights, which MoBA never builds: set it to False, or use "moba_naive"')
     return dropout, weights
+
+
+def _weights_wanted(module: nn.Module, kwargs: dict) -> bool:
+    return bool(kwargs.get("output_attentions", getattr(module.config, "output_attentions", False)))
 
 
 def _name(module: nn.Module) -> str:

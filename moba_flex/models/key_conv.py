@@ -19,6 +19,7 @@ B rows, N tokens, K kernel size, C = G * D channels.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,8 +44,6 @@ class KeyConv(nn.Module):
         like = k_proj.weight
         dtype = like.dtype if like.is_floating_point() else torch.float32  # quantized weights are whole numbers
         self.weight = nn.Parameter(torch.zeros(kernel_size, k_proj.out_features, dtype=dtype, device=like.device))
-        self._pass: Pass | None = None
-        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
 
     def forward(self, key: Tensor, position: Tensor | None = None, before: Tensor | None = None) -> Tensor:
         """Convolve `key [B, N, C]`.
@@ -54,58 +53,72 @@ class KeyConv(nn.Module):
             before: `[B, K - 1, C]`, the keys before these; None: there are none.
         """
         n_tokens, last = key.shape[1], self.weight.shape[0] - 1
-        keys = F.pad(key, (0, 0, last, 0)) if before is None else torch.cat([before, key], 1)
+        keys = _behind(before, key, last)
         mixed = torch.zeros_like(key)
         for lag, weight in enumerate(self.weight):
             past = keys[:, last - lag : last - lag + n_tokens]
             mixed = mixed + weight * (past if position is None else past.where((position >= lag)[..., None], 0))
         return (key + F.silu(mixed)).to(key.dtype)
 
+
+class Hooks:
+    """What calls an attention layer's `key_conv`, be it a `KeyConv` or what PEFT has put in its place."""
+
+    def __init__(self, module: KeyConv) -> None:
+        self.module: nn.Module = module
+        self.kernel_size = module.weight.shape[0]
+        self._pass: Pass | None = None
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_pass": None}  # a call that an error has ended leaves its own, which is no one else's
 
     def attach(self, layer: nn.Module) -> None:
-        layer.key_conv = self
-        self._hooks = [
+        layer.key_conv, layer._key_conv_hooks = self.module, self
+        self._handles = [
             layer.register_forward_pre_hook(self._begin, with_kwargs=True),
             layer.k_proj.register_forward_hook(self._convolve),
             layer.register_forward_hook(self._end),
         ]
 
     def detach(self, layer: nn.Module) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        del layer.key_conv
+        for handle in self._handles:
+            handle.remove()
+        del layer.key_conv, layer._key_conv_hooks
 
     def _begin(self, layer: nn.Module, args: tuple, kwargs: dict) -> None:
-        if not torch.compiler.is_compiling() and self._hooks[1].id not in layer.k_proj._forward_hooks:
+        if not torch.compiler.is_compiling() and self._handles[1].id not in layer.k_proj._forward_hooks:
             raise ValueError(
                 f"key_conv: the k_proj of {type(layer).__name__} {layer.layer_idx} was replaced after moba_flex.patch, so its keys would "
                 "not be convolved: leave k_proj as it was (with LoRA, out of target_modules)"
             )
+        if layer.key_conv is not self.module:
+            self.module = layer.key_conv
         hidden, cache = args[0] if args else kwargs["hidden_states"], cache_in(kwargs)
         position = _positions(kwargs.get("attention_mask"), hidden, kwargs)
-        now = None if cache is None and position is None else Pass(position, cache, _keys_before(cache, layer))
+        now = None
+        if cache is not None:
+            now = Pass(position, cache, _keys_before(cache, layer))
+        elif position is not None:
+            now = Pass(position)
         if now is not self._pass:
             self._pass = now
 
     def _convolve(self, k_proj: nn.Module, args: tuple, key: Tensor) -> Tensor:
         now = self._pass
         if now is None:
-            return self(key)
+            return self.module(key)
         if now.cache is not None:
-            last = self.weight.shape[0] - 1
-            keys = F.pad(key, (0, 0, last, 0)) if now.before is None else torch.cat([now.before, key], 1)
-            now.last_keys = keys[:, keys.shape[1] - last :].detach()
-        return self(key, now.position, now.before)
+            last = self.kernel_size - 1
+            now.last_keys = _behind(now.before, key, last)[:, key.shape[1] :].clone()  # not a view of all
+        return self.module(key, now.position, now.before)
 
     def _end(self, layer: nn.Module, args: tuple, out: Any) -> None:
         now = self._pass
         if now is None:
             return
-        kept = _cache_layer(now.cache, layer)
-        if type(kept) in GROWING and not torch.compiler.is_compiling():
-            kept._moba_last_keys = LastKeys(now.last_keys, weakref.ref(kept.keys))
+        if now.cache is not None:
+            _keep(now.cache, layer, now.last_keys)
         self._pass = None
 
 
@@ -114,8 +127,8 @@ class Pass:
     """What one call of an attention layer tells the convolution of its keys."""
 
     position: Tensor | None
-    cache: Cache | None
-    before: Tensor | None
+    cache: Cache | None = None
+    before: Tensor | None = None
     last_keys: Tensor | None = None
 
 
@@ -124,14 +137,23 @@ class LastKeys:
     """The last K - 1 keys of a cache layer before the convolution, and the convolved keys that end with them."""
 
     keys: Tensor
-    of: weakref.ref
+    of: Callable[[], Tensor | None]
 
     def __reduce__(self) -> tuple:
-        return LastKeys, (self.keys, _of_nothing)  # a copy of a cache has other keys
+        return _last_keys, (self.keys, self.of())  # the copy of a cache has copies of both
+
+
+def _last_keys(keys: Tensor, of: Tensor | None) -> LastKeys:
+    return LastKeys(keys, _of_nothing if of is None else weakref.ref(of))
 
 
 def _of_nothing() -> None:
-    """What a `LastKeys` belongs to after it was copied."""
+    """What a `LastKeys` belongs to whose keys are gone."""
+
+
+def _behind(before: Tensor | None, key: Tensor, last: int) -> Tensor:
+    """`[B, last + N, C]`: the keys with the `last` ones before them, or zeros where there are none."""
+    return F.pad(key, (0, 0, last, 0)) if before is None else torch.cat([before, key], 1)
 
 
 def set_key_convs(layers: list[nn.Module], settings: MobaConfig) -> None:
@@ -141,23 +163,28 @@ def set_key_convs(layers: list[nn.Module], settings: MobaConfig) -> None:
     """
     kernel_size = {layer: 0 if named_full(layer, settings) else settings.key_conv for layer in layers}
     for layer, size in kernel_size.items():
-        if size and not isinstance(getattr(layer, "k_proj", None), nn.Linear):
-            raise ValueError(
-                f"key_conv={size} convolves what a linear k_proj returns, which {type(layer).__name__} does not have: set key_conv to 0"
-            )
+        if size and not isinstance(k_proj := getattr(layer, "k_proj", None), nn.Linear):
+            has = "does not have" if k_proj is None else f"has as a {type(k_proj).__name__} (with LoRA, leave it out of target_modules)"
+            what = f"key_conv={size} convolves what a linear k_proj returns"
+            raise ValueError(f"{what}, which {type(layer).__name__} {has}: set key_conv to 0")
     for layer, size in kernel_size.items():
-        now = getattr(layer, "key_conv", None)
-        if isinstance(now, KeyConv) and now.weight.shape[0] != size:
+        now = hooks_of(layer)
+        if now is not None and now.kernel_size != size:
             now.detach(layer)
-        if size and not hasattr(layer, "key_conv"):
-            KeyConv(size, layer.k_proj).attach(layer)
+        if size and hooks_of(layer) is None:
+            Hooks(KeyConv(size, layer.k_proj)).attach(layer)
 
 
 def remove_key_convs(layers: list[nn.Module]) -> None:
     """Undo `set_key_convs`; the weights are lost."""
     for layer in layers:
-        if isinstance(conv := getattr(layer, "key_conv", None), KeyConv):
-            conv.detach(layer)
+        if (hooks := hooks_of(layer)) is not None:
+            hooks.detach(layer)
+
+
+def hooks_of(layer: nn.Module) -> Hooks | None:
+    """What calls a layer's convolution, if it has one."""
+    return layer.__dict__.get("_key_conv_hooks")
 
 
 def check_key_conv(layer: nn.Module, settings: MobaConfig) -> None:
@@ -170,12 +197,24 @@ def check_key_conv(layer: nn.Module, settings: MobaConfig) -> None:
         )
 
 
-def _cache_layer(cache: Cache | None, layer: nn.Module) -> CacheLayerMixin | None:
+def _cache_layer(cache: Cache, layer: nn.Module) -> CacheLayerMixin | None:
     cache = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
-    return None if cache is None or layer.layer_idx >= len(cache.layers) else cache.layers[layer.layer_idx]
+    return None if layer.layer_idx >= len(cache.layers) else cache.layers[layer.layer_idx]
 
 
-def _keys_before(cache: Cache | None, layer: nn.Module) -> Tensor | None:
+# Neither weak references nor attributes of cache layers are for graphs: under torch.compile both are a break in it.
+
+
+@torch.compiler.disable
+def _keep(cache: Cache, layer: nn.Module, last_keys: Tensor) -> None:
+    """Leave the keys for the next call, where the cache is of a kind that only grows."""
+    kept = _cache_layer(cache, layer)
+    if type(kept) in GROWING:
+        kept._moba_last_keys = LastKeys(last_keys, weakref.ref(kept.keys))
+
+
+@torch.compiler.disable
+def _keys_before(cache: Cache, layer: nn.Module) -> Tensor | None:
     """`[B, K - 1, C]`, or None where the cache holds no keys yet."""
     kept = _cache_layer(cache, layer)
     if kept is None or not int(kept.get_seq_length()):

@@ -61,7 +61,8 @@ def takes_moba(layer: nn.Module) -> bool:
         return False
     types = getattr(config, "layer_types", None)
     if types is not None and index < len(types):
-        return types[index] in _FULL_LAYER_TYPES and getattr(layer, "sliding_window", None) is None
+        window = getattr(layer, "sliding_window", None) if getattr(layer, "is_sliding", True) else None  # EXAONE 4 has it in all layers
+        return types[index] in _FULL_LAYER_TYPES and window is None
     return getattr(layer, "sliding_window", getattr(config, "sliding_window", None)) is None
 
 

@@ -94,6 +94,9 @@ def unpatch(model: nn.Module) -> nn.Module:
     layers = attention_layers(model)
     if any(hasattr(layer, "_context_parallel") for layer in layers):
         raise ValueError(f"{type(model).__name__} is context-parallel, which it can only be with MoBA: call ContextParallel.remove() first")
+    ours = [layer for layer in layers if hasattr(layer.config, "moba") or layer.config._attn_implementation in MOBA]
+    if any(state_of(layer) is None for layer in ours):
+        _own_configs(model, ours)
     ordinary = {id(layer.config): ordinary_implementation(layer) for layer in layers}
     # A model of several parts that was loaded with "moba" has that name in the configurations above its layers' too.
     holders = [module for module in model.modules() if hasattr(module, "config")]
@@ -139,6 +142,9 @@ def set_attention(model: nn.Module, attention: str, layers: Iterable[int] | None
         patch(model)
         if layers is not None:  # the others stay as they were
             _use(replaceable, "full")
+    elif any(state_of(layer) is None for layer in replaceable):  # loaded with "moba", perhaps with the configuration of another model
+        _own_configs(model, replaceable)
+        _use(replaceable, None)
     if layers is None and attention != "full":
         for config in _configs(replaceable):
             config._attn_implementation = {"": attention}
