@@ -4,9 +4,11 @@
     accelerate launch --config_file examples/accelerate/ddp.yaml examples/train.py --model meta-llama/Llama-3.1-8B --text *.txt --output run
     accelerate launch --config_file examples/accelerate/fsdp2_cp.yaml examples/train.py ...    # sequences longer than one GPU holds
 
-Ctrl-C writes a checkpoint at the end of the step; `--resume` goes on from the last one, on any number of processes, sharded or not. All
+Ctrl-C writes a checkpoint before the next micro-batch, of the steps that are done (a launcher kills its processes half a minute after it:
+`--checkpoint-every` is for when that is too short); `--resume` goes on from the last one, on any number of processes, sharded or not. All
 that a step depends on beside the weights and the optimizer follows from its number: which sequences it reads, its learning rate, its
-attention and its random numbers. So no step is lost or done twice, and losses do not depend on how many processes share the work.
+attention and its random numbers. So no step is done twice, and losses do not depend on how many processes share the work, but for a
+model with dropout, whose random numbers are each process's own.
 """
 
 from __future__ import annotations
@@ -79,23 +81,29 @@ def train(args: argparse.Namespace) -> None:
 
         loss = torch.zeros((), device=accelerator.device)
         for i in range(share.accumulate):
+            if stopped := share.any(stop.wanted):
+                break
             last = i == share.accumulate - 1
             with contextlib.nullcontext() if last else accelerator.no_sync(model):
                 part = forward(model, text.batch(step, i, share).to(accelerator.device), context) / share.accumulate
                 accelerator.backward(part)
             loss += part.detach()
+        if stopped:
+            optimizer.zero_grad()
+            if step:
+                run.save(step)
+            kept = f"after step {step}, whose checkpoint is written: --resume goes on from there" if step else "within the first step"
+            accelerator.print(f"interrupted {kept}")
+            break
         accelerator.clip_grad_norm_(model.parameters(), args.clip)
         optimizer.step()
         optimizer.zero_grad()
 
-        loss, stopped = accelerator.reduce(torch.stack([loss, torch.tensor(float(stop.wanted), device=loss.device)]), "mean").tolist()
+        loss = accelerator.reduce(loss, "mean").item()
         tokens = args.batch_size * args.sequence_length / (time.perf_counter() - started)
         run.log(step + 1, {"loss": loss, "tokens_per_second": tokens, "learning_rate": rate, "attention": attention})
-        if stopped or step + 1 == args.steps or (step + 1) % args.checkpoint_every == 0:
+        if step + 1 == args.steps or (step + 1) % args.checkpoint_every == 0:
             run.save(step + 1)
-        if stopped:
-            accelerator.print(f"interrupted after step {step + 1}, whose checkpoint is written: --resume goes on from there")
-            break
     else:
         run.save_model(tokenizer)
     accelerator.wait_for_everyone()
@@ -147,6 +155,9 @@ class Share:
 
     def __init__(self, accelerator: Accelerator, args: argparse.Namespace) -> None:
         parallelism, n_processes = accelerator.parallelism_config, accelerator.num_processes
+        for name in ("tp_size", "sp_size"):
+            if (size := getattr(parallelism, name, 1)) != 1:
+                raise SystemExit(f"accelerate's configuration has {name} {size}, which this script does not do: set it to 1")
         self._accelerator, self._exchange = accelerator, args.exchange
         self._configured = parallelism.cp_size if parallelism else 1
         self.slices = self._configured if self._configured > 1 else args.context_parallel
@@ -170,7 +181,12 @@ class Share:
         mesh = self._accelerator.torch_device_mesh
         if self._configured == 1:
             mesh = init_device_mesh(self._accelerator.device.type, (self.size, self.slices), mesh_dim_names=("dp", "cp"))
-        return context_parallel(self._accelerator.unwrap_model(model), mesh, exchange=self._exchange)
+        with one_line("this model cannot be context-parallel so"):
+            return context_parallel(self._accelerator.unwrap_model(model), mesh, exchange=self._exchange)
+
+    def any(self, wanted: bool) -> bool:
+        """Whether it is true on any process."""
+        return self._accelerator.reduce(torch.tensor(float(wanted), device=self._accelerator.device), "sum").item() > 0
 
 
 def load(args: argparse.Namespace) -> tuple[nn.Module, PreTrainedTokenizerBase | None]:
@@ -250,6 +266,8 @@ class Run:
     def save(self, step: int) -> None:
         """One format whatever the processes are: each writes its part, and whoever loads takes what it needs. Complete or not there."""
         path = self._output / f"step-{step:08d}"
+        if path.exists():
+            return
         partial = path.with_suffix(".partial")
         model, optimizer = get_state_dict(self._model, self._optimizer)
         dcp.save({"model": model, "optimizer": optimizer}, checkpoint_id=partial)
@@ -284,7 +302,7 @@ class Run:
 
 
 class Stop:
-    """Ctrl-C, or a launcher's request to end, is remembered until the step is done. A second one ends the process at once."""
+    """Ctrl-C, or a launcher's request to end, is remembered until the micro-batch is done. A second one ends the process at once."""
 
     def __init__(self) -> None:
         self.wanted = False
@@ -306,7 +324,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output", required=True, help="folder for checkpoints, log.jsonl and the finished model")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --output")
     parser.add_argument("--steps", type=count, default=1000)
-    parser.add_argument("--sequence-length", type=count, default=32768, help="tokens")
+    parser.add_argument("--sequence-length", type=count, default=32768, help="tokens, two at least")
     parser.add_argument("--batch-size", type=count, default=16, help="sequences a step, over all processes")
     parser.add_argument("--micro-batch-size", type=count, default=1, help="sequences that a process works on at a time")
     parser.add_argument("--learning-rate", type=float, default=2e-5)
@@ -325,7 +343,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--checkpoint-every", type=count, default=100, help="steps")
     parser.add_argument("--cpu", action="store_true", help="on CPUs, even where there are GPUs")
     parser.add_argument("--log-with", help="a tracker that accelerate knows: tensorboard, wandb, ...")
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    if args.sequence_length < 2:
+        parser.error("argument --sequence-length: a sequence of 1 token has nothing to predict")
+    return args
 
 
 def main(arguments: list[str] | None = None) -> None:

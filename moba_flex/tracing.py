@@ -104,7 +104,8 @@ def trace(
         A `Trace`, which see.
 
     Raises:
-        ValueError: no layer uses MoBA or can, a layer in `selections` does not, a setting is out of range, or the inputs do not fit.
+        ValueError: no layer uses MoBA or can, a layer in `selections` does not, a setting is out of range, the inputs do not fit, or the
+            model is context-parallel.
         TypeError: `input_ids` is no tensor of whole numbers, or both `config` and settings are given.
 
     >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -116,6 +117,10 @@ def trace(
     _check_inputs(input_ids, attention_mask)
     wanted = layer_indices("selections", selections)
     _, replaceable = find_layers(model)
+    if any("_context_parallel" in layer.__dict__ for layer in replaceable):
+        raise ValueError(
+            f"{type(model).__name__} is context-parallel, and only whole sequences are traced: call ContextParallel.remove() first"
+        )
     with _left_as_it_was(model):
         if config is not None or settings or not is_patched(replaceable):
             patch(model, config, **settings)

@@ -113,7 +113,7 @@ def flex_is_equal(size: int, by: str) -> None:
 
 def tiny(**changes) -> LlamaConfig:
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 8, "num_key_value_heads": 4}
-    return LlamaConfig(vocab_size=VOCABULARY, max_position_embeddings=256, **{**sizes, **changes})
+    return LlamaConfig(**{"vocab_size": VOCABULARY, "max_position_embeddings": 256, **sizes, **changes})
 
 
 def tiny_model(**changes) -> nn.Module:
@@ -175,6 +175,20 @@ def model_in_slices_is_equal(size: int, by: str, n_tokens: int, checkpointing: b
     assert_same(model(**batch).loss, loss, "loss after remove()", **FLOAT32_LOSS)
 
 
+def length_scaled_is_equal(size: int, rope: dict) -> None:
+    """Rotary embeddings whose frequencies depend on the length: a short sequence, a long one, and a short one again."""
+    lengths = {"rope_parameters": rope, "max_position_embeddings": 40 if rope["rope_type"] == "dynamic" else 256}
+    model, whole = tiny_model(**lengths), tiny_model(**lengths)
+    context = context_parallel(model, context_mesh(size))
+    for n_tokens in (24, 64, 32):
+        batch = {"input_ids": tokens(2, n_tokens)}
+        assert_same(context.unshard(model(**context.shard(batch)).logits), whole(**batch).logits, f"{n_tokens} tokens", **FLOAT32_LOSS)
+    with says(ValueError, f"must have a multiple of the {size} processes"):
+        context.shard({"input_ids": tokens(2, 8 * size + 1)})
+    context.remove()
+    assert_same(model(input_ids=tokens(2, 63)).logits, whole(input_ids=tokens(2, 63)).logits, "after remove()", **FLOAT32_LOSS)
+
+
 def data_parallel_is_equal() -> None:
     """DDP: every process has rows of its own."""
     ids = tokens(4, 40)
@@ -189,6 +203,12 @@ def sharded(model: nn.Module, over: DeviceMesh) -> nn.Module:
     for layer in model.model.layers:
         fully_shard(layer, mesh=over)
     return fully_shard(model, mesh=over)
+
+
+def new_weights_after_sharding_are_refused() -> None:
+    for model in (sharded(tiny_model(), mesh(dist.get_world_size(), names=("dp",))), DistributedDataParallel(tiny_model())):
+        with says(ValueError, "key_conv=3", "must be there before"):
+            moba_flex.patch(model, block_size=7, top_k=3, key_conv=3)
 
 
 def sharded_is_equal() -> None:
@@ -217,6 +237,13 @@ def sharded_in_slices_is_equal(by: str) -> None:
 
 def save_tiny_model(folder: Path) -> None:
     tiny_model().save_pretrained(folder)
+
+
+def tensor_parallel_with_convolutions_is_refused(folder: str) -> None:
+    plan = DistributedConfig(tp_plan="auto")
+    model = moba_flex.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, distributed_config=plan)
+    with says(ValueError, "channels of keys", "tensor parallelism", "key_conv=0"):
+        model(input_ids=tokens(2, 16))
 
 
 def tensor_parallel_is_equal(folder: str) -> None:
@@ -326,6 +353,11 @@ def bad_input_is_refused() -> None:
         context_parallel(LlamaForCausalLM(tiny()), of_cp)
     with says(ValueError, "6 query heads", "4 processes"):
         context_parallel(tiny_model(hidden_size=24, num_attention_heads=6, num_key_value_heads=3), of_cp, exchange="heads")
+    convolved = moba_flex.patch(LlamaForCausalLM(tiny()), **blocks, key_conv=3)
+    with says(ValueError, "has key_conv", "key_conv=0"):
+        context_parallel(convolved, of_cp)
+    with says(ValueError, "mesh is a process group that rank", "is not in"):
+        context_parallel(tiny_model(), dist.GroupMember.NON_GROUP_MEMBER)
     local = moba_flex.patch(Qwen2ForCausalLM(windowed()), **blocks)
     with says(ValueError, "Qwen2ForCausalLM has layers that are not full causal self-attention: 1"):
         context_parallel(local, of_cp)
@@ -353,11 +385,39 @@ def bad_input_is_refused() -> None:
         context.shard({"input_ids": ids[: 1 if context.rank == 1 else 2]})  # the uneven end of an epoch, say
     with says(ValueError, "must be the same on all 4 processes"):
         context.shard({"input_ids": tokens(2, 16, seed=context.rank)})
-    with says(ValueError, "without a cache"):
-        cache = model(input_ids=ids, use_cache=True).past_key_values
-        model(input_ids=ids[:, :1], past_key_values=cache)
+    others = {"input_ids": ids, "labels": ids.roll(1) if context.rank == 1 else ids}
+    for batch in (others, {"input_ids": ids.flip(0) if context.rank == 2 else ids}, {"input_ids": ids, **({} if context.rank else others)}):
+        with says(ValueError, "must be the same on all 4 processes", "process 3: 2 x 16"):
+            context.shard(batch)
+    with says(ValueError, "[B, N] with at least one token, but have shape (16,)"):
+        context.shard({"input_ids": ids[0]})
+    with says(ValueError, "labels of shape (1, 16)", "(2, 16)"):
+        context.shard({"input_ids": ids, "labels": ids[:1]})
+    packed = torch.arange(16, device=here()) % (8 if context.rank == 1 else 16)
+    with says(ValueError, "packed sequences cannot" if context.rank == 1 else "cannot be cut into slices on process 1"):
+        context.shard({"input_ids": ids, "position_ids": packed.expand(2, -1)})
+    with says(ValueError, "without a cache", "ContextParallel.shard"):
+        model(input_ids=ids, use_cache=True)
+    with says(ValueError, "without a cache", "ContextParallel.shard"):
+        model.generate(ids, max_new_tokens=1)
+    with says(ValueError, "is context-parallel", "remove() first"):
+        moba_flex.trace(model, ids)
+    with says(ValueError, "key_conv=3", "context-parallel"):
+        moba_flex.patch(model, **blocks, key_conv=3)
+    dropping = tiny_model(attention_dropout=0.1).train()
+    with says(ValueError, "dropout of 0.1", "set to 0"):
+        dropping(**context_parallel(dropping, of_cp).shard({"input_ids": ids}))
+    qkv = [torch.randn(1, 4, 8, 4, device=here(), requires_grad=True) for _ in range(3)]
+    for by in ("keys", "heads"):
+        out = moba_attention_cp(*qkv, of_cp, exchange=by, implementation="naive", **blocks)
+        with says(RuntimeError, "create_graph=True", "first derivatives only"):
+            torch.autograd.grad(out.sum(), qkv, create_graph=True)
     with says(ValueError, "padding or packed sequences"):
-        model(input_ids=ids, attention_mask=torch.arange(16, device=here()).expand(2, -1) > 2)
+        model(input_ids=ids, attention_mask=torch.arange(16, device=here()).expand(2, -1) > 2, use_cache=False)
+    newer = context_parallel(model, of_cp, exchange="heads")
+    context.remove()  # ends no other
+    assert all(layer._context_parallel is newer for layer in newer._layers)
+    context = newer
     assert_same(copy.deepcopy(model)(**context.shard({"input_ids": ids})).logits, model(**context.shard({"input_ids": ids})).logits)
 
 

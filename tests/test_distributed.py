@@ -91,6 +91,25 @@ def test_a_model_in_slices_has_the_logits_loss_and_gradients_of_one_process(
     enough.run(checks.model_in_slices_is_equal, size, exchange, n_tokens, checkpointing)
 
 
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 2.0},
+        {
+            "rope_type": "longrope",
+            "rope_theta": 10_000.0,
+            "original_max_position_embeddings": 40,
+            "short_factor": [1.05, 1.1],
+            "long_factor": [2.0, 30.0],
+        },
+    ],
+    ids=["dynamic", "longrope"],
+)
+def test_rotary_embeddings_that_depend_on_the_length_see_all_of_it(enough: Processes, size: int, rope: dict) -> None:
+    enough.run(checks.length_scaled_is_equal, size, rope)
+
+
 @pytest.mark.parametrize("group", ["two", "four"])
 def test_data_parallel_has_the_gradients_of_one_process(request: pytest.FixtureRequest, group: str) -> None:
     request.getfixturevalue(group).run(checks.data_parallel_is_equal)
@@ -99,6 +118,15 @@ def test_data_parallel_has_the_gradients_of_one_process(request: pytest.FixtureR
 @pytest.mark.parametrize("group", ["two", "four"])
 def test_sharded_parameters_have_the_gradients_of_one_process(request: pytest.FixtureRequest, group: str) -> None:
     request.getfixturevalue(group).run(checks.sharded_is_equal)
+
+
+def test_a_convolution_of_keys_after_sharding_is_refused(two: Processes) -> None:
+    two.run(checks.new_weights_after_sharding_are_refused)
+
+
+def test_a_convolution_of_keys_under_tensor_parallelism_is_refused(two: Processes, tmp_path: Path) -> None:
+    checks.moba_flex.patch(checks.LlamaForCausalLM(checks.tiny()), block_size=7, top_k=3, key_conv=3).save_pretrained(tmp_path)
+    two.run(checks.tensor_parallel_with_convolutions_is_refused, str(tmp_path))
 
 
 @pytest.mark.parametrize("exchange", ["keys", "heads"])

@@ -1,4 +1,4 @@
-"""examples/train.py: no step is lost or done twice, and losses do not depend on who shares the work."""
+"""examples/train.py: no step that is done is lost or done twice, and losses do not depend on who shares the work."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ def test_one_process_checkpoint_goes_on_with_sharded_parameters_on_two(short: Pa
 
 
 def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(tmp_path: Path) -> None:
-    """Ctrl-C ends the step and writes a checkpoint. The same process count computes the same bits."""
+    """Ctrl-C ends the run with a checkpoint. The same process count computes the same bits."""
     command = [sys.executable, "examples/train.py", *TINY, "--steps", "40", "--output"]
     run([*command, str(tmp_path / "whole")])
     output = tmp_path / "interrupted"
@@ -158,6 +158,40 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(tmp_path: Path) -
     assert 3 <= steps < 40 and (output / f"step-{steps:08d}").is_dir() and f"interrupted after step {steps}" in said
     run([*command, str(output), "--resume"])
     assert losses(output) == losses(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("done", [0, 1, 3])  # after three steps the checkpoint is there already
+def test_ctrl_c_ends_a_step_between_its_micro_batches(alone: None, short: Path, tmp_path: Path, monkeypatch, capsys, done: int) -> None:
+    """Two a step, of two sequences. Steps that are done are kept, and the one that is not begins anew."""
+    calls, forward = [], train.forward
+
+    def interrupted(*args) -> torch.Tensor:
+        calls.append(0)
+        if len(calls) == 2 * done + 1:
+            signal.raise_signal(signal.SIGINT)
+        return forward(*args)
+
+    monkeypatch.setattr(train, "forward", interrupted)
+    arguments = [*SHORT, "--micro-batch-size", "2", "--output", str(tmp_path / "run")]
+    train.train(train.parse(arguments))
+    assert len(calls) == 2 * done + 1
+    checkpoints = [path.name for path in (tmp_path / "run").glob("step-*")]
+    said = capsys.readouterr().out
+    if not done:
+        assert not checkpoints and "interrupted within the first step" in said
+        return
+    assert checkpoints == [f"step-{done:08d}"] and f"interrupted after step {done}, whose checkpoint is written" in said
+    AcceleratorState._reset_state(True)
+    train.train(train.parse([*arguments, "--resume"]))
+    assert_same_losses(tmp_path / "run", short)
+
+
+@pytest.mark.parametrize("name", ["tp_size", "sp_size"])
+def test_parallelism_that_the_script_does_not_do_is_refused(name: str, tmp_path: Path) -> None:
+    parallelism = SimpleNamespace(**{"tp_size": 1, "sp_size": 1, "cp_size": 1, name: 2})
+    with pytest.raises(SystemExit, match=f"configuration has {name} 2, which this script does not do"):
+        accelerator = SimpleNamespace(parallelism_config=parallelism, num_processes=2, process_index=0)
+        train.Share(accelerator, train.parse([*SHORT, "--output", str(tmp_path)]))
 
 
 def test_a_process_ends_well_while_gloo_s_threads_still_want_python_s_lock(tmp_path: Path) -> None:
@@ -235,6 +269,7 @@ def test_what_cannot_work_is_said_in_one_line(alone: None, tmp_path: Path, argum
     [
         (["--batch-size", "0"], "argument --batch-size: must be at least 1, but is 0"),
         (["--checkpoint-every", "0"], "argument --checkpoint-every: must be at least 1, but is 0"),
+        (["--sequence-length", "1"], "argument --sequence-length: a sequence of 1 token has nothing to predict"),
         (["--moba-share", "3"], "argument --moba-share: must be from 0 to 1, but is 3"),
     ],
 )

@@ -64,7 +64,7 @@ def moba_attention_cp(
 
     Returns:
         `[B, H, L, Dv]`, this slice's outputs, and with `return_lse` also float32 `[B, H, L]`: what one process would compute for the whole
-        sequence. Differentiable in query, key, value and sinks (whose gradient on each process is that of its slice: sum them).
+        sequence. Differentiable once in query, key, value and sinks (whose gradient on each process is that of its slice: sum them).
 
     Raises:
         ValueError, TypeError: as `moba_attention`; a mesh without a dimension for it; heads that do not fit the processes.
@@ -173,6 +173,8 @@ def group_of(mesh: DeviceMesh | dist.ProcessGroup) -> dist.ProcessGroup:
     """The process group of a mesh's only dimension, or of the one named "cp"."""
     if isinstance(mesh, dist.ProcessGroup):
         return mesh
+    if mesh is dist.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError(f"mesh is a process group that rank {dist.get_rank()} is not in: call this on its members alone")
     if not isinstance(mesh, DeviceMesh):
         raise TypeError(f"mesh must be a DeviceMesh or a process group, but is a {type(mesh).__name__}")
     names = mesh.mesh_dim_names or ()

@@ -6,14 +6,16 @@ W processes hold a slice of L tokens each, in the order of their ranks, of seque
   works on these ones. Backward, gradients of keys and values travel home in the same way, summed over the processes.
 - `tokens_to_heads` and back: every process gets all tokens of its share of the heads (Ulysses, arXiv 2309.14509).
 
-Collectives are issued in the same order by all processes, forward and backward, for shapes are the same on all of them.
+Collectives are issued in the same order by all processes, forward and backward, for shapes are the same on all of them. Gradients of
+gradients are refused.
 
 B batch, H query heads, G key heads, g key heads that travel together, L tokens of a slice, N tokens of all slices, D and Dv widths.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import wraps
 
 import torch
 import torch.distributed as dist
@@ -61,6 +63,18 @@ def key_heads_of_messages(key: Tensor, value: Tensor, n_processes: int) -> list[
     return [slice(first, min(first + together, n_heads)) for first in range(0, n_heads, together)]
 
 
+def _once(backward: Callable) -> Callable:
+    """Refuse to be differentiated again. With PyTorch's `once_differentiable` `torch.autograd.grad` leaves a part out and says nothing."""
+
+    @wraps(backward)
+    def checked(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError("create_graph=True: exchanges between processes have first derivatives only")
+        return backward(ctx, *grads)
+
+    return checked
+
+
 class _Pack(torch.autograd.Function):
     """`[B, G, L, D]`, `[B, G, L, Dv]` -> for each message `[L, B, g, D + Dv]`: tokens first, so that gathered slices lie end to end."""
 
@@ -70,6 +84,7 @@ class _Pack(torch.autograd.Function):
         return tuple(torch.cat([key[:, part], value[:, part]], -1).permute(2, 0, 1, 3).contiguous() for part in heads)
 
     @staticmethod
+    @_once
     def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
         while ctx.coming_home:  # until now they were under way while attention's backward worked on other heads
             _wait(*ctx.coming_home.pop(0))
@@ -88,10 +103,15 @@ class _Gather(torch.autograd.Function):
         return out
 
     @staticmethod
+    @_once
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad = grad.contiguous()
         out = grad.new_empty(grad.shape[0] // ctx.group.size(), *grad.shape[1:])
-        ctx.coming_home.append((_reduce_scatter(out, grad, group=ctx.group, async_op=True), grad))
+        work = _reduce_scatter(out, grad, group=ctx.group, async_op=True), grad
+        if torch.is_anomaly_enabled():  # which looks at the gradient at once
+            _wait(*work)
+        else:
+            ctx.coming_home.append(work)
         return out, None, None, None
 
 
@@ -105,6 +125,7 @@ class _Unpack(torch.autograd.Function):
         return seen[..., :width], seen[..., width:]
 
     @staticmethod
+    @_once
     def backward(ctx, key: Tensor, value: Tensor) -> tuple[Tensor | None, ...]:
         grad = key.new_empty(ctx.shape)
         grad[ctx.n_key :].zero_()
@@ -124,6 +145,7 @@ class _Whole(torch.autograd.Function):
         return out
 
     @staticmethod
+    @_once
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad = grad.contiguous()
         out = grad.new_empty(grad.shape[0] // ctx.group.size(), *grad.shape[1:])
@@ -150,6 +172,7 @@ class _AllToAll(torch.autograd.Function):
         return _all_to_all(group, cut, join, tensors)
 
     @staticmethod
+    @_once
     def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
         return None, None, None, *_all_to_all(ctx.group, ctx.join, ctx.cut, grads)
 

@@ -9,6 +9,7 @@ B batch, N tokens, W processes, L tokens of a slice.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from .attention import across, check_exchange, full, group_of, moba
 from .exchange import gathered
 
 _IGNORED = -100  # the label that PyTorch's cross entropy leaves out
+_KNOWN = ("input_ids", "labels", "attention_mask", "position_ids")  # of a batch
 
 
 def context_parallel(model: nn.Module, mesh: DeviceMesh | dist.ProcessGroup, *, exchange: str = "keys") -> ContextParallel:
@@ -32,7 +34,7 @@ def context_parallel(model: nn.Module, mesh: DeviceMesh | dist.ProcessGroup, *, 
         model: a transformers model that uses MoBA, see `moba_flex.patch`. Layers with full attention become context-parallel too. FSDP2,
             DDP (over this mesh's dimension too) and activation checkpointing go around it as around any model, before or after.
         mesh: a DeviceMesh of one dimension, or of several one of which is named "cp", as `accelerator.torch_device_mesh` with
-            `ParallelismConfig(cp_size=...)` is; or a process group.
+            `ParallelismConfig(cp_size=...)` is; or a process group. Slices are in the order of the ranks in its group.
         exchange: "keys" or "heads", see `moba_attention_cp`.
 
     Returns:
@@ -64,6 +66,7 @@ def context_parallel(model: nn.Module, mesh: DeviceMesh | dist.ProcessGroup, *, 
     context = ContextParallel(group, exchange, patched)
     for layer in patched:
         layer._context_parallel = context
+    context.see_whole_length(model)
     return context
 
 
@@ -88,6 +91,7 @@ class ContextParallel:
 
     def __init__(self, group: dist.ProcessGroup, exchange: str, layers: list[nn.Module]) -> None:
         self.group, self.exchange, self._layers = group, exchange, layers
+        self._hooks: list[torch.utils.hooks.RemovableHandle] = []  # of rotary embeddings whose frequencies depend on the length
 
     @property
     def rank(self) -> int:
@@ -100,7 +104,21 @@ class ContextParallel:
     def remove(self) -> None:
         """End context parallelism of the model: it works on whole sequences again."""
         for layer in self._layers:
-            layer.__dict__.pop("_context_parallel", None)
+            if layer.__dict__.get("_context_parallel") is self:
+                del layer._context_parallel
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+
+    def see_whole_length(self, model: nn.Module) -> None:
+        """Rotary embeddings whose frequencies depend on the length ("longrope", "dynamic") take it from the greatest position: let them
+        see the sequence's last one, too."""
+        for module in model.modules():
+            kinds = getattr(module, "rope_type", None)
+            kinds = kinds.values() if isinstance(kinds, dict) else [kinds]
+            if any(isinstance(kind, str) and ("dynamic" in kind or kind == "longrope") for kind in kinds):
+                self._hooks.append(module.register_forward_pre_hook(partial(_with_last_position, self.size), with_kwargs=True))
+                self._hooks.append(module.register_forward_hook(_without_last_position))
 
     def __deepcopy__(self, _memo: dict) -> ContextParallel:
         return self  # a copy of the model shares the processes
@@ -122,8 +140,7 @@ class ContextParallel:
         Raises:
             ValueError: an entry that it does not know, padding on the left, packed sequences, or another batch on another process.
         """
-        ids = _read(batch)
-        self._check_same(ids)
+        ids = self._agreed(batch)
         n_tokens = ids.shape[1]
         padding = -n_tokens % self.size
         length = (n_tokens + padding) // self.size
@@ -155,33 +172,69 @@ class ContextParallel:
         """The same for a layer with full attention."""
         return across(query, key, value, self.group, self.exchange, full(scale))[0]
 
-    def _check_same(self, ids: Tensor) -> None:
-        device = ids.device if "gloo" in dist.get_backend(self.group) or ids.is_cuda else "cuda"
-        mine = torch.tensor([*ids.shape, int(ids.long().sum())], device=device)
-        every = [tuple(x) for x in gathered(mine[None], self.group).tolist()]
-        if len(set(every)) > 1:
-            batches = "; ".join(f"process {i}: {rows} x {tokens}, sum {total}" for i, (rows, tokens, total) in enumerate(every))
+    def _agreed(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """The batch's `input_ids`, if it can be cut into slices and is the same on all processes. Otherwise all of them raise."""
+        error, mine = None, [0] * (2 + len(_KNOWN))
+        try:
+            ids = _read(batch)
+            if self._hooks and ids.shape[1] % self.size:
+                raise ValueError(
+                    f"batch has {ids.shape[1]} tokens, but must have a multiple of the {self.size} processes: the frequencies of this "
+                    "model's rotary embeddings depend on the length, which padding would change"
+                )
+            mine = [*ids.shape, *(_checksum(batch.get(name)) for name in _KNOWN)]
+        except (ValueError, TypeError) as wrong:
+            error = wrong
+        device = "cuda" if dist.get_backend(self.group) == "nccl" else "cpu"
+        every = gathered(torch.tensor([[error is not None, *mine]], device=device), self.group).tolist()
+        if error is not None:
+            raise error
+        if failed := [i for i, (wrong, *_) in enumerate(every) if wrong]:
+            raise ValueError(f"batch cannot be cut into slices on process {failed[0]} of the sequence, which says why")
+        if any(x != every[0] for x in every):
+            batches = "; ".join(f"process {i}: {x[1]} x {x[2]}, checksums {', '.join(map(str, x[3:]))}" for i, x in enumerate(every))
             raise ValueError(
-                f"batch must be the same on all {self.size} processes of a sequence, but its input_ids are not ({batches}): deal batches "
-                "out by the data-parallel rank, not by process"
+                f"batch must be the same on all {self.size} processes of a sequence, but is not ({batches} of {', '.join(_KNOWN)}): deal "
+                "batches out by the data-parallel rank, not by process"
             )
+        return ids
+
+
+def _checksum(x: Tensor | None) -> int:
+    """A number that tells tensors apart, by the order of their numbers too; 0 for none."""
+    if x is None:
+        return 0
+    x = x.flatten().long()
+    return int((x * (2 * torch.arange(len(x), device=x.device) + 1)).sum()) % 2**31 + 1
+
+
+def _with_last_position(n_slices: int, _rotary: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    position = kwargs["position_ids"] if "position_ids" in kwargs else args[1]
+    last = position.new_full((position.shape[0], 1), n_slices * position.shape[1] - 1)
+    position = torch.cat([position, last], 1)
+    if "position_ids" in kwargs:
+        return args, {**kwargs, "position_ids": position}
+    return (args[0], position, *args[2:]), kwargs
+
+
+def _without_last_position(_rotary: nn.Module, _args: tuple, out: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(x[:, :-1] for x in out)
 
 
 def _read(batch: Mapping[str, Tensor]) -> Tensor:
     """The batch's `input_ids`, if all of it is something that can be cut into slices."""
-    known = ("input_ids", "labels", "attention_mask", "position_ids")
-    unknown = [name for name in batch if name not in known]
+    unknown = [name for name in batch if name not in _KNOWN]
     if unknown or "input_ids" not in batch:
-        raise ValueError(f"batch must have input_ids and may have {', '.join(known[1:])}, but has {', '.join(batch)}")
+        raise ValueError(f"batch must have input_ids and may have {', '.join(_KNOWN[1:])}, but has {', '.join(batch)}")
     ids = batch["input_ids"]
-    for name in known:
+    if ids.dim() != 2 or not ids.numel():
+        raise ValueError(f"input_ids must be [B, N] with at least one token, but have shape {tuple(ids.shape)}")
+    for name in _KNOWN[1:]:
         x = batch.get(name)
-        if x is not None and x.shape[-1:] != ids.shape[1:]:
-            raise ValueError(
-                f"batch has {name} of shape {tuple(x.shape)} and input_ids of shape {tuple(ids.shape)}, which must agree in tokens"
-            )
+        if x is not None and x.shape != ids.shape and (name != "position_ids" or x.shape not in (ids.shape[1:], (1, ids.shape[1]))):
+            raise ValueError(f"batch has {name} of shape {tuple(x.shape)} and input_ids of shape {tuple(ids.shape)}, which must agree")
     mask, position = batch.get("attention_mask"), batch.get("position_ids")
-    if mask is not None and (mask.dim() != 2 or (mask.int().diff(dim=1) > 0).any()):
+    if mask is not None and ((mask.int().diff(dim=1) > 0).any()):
         raise ValueError("attention_mask of a sequence in slices must be [B, N] with padding on the right: pad with padding_side='right'")
     if position is not None and (position != torch.arange(ids.shape[1], device=position.device)).any():
         raise ValueError("position_ids of a sequence in slices must count from 0 to its end: packed sequences cannot be cut into slices")

@@ -137,13 +137,22 @@ def _across_processes(
 ) -> Tensor:
     """A layer of a model whose sequences are cut into slices, see `moba_flex.distributed`: `[B, L, H, Dv]`."""
     context, naive = module._context_parallel, attention == "moba_naive" or settings.implementation == "naive"
-    dropout, weights = _check_supported(module, naive, kwargs)
+    if kwargs.get("dropout"):
+        raise ValueError(
+            f"{_name(module)} has an attention dropout of {kwargs['dropout']} in training, and works on a slice of a sequence, which has "
+            "none: load the model with that dropout set to 0"
+        )
+    if kwargs.get("use_cache"):
+        raise ValueError(
+            f"{_name(module)} works on a slice of a sequence, without a cache: call the model with what `ContextParallel.shard` returns"
+        )
+    _, weights = _check_supported(module, naive, kwargs)
     query, key, value = _autocast(query, key, value)
     visible = _visible(query, key, mask, kwargs, module)
     call = _call(query, key, value, visible.causal, settings, _implementation(settings, naive, query), kwargs)
-    if dropout or weights or not visible.causal or visible.padding_mask is not None or visible.cu_seqlens is not None:
+    if weights or not visible.causal or visible.padding_mask is not None or visible.cu_seqlens is not None:
         raise ValueError(
-            f"{_name(module)} works on a slice of a sequence, without attention dropout or weights, padding "
+            f"{_name(module)} works on a slice of a sequence, without attention weights, padding "
             "or packed sequences: call the model with what `ContextParallel.shard` returns"
         )
     if attention == "full" and (call["softcap"] is not None or call["sinks"] is not None):

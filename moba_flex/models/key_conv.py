@@ -26,6 +26,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, EncoderDecoderCache
 
 from ..config import MobaConfig
@@ -52,6 +53,11 @@ class KeyConv(nn.Module):
             position: `[B, N]`, each token's place in its own sequence, below 0 for padding; None: rows are sequences.
             before: `[B, K - 1, C]`, the keys before these; None: there are none.
         """
+        if key.shape[2] != self.weight.shape[1]:
+            raise ValueError(
+                f"key_conv convolves {self.weight.shape[1]} channels of keys, but k_proj returns {key.shape[2]}: tensor parallelism, which "
+                "leaves each process a part of them, needs key_conv=0"
+            )
         n_tokens, last = key.shape[1], self.weight.shape[0] - 1
         keys = _behind(before, key, last)
         mixed = torch.zeros_like(key)
@@ -167,6 +173,10 @@ def set_key_convs(layers: list[nn.Module], settings: MobaConfig) -> None:
             has = "does not have" if k_proj is None else f"has as a {type(k_proj).__name__} (with LoRA, leave it out of target_modules)"
             what = f"key_conv={size} convolves what a linear k_proj returns"
             raise ValueError(f"{what}, which {type(layer).__name__} {has}: set key_conv to 0")
+        if size and "_context_parallel" in layer.__dict__:
+            raise ValueError(f"key_conv={size} would not see the keys before a slice, and {type(layer).__name__} is context-parallel")
+        if size and hooks_of(layer) is None and isinstance(layer.k_proj.weight, DTensor):
+            raise ValueError(f"key_conv={size} gives {type(layer).__name__} a new weight, which must be there before the model is sharded")
     for layer, size in kernel_size.items():
         now = hooks_of(layer)
         if now is not None and now.kernel_size != size:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedConfig
 
 from ..config import MobaConfig, layer_indices
@@ -47,8 +48,8 @@ def patch(model: nn.Module, config: MobaConfig | Mapping | None = None, **settin
         them and undoes `set_attention`.
 
     Raises:
-        ValueError: a setting is out of range, no attention layer can be replaced, or `full_attention_layers` has an
-            index that is not there. The model is left as it was.
+        ValueError: a setting is out of range, no attention layer can be replaced, `full_attention_layers` has an index that is not there,
+            or a model that is sharded, or whose sequences are, would get a `key_conv`. The model is left as it was.
         TypeError: both `config` and keywords are given, or `model` is no module.
 
     >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -67,6 +68,9 @@ def patch(model: nn.Module, config: MobaConfig | Mapping | None = None, **settin
     elif not isinstance(config, MobaConfig):
         config = MobaConfig.from_dict(settings if config is None else config)
     full_layers(config, n_layers(replaceable[0]), model)  # raises if one is not there
+    wrapped = any(isinstance(part, DistributedDataParallel) for part in model.modules())
+    if config.key_conv and wrapped and not any(hasattr(layer, "key_conv") for layer in replaceable):
+        raise ValueError(f"key_conv={config.key_conv} gives the model new weights, which must be there before DistributedDataParallel")
     set_key_convs(replaceable, config)
     if any(state_of(layer) is None for layer in replaceable):
         _own_configs(model, replaceable)
