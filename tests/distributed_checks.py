@@ -179,6 +179,7 @@ def length_scaled_is_equal(size: int, rope: dict) -> None:
     """Rotary embeddings whose frequencies depend on the length: a short sequence, a long one, and a short one again."""
     lengths = {"rope_parameters": rope, "max_position_embeddings": 40 if rope["rope_type"] == "dynamic" else 256}
     model, whole = tiny_model(**lengths), tiny_model(**lengths)
+    context_parallel(model, context_mesh(size), exchange="heads")
     context = context_parallel(model, context_mesh(size))
     for n_tokens in (24, 64, 32):
         batch = {"input_ids": tokens(2, n_tokens)}

@@ -38,7 +38,8 @@ def context_parallel(model: nn.Module, mesh: DeviceMesh | dist.ProcessGroup, *, 
         exchange: "keys" or "heads", see `moba_attention_cp`.
 
     Returns:
-        What cuts batches into slices, `ContextParallel`. Its `remove()` ends context parallelism of the model.
+        What cuts batches into slices, `ContextParallel`. Its `remove()` ends context parallelism of the model. A model has one; a second
+        call ends that of the first.
 
     Raises:
         ValueError: the model is not patched; it has layers that a slice cannot compute, such as sliding-window or recurrent ones; the
@@ -63,6 +64,8 @@ def context_parallel(model: nn.Module, mesh: DeviceMesh | dist.ProcessGroup, *, 
         n_heads = config.num_attention_heads
         n_key_heads, shared = getattr(config, "num_key_value_heads", None) or n_heads, MobaConfig.of(config).share_selection
         check_exchange(exchange, n_heads, n_key_heads, group.size(), shared)
+    for before in {layer._context_parallel for layer in patched if "_context_parallel" in layer.__dict__}:
+        before.remove()
     context = ContextParallel(group, exchange, patched)
     for layer in patched:
         layer._context_parallel = context
@@ -185,7 +188,8 @@ class ContextParallel:
             mine = [*ids.shape, *(_checksum(batch.get(name)) for name in _KNOWN)]
         except (ValueError, TypeError) as wrong:
             error = wrong
-        device = "cuda" if dist.get_backend(self.group) == "nccl" else "cpu"
+        backend = dist.get_backend(self.group)
+        device = "cpu" if "gloo" in backend or backend == "undefined" else "cuda"  # undefined: what the devices have each
         every = gathered(torch.tensor([[error is not None, *mine]], device=device), self.group).tolist()
         if error is not None:
             raise error
@@ -234,7 +238,7 @@ def _read(batch: Mapping[str, Tensor]) -> Tensor:
         if x is not None and x.shape != ids.shape and (name != "position_ids" or x.shape not in (ids.shape[1:], (1, ids.shape[1]))):
             raise ValueError(f"batch has {name} of shape {tuple(x.shape)} and input_ids of shape {tuple(ids.shape)}, which must agree")
     mask, position = batch.get("attention_mask"), batch.get("position_ids")
-    if mask is not None and ((mask.int().diff(dim=1) > 0).any()):
+    if mask is not None and (mask.int().diff(dim=1) > 0).any():
         raise ValueError("attention_mask of a sequence in slices must be [B, N] with padding on the right: pad with padding_side='right'")
     if position is not None and (position != torch.arange(ids.shape[1], device=position.device)).any():
         raise ValueError("position_ids of a sequence in slices must count from 0 to its end: packed sequences cannot be cut into slices")
