@@ -1,5 +1,6 @@
 """Mixture of Block Attention (arXiv 2502.13189) through PyTorch's FlexAttention, for transformers models."""
 
+import importlib
 from typing import TYPE_CHECKING
 
 from . import compat
@@ -13,6 +14,7 @@ from .selection import Selection, select_blocks
 from .tracing import Trace, trace
 
 if TYPE_CHECKING:
+    from . import distributed
     from .schedule import MobaSchedule
 
 __all__ = [
@@ -22,6 +24,7 @@ __all__ = [
     "Selection",
     "Trace",
     "compat",
+    "distributed",
     "full_attention",
     "moba_attention",
     "moba_attention_varlen",
@@ -43,4 +46,6 @@ def __getattr__(name: str) -> object:
         from .schedule import MobaSchedule
 
         return MobaSchedule
+    if name == "distributed":
+        return importlib.import_module(".distributed", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

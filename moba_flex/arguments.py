@@ -135,6 +135,8 @@ def check_packed_operands(query: Tensor, key: Tensor, value: Tensor) -> None:
     for name, t in (("query", query), ("key", key), ("value", value)):
         if t.dim() != 3:
             raise ValueError(f"{name} must have 3 dimensions (tokens, heads, width), but has shape {tuple(t.shape)}")
+    if query.shape[2] == 0:
+        raise ValueError(f"query must have a width (last dimension) of at least 1, but has shape {tuple(query.shape)}")
     if value.shape[:2] != key.shape[:2] or query.shape[2] != key.shape[2]:
         raise ValueError(
             f"query {tuple(query.shape)}, key {tuple(key.shape)} and value {tuple(value.shape)} must agree: "

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import arguments
+from .autocast import without_autocast
 from .functional import moba_attention, moba_attention_varlen
 
 
@@ -143,7 +144,8 @@ def _one_sequence(q: Tensor, k: Tensor, v: Tensor, **blocks) -> Tensor:
 def _dense_varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
     """Causal attention to all keys of a token's own sequence."""
     out = [q.new_empty(0, q.shape[1], v.shape[2])]
-    for qkv in _sequences(q, cu_seqlens, k, v, cu_seqlens):
-        query, key, value = (x.transpose(0, 1)[None] for x in qkv)
-        out.append(F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)[0].transpose(0, 1))
+    with without_autocast(q):
+        for qkv in _sequences(q, cu_seqlens, k, v, cu_seqlens):
+            query, key, value = (x.transpose(0, 1)[None] for x in qkv)
+            out.append(F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)[0].transpose(0, 1))
     return torch.cat(out)

@@ -111,7 +111,7 @@ def layer_indices(name: str, layers: object) -> tuple[int, ...]:
 
 
 def _check_choice(name: str, value: object, choices: tuple) -> None:
-    if isinstance(value, bool) or value not in choices:
+    if type(value) not in (int, str) or value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, but is {value!r}")
 
 

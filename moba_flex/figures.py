@@ -113,13 +113,13 @@ def _check_selection(selection: Selection, row: int, heads: Iterable[int] | None
     if not isinstance(selection, Selection):
         raise TypeError(f"selection must be a moba_flex.Selection, as select_blocks gives it, but is a {type(selection).__name__}")
     n_rows, n_heads, n_query, _ = selection.indices.shape
+    if 0 in (n_rows, n_heads, n_query):
+        raise ValueError("selection has no queries, so that there is nothing to draw")
     heads = tuple(range(n_heads)) if heads is None else layer_indices("heads", heads)
     if isinstance(row, bool) or not isinstance(row, int) or not 0 <= row < n_rows:
         raise ValueError(f"row must be an int from 0 to {n_rows - 1}, but is {row!r}")
     if not heads or any(not 0 <= head < n_heads for head in heads):
         raise ValueError(f"heads must be some of 0 to {n_heads - 1}, but is {list(heads)}")
-    if n_query == 0:
-        raise ValueError("selection has no queries, so that there is nothing to draw")
     return heads
 
 

@@ -16,6 +16,7 @@ from .naive import naive_attention
 # Bytes of working memory for the routed rows of one chunk, beside inputs and outputs. Heads are worked through in chunks that fit.
 DEFAULT_WORKING_MEMORY = 2 << 30
 _working_memory = DEFAULT_WORKING_MEMORY
+_TRANSFORM = torch._C._functorch.TransformType
 _LEAST_WIDTH = 16  # of a GPU's tiles
 _MANY = 64  # blocks a query; a larger `top_k` is compared with how many there are
 
@@ -249,8 +250,13 @@ def _enough(top_k: int, least: int, n_blocks: int) -> int:
 
 
 def _check_not_forward_mode(*tensors: Tensor) -> None:
-    """A custom operator would let tangents fall, and say nothing."""
-    if torch.compiler.is_compiling() or torch.autograd.forward_ad._current_level < 0:
+    """A custom operator would let tangents fall, and say nothing; other transforms would name PyTorch's inside alone."""
+    if torch.compiler.is_compiling():
+        return
+    transform = torch._C._functorch.peek_interpreter_stack()
+    if transform is not None and transform.key() in (_TRANSFORM.Grad, _TRANSFORM.Vmap):
+        raise NotImplementedError('the transforms of torch.func (grad, vmap and the like) need implementation="naive"')
+    if torch.autograd.forward_ad._current_level < 0:
         return
     if any(torch.autograd.forward_ad.unpack_dual(x).tangent is not None for x in tensors):
         raise NotImplementedError('forward-mode derivatives (torch.func.jvp and the like) need implementation="naive"')

@@ -31,6 +31,8 @@ class MobaSchedule(TrainerCallback, ExportableState):
         order: which layer switches first, "last_to_first" (in the report the last layers profit most from full attention) or
             "first_to_last".
 
+    Under torch.compile each state of the layers is a graph: for more than eight raise `torch._dynamo.config.recompile_limit`.
+
     Raises:
         ValueError: a setting is out of range; and when training begins, the model is not patched or has no layer that could switch.
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -151,11 +151,14 @@ class Watcher:
     def __call__(self, layer: nn.Module, query: Tensor, key: Tensor, visible: Visible, settings: MobaConfig) -> None:
         names = inspect.signature(select_blocks).parameters
         blocks = {name: value for name, value in settings.items() if name in names}
+        n_blocks, forced = -(-key.shape[2] // settings.block_size), 1 + settings.sink_blocks + settings.recent_blocks
+        blocks["top_k"] = min(settings.top_k, max(n_blocks, forced))  # more mean the same, and would take memory for each
         selection = select_blocks(query, key, **blocks, causal=visible.causal, padding_mask=visible.padding_mask)
         self._layers.append(layer.layer_idx)
         self._numbers.append(tuple(x.cpu() for x in numbers(selection)))
         if layer.layer_idx in self._keep:
-            self._selections[layer.layer_idx] = selection
+            here = {name: getattr(selection, name).cpu() for name in ("indices", "block_of_key")}
+            self._selections[layer.layer_idx] = replace(selection, **here)
         self._bar.update()
 
     def trace(self) -> Trace:
@@ -197,8 +200,8 @@ def numbers(selection: Selection) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def _check_inputs(input_ids: Tensor, attention_mask: Tensor | None) -> None:
-    if not isinstance(input_ids, Tensor) or input_ids.is_floating_point():
-        raise TypeError(f"input_ids must be a tensor of whole numbers, but is {getattr(input_ids, 'dtype', type(input_ids).__name__)}")
+    if not isinstance(input_ids, Tensor) or input_ids.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"input_ids must be an int64 or int32 tensor, but is {getattr(input_ids, 'dtype', type(input_ids).__name__)}")
     if input_ids.dim() != 2 or input_ids.numel() == 0:
         raise ValueError(f"input_ids must have shape (batch, tokens) and hold some, but has shape {tuple(input_ids.shape)}")
     if attention_mask is None:

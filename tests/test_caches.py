@@ -387,6 +387,14 @@ def test_the_end_of_a_prompt_reads_all_keys_if_its_logits_are_asked_for(way, n):
     assert (first_logits(**way) - expected).abs().max() > 1e-2, "the case does not tell the end of a prompt from the rest"
 
 
+def test_no_token_is_a_draft_in_training():
+    """PEFT passes prefixes that it trains as a cache, and a loss may want the last logits alone."""
+    model, ids = build(**FULL).train(), tokens()
+    cache = filled(model, ids[:, :9])
+    expected = model(ids[:, 9:], past_key_values=copy.deepcopy(cache)).logits[:, -30:]
+    torch.testing.assert_close(model(ids[:, 9:], past_key_values=cache, logits_to_keep=30).logits, expected)
+
+
 @pytest.mark.parametrize("cached", [0, 20])  # a later turn: transformers' own assisted generation cannot have one
 def test_drafts_behind_a_prompt_read_all_keys_and_the_prompt_its_blocks(cached):
     model, ids = build(**FULL), tokens()

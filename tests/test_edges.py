@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from transformers import LlamaForCausalLM
 
 import moba_flex
-from moba_flex import moba_attention, moba_attention_varlen, patch, select_blocks
+from moba_flex import compat, moba_attention, moba_attention_varlen, patch, select_blocks
 
 BLOCKS = {"block_size": 16, "top_k": 3}
 
@@ -141,6 +141,10 @@ def test_forward_mode_derivatives_are_refused_but_by_the_specification():
         tangent("eager")
     with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match='need implementation="naive"'):
         moba_attention(query, torch.autograd.forward_ad.make_dual(key, key), value, **BLOCKS)
+    for transform in (torch.func.grad, lambda call: torch.func.vmap(torch.func.grad(call))):
+        x = query if transform is torch.func.grad else query[None]
+        with pytest.raises(NotImplementedError, match='need implementation="naive"'):
+            transform(lambda x: moba_attention(x, key, value, **BLOCKS).sum())(x)
     step = 1e-6
     moved, at = (moba_attention(x, key, value, **BLOCKS, implementation="naive") for x in (query + step, query))
     torch.testing.assert_close(tangent("naive"), (moved - at) / step, rtol=1e-4, atol=1e-5)
@@ -151,6 +155,18 @@ def test_what_is_selected_under_autocast_is_what_is_read():
     expected = select_blocks(query, key, **BLOCKS)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(select_blocks(query, key, **BLOCKS).indices, expected.indices)
+
+
+def test_dense_attention_of_the_other_implementations_functions_ignores_autocast():
+    inputs, bounds = tensors(50, 2, 32, dtype=torch.float32), torch.tensor([0, 50], dtype=torch.int32)
+    expected = compat.moba_attn_varlen(*inputs, bounds, 50, moba_chunk_size=64, moba_topk=1)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(compat.moba_attn_varlen(*inputs, bounds, 50, moba_chunk_size=64, moba_topk=1), expected)
+
+
+def test_a_packed_query_without_a_width_is_refused():
+    with pytest.raises(ValueError, match="query must have a width"):
+        moba_attention_varlen(*tensors(40, 2, 0), torch.tensor([0, 40], dtype=torch.int32), **BLOCKS)
 
 
 def test_a_call_with_fake_tensors_leaves_nothing_for_real_ones():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -275,7 +276,7 @@ def test_a_compiled_model_has_the_loss_and_gradients_of_the_eager_one():
     torch.compiler.reset()
 
 
-@pytest.mark.parametrize("key_conv", [1, 4, -3, True, "3"])
+@pytest.mark.parametrize("key_conv", [1, 4, -3, True, "3", 3.0, np.int64(3)])
 def test_other_kernel_sizes_are_refused(key_conv):
     with pytest.raises(ValueError, match="key_conv must be one of 0, 3, 5"):
         MobaConfig(key_conv=key_conv)
@@ -288,17 +289,31 @@ def test_a_model_without_k_proj_is_refused_and_left_as_it_was():
     assert not hasattr(model.config, "moba") and model.config._attn_implementation == "sdpa"
 
 
-def test_a_replaced_k_proj_is_refused():
+def test_the_keys_of_a_k_proj_that_came_later_are_convolved():
+    """Quantizers replace it, and LoRA puts itself around it."""
     model = model_with()
-    model.model.layers[0].self_attn.k_proj = torch.nn.Linear(32, 16, bias=False)
-    with pytest.raises(ValueError, match="k_proj of LlamaAttention 0 was replaced"):
-        model(tokens())
+    expected = model(tokens()).logits
+    layer = model.model.layers[0].self_attn
+    layer.k_proj, before = torch.nn.Linear(32, 16, bias=False), layer.k_proj
+    layer.k_proj.load_state_dict(before.state_dict())
+    assert torch.equal(model(tokens()).logits, expected) and not before._forward_hooks
+    lora = get_peft_model(model, LoraConfig(target_modules=["k_proj"], init_lora_weights=False))
+    inputs, outputs = keys_of(model)
+    wanted = []
+    layer.k_proj.base_layer.register_forward_hook(lambda _, args, out: wanted.append(out.detach()))
+    lora(tokens())
+    assert not torch.equal(inputs[0], wanted[0]), "LoRA's part is convolved too"
+    torch.testing.assert_close(outputs[0], by_hand(inputs[0], layer.key_conv.weight.detach()))
+    merged = lora.merge_and_unload()
+    torch.testing.assert_close(merged(tokens()).logits, lora(tokens()).logits)
 
 
 def test_a_k_proj_with_lora_is_named():
     model = get_peft_model(LlamaForCausalLM(LlamaConfig(**SIZES)), LoraConfig(target_modules=["k_proj"]))
-    with pytest.raises(ValueError, match=r"which LlamaAttention has as a Linear \(with LoRA, leave it out of target_modules\)"):
-        patch(model.model, **SPARSE, key_conv=3)
+    with pytest.raises(ValueError, match=r"which LlamaAttention has as a Linear \(patch before adding LoRA\)"):
+        patch(model.model.model, **SPARSE, key_conv=3)
+    with pytest.raises(ValueError, match=r'before PeftModel: patch first, and name them in modules_to_save=\["key_conv"\]'):
+        patch(get_peft_model(LlamaForCausalLM(LlamaConfig(**SIZES)), LoraConfig(target_modules=["q_proj"])), **SPARSE, key_conv=3)
 
 
 def test_peft_trains_convolutions_that_it_has_copied():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
+from functools import wraps
 from itertools import pairwise
 
 import pytest
@@ -375,6 +376,18 @@ def test_a_model_without_moba_layers_says_so():
 
 def test_the_package_exports_it():
     assert moba_flex.trace is trace and moba_flex.Trace is tracing.Trace
+
+
+def test_far_more_blocks_than_there_are_take_no_more_memory(monkeypatch):
+    model, inputs, asked = patch(build(), block_size=16, top_k=10**9), batch("left", (200, 90)), []
+    select = tracing.select_blocks
+    monkeypatch.setattr(
+        tracing, "select_blocks", wraps(select)(lambda *args, **blocks: asked.append(blocks["top_k"]) or select(*args, **blocks))
+    )
+    found = trace(model, **inputs, selections=[0])
+    assert set(asked) == {13}  # blocks of 200 tokens
+    assert_same(found.share_of_keys, trace(patch(model, block_size=16, top_k=13), **inputs).share_of_keys)
+    assert found.selections[0].indices.device.type == "cpu"
 
 
 @pytest.mark.gpu

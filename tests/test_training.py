@@ -254,6 +254,21 @@ def test_a_compiled_model_has_the_gradients_of_the_eager_one(batch):
 
 @pytest.mark.usefixtures("_fresh_compiler")
 @pytest.mark.filterwarnings("error:.*lru_cache.*")
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_compiled_model_with_checkpointing_is_one_graph(masked):
+    model = build().train()
+    patch(model, **SPARSE, full_attention_layers=(1,))
+    ids = tokens()
+    inputs = {"input_ids": ids, "use_cache": False, **({"attention_mask": torch.ones_like(ids)} if masked else {})}
+    expected = gradients(model, inputs)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    torch.compiler.reset()
+    found = gradients(torch.compile(model, backend="aot_eager", fullgraph=True), inputs)
+    torch.compiler.reset()
+    for name, gradient in found.items():
+        assert_close(gradient, expected[name.removeprefix("_orig_mod.")], name)
+
+
 def test_a_compiled_model_is_one_graph_and_follows_a_switch_of_layers():
     model, ids = small(), tokens()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)

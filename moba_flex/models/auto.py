@@ -39,8 +39,8 @@ class AutoModelForCausalLM:
         config = kwargs.get("config") or _saved_config(name, kwargs)
         original = None
         if config is not None and _settings(config).key_conv:
-            original = loader._model_mapping[type(config)]
-            loader = _with_key_convs(original)
+            original = loader._model_mapping.get(type(config), None)
+            loader = loader if original is None else _with_key_convs(original)  # which says what it does not know
         loaded = loader.from_pretrained(name, *args, **kwargs)
         model, *more = loaded if isinstance(loaded, tuple) else (loaded,)  # with `output_loading_info=True`
         if original is not None:

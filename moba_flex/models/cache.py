@@ -43,18 +43,19 @@ def pass_cache(layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict
 
 def pass_call(model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
     """A forward pre-hook of models with `logits_to_keep`: attention functions get to know what only the whole call says."""
-    more = _drafts(kwargs) or _whole(model, args, kwargs)
+    more = _drafts(model, kwargs) or _whole(model, args, kwargs)
     return (args, {**kwargs, **more}) if more else None
 
 
-def _drafts(kwargs: dict) -> dict:
+def _drafts(model: nn.Module, kwargs: dict) -> dict:
     """How many tokens are drafts.
 
     Assisted and prompt-lookup generation verify n drafted tokens by asking for the logits of the last n + 1 positions. Only the number
     of these tells drafts from a prompt, with which they may share a call.
     """
     keep = kwargs.get("logits_to_keep")
-    return {DRAFTS: keep - 1} if cache_in(kwargs) is not None and isinstance(keep, int) and keep >= 2 else {}
+    drafts = not model.training and cache_in(kwargs) is not None and isinstance(keep, int) and keep >= 2  # PEFT trains prefixes as caches
+    return {DRAFTS: keep - 1} if drafts else {}
 
 
 def _whole(model: nn.Module, args: tuple, kwargs: dict) -> dict:

@@ -52,7 +52,7 @@ def moba_attention_forward(
     """
     cache, drafts = kwargs.pop(CACHE, None), kwargs.pop(DRAFTS, 0)
     if kwargs.pop(WHOLE, False) and isinstance(attention_mask, MobaMask):
-        attention_mask.whole = True
+        attention_mask = attention_mask.without_padding()
     settings = MobaConfig.of(module.config)
     attention = attention_of(module, settings, named)
     if attention != "full":

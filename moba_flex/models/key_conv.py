@@ -93,11 +93,9 @@ class Hooks:
         del layer.key_conv, layer._key_conv_hooks
 
     def _begin(self, layer: nn.Module, args: tuple, kwargs: dict) -> None:
-        if not torch.compiler.is_compiling() and self._handles[1].id not in layer.k_proj._forward_hooks:
-            raise ValueError(
-                f"key_conv: the k_proj of {type(layer).__name__} {layer.layer_idx} was replaced after moba_flex.patch, so its keys would "
-                "not be convolved: leave k_proj as it was (with LoRA, out of target_modules)"
-            )
+        if not torch.compiler.is_compiling() and self._handles[1].id not in layer.k_proj._forward_hooks:  # LoRA or a quantizer replaced it
+            self._handles[1].remove()
+            self._handles[1] = layer.k_proj.register_forward_hook(self._convolve)
         if layer.key_conv is not self.module:
             self.module = layer.key_conv
         hidden, cache = args[0] if args else kwargs["hidden_states"], cache_in(kwargs)
@@ -169,8 +167,8 @@ def set_key_convs(layers: list[nn.Module], settings: MobaConfig) -> None:
     """
     kernel_size = {layer: 0 if named_full(layer, settings) else settings.key_conv for layer in layers}
     for layer, size in kernel_size.items():
-        if size and not isinstance(k_proj := getattr(layer, "k_proj", None), nn.Linear):
-            has = "does not have" if k_proj is None else f"has as a {type(k_proj).__name__} (with LoRA, leave it out of target_modules)"
+        if size and hooks_of(layer) is None and not isinstance(k_proj := getattr(layer, "k_proj", None), nn.Linear):
+            has = "does not have" if k_proj is None else f"has as a {type(k_proj).__name__} (patch before adding LoRA)"
             what = f"key_conv={size} convolves what a linear k_proj returns"
             raise ValueError(f"{what}, which {type(layer).__name__} {has}: set key_conv to 0")
         if size and "_context_parallel" in layer.__dict__:

@@ -95,7 +95,6 @@ class MobaMask(BlockMask):
         self._ordinary: dict[str, Tensor | BlockMask | None] = {}
         self._split: dict[int, tuple[MobaMask, MobaMask]] = {}
         self._visible: Visible | None = None
-        self.whole = False  # all tokens are known to be real
         self.is_part = False  # the call has more new tokens than this mask is for
         # generate makes the mask before it calls a compiled model: what changes its shape with each token must not be needed there
         self._places = _place(request) if request["q_length"] <= FEW else None
@@ -114,11 +113,14 @@ class MobaMask(BlockMask):
 
     def ordinary(self, implementation: str, device: torch.device) -> Tensor | BlockMask | None:
         """Exactly the mask that the model would have without MoBA, under `implementation`."""
-        if implementation not in self._ordinary:
+        if implementation in self._ordinary:
+            mask = self._ordinary[implementation]
+        else:
             # transformers gives no mask to an implementation that has registered none
             build = ALL_MASK_ATTENTION_FUNCTIONS.get(implementation)
-            self._ordinary[implementation] = None if build is None else build(**self._request)
-        mask = self._ordinary[implementation]
+            mask = None if build is None else build(**self._request)
+            if not torch.compiler.is_compiling():  # a graph of a checkpointed layer must leave what is outside alone
+                self._ordinary[implementation] = mask
         return mask if mask is None else mask.to(device)
 
     def visible(self, query: Tensor, key: Tensor, cu_seqlens: Tensor | None = None, key_cu_seqlens: Tensor | None = None) -> Visible:
@@ -133,9 +135,12 @@ class MobaMask(BlockMask):
                 f"a layer has {got[0]} queries and {got[1]} keys, but the model's mask is for {self._lengths[0]} and "
                 f"{self._lengths[1]}: MoBA needs a cache that returns all keys, and an attention_mask of their length"
             )
-        if self._visible is None:
-            self._visible = _read(self._request, self.whole).packed(query, cu_seqlens, key_cu_seqlens)
-        return self._visible if query.device == self._request["device"] else self._visible.to(query.device)
+        visible = self._visible
+        if visible is None:
+            visible = _read(self._request).packed(query, cu_seqlens, key_cu_seqlens)
+            if not torch.compiler.is_compiling():
+                self._visible = visible
+        return visible if query.device == self._request["device"] else visible.to(query.device)
 
     def places(self, query: Tensor, key: Tensor) -> Places | None:
         """The same for decoding, if this is decoding: a few causal tokens behind others that a cache holds."""
@@ -147,6 +152,10 @@ class MobaMask(BlockMask):
         if not torch.compiler.is_compiling() and self.visible(query, key).padding_mask is None:
             places = Places(places.length, None)
         return places if query.device == self._request["device"] else places.to(query.device)
+
+    def without_padding(self) -> MobaMask:
+        """The same for a call of which it is known that all tokens are real."""
+        return MobaMask({**self._request, "attention_mask": None})
 
     def split(self, n_last: int) -> tuple[MobaMask, MobaMask]:
         """The masks of all but the last `n_last` tokens, as if those had not come yet, and of these."""
@@ -203,9 +212,8 @@ def moba_mask(batch_size: int, q_length: int, kv_length: int, q_offset: int | Te
     return MobaMask({**sizes, "q_offset": q_offset, "kv_offset": kv_offset, "device": torch.device("cpu"), **request})
 
 
-def _read(request: dict, whole: bool) -> Visible:
+def _read(request: dict) -> Visible:
     mask_function, attention_mask = request.get("mask_function", causal_mask_function), request.get("attention_mask")
-    attention_mask = None if whole else attention_mask
     if request["kv_offset"]:
         raise ValueError("MoBA needs all keys from the first token on, but this cache has dropped some: use DynamicCache()")
     seen = int(request["q_offset"]) + request["q_length"]

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedConfig
 
 from ..config import MobaConfig, layer_indices
@@ -45,7 +44,7 @@ def patch(model: nn.Module, config: MobaConfig | Mapping | None = None, **settin
         The same model. Sliding-window and other layers that are not full causal self-attention stay what they are. The
         settings lie in `model.config.moba` (for models of several parts in the language model's configuration), a copy of the
         configuration that the model was built from, for another model may have been built from it too. Patching again replaces
-        them and undoes `set_attention`.
+        them and undoes `set_attention`; a layer that then has no `key_conv`, or one of another size, loses the weights of its own.
 
     Raises:
         ValueError: a setting is out of range, no attention layer can be replaced, `full_attention_layers` has an index that is not there,
@@ -68,9 +67,8 @@ def patch(model: nn.Module, config: MobaConfig | Mapping | None = None, **settin
     elif not isinstance(config, MobaConfig):
         config = MobaConfig.from_dict(settings if config is None else config)
     full_layers(config, n_layers(replaceable[0]), model)  # raises if one is not there
-    wrapped = any(isinstance(part, DistributedDataParallel) for part in model.modules())
-    if config.key_conv and wrapped and not any(hasattr(layer, "key_conv") for layer in replaceable):
-        raise ValueError(f"key_conv={config.key_conv} gives the model new weights, which must be there before DistributedDataParallel")
+    if config.key_conv and not any(hasattr(layer, "key_conv") for layer in replaceable):
+        _check_not_wrapped(model, config.key_conv)
     set_key_convs(replaceable, config)
     if any(state_of(layer) is None for layer in replaceable):
         _own_configs(model, replaceable)
@@ -84,6 +82,14 @@ def patch(model: nn.Module, config: MobaConfig | Mapping | None = None, **settin
         model_config.moba = config
         model_config._attn_implementation = {"": "moba"}  # its own only, not that of a vision part
     return model
+
+
+def _check_not_wrapped(model: nn.Module, key_conv: int) -> None:
+    """New weights would be no one's: DDP would not average their gradients, and PEFT would not save them."""
+    names = {cls.__name__ for module in model.modules() for cls in type(module).__mro__}
+    for wrapper, advice in (("DistributedDataParallel", ""), ("PeftModel", ', and name them in modules_to_save=["key_conv"]')):
+        if wrapper in names:
+            raise ValueError(f"key_conv={key_conv} gives the model new weights, which must be there before {wrapper}: patch first{advice}")
 
 
 def unpatch(model: nn.Module) -> nn.Module:
