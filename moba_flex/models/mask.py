@@ -95,6 +95,7 @@ class MobaMask(BlockMask):
         self._ordinary: dict[str, Tensor | BlockMask | None] = {}
         self._split: dict[int, tuple[MobaMask, MobaMask]] = {}
         self._visible: Visible | None = None
+        self._whole: MobaMask | None = None
         self.is_part = False  # the call has more new tokens than this mask is for
         # generate makes the mask before it calls a compiled model: what changes its shape with each token must not be needed there
         self._places = _place(request) if request["q_length"] <= FEW else None
@@ -119,7 +120,7 @@ class MobaMask(BlockMask):
             # transformers gives no mask to an implementation that has registered none
             build = ALL_MASK_ATTENTION_FUNCTIONS.get(implementation)
             mask = None if build is None else build(**self._request)
-            if not torch.compiler.is_compiling():  # a graph of a checkpointed layer must leave what is outside alone
+            if _may_keep():
                 self._ordinary[implementation] = mask
         return mask if mask is None else mask.to(device)
 
@@ -138,7 +139,7 @@ class MobaMask(BlockMask):
         visible = self._visible
         if visible is None:
             visible = _read(self._request).packed(query, cu_seqlens, key_cu_seqlens)
-            if not torch.compiler.is_compiling():
+            if _may_keep():
                 self._visible = visible
         return visible if query.device == self._request["device"] else visible.to(query.device)
 
@@ -155,7 +156,10 @@ class MobaMask(BlockMask):
 
     def without_padding(self) -> MobaMask:
         """The same for a call of which it is known that all tokens are real."""
-        return MobaMask({**self._request, "attention_mask": None})
+        whole = self._whole if self._whole is not None else MobaMask({**self._request, "attention_mask": None})
+        if _may_keep():
+            self._whole = whole
+        return whole
 
     def split(self, n_last: int) -> tuple[MobaMask, MobaMask]:
         """The masks of all but the last `n_last` tokens, as if those had not come yet, and of these."""
@@ -204,6 +208,11 @@ class MobaMask(BlockMask):
     @staticmethod
     def _unknown(what: str) -> AttributeError:
         return AttributeError(f"the model's code reads {what} of its attention mask, which MoBA does not build: it cannot use MoBA")
+
+
+def _may_keep() -> bool:
+    """Whether a layer may leave something for the next: not in a graph for training, where a checkpointed one changes nothing outside."""
+    return not (torch.compiler.is_compiling() and torch.is_grad_enabled())
 
 
 def moba_mask(batch_size: int, q_length: int, kv_length: int, q_offset: int | Tensor = 0, kv_offset: int = 0, **request) -> MobaMask:
