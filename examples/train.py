@@ -185,7 +185,9 @@ class Share:
             return context_parallel(self._accelerator.unwrap_model(model), mesh, exchange=self._exchange)
 
     def any(self, wanted: bool) -> bool:
-        """Whether it is true on any process."""
+        """Whether it is true on any process. One alone need not wait for its GPU."""
+        if self._accelerator.num_processes == 1:
+            return wanted
         return self._accelerator.reduce(torch.tensor(float(wanted), device=self._accelerator.device), "sum").item() > 0
 
 

@@ -223,7 +223,7 @@ def attend(
         with without_autocast(query):
             return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=query.shape[1] != key.shape[1])
     else:
-        _check_not_forward_mode(query, key, value)
+        _check_not_transformed(query, key, value)
         if longest is not None:  # short sequences are then not padded to a long block each
             block_size = one_block(block_size, longest)
         if top_k > _MANY:
@@ -249,7 +249,7 @@ def _enough(top_k: int, least: int, n_blocks: int) -> int:
     return min(top_k, max(enough, least))
 
 
-def _check_not_forward_mode(*tensors: Tensor) -> None:
+def _check_not_transformed(*tensors: Tensor) -> None:
     """A custom operator would let tangents fall, and say nothing; other transforms would name PyTorch's inside alone."""
     if torch.compiler.is_compiling():
         return

@@ -210,6 +210,11 @@ def new_weights_after_sharding_are_refused() -> None:
     for model in (sharded(tiny_model(), mesh(dist.get_world_size(), names=("dp",))), DistributedDataParallel(tiny_model())):
         with says(ValueError, "key_conv=3", "must be there before"):
             moba_flex.patch(model, block_size=7, top_k=3, key_conv=3)
+    blocks = {"block_size": 7, "top_k": 3}
+    for change in ({"key_conv": 5}, {"key_conv": 3, "full_attention_layers": []}):  # another size, and one more layer
+        model = moba_flex.patch(tiny_model(), **blocks, key_conv=3, full_attention_layers=[1])
+        with says(ValueError, "must be there before DistributedDataParallel"):
+            moba_flex.patch(DistributedDataParallel(model), **blocks, **change)
 
 
 def sharded_is_equal() -> None:

@@ -165,22 +165,31 @@ def set_key_convs(layers: list[nn.Module], settings: MobaConfig) -> None:
 
     A convolution of the right size stays, with its weights. ValueError, before anything is changed, if a layer has no `k_proj`.
     """
-    kernel_size = {layer: 0 if named_full(layer, settings) else settings.key_conv for layer in layers}
-    for layer, size in kernel_size.items():
-        if size and hooks_of(layer) is None and not isinstance(k_proj := getattr(layer, "k_proj", None), nn.Linear):
+    for layer, size in new_key_convs(layers, settings).items():
+        if not isinstance(k_proj := getattr(layer, "k_proj", None), nn.Linear):
             has = "does not have" if k_proj is None else f"has as a {type(k_proj).__name__} (patch before adding LoRA)"
             what = f"key_conv={size} convolves what a linear k_proj returns"
             raise ValueError(f"{what}, which {type(layer).__name__} {has}: set key_conv to 0")
-        if size and "_context_parallel" in layer.__dict__:
+        if "_context_parallel" in layer.__dict__:
             raise ValueError(f"key_conv={size} would not see the keys before a slice, and {type(layer).__name__} is context-parallel")
-        if size and hooks_of(layer) is None and isinstance(layer.k_proj.weight, DTensor):
+        if isinstance(k_proj.weight, DTensor):
             raise ValueError(f"key_conv={size} gives {type(layer).__name__} a new weight, which must be there before the model is sharded")
-    for layer, size in kernel_size.items():
-        now = hooks_of(layer)
+    for layer in layers:
+        now, size = hooks_of(layer), _kernel_size(layer, settings)
         if now is not None and now.kernel_size != size:
             now.detach(layer)
         if size and hooks_of(layer) is None:
             Hooks(KeyConv(size, layer.k_proj)).attach(layer)
+
+
+def new_key_convs(layers: list[nn.Module], settings: MobaConfig) -> dict[nn.Module, int]:
+    """Which of the layers would get new weights by these settings, and of what kernel size."""
+    sizes = {layer: _kernel_size(layer, settings) for layer in layers}
+    return {layer: size for layer, size in sizes.items() if size and ((now := hooks_of(layer)) is None or now.kernel_size != size)}
+
+
+def _kernel_size(layer: nn.Module, settings: MobaConfig) -> int:
+    return 0 if named_full(layer, settings) else settings.key_conv
 
 
 def remove_key_convs(layers: list[nn.Module]) -> None:

@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig
 
 from ..config import MobaConfig, layer_indices
 from .cache import add_hooks, hooked, remove_hooks
-from .key_conv import check_key_conv, remove_key_convs, set_key_convs
+from .key_conv import check_key_conv, new_key_convs, remove_key_convs, set_key_convs
 from .layers import (
     MOBA,
     LayerState,
@@ -67,7 +67,7 @@ def patch(model: nn.Module, config: MobaConfig | Mapping | None = None, **settin
     elif not isinstance(config, MobaConfig):
         config = MobaConfig.from_dict(settings if config is None else config)
     full_layers(config, n_layers(replaceable[0]), model)  # raises if one is not there
-    if config.key_conv and not any(hasattr(layer, "key_conv") for layer in replaceable):
+    if new_key_convs(replaceable, config):
         _check_not_wrapped(model, config.key_conv)
     set_key_convs(replaceable, config)
     if any(state_of(layer) is None for layer in replaceable):
