@@ -274,9 +274,9 @@ def heat_map(results: dict):
     figure = Figure(figsize=(4 + 1.1 * len(lengths), 4.6), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     for panel, side, title in zip(panels, SIDES, ("MoBA", "full attention")):
-        share = shares(results, side)
+        share, trials = shares(results, side), [right for cell in results["right"][side].values() for right in cell]
         image = panel.imshow(100 * share.numpy(), vmin=0, vmax=100, cmap="RdYlGn", aspect="auto")
-        panel.set_title(f"{title}: {results['models'][side]['model']}\n{share.mean():.0%} right", fontsize=10)
+        panel.set_title(f"{title}: {results['models'][side]['model']}\n{sum(trials)} of {len(trials)} right", fontsize=10)
         panel.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths], rotation=45)
         panel.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
         panel.set_xticks([i + 0.5 for i in range(len(lengths) - 1)], minor=True)

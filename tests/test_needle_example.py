@@ -251,7 +251,7 @@ def test_the_heat_map_has_lengths_to_the_right_and_depths_downwards_and_names_wh
     assert full.images[0].get_array().tolist() == [[100.0, 100.0], [100.0, 100.0], [50.0, 50.0]]
     assert [label.get_text() for label in moba.get_xticklabels()] == ["300", "400"]
     assert [label.get_text() for label in moba.get_yticklabels()] == ["0%", "50%", "100%"]
-    assert moba.get_title() == "MoBA: run/moba\n58% right" and full.get_title() == "full attention: run/full\n83% right"
+    assert moba.get_title() == "MoBA: run/moba\n7 of 12 right" and full.get_title() == "full attention: run/full\n10 of 12 right"
 
 
 def test_cells_that_moba_alone_misses_are_named(capsys) -> None:
