@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 
+import torch
+
 from . import arguments
 
 DECODING = ("full", "sparse")
@@ -94,12 +96,20 @@ class MobaConfig(dict):
         return settings
 
     def __reduce__(self) -> tuple:
-        return type(self).from_dict, (self.to_dict(),)
+        return _from_dict, (self.to_dict(),)
 
     def _refuse(self, *args, **kwargs):
         raise TypeError("a MobaConfig cannot be changed: make a new one and patch the model with it")
 
     __setitem__ = __delitem__ = __ior__ = update = setdefault = clear = popitem = _refuse
+
+
+def _from_dict(settings: dict) -> MobaConfig:
+    return MobaConfig.from_dict(settings)
+
+
+# So that `torch.load`, which by default calls nothing that is not named here, reads a checkpoint with `model.config.to_dict()` in it.
+torch.serialization.add_safe_globals([_from_dict])
 
 
 def layer_indices(name: str, layers: object) -> tuple[int, ...]:

@@ -81,6 +81,7 @@ SPARSE = {"block_size": 8, "top_k": 2}
 ALL_BLOCKS = {"block_size": 8, "top_k": 100, "implementation": "eager"}  # "auto" would call the attention that the model had
 
 each_family = pytest.mark.parametrize("family", FAMILIES)
+each_of_four = pytest.mark.parametrize("family", ("llama", "qwen3", "gemma2", "gpt_oss"))  # where all would take too long
 each_side = pytest.mark.parametrize("side", ["none", "left", "right"])
 each_decode = pytest.mark.parametrize("decode", ["full", "sparse"])
 

@@ -332,6 +332,20 @@ def test_peft_trains_convolutions_that_it_has_copied():
     assert not torch.equal(model(tokens()).logits, expected)
 
 
+@pytest.mark.parametrize("more", [{}, {"modules_to_save": ["key_conv"]}])
+def test_an_adapter_is_loaded_with_the_convolutions_of_its_model(more, tmp_path):
+    model_with().save_pretrained(tmp_path / "model")
+    base = moba_flex.AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    model = get_peft_model(base, LoraConfig(target_modules=["k_proj"], init_lora_weights=False, **more))
+    for name, weight in model.named_parameters():
+        if "key_conv" in name and weight.requires_grad:
+            torch.nn.init.normal_(weight)
+    model.save_pretrained(tmp_path / "adapter")
+    expected = model(tokens()).logits
+    loaded = moba_flex.AutoModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    assert type(loaded) is LlamaForCausalLM and torch.equal(loaded(tokens()).logits, expected)
+
+
 def test_slices_of_a_sequence_are_refused():
     with pytest.raises(ValueError, match=r"has key_conv, .* key_conv=0"):
         context_parallel(model_with(), mesh=None)

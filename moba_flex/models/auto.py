@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from contextlib import suppress
+from pathlib import Path
+
 import transformers
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.utils import find_adapter_config_file, is_peft_available
 
 from ..config import MobaConfig
 from .key_conv import KeyConv, set_key_convs
@@ -25,7 +30,7 @@ class AutoModelForCausalLM:
         """Load a causal language model and let it use MoBA.
 
         Args:
-            name: a name on the hub or a local folder.
+            name: a name on the hub or a local folder, of a model or of PEFT's adapter to one.
             attn: "moba", "moba_naive" (the dense specification) or "full". Settings that were saved with the model
                 apply, else those of `MobaConfig()`; `patch` replaces them.
             args, kwargs: as for `transformers.AutoModelForCausalLM.from_pretrained`. `attn_implementation` is what
@@ -63,11 +68,22 @@ def _check(attn: str) -> None:
 
 
 def _saved_config(name: str, kwargs: dict) -> transformers.PreTrainedConfig | None:
-    """None for what has no configuration of its own, such as an adapter, or is not there: the loader then says why."""
-    try:
-        return transformers.AutoConfig.from_pretrained(name, **{k: kwargs[k] for k in _WHERE if k in kwargs})
-    except (OSError, ValueError):
+    """The configuration of the model, or of the one that an adapter is to; None for what is not there: the loader then says why."""
+    where = {k: kwargs[k] for k in _WHERE if k in kwargs}
+    with suppress(OSError, ValueError):
+        return transformers.AutoConfig.from_pretrained(name, **where)
+    with suppress(OSError, ValueError):
+        if base := _base_of_adapter(name, where):
+            return transformers.AutoConfig.from_pretrained(base, **where)
+    return None
+
+
+def _base_of_adapter(name: str, where: dict) -> str | None:
+    """The name of the model that PEFT's adapter is to, as transformers finds it."""
+    if not is_peft_available():
         return None
+    file = find_adapter_config_file(name, **{k: where[k] for k in ("cache_dir", "local_files_only", "token", "revision") if k in where})
+    return file and json.loads(Path(file).read_text()).get("base_model_name_or_path")
 
 
 def _settings(config: transformers.PreTrainedConfig) -> MobaConfig:
