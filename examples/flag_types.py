@@ -3,17 +3,46 @@
 from __future__ import annotations
 
 import argparse
+import math
+from typing import TypeVar
+
+T = TypeVar("T", int, float)
 
 
 def count(text: str) -> int:
     """At least one of something."""
-    if (number := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, but is {number}")
-    return number
+    return _checked(number := int(text), number >= 1, "at least 1")
+
+
+def count_from_0(text: str) -> int:
+    """So many, or none at all."""
+    return _checked(number := int(text), number >= 0, "at least 0")
 
 
 def fraction(text: str) -> float:
     """From none to all."""
-    if not 0 <= (number := float(text)) <= 1:
-        raise argparse.ArgumentTypeError(f"must be from 0 to 1, but is {number:g}")
+    return _checked(number := float(text), 0 <= number <= 1, "from 0 to 1")
+
+
+def positive(text: str) -> float:
+    return _checked(number := float(text), 0 < number < math.inf, "finite and above 0")
+
+
+def not_negative(text: str) -> float:
+    return _checked(number := float(text), 0 <= number < math.inf, "finite and at least 0")
+
+
+def positive_or_inf(text: str) -> float:
+    """Infinite: no limit."""
+    return _checked(number := float(text), number > 0, "above 0")
+
+
+def duration(text: str) -> float:
+    """Seconds or minutes. Infinite: for ever."""
+    return _checked(number := float(text), number >= 0, "at least 0")
+
+
+def _checked(number: T, fits: bool, words: str) -> T:
+    if not fits:
+        raise argparse.ArgumentTypeError(f"must be {words}, but is {number:g}")
     return number

@@ -109,6 +109,9 @@ def load(name: str | None, device: str, dtype: str) -> tuple[PreTrainedModel, Pr
     weights = {}
     file = demo_weights() if name is None else Path(name)
     if file.suffix == ".gguf":
+        on_hub = len(file.parts) == 3 and not file.is_absolute() and not file.parent.is_dir()  # owner/name/file
+        if not file.is_file() and not on_hub:
+            raise DemoError(f"there is no file {file}")
         name, weights = str(file.parent), {"gguf_file": file.name}
     print(f"Loading {weights.get('gguf_file', name)} ...", flush=True)
     with one_line(f"cannot load the model {name!r}, as a local folder or from the hub"):

@@ -24,6 +24,7 @@ if __name__ == "__main__":
 import argparse
 import hashlib
 import json
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,7 +35,7 @@ import torch.nn.functional as F
 import transformers
 from changed_settings import changes
 from demo_weights import DemoError
-from flag_types import count
+from flag_types import count, count_from_0, fraction
 from llama import Parser, context_of, exit_code, load, one_line, trained_with, with_adapter
 from package_text import KINDS, Document, collect, default_roots
 from pretraining.corpus import HELD_OUT_OF
@@ -46,6 +47,7 @@ import moba_flex
 
 SIDES = ("moba", "full")
 MOST_FACTS = 8  # in one training sequence, unless more are asked for
+LEAST_BYTES = 100_000  # of text that is looked for: among fewer there may be no held-out file
 QUESTIONS = ("end", "anywhere")  # where a training sequence asks for its facts
 
 
@@ -151,13 +153,14 @@ def needle(args: argparse.Namespace) -> dict:
     with one_line('cannot draw, since matplotlib is not installed: pip install ".[demo,viz]"'):
         import matplotlib.figure  # noqa: F401
     file = args.output / "needle.json"
+    check_writable(args.output)
     if file.exists() and not args.resume:
         raise DemoError(f"{file} is there already: go on with --resume, or choose another --output")
     for side in SIDES:
         model, tokenizer, moba = load_side(side, args)
-        with one_line("cannot write to the folder"):
-            args.output.mkdir(parents=True, exist_ok=True)
         lengths = args.lengths or default_lengths(model)
+        if max(lengths) > context_of(model):
+            raise DemoError(f"--lengths has {max(lengths):,}, but the context of --{side}'s model is {context_of(model):,} tokens")
         asked = {"lengths": lengths, "depths": args.depths, "trials": args.trials, "seed": args.seed}
         asked |= {"full_tail": args.full_tail} if args.full_tail else {}
         results = begin(file, asked)
@@ -170,7 +173,9 @@ def needle(args: argparse.Namespace) -> dict:
         for length, depth in tqdm(cells, desc=side):
             with one_line("a cell cannot be made"):
                 results["right"][side][key(length, depth)] = score(model, tokenizer, text, length, depth, args)
-            write(file, results)
+            with one_line("cannot write to the folder"):
+                args.output.mkdir(parents=True, exist_ok=True)
+                write(file, results)
     heat_map(results).savefig(args.output / "needle.png", dpi=120)
     report(results)
     return results
@@ -208,7 +213,7 @@ def default_lengths(model: PreTrainedModel) -> list[int]:
 def held_out_text(tokenizer: PreTrainedTokenizerBase, n: int, args: argparse.Namespace) -> Tensor:
     """`[F]`: prose and code from `held_out_files`, n tokens or, from the beginning again, as many."""
     with one_line("cannot read the text around the needle"):
-        documents = held_out_files(args.text or default_roots(), 10 * n)  # a token has up to 10 bytes
+        documents = held_out_files(args.text or default_roots(), max(10 * n, LEAST_BYTES))  # a token has up to 10 bytes
     found = torch.cat([tokens(document.text, tokenizer) for document in documents] or [torch.empty(0)])
     if len(found) == 0:
         raise DemoError("there is no held-out text to hide the needle in: name larger folders with --text")
@@ -235,6 +240,15 @@ def begin(file: Path, asked: dict) -> dict:
     if changed := changes(results["asked"], asked):
         raise DemoError(f"{file} cannot be continued: {changed}")
     return results
+
+
+def check_writable(folder: Path) -> None:
+    """Raises DemoError if the folder cannot be made, or nothing be made in it. Leaves nothing behind."""
+    try:
+        there = next(part for part in (folder, *folder.parents) if part.exists())
+        tempfile.TemporaryDirectory(dir=there).cleanup()
+    except OSError as error:  # which names a file that nobody asked for
+        raise DemoError(f"cannot write to the folder {folder}: {error.strerror}") from error
 
 
 def write(file: Path, results: dict) -> None:
@@ -309,21 +323,18 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     flag("--output", type=Path, required=True, help="folder for needle.json and needle.png")
     flag("--resume", action="store_true", help="go on with what is in --output")
     flag("--lengths", type=count, nargs="+", help="tokens (default: powers of two to the model's context)")
-    flag("--depths", type=float, nargs="+", default=[i / 10 for i in range(11)], help="shares of the text (default: 0 0.1 ... 1)")
+    flag("--depths", type=fraction, nargs="+", default=[i / 10 for i in range(11)], help="shares of the text (default: 0 0.1 ... 1)")
     flag("--trials", type=count, default=5, help="needles a cell (default: 5)")
     flag("--block-size", type=int, help="default: what was saved with the model")
     flag("--top-k", type=int, help="default: what was saved with the model")
     flag("--sink-blocks", type=int, help="default: what was saved with the model")
-    flag("--full-tail", type=int, default=0, metavar="N", help="the last N tokens of a prompt, its question, read all keys (default: 0)")
+    flag(
+        "--full-tail", type=count_from_0, default=0, metavar="N", help="a prompt's last N tokens, its question, read all keys (default: 0)"
+    )
     flag("--text", type=Path, nargs="+", metavar="FOLDER", help="where text is looked for (default: all installed packages)")
     flag("--seed", type=int, default=0)
     parser.add_device_flags()
-    args = parser.parse_args(argv)
-    if args.full_tail < 0:
-        parser.error(f"argument --full-tail: must be at least 0, but is {args.full_tail}")
-    if outside := [depth for depth in args.depths if not 0 <= depth <= 1]:
-        parser.error(f"argument --depths: must be from 0 to 1, but is {outside[0]}")
-    return args
+    return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -14,9 +14,7 @@ import torch
 import torch.nn.functional as F
 from benchmarking.measure import milliseconds
 
-if find_spec("triton") is None:
-    sys.exit("phases.py needs a CUDA GPU, and Triton, which comes with PyTorch's builds for them")
-from moba_flex import flex, kernels, moba_attention
+from moba_flex import flex, moba_attention
 from moba_flex.blocks import dense_layout, slots_per_block
 from moba_flex.spec import Spec
 
@@ -34,6 +32,8 @@ def tensors(batch: int, heads: int, groups: int, tokens: int, width: int, **opti
 @torch.no_grad()
 def phases(heads: int, groups: int, tokens: int, width: int, block_size: int, top_k: int) -> dict[str, float]:
     """Milliseconds of each step at batch 1, forward and backward."""
+    from moba_flex import kernels  # needs Triton
+
     q, k, v = tensors(1, heads, groups, tokens, width)
     grad = torch.randn_like(q)
     spec = Spec(block_size, top_k, 0, 0, True, width**-0.5)
@@ -99,6 +99,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=131072)
     parser.add_argument("--lengths", type=int, nargs="*", default=[8192, 32768, 131072])
     args = parser.parse_args()
+    if find_spec("triton") is None or not torch.cuda.is_available():
+        sys.exit("phases.py needs a CUDA GPU, and Triton, which comes with PyTorch's builds for them")
     print(torch.cuda.get_device_name(), torch.__version__)
     for block_size, top_k in ((128, 8), (512, 4), (2048, 4)):
         times = phases(8, 8, args.tokens, 128, block_size, top_k)

@@ -37,7 +37,7 @@ from benchmarking.results import environment
 from changed_settings import changes
 from compiled_layers import compile_layers, mask_of
 from demo_weights import DemoError
-from flag_types import count, fraction
+from flag_types import count, count_from_0, duration, fraction, not_negative, positive, positive_or_inf
 from llama import one_line
 from needle import QUESTIONS
 from pretraining.batches import Batches, Upload
@@ -91,6 +91,8 @@ def pretrain(args: argparse.Namespace) -> bool:
 
     every = [Training(args, run, seed, text, device) for seed in args.seeds for run in runs]
     pending = [training for training in every if not training.done]
+    if not pending:
+        print(f"all runs are done: see --compare {args.output / '*.json'}")
     for training in pending:
         training.successors = [other for other in pending if other.begins_as(training)]
     with sdpa_kernel(DENSE, set_priority=True), steps_in_graphs(device, args):
@@ -311,11 +313,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--plot", type=Path, help="with --compare: write a plot to this file")
     parser.add_argument("--size", choices=SIZES, default="50M", help="parameters (default: 50M)")
     parser.add_argument("--context", type=count, default=8192, help="tokens (default: 8192)")
-    parser.add_argument("--tokens", type=float, default=100e6, help="that a run reads (default: 100e6)")
+    parser.add_argument("--tokens", type=positive, default=100e6, help="that a run reads (default: 100e6)")
     parser.add_argument("--batch-tokens", type=count, default=65536, help="a step: few, so that few tokens are many steps (default: 65536)")
     parser.add_argument("--micro-tokens", type=count, default=65536, help="tokens that the device works on at a time")
     parser.add_argument("--runs", nargs="*", choices=NAMES, default=list(NAMES[:4]), help=f"default: {' '.join(NAMES[:4])}")
-    parser.add_argument("--blocks", type=int, nargs="*", default=[], help="also MoBA with so many blocks, of which a query reads a quarter")
+    parser.add_argument(
+        "--blocks", type=count, nargs="*", default=[], help="also MoBA with so many blocks, of which a query reads a quarter"
+    )
     parser.add_argument("--block-size", type=count, default=512, help="tokens (default: 512)")
     parser.add_argument("--top-k", type=count, default=3, help="blocks (default: 3)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
@@ -326,17 +330,17 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--needle-questions", choices=QUESTIONS, default="anywhere", help="each anywhere after its fact (the default), or all at the end"
     )
-    parser.add_argument("--learning-rate", type=float, default=4e-3)
-    parser.add_argument("--warmup", type=int, help="steps; default: a twentieth")
-    parser.add_argument("--weight-decay", type=float, default=0.1)
-    parser.add_argument("--clip", type=float, default=1.0, help="norm of the gradient")
+    parser.add_argument("--learning-rate", type=positive, default=4e-3)
+    parser.add_argument("--warmup", type=count_from_0, help="steps; default: a twentieth")
+    parser.add_argument("--weight-decay", type=not_negative, default=0.1)
+    parser.add_argument("--clip", type=positive_or_inf, default=1.0, help="norm of the gradient")
     parser.add_argument("--held-out-tokens", type=count, default=1 << 20, help="that a held-out loss is of, if there are so many")
     parser.add_argument("--output", type=Path, default=Path("pretraining-results"), help="for the logs (default: pretraining-results)")
     checkpoints = os.environ.get("CHECKPOINT", "pretraining-checkpoints")
     parser.add_argument("--checkpoints", type=Path, default=Path(checkpoints), help="folder for them and for models (default: %(default)s)")
-    parser.add_argument("--checkpoint-minutes", type=float, default=3)
+    parser.add_argument("--checkpoint-minutes", type=duration, default=3)
     parser.add_argument(
-        "--budget-seconds", type=float, default=float("inf"), help="after which a checkpoint is written and the program ends"
+        "--budget-seconds", type=duration, default=float("inf"), help="after which a checkpoint is written and the program ends"
     )
     parser.add_argument("--corpus", type=Path, help="folder for the tokens; default: in --checkpoints")
     parser.add_argument("--sources", type=Path, nargs="+", help="folders of source files; default: those of Python and its packages")
@@ -351,8 +355,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
             f"--batch-tokens must be a multiple of {together * args.context}, the contexts that --micro-tokens has room for, "
             f"but is {args.batch_tokens}"
         )
-    if not args.tokens > 0:
-        parser.error(f"argument --tokens: must be above 0, but is {args.tokens:g}")
+    if not args.compare and not args.runs and not args.blocks:
+        parser.error("there is nothing to run: name some --runs, or numbers of --blocks")
     if args.plot and not args.compare:
         parser.error("argument --plot: goes with --compare, which reads the logs that it draws")
     if args.needle_share and args.context < NEEDLE_CONTEXT:

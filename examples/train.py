@@ -34,7 +34,7 @@ import torch.distributed.checkpoint as dcp
 from accelerate import Accelerator
 from changed_settings import changes
 from demo_weights import DemoError
-from flag_types import count, fraction
+from flag_types import count, count_from_0, fraction, not_negative, positive, positive_or_inf
 from llama import one_line
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
@@ -329,10 +329,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--sequence-length", type=count, default=32768, help="tokens, two at least")
     parser.add_argument("--batch-size", type=count, default=16, help="sequences a step, over all processes")
     parser.add_argument("--micro-batch-size", type=count, default=1, help="sequences that a process works on at a time")
-    parser.add_argument("--learning-rate", type=float, default=2e-5)
-    parser.add_argument("--warmup", type=int, default=20, help="steps")
-    parser.add_argument("--weight-decay", type=float, default=0.1)
-    parser.add_argument("--clip", type=float, default=1.0, help="norm of the gradient")
+    parser.add_argument("--learning-rate", type=positive, default=2e-5)
+    parser.add_argument("--warmup", type=count_from_0, default=20, help="steps")
+    parser.add_argument("--weight-decay", type=not_negative, default=0.1)
+    parser.add_argument("--clip", type=positive_or_inf, default=1.0, help="norm of the gradient")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--moba-share", type=fraction, default=1.0, help="share of the steps with MoBA; full attention from then on")
     parser.add_argument("--block-size", type=int, default=512)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import math
+import reprlib
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 IMPLEMENTATIONS = ("auto", "flex", "eager", "naive")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_FLOAT32 = torch.finfo(torch.float32)
 
 
 def check_count(name: str, value: object, least: int) -> None:
@@ -21,6 +22,12 @@ def check_count(name: str, value: object, least: int) -> None:
         raise ValueError(f"{name} must be below 2**63, but is {value}")
 
 
+def check_flag(name: str, value: object) -> None:
+    """`value` must be True or False, and nothing that only passes for one."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be True or False, but is {value!r}")
+
+
 def check_blocks(
     block_size: int, top_k: int, sink_blocks: int, recent_blocks: int, causal: bool = True, share_selection: bool = False
 ) -> None:
@@ -29,9 +36,8 @@ def check_blocks(
     check_count("top_k", top_k, 1)
     check_count("sink_blocks", sink_blocks, 0)
     check_count("recent_blocks", recent_blocks, 0)
-    for name, value in (("causal", causal), ("share_selection", share_selection)):
-        if not isinstance(value, bool):
-            raise ValueError(f"{name} must be True or False, but is {value!r}")
+    check_flag("causal", causal)
+    check_flag("share_selection", share_selection)
     if not causal and (sink_blocks or recent_blocks):
         raise ValueError(f"sink_blocks and recent_blocks must be 0 with causal=False, but are {sink_blocks} and {recent_blocks}")
     if causal and 1 + sink_blocks + recent_blocks > top_k:
@@ -44,6 +50,13 @@ def check_blocks(
 def _check_tensor(name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, but is a {type(value).__name__}")
+    if value.is_nested:
+        raise TypeError(
+            f"{name} must be a dense tensor, but is a nested one: for x of layout torch.jagged and shape (batch, tokens, heads, width) "
+            "use moba_attention_varlen with x.values(), and with x.offsets() as cu_seqlens"
+        )
+    if value.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, but has layout {value.layout}: convert it with .to_dense()")
 
 
 def _check_operands(**tensors: Tensor) -> None:
@@ -80,6 +93,17 @@ def readable(*tensors: Tensor) -> bool:
     return not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
 
 
+def check_not_mapped(call: str, **tensors: Tensor) -> None:
+    """What is to be read must not be hidden by torch.func.vmap, whose own errors name PyTorch's inside alone."""
+    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is None:
+        return
+    for name, t in tensors.items():
+        while torch._C._functorch.is_functorch_wrapped_tensor(t):
+            if torch._C._functorch.is_batchedtensor(t):
+                raise NotImplementedError(f"torch.func.vmap over {name} hides its values, which {call} reads: call it once for each {name}")
+            t = torch._C._functorch.get_unwrapped(t)
+
+
 def check_query_key(**tensors: Tensor) -> None:
     """`query [B, H, Nq, D]`, `key [B, G, Nk, D]` and, where there is one, a `value [B, G, Nk, Dv]` that belong together."""
     _check_operands(**tensors)
@@ -97,8 +121,8 @@ def check_query_key(**tensors: Tensor) -> None:
     _check_heads(heads, of_key[1])
     if n_query > of_key[2]:
         raise ValueError(
-            f"query has {n_query} tokens, but there are only {of_key[2]} keys: "
-            "queries are the last positions of the keys, so there can be no more of them"
+            f"query {tuple(query.shape)} has more tokens than key {tuple(of_key)}, but queries are the last of key's tokens: "
+            "the layout is (batch, heads, tokens, width), use transpose(1, 2) if tokens come first"
         )
 
 
@@ -114,6 +138,7 @@ def check_padding_mask(padding_mask: Tensor | None, query: Tensor, key: Tensor) 
         raise ValueError(f"padding_mask must have shape {wanted} (batch, keys), but has shape {tuple(padding_mask.shape)}")
     _check_devices(query=query, padding_mask=padding_mask)
     if padding_mask.numel() and readable(padding_mask):
+        check_not_mapped("moba_flex", padding_mask=padding_mask)
         starts = padding_mask[:, 1:] & ~padding_mask[:, :-1]
         runs = starts.sum(1) + padding_mask[:, 0]
         if (runs > 1).any():
@@ -158,6 +183,7 @@ def check_cu_seqlens(name: str, cu_seqlens: Tensor, query: Tensor, tokens: int) 
     _check_devices(query=query, **{name: cu_seqlens})
     if not readable(cu_seqlens):
         return None
+    check_not_mapped("moba_flex", **{name: cu_seqlens})
     bounds = cu_seqlens.tolist()
     lengths = [b - a for a, b in itertools.pairwise(bounds)]
     if bounds[0] != 0 or bounds[-1] != tokens or min(lengths, default=0) < 0:
@@ -167,13 +193,13 @@ def check_cu_seqlens(name: str, cu_seqlens: Tensor, query: Tensor, tokens: int) 
 
 
 def check_scores(query: Tensor, heads: int, scale: float | None, softcap: float | None, sinks: Tensor | None) -> None:
-    """What changes the scores: `scale`, `softcap > 0`, `sinks [H]`."""
-    if scale is not None and not isinstance(scale, (int, float)):
+    """What changes the scores, as float32 holds it: `scale`, `softcap > 0`, `sinks [H]`."""
+    if scale is not None and not _is_number(scale):
         raise TypeError(f"scale must be a float or None, but is a {type(scale).__name__}")
-    if scale is not None and not -math.inf < scale < math.inf:
-        raise ValueError(f"scale must be finite, but is {scale}")
-    if softcap is not None and not (isinstance(softcap, (int, float)) and 0 < softcap < math.inf):
-        raise ValueError(f"softcap must be a finite float above 0 or None, but is {softcap!r}")
+    if scale is not None and not -_FLOAT32.max <= scale <= _FLOAT32.max:
+        raise ValueError(f"scale must be finite in float32, but is {reprlib.repr(scale)}")
+    if softcap is not None and not (_is_number(softcap) and _FLOAT32.tiny <= softcap <= _FLOAT32.max):
+        raise ValueError(f"softcap must be above 0 and finite in float32, or None, but is {reprlib.repr(softcap)}")
     if sinks is None:
         return
     _check_tensor("sinks", sinks)
@@ -182,6 +208,10 @@ def check_scores(query: Tensor, heads: int, scale: float | None, softcap: float 
     if not sinks.is_floating_point():
         raise TypeError(f"sinks must be a floating-point tensor, but is {sinks.dtype}")
     _check_devices(query=query, sinks=sinks)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def resolve_implementation(implementation: str, query: Tensor) -> str:

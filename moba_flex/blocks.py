@@ -38,7 +38,7 @@ def one_block(block_size: int, n_key: int) -> int:
     A short prompt is then not padded to a long block, and prompts of many lengths share a few sizes.
     """
     size = 128
-    while size < n_key and size < block_size:
+    while size < block_size and size < n_key:  # a length that is a symbol is asked only where it matters
         size *= 2
     return min(size, block_size)
 

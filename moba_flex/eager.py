@@ -29,7 +29,8 @@ REACH = sys.maxsize  # how many numbers a tensor may hold
 _SCORES_AT_ONCE = 1 << 20  # they and their exponentials stay in a core's cache
 _ROWS_AT_ONCE = 8192
 _TILES = 8  # of a block's rows: products of a batch keep cores busier than one large product does
-_SMALL_SCORE, _SMALL_SUM = 60.0, 1e10  # e^60 * 1e10 is far below float32's largest number, and e^-60 far above its smallest
+# e^30 * 1e10 is far below float32's largest number, and e^-30 (1e-13) far above its smallest, with values down to 1e-24 too.
+_SMALL_SCORE, _SMALL_SUM = 30.0, 1e10
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from .naive import naive_attention
 DEFAULT_WORKING_MEMORY = 2 << 30
 _working_memory = DEFAULT_WORKING_MEMORY
 _TRANSFORM = torch._C._functorch.TransformType
-_LEAST_WIDTH = 16  # of a GPU's tiles
+_LEAST_WIDTH = {"flex": 16, "eager": 1}  # of a GPU's tiles; values without a width have a log-sum-exp all the same
 _MANY = 64  # blocks a query; a larger `top_k` is compared with how many there are
 
 
@@ -96,6 +96,7 @@ def moba_attention(
     arguments.check_blocks(block_size, top_k, sink_blocks, recent_blocks, causal, share_selection)
     arguments.check_padding_mask(padding_mask, query, key)
     arguments.check_scores(query, query.shape[1], scale, softcap, sinks)
+    arguments.check_flag("return_lse", return_lse)
     implementation = arguments.resolve_implementation(implementation, query)
     return attend(
         query,
@@ -155,6 +156,7 @@ def moba_attention_varlen(
     longest = arguments.check_packed(query, key, value, cu_seqlens)
     arguments.check_blocks(block_size, top_k, sink_blocks, recent_blocks, causal, share_selection)
     arguments.check_scores(query, query.shape[1], scale, softcap, sinks)
+    arguments.check_flag("return_lse", return_lse)
     implementation = arguments.resolve_implementation(implementation, query)
     query, key, value = (x.transpose(0, 1)[None] for x in (query, key, value))
     out, lse = attend(
@@ -205,9 +207,10 @@ def attend(
     """
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
     softcap = None if softcap is None else float(softcap)
-    if query.numel() == 0 or value.numel() == 0:
-        out = (query.sum() + key.sum() + value.sum()) * 0 + query.new_zeros(*query.shape[:3], value.shape[-1])
-        lse = query.new_full(query.shape[:3], -torch.inf, dtype=torch.promote_types(query.dtype, torch.float32))
+    if query.numel() == 0:
+        nothing = (query.sum() + key.sum() + value.sum()) * 0  # so that all have gradients
+        out = nothing + query.new_zeros(*query.shape[:3], value.shape[-1])
+        lse = nothing + query.new_zeros(query.shape[:3], dtype=torch.promote_types(query.dtype, torch.float32))
     elif implementation == "naive":
         run = _naive_packed if cu_seqlens is not None else naive_attention
         which = {"cu_seqlens": cu_seqlens} if cu_seqlens is not None else {"padding_mask": padding_mask}
@@ -223,17 +226,18 @@ def attend(
         with without_autocast(query):
             return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=query.shape[1] != key.shape[1])
     else:
-        _check_not_transformed(query, key, value)
+        check_not_transformed(query, key, value)
         if longest is not None:  # short sequences are then not padded to a long block each
             block_size = one_block(block_size, longest)
         if top_k > _MANY:
-            top_k = _enough(top_k, 1 + sink_blocks + recent_blocks, -(-key.shape[2] // block_size))
+            top_k, sink_blocks, recent_blocks = _enough(top_k, sink_blocks, recent_blocks, -(-key.shape[2] // block_size))
         sizes = (block_size, top_k, sink_blocks, recent_blocks, _working_memory)
         settings = (sizes, causal, share_selection, scale, softcap, implementation)
-        narrow = implementation == "flex" and min(query.shape[-1], value.shape[-1]) < _LEAST_WIDTH
+        least = _LEAST_WIDTH[implementation]
+        narrow = min(query.shape[-1], value.shape[-1]) < least
         if narrow:  # zeros change neither scores nor outputs
             width = value.shape[-1]
-            query, key, value = (F.pad(x, (0, max(0, _LEAST_WIDTH - x.shape[-1]))) for x in (query, key, value))
+            query, key, value = (F.pad(x, (0, max(0, least - x.shape[-1]))) for x in (query, key, value))
         out, lse, _ = attention(query, key, value, padding_mask, cu_seqlens, *settings)
         out = out[..., :width] if narrow else out
     if sinks is not None:
@@ -241,25 +245,26 @@ def attend(
     return (out, lse) if return_lse else out
 
 
-def _enough(top_k: int, least: int, n_blocks: int) -> int:
-    """A smaller `top_k` that means the same where it is far above the number of blocks: time and memory grow with it."""
+def _enough(top_k: int, sink_blocks: int, recent_blocks: int, n_blocks: int) -> tuple[int, int, int]:
+    """Smaller counts that mean the same where they are far above the number of blocks: time and memory grow with them."""
     enough = _MANY
     while enough < n_blocks:
         enough *= 2
-    return min(top_k, max(enough, least))
+    sink_blocks = min(sink_blocks, enough - 1)  # that many are all past blocks, and leave nothing to the others
+    return min(top_k, enough), sink_blocks, min(recent_blocks, enough - 1 - sink_blocks)
 
 
-def _check_not_transformed(*tensors: Tensor) -> None:
+def check_not_transformed(*tensors: Tensor, but: str = 'need implementation="naive"') -> None:
     """A custom operator would let tangents fall, and say nothing; other transforms would name PyTorch's inside alone."""
     if torch.compiler.is_compiling():
         return
     transform = torch._C._functorch.peek_interpreter_stack()
     if transform is not None and transform.key() in (_TRANSFORM.Grad, _TRANSFORM.Vmap):
-        raise NotImplementedError('the transforms of torch.func (grad, vmap and the like) need implementation="naive"')
+        raise NotImplementedError(f"the transforms of torch.func (grad, vmap and the like) {but}")
     if torch.autograd.forward_ad._current_level < 0:
         return
     if any(torch.autograd.forward_ad.unpack_dual(x).tangent is not None for x in tensors):
-        raise NotImplementedError('forward-mode derivatives (torch.func.jvp and the like) need implementation="naive"')
+        raise NotImplementedError(f"forward-mode derivatives (torch.func.jvp and the like) {but}")
 
 
 def _is_plain(query: Tensor, key: Tensor, value: Tensor, reach: int, causal: bool, *more: Tensor | float | None) -> bool:
@@ -289,6 +294,8 @@ def attend_decoding(
     """`attend` for the last tokens of a cache with block means, see `moba_flex.decoding.decode`: `[B, H, n, Dv]`."""
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
     softcap = None if softcap is None else float(softcap)
+    if top_k > _MANY:
+        top_k, sink_blocks, recent_blocks = _enough(top_k, sink_blocks, recent_blocks, means.shape[2] + 1)  # and the own block
     blocks = (block_size, top_k, sink_blocks, recent_blocks, share_selection)
     out, lse = decode(query, key, value, means, length, start, *blocks, scale, softcap, implementation)
     return out if sinks is None else _with_sinks(out, lse, sinks)[0]

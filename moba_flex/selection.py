@@ -99,6 +99,7 @@ def select_blocks(
     """
     arguments.check_query_key(query=query, key=key)
     arguments.check_blocks(block_size, top_k, sink_blocks, recent_blocks, causal, share_selection)
+    arguments.check_not_mapped("select_blocks", query=query, key=key)
     arguments.check_padding_mask(padding_mask, query, key)
     spec = Spec(block_size, top_k, sink_blocks, recent_blocks, causal, 1.0, share_selection=share_selection)
     implementation = arguments.resolve_implementation("auto", query)

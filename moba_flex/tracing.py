@@ -134,7 +134,8 @@ def trace(
             watcher = Watcher(keep, bar)
             for layer in layers:
                 layer._watch = watcher
-            getattr(model, "base_model", model)(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+            inner = model if getattr(model, "active_peft_config", None) is not None else getattr(model, "base_model", model)
+            inner(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
     return watcher.trace()
 
 

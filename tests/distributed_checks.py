@@ -353,6 +353,13 @@ def bad_input_is_refused() -> None:
         moba_attention_cp(q, k, k, mesh(2, 2, names=("a", "b")), **blocks)
     with says(TypeError, "mesh must be a DeviceMesh or a process group, but is a int"):
         moba_attention_cp(q, k, k, 4, **blocks)
+    with says(ValueError, "return_lse must be True or False, but is 1"):
+        moba_attention_cp(q, k, k, of_cp, return_lse=1, **blocks)
+    for implementation in ("eager", "naive"):
+        call = lambda x: moba_attention_cp(x, k, k, of_cp, implementation=implementation, **blocks).sum()  # noqa: B023, E731
+        for transform in (lambda: torch.func.grad(call)(q), lambda: torch.vmap(call)(q[None]), lambda: torch.func.jvp(call, (q,), (q,))):  # noqa: B023
+            with says(NotImplementedError, "torch.func", "do not go through exchanges between processes"):
+                transform()
     with says(ValueError, "query has 4 tokens and key 8", "without a cache"):
         moba_attention_cp(q[:, :, :4], k, k, of_cp, **blocks)
     with says(ValueError, "LlamaForCausalLM does not use MoBA", "patch it first"):
@@ -399,6 +406,22 @@ def bad_input_is_refused() -> None:
         context.shard({"input_ids": ids[0]})
     with says(ValueError, "labels of shape (1, 16)", "(2, 16)"):
         context.shard({"input_ids": ids, "labels": ids[:1]})
+    numbers = ids.tolist()
+    for kind, batch in {"list": numbers, "ndarray": ids.cpu().numpy(), "NoneType": None}.items():
+        with says(TypeError, f"input_ids of a batch must be a torch.Tensor, but is a {kind}"):
+            context.shard({"labels": ids, "input_ids": batch})
+    for batch in (ids, None, [ids]):
+        with says(TypeError, f'batch must be a mapping such as {{"input_ids": ids}}, but is a {type(batch).__name__}'):
+            context.shard(batch)
+    for name in ("input_ids", "labels"):
+        with says(TypeError, f"{name} must be whole numbers", "torch.float32", ".long()"):
+            context.shard({"input_ids": ids, name: ids.float()})
+    wrong = {"input_ids": ids.float(), "labels": numbers, "attention_mask": "a mask", "position_ids": ids.to("meta")}
+    for name, x in wrong.items():  # on one process, for which the others would wait
+        batch = {"input_ids": ids, **({name: x} if context.rank == 1 else {})}
+        error = RuntimeError if name == "position_ids" else TypeError  # PyTorch's own: any must end the agreement
+        with says(error, "") if context.rank == 1 else says(ValueError, "cannot be cut into slices on process 1"):
+            context.shard(batch)
     packed = torch.arange(16, device=here()) % (8 if context.rank == 1 else 16)
     with says(ValueError, "packed sequences cannot" if context.rank == 1 else "cannot be cut into slices on process 1"):
         context.shard({"input_ids": ids, "position_ids": packed.expand(2, -1)})

@@ -109,10 +109,14 @@ def test_what_is_measured_is_the_adapter_on_disk_with_the_attention_of_its_run(
     torch.testing.assert_close(torch.tensor(found["loss"][name]["code"]), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_the_layers_of_hybrid_with_full_attention_may_be_named(flags: list[str], tmp_path: Path, capsys) -> None:
+def test_the_layers_of_hybrid_with_full_attention_may_be_named(flags: list[str], tmp_path: Path) -> None:
     args = adapt.parse([*flags, "--output", str(tmp_path), "--full-layers", "1", "2"])
     assert moba_config("hybrid", args).full_attention_layers == (1, 2) and moba_config("moba", args).full_attention_layers == ()
-    assert adapt.main([*flags, "--output", str(tmp_path / "none"), "--runs", "hybrid", "--full-layers", "7"]) == 2
+
+
+@pytest.mark.parametrize("name", adapt.RUNS)
+def test_layers_that_the_model_has_not_are_refused_whatever_runs_first(flags: list[str], tmp_path: Path, name: str, capsys) -> None:
+    assert adapt.main([*flags, "--output", str(tmp_path / "none"), "--runs", name, "--full-layers", "7"]) == 2
     assert "cannot use MoBA: full_attention_layers has 7, but LlamaForCausalLM has the layers 0 to 3" in capsys.readouterr().err
     assert not (tmp_path / "none").exists()
 
@@ -190,11 +194,17 @@ def test_what_decides_the_losses_must_not_change(whole: Path, flags: list[str], 
         (["--sequence-length", "1000000", "--rope-theta", "1e6"], "its held-out prose has .* tokens, but one sequence has 1,000,000"),
         (["--text", "nowhere"], "text is read from folders, but nowhere is none"),
         (["--top-k", "1"], "sink_blocks"),
-        (["--model", "missing.gguf"], "missing.gguf"),
+        (["--model", "missing.gguf"], "there is no file missing.gguf"),
         (["--batch-size", "0"], "--batch-size: must be at least 1, but is 0"),
         (["--rank", "0"], "--rank: must be at least 1, but is 0"),
         (["--needle-share", "2"], "--needle-share: must be from 0 to 1, but is 2"),
         (["--minutes", "-1"], "--minutes: must be at least 0, but is -1"),
+        (["--checkpoint-seconds", "nan"], "--checkpoint-seconds: must be at least 0, but is nan"),
+        (["--learning-rate", "-1"], "--learning-rate: must be finite and above 0, but is -1"),
+        (["--learning-rate", "nan"], "--learning-rate: must be finite and above 0, but is nan"),
+        (["--weight-decay", "-1"], "--weight-decay: must be finite and at least 0, but is -1"),
+        (["--clip", "0"], "--clip: must be above 0, but is 0"),
+        (["--warmup", "-1"], "--warmup: must be at least 0, but is -1"),
         (["--sequence-length", "100", "--needle-share", "1"], "--sequence-length is too short for --needle-share: .* but has 100"),
     ],
 )
@@ -202,6 +212,17 @@ def test_what_cannot_work_is_refused_in_one_sentence(flags: list[str], tmp_path:
     assert adapt.main([*flags, *more, "--output", str(tmp_path / "run")]) == 2
     assert re.search(f"adapt.py: error: .*{words}", capsys.readouterr().err)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("output", ["file", "file/below", "/proc/none"])
+def test_a_folder_that_cannot_be_written_to_is_refused_before_the_model_is_loaded(
+    flags: list[str], tmp_path: Path, output: str, monkeypatch, capsys
+) -> None:
+    monkeypatch.setattr(adapt, "load", lambda *_: pytest.fail("loaded"))
+    (tmp_path / "file").touch()
+    assert adapt.main([*flags, "--output", str(tmp_path / output)]) == 2
+    assert capsys.readouterr().err.startswith(f"adapt.py: error: cannot write to the folder {tmp_path / output}: ")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_a_finished_run_is_not_overwritten(whole: Path, flags: list[str], capsys) -> None:
@@ -256,7 +277,9 @@ def test_a_run_that_another_process_is_at_work_on_is_left_alone(whole: Path, fla
     assert adapt.main(command) == 0
 
 
-def test_a_longer_context_is_kept_with_the_adapter_and_is_what_was_measured(longer: Path, byte_llama: Path, text_folder: Path) -> None:
+def test_a_longer_context_is_kept_with_the_adapter_and_is_what_was_measured(
+    longer: Path, byte_llama: Path, text_folder: Path, tmp_path: Path
+) -> None:
     """Held against a model that had this context when it was loaded."""
     tokenizer, model = AutoTokenizer.from_pretrained(byte_llama), AutoModelForCausalLM.from_pretrained(byte_llama)
     context = {"rope_parameters": {"rope_type": "default", "rope_theta": 50000.0}, "max_position_embeddings": 1200}
@@ -266,6 +289,9 @@ def test_a_longer_context_is_kept_with_the_adapter_and_is_what_was_measured(long
     with torch.no_grad():
         torch.testing.assert_close(adapted(ids[None, :1200]).logits, expected(ids[None, :1200]).logits)
     assert needle.default_lengths(adapted) == [150, 300, 600, 1200]
+    adapter, beyond = str(longer / "moba/adapter"), ["--lengths", "1200", "--depths", "0", "--trials", "1", "--text", str(text_folder)]
+    sides = ["--base", str(byte_llama), "--moba", adapter, "--full", adapter, "--device", "cpu"]
+    assert needle.main([*sides, *beyond, "--output", str(tmp_path)]) == 0
 
     moba_flex.patch(expected, **BLOCKS, implementation="naive")
     file = results(longer)["held_out_files"]["code"][:2]

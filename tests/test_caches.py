@@ -5,11 +5,20 @@ from __future__ import annotations
 import copy
 import pickle
 
+import families
 import pytest
-import test_models
 import torch
 from torch import Tensor
-from transformers import CompileConfig, DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel, StaticCache
+from transformers import (
+    CompileConfig,
+    DynamicCache,
+    HrmTextConfig,
+    HrmTextForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    StaticCache,
+)
 from transformers.cache_utils import DynamicLayer
 
 from moba_flex.models import full_attention, interface, patch, set_attention, unpatch
@@ -161,7 +170,7 @@ def test_the_first_layers_alone_may_draft(decode, full_layers):
 @pytest.mark.parametrize("family", ["gemma2", "gpt_oss"])
 @pytest.mark.parametrize("decode", ["full", "sparse"])
 def test_drafts_are_verified_beside_sliding_layers(family, decode):
-    model, ids = patch(test_models.build(family), **{**SPARSE, "decode": decode}), tokens()
+    model, ids = patch(families.build(family), **{**SPARSE, "decode": decode}), tokens()
     expected = model.generate(ids, **GREEDY)
     assert torch.equal(model.generate(ids, prompt_lookup_num_tokens=5, **GREEDY), expected)
     if decode == "sparse":
@@ -485,3 +494,13 @@ def test_set_attention_to_the_specification_decodes_alike():
     model, ids = build(**SPARSE), tokens()
     expected = model.generate(ids, **GREEDY)
     assert torch.equal(set_attention(model, "moba_naive").generate(ids, **GREEDY), expected)
+
+
+def test_layers_that_run_several_times_keep_no_means():
+    """With each call they choose a layer of the cache, which a graph does not see."""
+    torch.manual_seed(0)
+    model = patch(HrmTextForCausalLM(HrmTextConfig(**families.SIZES)).eval(), **SPARSE)
+    cache = StaticCache(model.config, max_cache_len=64)
+    with torch.no_grad():
+        model(tokens(), past_key_values=cache)
+    assert not any(hasattr(layer, "_moba_means") for layer in cache.layers)

@@ -7,7 +7,7 @@ from functools import cache
 import pytest
 import torch
 
-from moba_flex import flex
+from moba_flex import flex, moba_attention
 from moba_flex.compiled import compiled
 from moba_flex.functional import attend
 
@@ -32,6 +32,37 @@ def call(n_query: int, n_key: int, rows: int) -> None:
     """Forward and backward, with two key heads, so never one element of FlexAttention's batch."""
     query, key, value = (torch.randn(rows, h, n, 16, requires_grad=True) for h, n in ((4, n_query), (2, n_key), (2, n_key)))
     attend(query, key, value, block_size=16, top_k=3, implementation="flex").sum().backward()
+
+
+class Moba(torch.nn.Module):
+    def __init__(self, block_size: int) -> None:
+        super().__init__()
+        self.block_size = block_size
+
+    def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        return moba_attention(query, key, value, block_size=self.block_size, top_k=3)
+
+
+def operands(n_tokens: int) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(n_tokens)
+    return tuple(torch.randn(1, 1, n_tokens, 8, generator=generator) for _ in range(3))
+
+
+@pytest.mark.parametrize("block_size", [16, 128])
+def test_the_operation_is_one_graph_for_all_lengths(block_size):
+    torch._dynamo.reset()
+    graphs, model = [], Moba(block_size)
+    call = torch.compile(model, backend=lambda graph, _: graphs.append(graph) or graph.forward, fullgraph=True, dynamic=True)
+    for n_tokens in (129, 100, 300):  # 128 tokens are nothing to it
+        torch.testing.assert_close(call(*operands(n_tokens)), model(*operands(n_tokens)))
+    assert len(graphs) == 1
+
+
+def test_the_operation_is_exported_for_lengths_on_both_sides_of_128_tokens():
+    n_tokens, model = torch.export.Dim("n_tokens", min=20, max=1000), Moba(16)
+    exported = torch.export.export(model, operands(40), dynamic_shapes=({2: n_tokens},) * 3).module()
+    for n in (20, 128, 300):
+        torch.testing.assert_close(exported(*operands(n)), model(*operands(n)))
 
 
 SHORT = [(300, 300), (40, 40), (128, 128), (129, 129), (500, 500), (2, 300), (128, 512), (33, 511), *((n, n) for n in range(20, 500, 40))]

@@ -14,7 +14,8 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from transformers import LlamaForCausalLM
 
 import moba_flex
-from moba_flex import compat, moba_attention, moba_attention_varlen, patch, select_blocks
+from moba_flex import compat, functional, moba_attention, moba_attention_varlen, patch, select_blocks
+from moba_flex.decoding import means_for, write_means
 
 BLOCKS = {"block_size": 16, "top_k": 3}
 
@@ -85,6 +86,38 @@ def test_far_more_blocks_than_there_are_take_no_more_memory():
     assert kept[0] == kept[1]
 
 
+@pytest.mark.parametrize("forced", [(63, 1), (1, 63), (40, 40), (500, 0), (0, 500), (500, 500), (500, 2), (2, 500)])
+@pytest.mark.parametrize("free", [0, 1, 500])
+def test_far_more_sinks_and_recent_blocks_than_there_are_is_all_of_them(forced, free):
+    sinks, recent = forced
+    blocks = {"top_k": 1 + sinks + recent + free, "sink_blocks": sinks, "recent_blocks": recent}
+    for n_tokens in (120, 280):  # 30 and 70 blocks
+        inputs = tensors(1, 1, n_tokens, 4)
+        ours, expected = (moba_attention(*inputs, block_size=4, **blocks, implementation=name) for name in ("eager", "naive"))
+        torch.testing.assert_close(ours, expected)
+
+
+@pytest.mark.parametrize("forced", [(0, 0), (500, 0), (0, 500), (500, 500), (1, 62), (40, 40)])
+def test_nor_does_decoding_gather_more_blocks_than_there_are(forced, monkeypatch):
+    sinks, recent = forced
+    blocks = {"block_size": 4, "top_k": 1 + sinks + recent + 500, "sink_blocks": sinks, "recent_blocks": recent}
+    asked, decode = [], functional.decode
+    monkeypatch.setattr(functional, "decode", lambda *args: asked.append(args[7:10]) or decode(*args))
+    for n_tokens in (120, 253, 257, 280):
+        query, key, value = tensors(1, 1, n_tokens, 4, grad=False)
+        means = write_means(means_for(key, n_tokens // 4), key, None, 4)
+        ours = functional.attend_decoding(query[:, :, -1:], key, value, means, None, None, **blocks, implementation="eager")
+        torch.testing.assert_close(ours, moba_attention(query[:, :, -1:], key, value, **blocks, implementation="naive"))
+    assert max(max(counts) for counts in asked) <= 128
+
+
+def test_they_take_no_more_memory_either():
+    inputs = tensors(1, 2, 512, 8)
+    settings = {"top_k": 64}, {"top_k": 4001, "sink_blocks": 4000}, {"top_k": 4001, "recent_blocks": 2000, "sink_blocks": 2000}
+    kept = [kept_for_backward(moba_attention, *inputs, block_size=16, **blocks) for blocks in settings]
+    assert kept[0] == kept[1] == kept[2]
+
+
 @pytest.mark.parametrize("name", ["block_size", "top_k"])
 def test_a_count_that_no_operator_takes_is_refused(name):
     with pytest.raises(ValueError, match=rf"{name} must be below 2\*\*63, but is {2**64}"):
@@ -107,6 +140,28 @@ def test_all_inputs_of_an_empty_call_have_gradients(implementation):
         assert [x.shape for x in gradients] == [x.shape for x in inputs]
 
 
+@pytest.mark.parametrize("implementation", ["eager", "naive"])
+def test_the_log_sum_exp_of_no_queries_has_gradients_too(implementation):
+    query, key, value = tensors(1, 2, 40, 8)
+    _, lse = moba_attention(query[:, :, :0], key, value, **BLOCKS, return_lse=True, implementation=implementation)
+    assert all((x == 0).all() for x in torch.autograd.grad(lse.sum(), (query, key, value)))
+
+
+@pytest.mark.parametrize("implementation", ["eager", "naive"])
+def test_values_without_a_width_leave_the_log_sum_exp_as_it_is(implementation):
+    query, key, value = tensors(1, 2, 40, 8)
+    settings = {**BLOCKS, "return_lse": True, "sinks": torch.tensor([0.5, -1.0], dtype=torch.float64)}
+    _, expected = moba_attention(query, key, value, **settings, implementation="naive")
+    out, lse = moba_attention(query, key, value[..., :0], **settings, implementation=implementation)
+    assert out.shape == (1, 2, 40, 0)
+    torch.testing.assert_close(lse, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(x.sum(), (query, key)) for x in (lse, expected)))
+    packed = [x[0].transpose(0, 1) for x in (query, key, value[..., :0])]
+    bounds = torch.tensor([0, 40], dtype=torch.int32)
+    _, lse = moba_attention_varlen(*packed, bounds, **settings, implementation=implementation)
+    torch.testing.assert_close(lse.T[None], expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_the_log_sum_exp_of_an_empty_call_has_the_dtype_of_any_other(dtype, monkeypatch):
     before = torch.get_default_dtype()
@@ -127,7 +182,46 @@ def test_a_sink_of_minus_infinity_has_no_gradient_beside_padding(implementation)
     assert gradient[0] == 0 and gradient[1].isfinite() and gradient[1] != 0
 
 
+@pytest.mark.parametrize("score", [-61.0, -59.0, -31.0, -29.0, 29.0, 59.0])
+@pytest.mark.parametrize("size", [1e-10, 1e-20, 1e-24])
+def test_small_values_come_through_whatever_the_scores(score, size):
+    query = torch.full((1, 1, 64, 1), abs(score) ** 0.5)
+    key, value = query * math.copysign(1, score), torch.full_like(query, size)
+    out = moba_attention(query, key, value, block_size=8, top_k=3, scale=1.0, implementation="eager")
+    torch.testing.assert_close(out, value, rtol=1e-5, atol=0)
+
+
 # What PyTorch does around a call
+
+
+@pytest.mark.parametrize("implementation", ["eager", "naive"])
+def test_mapping_over_what_is_read_is_refused(implementation):
+    query, key, value = tensors(1, 2, 40, 8, grad=False)
+    with pytest.raises(NotImplementedError, match="vmap over query hides its values, which select_blocks reads"):
+        torch.vmap(lambda x: select_blocks(x, key, **BLOCKS).indices)(query[None])
+    with pytest.raises(NotImplementedError, match="vmap over key hides its values"):
+        torch.vmap(torch.func.grad(lambda x: select_blocks(query, x, **BLOCKS).indices.sum() * x.sum()))(key[None])
+    mask, bounds, packed = torch.ones(1, 1, 40, dtype=torch.bool), torch.tensor([[0, 40]], dtype=torch.int32), query[0].transpose(0, 1)
+    with pytest.raises(NotImplementedError, match="vmap over padding_mask hides its values"):
+        torch.vmap(lambda x: moba_attention(query, key, value, padding_mask=x, **BLOCKS, implementation=implementation))(mask)
+    with pytest.raises(NotImplementedError, match="vmap over padding_mask hides its values"):
+        torch.vmap(lambda x: select_blocks(query, key, padding_mask=x, **BLOCKS).indices)(mask)
+    with pytest.raises(NotImplementedError, match="vmap over cu_seqlens hides its values"):
+        torch.vmap(lambda x: moba_attention_varlen(packed, packed, packed, x, **BLOCKS, implementation=implementation))(bounds)
+
+
+def test_the_specification_goes_through_transforms_beside_what_is_read():
+    query, key, value = tensors(1, 2, 40, 8, grad=False)
+    settings = {**BLOCKS, "implementation": "naive"}
+    mask, bounds = torch.ones(1, 40, dtype=torch.bool), torch.tensor([0, 40], dtype=torch.int32)
+    expected = moba_attention(query, key, value, **settings)
+    found = torch.vmap(lambda x: moba_attention(x, key, value, padding_mask=mask, **settings))(query[None])
+    torch.testing.assert_close(found[0], expected)
+    packed = [x[0].transpose(0, 1) for x in (query, key, value)]
+    found = torch.vmap(lambda x: moba_attention_varlen(x, *packed[1:], bounds, **settings))(packed[0][None])
+    torch.testing.assert_close(found.transpose(1, 2), expected)
+    chosen = select_blocks(query, key, **BLOCKS).indices.sum()
+    assert (torch.func.grad(lambda x: (x * select_blocks(x, key, **BLOCKS).indices.sum()).sum())(query) == chosen).all()
 
 
 def test_forward_mode_derivatives_are_refused_but_by_the_specification():
@@ -207,8 +301,8 @@ def test_packed_outputs_can_be_viewed_as_those_of_flash_attention():
     [
         ({"causal": None}, "causal must be True or False, but is None"),
         ({"causal": 0}, "causal must be True or False, but is 0"),
-        ({"scale": math.nan}, "scale must be finite, but is nan"),
-        ({"scale": -math.inf}, "scale must be finite, but is -inf"),
+        ({"scale": math.nan}, "scale must be finite in float32, but is nan"),
+        ({"scale": -math.inf}, "scale must be finite in float32, but is -inf"),
     ],
     ids=str,
 )

@@ -55,7 +55,12 @@ QUERY_KEY = [
     ({"query": zeros(2, 4, 8, 5)}, ValueError, ["query", "(2, 4, 8, 5)", "key", "(2, 4, 8, 3)", "width"]),
     ({"query": zeros(2, 6, 8, 3)}, ValueError, ["query", "6 heads", "multiple", "4"]),
     ({"query": zeros(2, 2, 8, 3)}, ValueError, ["query", "2 heads", "multiple", "4"]),
-    ({"query": zeros(2, 4, 9, 3)}, ValueError, ["query", "9", "8 keys"]),
+    (
+        {"query": zeros(2, 4, 9, 3)},
+        ValueError,
+        ["query (2, 4, 9, 3)", "key (2, 4, 8, 3)", "(batch, heads, tokens, width)", "transpose(1, 2)"],
+    ),
+    *[({name: X.to_sparse()}, TypeError, [name, "torch.sparse_coo", ".to_dense()"]) for name in ("query", "key")],
     *[({"padding_mask": value}, TypeError, ["padding_mask", type(value).__name__]) for value in ([[True] * 8] * 2, True)],
     ({"padding_mask": torch.ones(2, 8)}, TypeError, ["padding_mask", "bool", "torch.float32"]),
     ({"padding_mask": torch.ones(2, 8).long()}, TypeError, ["padding_mask", "bool", "torch.int64"]),
@@ -79,7 +84,9 @@ VALUE = [
 SCORES = [
     ({"scale": "1"}, TypeError, ["scale", "str"]),
     ({"scale": torch.tensor(1.0)}, TypeError, ["scale", "Tensor"]),
-    *[({"softcap": value}, ValueError, ["softcap", repr(value)]) for value in (0, 0.0, -1.0, "30", float("nan"))],
+    ({"scale": True}, TypeError, ["scale", "bool"]),
+    *[({"scale": value}, ValueError, ["scale", "float32", repr(value)]) for value in (1e39, -1e39)],
+    *[({"softcap": value}, ValueError, ["softcap", repr(value)]) for value in (0, 0.0, -1.0, "30", float("nan"), True, 1e39, 1e-46)],
     ({"sinks": [0.0] * 4}, TypeError, ["sinks", "list"]),
     ({"sinks": torch.zeros(4).long()}, TypeError, ["sinks", "torch.int64"]),
     ({"sinks": zeros(3)}, ValueError, ["sinks", "(3,)", "(4,)"]),
@@ -88,6 +95,7 @@ SCORES = [
     ({"implementation": "fast"}, ValueError, ["implementation", "'fast'", "eager", "naive", "flex", "auto"]),
     ({"implementation": None}, ValueError, ["implementation", "None"]),
     ({"implementation": "flex"}, ValueError, ["implementation", "flex", "CUDA", "cpu"]),
+    *[({"return_lse": value}, ValueError, ["return_lse", "True or False", repr(value)]) for value in (1, None, "no")],
 ]
 P = torch.zeros(8, 4, 3)
 PACKED = [
@@ -167,6 +175,28 @@ def test_moba_attention_varlen_names_the_argument_that_is_wrong(no_work, wrong, 
 @each(*BLOCKS, *QUERY_KEY)
 def test_select_blocks_names_the_argument_that_is_wrong(wrong, error, said):
     check(select_blocks, {"query": X, "key": X, "block_size": 4, "top_k": 5}, wrong, error, said)
+
+
+@pytest.mark.parametrize("name", ["scale", "softcap"])
+def test_a_number_that_no_float_holds_is_refused_in_a_short_sentence(name):
+    with pytest.raises(ValueError, match=rf"{name} must be .*float32.*10000+\.\.\.0+$") as raised:
+        moba_attention(X, X, X, block_size=4, top_k=2, **{name: 10**400})
+    assert len(str(raised.value)) < 120
+
+
+@pytest.mark.parametrize("layout", [torch.jagged, torch.strided], ids=str)
+@pytest.mark.parametrize("function", [moba_attention, select_blocks])
+def test_nested_tensors_are_sent_to_the_function_for_packed_sequences(function, layout):
+    nested = torch.nested.nested_tensor([torch.zeros(n, 2, 3) for n in (5, 7)], layout=layout)
+    count = 3 if function is moba_attention else 2
+    for x in (nested, nested.transpose(1, 2)):
+        with pytest.raises(
+            TypeError, match=r"query must be .* but is a nested one.*moba_attention_varlen with x\.values\(\).*x\.offsets\(\)"
+        ):
+            function(*[x] * count, block_size=4, top_k=2)
+    if layout is torch.jagged:  # which is what the message says
+        out = moba_attention_varlen(*[nested.values()] * 3, nested.offsets(), block_size=4, top_k=2)
+        assert out.shape == (12, 2, 3)
 
 
 @pytest.mark.parametrize("function", [moba_attention, moba_attention_varlen, select_blocks])

@@ -51,6 +51,23 @@ def test_short_packed_sequences_in_a_long_block(way, causal):
         assert_equal(lambda name: moba_attention_varlen(*inputs, bounds, implementation=name, **settings), inputs)  # noqa: B023
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("top_k", [4, 8, 12])
+@pytest.mark.parametrize("width", [192, 256, 512, 576])
+def test_the_gate_chooses_among_wide_keys(width, top_k, dtype):
+    query, key = (x.detach().to(dtype) for x in tensors((1, 2, 2000, width), (1, 1, 2000, width)))
+    for block_size in (64, 128):
+        settings = {"block_size": block_size, "top_k": top_k, "sink_blocks": 1}
+        chosen = [select_blocks(q, k, **settings).indices.cpu() for q, k in ((query, key), (query.cpu(), key.cpu()))]
+        assert (chosen[0] != chosen[1]).any(-1).float().mean() < 2e-3  # scores that are equal but for rounding
+
+
+def test_nothing_is_left_to_choose_beside_first_and_latest_blocks():
+    inputs = tensors((1, 4, 1100, 64), (1, 2, 1100, 64), (1, 2, 1100, 64))
+    settings = {"block_size": 16, "top_k": 5, "sink_blocks": 1, "recent_blocks": 3}
+    assert_equal(lambda name: moba_attention(*inputs, implementation=name, **settings), inputs)
+
+
 @pytest.mark.parametrize("top_k", [65, 1000, 2**31])
 def test_far_more_blocks_than_there_are_is_all_of_them(way, top_k):
     inputs = tensors((1, 4, 1100, 64), (1, 2, 1100, 64), (1, 2, 1100, 64))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 
+import accelerate
 import numpy as np
 import pytest
 import torch
@@ -344,6 +345,49 @@ def test_an_adapter_is_loaded_with_the_convolutions_of_its_model(more, tmp_path)
     expected = model(tokens()).logits
     loaded = moba_flex.AutoModelForCausalLM.from_pretrained(tmp_path / "adapter")
     assert type(loaded) is LlamaForCausalLM and torch.equal(loaded(tokens()).logits, expected)
+
+
+def test_attention_that_does_not_say_where_sequences_begin_is_refused():
+    model = model_with()
+    expected = model(tokens()).logits
+    model.set_attn_implementation("sdpa")
+    with pytest.raises(ValueError, match=r'"sdpa" attention does not say: use moba_flex\.set_attention\(model, "full"\)'):
+        model(tokens())
+    model.set_attn_implementation("moba")
+    assert torch.equal(model(tokens()).logits, expected)
+
+
+def test_a_hybrid_model_continues_its_keys():
+    sizes = {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1}
+    torch.manual_seed(0)
+    model = transformers.FalconH1ForCausalLM(transformers.FalconH1Config(**{**SIZES, **sizes})).eval()
+    patch(model, **SPARSE, key_conv=3)
+    for layer in model.model.layers[:-1]:
+        torch.nn.init.normal_(layer.self_attn.key_conv.weight)
+    ids = tokens()
+    with torch.no_grad():
+        cache = model(ids[:, :20], use_cache=True).past_key_values
+        logits = model(ids[:, 20:], past_key_values=cache).logits
+        set_attention(model, "full")  # tokens behind a cache read all keys
+        whole = model(ids, use_cache=False).logits
+        cache = model(ids[:, :20], use_cache=True).past_key_values
+        assert torch.allclose(model(ids[:, 20:], past_key_values=cache).logits, whole[:, 20:], atol=1e-4)
+        assert logits.isfinite().all()
+
+
+def test_a_model_that_runs_its_layers_several_times_wants_no_cache():
+    torch.manual_seed(0)
+    model = transformers.HrmTextForCausalLM(transformers.HrmTextConfig(**SIZES)).eval()
+    patch(model, **SPARSE, key_conv=3)
+    model(tokens(), use_cache=False)
+    with pytest.raises(ValueError, match="not in that layer of the cache: call the model with use_cache=False"):
+        model(tokens(), use_cache=True)
+
+
+def test_offloaded_layers_get_no_new_weights():
+    model = accelerate.cpu_offload(LlamaForCausalLM(LlamaConfig(**SIZES)), execution_device="cpu")
+    with pytest.raises(ValueError, match="must be there before weights are offloaded"):
+        patch(model, **SPARSE, key_conv=3)
 
 
 def test_slices_of_a_sequence_are_refused():

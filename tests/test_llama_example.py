@@ -100,6 +100,11 @@ def test_bad_model_names(capsys, monkeypatch, name):
     expect_error(capsys, ["--model", name], "cannot load the model", name)
 
 
+@pytest.mark.parametrize("name", ["x.gguf", "no/x.gguf", "/no/such/x.gguf"])
+def test_a_gguf_file_that_is_missing(capsys, name):
+    expect_error(capsys, ["--model", name], f"there is no file {name}")
+
+
 def test_a_folder_that_holds_no_model(capsys, tmp_path):
     expect_error(capsys, ["--model", tmp_path], "cannot load the model", str(tmp_path))
 

@@ -132,3 +132,13 @@ def test_a_config_cannot_be_changed_in_place():
             change()
     assert MobaConfig.from_dict(settings.to_dict()) == settings
     assert MobaConfig.from_dict({"top_k": 3, "full_attention_layers": [1]}).full_attention_layers == (1,)
+
+
+def test_layers_that_do_not_say_which_they_are_cannot_be_named():
+    model = build()
+    for layer in attentions(model):
+        layer.layer_idx = -1  # as in Zamba2, whose layers are told with each call
+    state = snapshot(model)
+    with pytest.raises(ValueError, match=r"full_attention_layers=\[1\], but no LlamaAttention says which layer it is: leave it out"):
+        patch(model, **SPARSE, full_attention_layers=(1,))
+    assert snapshot(model) == state

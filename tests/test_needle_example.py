@@ -267,8 +267,11 @@ def test_cells_that_moba_alone_misses_are_named(capsys) -> None:
     [
         (["--trials", "0"], "--trials: must be at least 1, but is 0"),
         (["--full-tail", "-1"], "--full-tail: must be at least 0, but is -1"),
-        (["--depths", "0.5", "50"], "--depths: must be from 0 to 1, but is 50.0"),
+        (["--depths", "0.5", "50"], "--depths: must be from 0 to 1, but is 50"),
         (["--lengths", "100"], "length must be from"),
+        (["--lengths", "5"], "length must be from"),
+        (["--lengths", "300", "5000"], "--lengths has 5,000, but the context of --moba's model is 1,024 tokens"),
+        (["--output", __file__], f"cannot write to the folder {__file__}: Not a directory"),
         (["--text", "nowhere"], "text is read from folders, but nowhere is none"),
         (["--top-k", "0"], "top_k"),
     ],
@@ -277,3 +280,4 @@ def test_what_cannot_work_is_refused_in_one_sentence(flags: list[str], byte_llam
     assert needle.main([*flags, "--moba", str(byte_llama), "--full", str(byte_llama), "--output", str(tmp_path / "run"), *more]) == 2
     lines = capsys.readouterr().err.replace("\r", "\n").splitlines()
     assert [line for line in lines if line.startswith("needle.py: error: ") and words in line], lines
+    assert not (tmp_path / "run").exists()

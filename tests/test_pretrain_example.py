@@ -149,7 +149,16 @@ def test_a_share_of_the_windows_has_facts_and_the_others_are_as_without(text, tm
         (["--needle-facts", "0"], "--needle-facts: must be at least 1, but is 0"),
         (["--needle-share", "0.1", "--context", "256"], "--context must be at least 512 for --needle-share, but is 256"),
         (["--context", "0"], "--context: must be at least 1, but is 0"),
-        (["--tokens", "0"], "--tokens: must be above 0, but is 0"),
+        (["--tokens", "0"], "--tokens: must be finite and above 0, but is 0"),
+        (["--tokens", "inf"], "--tokens: must be finite and above 0, but is inf"),
+        (["--blocks", "4", "0"], "--blocks: must be at least 1, but is 0"),
+        (["--learning-rate", "nan"], "--learning-rate: must be finite and above 0, but is nan"),
+        (["--weight-decay", "-1"], "--weight-decay: must be finite and at least 0, but is -1"),
+        (["--clip", "-1"], "--clip: must be above 0, but is -1"),
+        (["--warmup", "-1"], "--warmup: must be at least 0, but is -1"),
+        (["--checkpoint-minutes", "-1"], "--checkpoint-minutes: must be at least 0, but is -1"),
+        (["--budget-seconds", "nan"], "--budget-seconds: must be at least 0, but is nan"),
+        (["--runs"], "there is nothing to run: name some --runs, or numbers of --blocks"),
         (["--plot", "losses.png"], "--plot: goes with --compare"),
     ],
 )
@@ -316,9 +325,10 @@ def test_no_run_begins_when_the_time_is_up(text, tmp_path, monkeypatch, capsys):
     assert "the time is up after step 0 of toy-128-moba-b16k3-seed0, 1 runs left" in capsys.readouterr().out
 
 
-def test_runs_that_are_done_are_left_out(trained, text, monkeypatch):
+def test_runs_that_are_done_are_left_out(trained, text, monkeypatch, capsys):
     monkeypatch.setattr(pretrain.Training, "go_on", lambda *_: pytest.fail("trained again"))
     assert pretrain.pretrain(arguments(trained, text, "--runs", "full", "moba"))
+    assert capsys.readouterr().out.endswith(f"all runs are done: see --compare {trained / 'logs'}/*.json\n")
     assert pretrain.pretrain(arguments(trained, text, "--runs", "full", "--block-size", "32"))  # full attention has no blocks
 
 

@@ -79,6 +79,13 @@ def test_the_short_form_takes_what_transformers_takes(attn, tmp_path):
         AutoModelForCausalLM.from_pretrained(tmp_path, attn="sparse")
 
 
+def test_a_configuration_may_be_given_as_a_place(tmp_path):
+    model = patch(build(), **SPARSE)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, config=str(tmp_path))
+    assert torch.equal(logits(loaded, tokens()), logits(model, tokens()))
+
+
 def test_settings_are_read_where_nothing_may_be_called(tmp_path):
     config = patch(build(), **SPARSE).config
     torch.save({"config": config.to_dict()}, tmp_path / "checkpoint.pt")

@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 from cases import assert_same
+from peft import PromptTuningConfig, get_peft_model
 from torch import Tensor
 from transformers import BertConfig, BertModel, Gemma2Config, LlamaConfig, PreTrainedModel
 
@@ -388,6 +389,17 @@ def test_far_more_blocks_than_there_are_take_no_more_memory(monkeypatch):
     assert set(asked) == {13}  # blocks of 200 tokens
     assert_same(found.share_of_keys, trace(patch(model, block_size=16, top_k=13), **inputs).share_of_keys)
     assert found.selections[0].indices.device.type == "cpu"
+
+
+def test_virtual_tokens_are_read_too():
+    torch.manual_seed(0)
+    model = patch(transformers.LlamaForCausalLM(LlamaConfig(**SIZES)), **SPARSE)
+    ids = torch.randint(2, 64, (1, TOKENS))
+    alone = trace(model, ids)
+    tuned = get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=9))
+    assert trace(tuned, ids).chosen.shape[2] == -(-(TOKENS + 9) // 4)
+    with tuned.disable_adapter():
+        assert torch.equal(trace(model, ids).chosen, alone.chosen)
 
 
 @pytest.mark.gpu

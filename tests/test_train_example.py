@@ -271,6 +271,11 @@ def test_what_cannot_work_is_said_in_one_line(alone: None, tmp_path: Path, argum
         (["--checkpoint-every", "0"], "argument --checkpoint-every: must be at least 1, but is 0"),
         (["--sequence-length", "1"], "argument --sequence-length: a sequence of 1 token has nothing to predict"),
         (["--moba-share", "3"], "argument --moba-share: must be from 0 to 1, but is 3"),
+        (["--learning-rate", "-1"], "argument --learning-rate: must be finite and above 0, but is -1"),
+        (["--learning-rate", "nan"], "argument --learning-rate: must be finite and above 0, but is nan"),
+        (["--weight-decay", "inf"], "argument --weight-decay: must be finite and at least 0, but is inf"),
+        (["--clip", "nan"], "argument --clip: must be above 0, but is nan"),
+        (["--warmup", "-1"], "argument --warmup: must be at least 0, but is -1"),
     ],
 )
 def test_numbers_out_of_range_are_refused(tmp_path: Path, arguments: list[str], words: str, capsys) -> None:

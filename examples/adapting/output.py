@@ -16,8 +16,8 @@ import transformers
 from changed_settings import changes
 from demo_weights import DemoError
 from filelock import FileLock, Timeout
-from llama import context_of
-from needle import write
+from llama import context_of, one_line
+from needle import check_writable, write
 from peft import set_peft_model_state_dict
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
@@ -38,6 +38,7 @@ class Output:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self._args, self._folder = args, args.output
+        check_writable(self._folder)
         begun = [name for name in args.runs if (self._folder / name).exists()]
         if begun and not args.resume:
             raise DemoError(f"--output {self._folder} has {', '.join(begun)} already: go on with --resume, or choose another folder")
@@ -49,7 +50,8 @@ class Output:
         device = torch.cuda.get_device_name(self._args.device) if self._args.device.startswith("cuda") else platform.machine()
         versions = {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
         about = {"device": device, "versions": versions, "date": time.strftime("%Y-%m-%d")}
-        self._folder.mkdir(parents=True, exist_ok=True)
+        with one_line("cannot write to the folder"):
+            self._folder.mkdir(parents=True, exist_ok=True)
         with self.results() as results:
             saved = results.setdefault("settings", settings)
             if changed := changes(saved, settings):
@@ -69,7 +71,8 @@ class Output:
 
     def hold(self, name: str) -> AbstractContextManager:
         """Keep other processes from working on the run, for a `with`."""
-        (self._folder / name).mkdir(exist_ok=True)
+        with one_line("cannot write to the folder"):
+            (self._folder / name).mkdir(exist_ok=True)
         try:
             return FileLock(self._folder / name / "run.lock").acquire(timeout=0)
         except Timeout:

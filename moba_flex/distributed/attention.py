@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.attention.bias import causal_lower_right
 
 from .. import arguments
-from ..functional import attend
+from ..functional import attend, check_not_transformed
 from .exchange import gathered_keys, heads_to_tokens, tokens_to_heads
 
 EXCHANGES = ("keys", "heads")
@@ -73,6 +73,8 @@ def moba_attention_cp(
     arguments.check_query_key(query=query, key=key, value=value)
     arguments.check_blocks(block_size, top_k, sink_blocks, recent_blocks, True, share_selection)
     arguments.check_scores(query, query.shape[1], scale, softcap, sinks)
+    arguments.check_flag("return_lse", return_lse)
+    check_not_transformed(query, key, value, but="do not go through exchanges between processes: use backward() or torch.autograd.grad")
     blocks = {"block_size": block_size, "top_k": top_k, "sink_blocks": sink_blocks, "recent_blocks": recent_blocks}
     blocks["share_selection"] = share_selection
     scores = {"scale": scale, "softcap": softcap}

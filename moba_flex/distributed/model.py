@@ -24,6 +24,7 @@ from .attention import across, check_exchange, full, group_of, moba
 from .exchange import gathered
 
 _IGNORED = -100  # the label that PyTorch's cross entropy leaves out
+_WHOLE = (torch.int64, torch.int32)
 _KNOWN = ("input_ids", "labels", "attention_mask", "position_ids")  # of a batch
 
 
@@ -142,6 +143,7 @@ class ContextParallel:
 
         Raises:
             ValueError: an entry that it does not know, padding on the left, packed sequences, or another batch on another process.
+            TypeError: the batch is no mapping, an entry is no tensor, or `input_ids` or `labels` are no whole numbers.
         """
         ids = self._agreed(batch)
         n_tokens = ids.shape[1]
@@ -186,7 +188,7 @@ class ContextParallel:
                     "model's rotary embeddings depend on the length, which padding would change"
                 )
             mine = [*ids.shape, *(_checksum(batch.get(name)) for name in _KNOWN)]
-        except (ValueError, TypeError) as wrong:
+        except Exception as wrong:  # any: the others wait for what this process has to say
             error = wrong
         backend = dist.get_backend(self.group)
         device = "cpu" if "gloo" in backend or backend == "undefined" else "cuda"  # undefined: what the devices have each
@@ -227,10 +229,20 @@ def _without_last_position(_rotary: nn.Module, _args: tuple, out: tuple[Tensor, 
 
 def _read(batch: Mapping[str, Tensor]) -> Tensor:
     """The batch's `input_ids`, if all of it is something that can be cut into slices."""
+    if not isinstance(batch, Mapping):
+        raise TypeError(f'batch must be a mapping such as {{"input_ids": ids}}, but is a {type(batch).__name__}')
     unknown = [name for name in batch if name not in _KNOWN]
     if unknown or "input_ids" not in batch:
-        raise ValueError(f"batch must have input_ids and may have {', '.join(_KNOWN[1:])}, but has {', '.join(batch)}")
+        raise ValueError(
+            f"batch must have input_ids and may have {', '.join(_KNOWN[1:])}, but has {', '.join(map(str, batch)) or 'nothing'}"
+        )
     ids = batch["input_ids"]
+    for name in _KNOWN:
+        x = batch.get(name)
+        if not isinstance(x, Tensor) and (x is not None or name == "input_ids"):
+            raise TypeError(f"{name} of a batch must be a torch.Tensor, but is a {type(x).__name__}: convert it with torch.as_tensor")
+        if name in ("input_ids", "labels") and x is not None and x.dtype not in _WHOLE:
+            raise TypeError(f"{name} must be whole numbers, int64 or int32, but are {x.dtype}: convert them with .long()")
     if ids.dim() != 2 or not ids.numel():
         raise ValueError(f"input_ids must be [B, N] with at least one token, but have shape {tuple(ids.shape)}")
     for name in _KNOWN[1:]:

@@ -2,12 +2,14 @@
 
 Precision: means are float32. The product of bfloat16 or float16 queries with a float32 mean is the sum of two products on the matrix
 units, with the mean's high and low half in the queries' dtype; float32 queries use float32 products. So choices are those of float32,
-but for scores that are equal to within its rounding.
+but for scores that are equal to within its rounding, or with bfloat16 queries within that of a mean's 17 bits. In float16 the low half
+of a number ends at 6e-8, so that means far below 0.01 have fewer.
 """
 
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import torch
 import triton
@@ -75,7 +77,7 @@ def block_means(key: Tensor, layout: BlockLayout, dtype: torch.dtype) -> tuple[T
         layout.width,
         width,
         padded,
-        min(next_power_of_2(layout.block_size), 64),
+        min(next_power_of_2(layout.block_size), 64, max(1, 16384 // padded)),  # more would not fit into registers
     )
     return high, low
 
@@ -105,11 +107,12 @@ def _mean(HIGH, LOW, at, mask):
 
 
 @triton.jit
-def _lead(queries, HIGH, LOW, chosen, rival, wanted, D: tl.constexpr, DP: tl.constexpr):
+def _lead(queries, HIGH, LOW, chosen, rival, wanted, D: tl.constexpr):
     # By how much the query at each of these addresses scores one mean higher than another; 0 where it is not wanted.
     lead = tl.zeros_like(wanted.to(tl.float32))
-    for start in tl.static_range(0, DP, 16):
-        d = start + tl.arange(0, 16)[None, :]
+    at_once: tl.constexpr = 16 if D <= 256 else 64  # so that not many copies are compiled
+    for start in tl.static_range(0, D, at_once):
+        d = start + tl.arange(0, at_once)[None, :]
         mask = wanted[:, None] & (d < D)
         difference = _mean(HIGH, LOW, chosen[:, None] * D + d, mask) - _mean(HIGH, LOW, rival[:, None] * D + d, mask)
         lead += tl.sum(tl.load(queries[:, None] + d, mask=mask, other=0.0).to(tl.float32) * difference, 1)
@@ -216,7 +219,7 @@ def _lanes_kernel(
         pair = pair & (_without(before, turn_bits) > ahead)
         if tl.max(pair.to(tl.int32), 0) > 0:
             rival = begin + (second.to(tl.int32, bitcast=True) & turn_bits) * T + rival_lane
-            lead = _lead(queries, HIGH, LOW, group * C + chosen, group * C + rival, pair, D, DP)
+            lead = _lead(queries, HIGH, LOW, group * C + chosen, group * C + rival, pair, D)
             chosen = tl.where(pair & ((lead < 0) | ((lead == 0) & (rival < chosen))), rival, chosen)
         certain = certain | pair
     tl.store(out + FREE - 1, chosen, mask=here)
@@ -258,7 +261,7 @@ def _search_kernel(
     best = tl.zeros([M, K], tl.float32) + tl.where(j < FREE, float("-inf"), float("inf"))[None, :]
     chosen = tl.zeros([M, K], tl.int32) - 1 - j[None, :]
     least = tl.min(best, 1)
-    for start in range(first + SINK, last - RECENT, T):
+    for start in range(first + SINK, last - RECENT if FREE > 0 else first, T):
         c = start + column
         ok = c < last - RECENT
         at = (group * C + c.to(tl.int64))[None, :] * D + d[:, None]
@@ -287,15 +290,33 @@ def _search_kernel(
         tl.store(out + FREE + SINK + r, tl.where(real & (last - 1 - r >= first + SINK), last - 1 - r, -1))
 
 
-def _program(dtype: torch.dtype, free: int, slots: int) -> tuple[int, int, int, dict]:
-    """Queries and lanes of a program, turns of its loop at once, and how it is compiled, to choose `free` blocks of `slots` slots."""
-    if dtype == torch.float32:
-        return 32, 32, 1, {"num_warps": 4, "num_stages": 3}
-    if free <= 8:  # two programs share a multiprocessor, and nothing spills
-        return 128, 32, 1, {"num_warps": 8, "num_stages": 3, "maxnreg": 128}
-    if slots % 128 == 0:  # all queries of a program may choose the same blocks
-        return 128, 64, 2, {"num_warps": 8, "num_stages": 3}
-    return 64, 64, 1, {"num_warps": 4, "num_stages": 3}
+@lru_cache(maxsize=256)
+def _program(dtype: torch.dtype, free: int, slots: int, width: int, room: int) -> tuple[int, int, int, dict]:
+    """Queries and lanes of a program, turns of its loop at once, and how it is compiled, to choose `free` blocks of `slots` slots.
+
+    The fastest of those that need at most `room` bytes of shared memory for queries and means that are `width` wide.
+    """
+    halves, fastest = (1 if dtype == torch.float32 else 2), []
+    if dtype != torch.float32 and free <= 8:
+        fastest = [(128, 32, 1, 8), (64, 32, 1, 4)]
+    elif dtype != torch.float32:
+        fastest = [(64, 64, 1, 4)]
+        if slots % 128 == 0:  # all queries of a program may choose the same blocks
+            fastest = [(128, 64, 2, 8), *fastest]
+    for queries, lanes, turns, warps in (*fastest, (32, 32, 1, 4), (16, 16, 1, 4)):
+        stages = min(3, (room // (width * dtype.itemsize) - queries) // (halves * lanes * turns))
+        options = {"num_warps": warps, "num_stages": max(stages, 1)}
+        if stages > turns:  # one more than a turn reads, so that loads go on during products
+            break
+    if (queries, lanes) == (128, 32):  # two programs share a multiprocessor, and nothing spills
+        options["maxnreg"] = 128
+    return queries, lanes, turns, options
+
+
+@lru_cache(maxsize=16)
+def _shared_memory(device: torch.device) -> int:
+    """The bytes that one program may have."""
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
 def choose(query: Tensor, key: Tensor, layout: BlockLayout, spec: Spec) -> Tensor:
@@ -308,11 +329,12 @@ def choose(query: Tensor, key: Tensor, layout: BlockLayout, spec: Spec) -> Tenso
     shape = heads, key.shape[1], layout.n_key_blocks, layout.n_query_blocks
     sizes = {"D": width, "DP": max(16, next_power_of_2(width)), "P": layout.width}
     forced = {"SINK": spec.sink_blocks, "RECENT": spec.recent_blocks, "FREE": free}
-    operands = query, *block_means(key, layout, query.dtype), chosen
+    means = block_means(key, layout, query.dtype) if free else (query, None)  # nothing is chosen by a score then
+    operands = query, *means, chosen
     places = *candidates(layout, spec), layout.query_start, layout.query_stop, *query.stride()[:3], *shape
 
-    tile, lanes, turns, options = _program(query.dtype, free, layout.width)
-    searched, most = min(tile, 64), 64 if query.dtype != torch.float32 else 32
+    tile, lanes, turns, options = _program(query.dtype, free, layout.width, sizes["DP"], _shared_memory(query.device))
+    searched = min(tile, 64)
     bits = (cdiv(layout.n_key_blocks, lanes) - 1).bit_length()
     tiles, redo = cdiv(slots, tile), None
     if 0 < free <= _MOST_IN_LANES and bits <= _MOST_BITS:
@@ -323,6 +345,6 @@ def choose(query: Tensor, key: Tensor, layout: BlockLayout, spec: Spec) -> Tenso
         )
     m, k = math.gcd(layout.width, searched), next_power_of_2(max(free, 2))
     _search_kernel[(slots // m, rows * heads)](
-        *operands, redo, *places, tiles * tile // searched, searched, **sizes, **forced, K=k, M=m, T=most, num_warps=4, num_stages=3
+        *operands, redo, *places, tiles * tile // searched, searched, **sizes, **forced, K=k, M=m, T=searched, num_warps=4, num_stages=3
     )
     return chosen

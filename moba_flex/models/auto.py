@@ -41,7 +41,9 @@ class AutoModelForCausalLM:
         """
         _check(attn)
         loader = transformers.AutoModelForCausalLM
-        config = kwargs.get("config") or _saved_config(name, kwargs)
+        config = kwargs.get("config")
+        if not isinstance(config, transformers.PreTrainedConfig):  # or the place of one
+            config = _saved_config(name if config is None else config, kwargs)
         original = None
         if config is not None and _settings(config).key_conv:
             original = loader._model_mapping.get(type(config), None)

@@ -27,14 +27,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from transformers import cache_utils
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, EncoderDecoderCache
 
 from ..config import MobaConfig
 from .cache import DynamicLayerWithMeans, cache_in
-from .layers import named_full
+from .layers import MOBA, named_full
 from .mask import MobaMask
 
-GROWING = (DynamicLayer, DynamicLayerWithMeans)  # kinds of cache layers, not kinds of them that drop or change keys
+GROWING = (  # kinds of cache layers, not kinds of them that drop or change keys
+    *(DynamicLayer, DynamicLayerWithMeans),
+    getattr(cache_utils, "LinearAttentionAndFullAttentionLayer", DynamicLayer),  # of hybrid models, not in all versions
+)
 
 
 class KeyConv(nn.Module):
@@ -98,11 +102,16 @@ class Hooks:
             self._handles[1] = layer.k_proj.register_forward_hook(self._convolve)
         if layer.key_conv is not self.module:
             self.module = layer.key_conv
+        if (used := layer.config._attn_implementation) not in MOBA:
+            raise ValueError(
+                f'key_conv needs to know where sequences begin, which "{used}" attention does not say: use '
+                'moba_flex.set_attention(model, "full") in place of set_attn_implementation, or unpatch the model'
+            )
         hidden, cache = args[0] if args else kwargs["hidden_states"], cache_in(kwargs)
         position = _positions(kwargs.get("attention_mask"), hidden, kwargs)
         now = None
         if cache is not None:
-            now = Pass(position, cache, _keys_before(cache, layer))
+            now = Pass(position, cache, *_keys_before(cache, layer))
         elif position is not None:
             now = Pass(position)
         if now is not self._pass:
@@ -115,6 +124,7 @@ class Hooks:
         if now.cache is not None:
             last = self.kernel_size - 1
             now.last_keys = _behind(now.before, key, last)[:, key.shape[1] :].clone()  # not a view of all
+            now.length += key.shape[1]
         return self.module(key, now.position, now.before)
 
     def _end(self, layer: nn.Module, args: tuple, out: Any) -> None:
@@ -122,7 +132,7 @@ class Hooks:
         if now is None:
             return
         if now.cache is not None:
-            _keep(now.cache, layer, now.last_keys)
+            _keep(now, layer)
         self._pass = None
 
 
@@ -133,6 +143,7 @@ class Pass:
     position: Tensor | None
     cache: Cache | None = None
     before: Tensor | None = None
+    length: int = 0  # of the cache, with this call's keys
     last_keys: Tensor | None = None
 
 
@@ -172,6 +183,8 @@ def set_key_convs(layers: list[nn.Module], settings: MobaConfig) -> None:
             raise ValueError(f"{what}, which {type(layer).__name__} {has}: set key_conv to 0")
         if "_context_parallel" in layer.__dict__:
             raise ValueError(f"key_conv={size} would not see the keys before a slice, and {type(layer).__name__} is context-parallel")
+        if k_proj.weight.is_meta and any(hasattr(module, "_hf_hook") for module in (layer, k_proj)):
+            raise ValueError(f"key_conv={size} gives {type(layer).__name__} a new weight, which must be there before weights are offloaded")
         if isinstance(k_proj.weight, DTensor):
             raise ValueError(f"key_conv={size} gives {type(layer).__name__} a new weight, which must be there before the model is sharded")
     for layer in layers:
@@ -216,6 +229,8 @@ def check_key_conv(layer: nn.Module, settings: MobaConfig) -> None:
 
 def _cache_layer(cache: Cache, layer: nn.Module) -> CacheLayerMixin | None:
     cache = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+    if not isinstance(cache, Cache):
+        raise ValueError(f"key_conv needs the keys before the new ones, which a {type(cache).__name__} does not give: use DynamicCache()")
     return None if layer.layer_idx >= len(cache.layers) else cache.layers[layer.layer_idx]
 
 
@@ -223,26 +238,31 @@ def _cache_layer(cache: Cache, layer: nn.Module) -> CacheLayerMixin | None:
 
 
 @torch.compiler.disable
-def _keep(cache: Cache, layer: nn.Module, last_keys: Tensor) -> None:
+def _keep(now: Pass, layer: nn.Module) -> None:
     """Leave the keys for the next call, where the cache is of a kind that only grows."""
-    kept = _cache_layer(cache, layer)
+    kept = _cache_layer(now.cache, layer)
     if type(kept) in GROWING:
-        kept._moba_last_keys = LastKeys(last_keys, weakref.ref(kept.keys))
+        if kept.get_seq_length() != now.length:  # HRM runs its layers several times
+            raise ValueError(
+                f"key_conv cannot follow {type(layer).__name__} {layer.layer_idx}, whose keys are not in that layer of the cache: "
+                "call the model with use_cache=False"
+            )
+        kept._moba_last_keys = LastKeys(now.last_keys, weakref.ref(kept.keys))
 
 
 @torch.compiler.disable
-def _keys_before(cache: Cache, layer: nn.Module) -> Tensor | None:
-    """`[B, K - 1, C]`, or None where the cache holds no keys yet."""
+def _keys_before(cache: Cache, layer: nn.Module) -> tuple[Tensor | None, int]:
+    """`[B, K - 1, C]`, or None where the cache holds no keys yet, and how many it holds."""
     kept = _cache_layer(cache, layer)
-    if kept is None or not int(kept.get_seq_length()):
-        return None
+    if kept is None or not (length := int(kept.get_seq_length())):
+        return None, 0
     last = getattr(kept, "_moba_last_keys", None)
     if type(kept) not in GROWING or last is None or last.of() is not kept.keys:
         raise ValueError(
             f"key_conv needs the keys before the new ones, which this cache ({type(kept).__name__}) has lost: it must be a DynamicCache() "
             "that only this model has written, without beam search or assisted generation; or generate with use_cache=False"
         )
-    return last.keys
+    return last.keys, length
 
 
 def _positions(mask: MobaMask | Any, hidden: Tensor, kwargs: dict) -> Tensor | None:

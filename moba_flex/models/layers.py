@@ -100,7 +100,10 @@ def keeps_full(layer: nn.Module, settings: MobaConfig) -> bool:
 
 def named_full(layer: nn.Module, settings: MobaConfig) -> bool:
     """The same, by the configuration's number of layers. Raises ValueError if `full_attention_layers` names one that is not there."""
-    return layer.layer_idx in full_layers(settings, n_layers(layer), layer)
+    named, index = full_layers(settings, n_layers(layer), layer), getattr(layer, "layer_idx", None)
+    if named and index is not None and index < 0:  # Zamba2's, which are told their place with each call
+        raise ValueError(f"full_attention_layers={named}, but no {type(layer).__name__} says which layer it is: leave it out")
+    return index in named
 
 
 def n_layers(layer: nn.Module) -> int:

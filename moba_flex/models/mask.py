@@ -257,7 +257,10 @@ def _padding(attention_mask: Tensor | None, n_key: int) -> Tensor | None:
 
 def _check_whole(attention_mask: Tensor) -> None:
     if (F.pad(attention_mask.bool(), (1, 0)).int().diff(dim=1) > 0).sum(1).max() > 1:
-        raise ValueError("attention_mask has a row with padding between real tokens: MoBA takes padding on the left or the right")
+        raise ValueError(
+            "attention_mask has a row with padding between real tokens: MoBA takes padding on the left or the right "
+            "(behind the virtual tokens of PEFT's prompt tuning only on the right)"
+        )
 
 
 def _starts(padding_mask: Tensor | None) -> tuple[int, ...] | None:

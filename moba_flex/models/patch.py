@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
@@ -36,7 +37,7 @@ def patch(model: nn.Module, config: MobaConfig | Mapping | None = None, **settin
     """Let a transformers model's full-attention layers use MoBA. Weights stay what and where they are.
 
     Args:
-        model: a transformers model, or a module that holds one.
+        model: a transformers model, or a module that holds one. Not a part of a model: what is above it would save without the settings.
         config: the settings; or give them as keywords, see `MobaConfig`. With neither, those in `model.config.moba`,
             which loading a saved model restores, else the defaults.
 
@@ -67,21 +68,32 @@ def patch(model: nn.Module, config: MobaConfig | Mapping | None = None, **settin
     elif not isinstance(config, MobaConfig):
         config = MobaConfig.from_dict(settings if config is None else config)
     full_layers(config, n_layers(replaceable[0]), model)  # raises if one is not there
+    states = [_state(layer, config) for layer in every]
     if new_key_convs(replaceable, config):
         _check_not_wrapped(model, config.key_conv)
     set_key_convs(replaceable, config)
     if any(state_of(layer) is None for layer in replaceable):
         _own_configs(model, replaceable)
 
-    for layer in every:
-        used = layer.config._attn_implementation
-        always = None if takes_moba(layer) else "full"
-        layer._moba = LayerState(ordinary_implementation(layer) if used in MOBA else used, always, named_full(layer, config))
-    add_hooks(model, replaceable if config.decode == "sparse" else [])
+    for layer, state in zip(every, states):
+        layer._moba = state
+    add_hooks(model, _with_own_cache_layer(replaceable) if config.decode == "sparse" else [])
     for model_config in _configs(replaceable):
         model_config.moba = config
         model_config._attn_implementation = {"": "moba"}  # its own only, not that of a vision part
     return model
+
+
+def _state(layer: nn.Module, config: MobaConfig) -> LayerState:
+    used = layer.config._attn_implementation
+    always = None if takes_moba(layer) else "full"
+    return LayerState(ordinary_implementation(layer) if used in MOBA else used, always, named_full(layer, config))
+
+
+def _with_own_cache_layer(layers: list[nn.Module]) -> list[nn.Module]:
+    """Models that run several stacks of layers, each several times (HRM), choose a layer of the cache with each call."""
+    indices = Counter((id(layer.config), layer.layer_idx) for layer in layers)
+    return [layer for layer in layers if indices[id(layer.config), layer.layer_idx] == 1]
 
 
 def _check_not_wrapped(model: nn.Module, key_conv: int) -> None:
