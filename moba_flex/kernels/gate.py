@@ -316,7 +316,7 @@ def _program(dtype: torch.dtype, free: int, slots: int, width: int, room: int) -
 @lru_cache(maxsize=16)
 def _shared_memory(device: torch.device) -> int:
     """The bytes that one program may have."""
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 64 << 10)  # which HIP does not say
 
 
 def choose(query: Tensor, key: Tensor, layout: BlockLayout, spec: Spec) -> Tensor:
