@@ -50,12 +50,20 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def trained(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def words(text_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Text that is the same with any version of Python, so that losses are too."""
+    folder = tmp_path_factory.mktemp("corpus")
+    corpus(folder, [text_folder])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(words: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All runs and a sweep, for two seeds; the logs are in `logs`, the models in `checkpoints`."""
     folder = tmp_path_factory.mktemp("trained")
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    assert pretrain.pretrain(arguments(folder, text, "--runs", *NAMES, "--blocks", "4", "8"))
-    assert pretrain.pretrain(arguments(folder, text, "--runs", "full", "moba", "--seeds", "1"))
+    assert pretrain.pretrain(arguments(folder, words, "--runs", *NAMES, "--blocks", "4", "8"))
+    assert pretrain.pretrain(arguments(folder, words, "--runs", "full", "moba", "--seeds", "1"))
     for number, handler in before.items():
         signal.signal(number, handler)
     return folder
@@ -180,18 +188,18 @@ def test_text_that_was_collected_otherwise_is_not_taken_for_what_is_asked_for(te
         corpus(tmp_path / "text")
 
 
-def test_files_that_cannot_be_read_or_written_are_named(trained, text, tmp_path):
+def test_files_that_cannot_be_read_or_written_are_named(trained, words, tmp_path):
     shutil.copytree(trained / "logs", tmp_path / "logs")
     log = tmp_path / "logs/toy-128-moba-b16k3-seed0.json"
     log.write_text("{")
     with pytest.raises(DemoError, match=r"seed0\.json is no log of this script: delete it, or choose another --output"):
-        pretrain.pretrain(arguments(tmp_path, text, "--runs", "moba"))
+        pretrain.pretrain(arguments(tmp_path, words, "--runs", "moba"))
     log.unlink()
     (tmp_path / "checkpoints/toy-128-moba-b16k3-seed0.pt").write_bytes(b"cut off")
     with pytest.raises(DemoError, match=r"seed0\.pt cannot be read: delete it to begin this run anew"):
-        pretrain.pretrain(arguments(tmp_path, text, "--runs", "moba"))
+        pretrain.pretrain(arguments(tmp_path, words, "--runs", "moba"))
     with pytest.raises(DemoError, match="cannot write to the folder"):
-        pretrain.pretrain(arguments(tmp_path, text, "--runs", "moba", "--output", __file__))
+        pretrain.pretrain(arguments(tmp_path, words, "--runs", "moba", "--output", __file__))
 
 
 def test_a_context_longer_than_the_text_is_refused(text, tmp_path):
@@ -266,36 +274,36 @@ def test_runs_differ_only_from_where_their_attention_does(trained):
     assert len({str(x[:2]) for name, x in losses.items() if name != "moba-then-full"}) == len(NAMES) - 1
 
 
-def test_steps_that_two_runs_share_are_trained_once_and_are_those_of_the_run_alone(trained, text, tmp_path, capsys):
-    assert pretrain.pretrain(arguments(tmp_path, text, "--runs", "moba-then-full"))
+def test_steps_that_two_runs_share_are_trained_once_and_are_those_of_the_run_alone(trained, words, tmp_path, capsys):
+    assert pretrain.pretrain(arguments(tmp_path, words, "--runs", "moba-then-full"))
     name = "toy-128-moba-then-full-b16k3-seed0"
     alone, shared = logs(tmp_path)[name], logs(trained)[name]
     assert alone["train"] == shared["train"] and alone["held_out"] == shared["held_out"]
     capsys.readouterr()
-    assert pretrain.pretrain(arguments(tmp_path / "both", text, "--runs", "moba", "moba-then-full"))
+    assert pretrain.pretrain(arguments(tmp_path / "both", words, "--runs", "moba", "moba-then-full"))
     steps = [int(found) for found in re.findall(r"moba-then-full-b16k3-seed0:[^|]*\|[^|]*\| (\d+)/24", capsys.readouterr().err)]
     assert min(steps) == round(0.9 * 24)
 
 
-def test_the_trained_model_is_kept_and_has_the_loss_that_was_logged(trained, text):
+def test_the_trained_model_is_kept_and_has_the_loss_that_was_logged(trained, words):
     name = "toy-128-moba-conv-3-b16k3-seed0"
     model = moba_flex.AutoModelForCausalLM.from_pretrained(trained / "checkpoints" / name).eval()
     tokenizer = AutoTokenizer.from_pretrained(trained / "checkpoints" / name)
     assert tokenizer.decode(tokenizer("def f():").input_ids) == "def f():" and len(tokenizer) == model.config.vocab_size
     assert model.config.moba.key_conv == 3
-    ids = windows(Corpus(text).held_out, torch.arange(4), 128)
+    ids = windows(Corpus(words).held_out, torch.arange(4), 128)
     with torch.no_grad():
         loss = torch.nn.functional.cross_entropy(model(ids[:, :-1]).logits.transpose(1, 2), ids[:, 1:])
     assert loss.item() == pytest.approx(held_out(logs(trained)[name]), abs=1e-4)
 
 
 @pytest.mark.parametrize("name", ["moba-then-full", "moba-conv-5"])
-def test_resuming_gives_the_losses_of_an_uninterrupted_run(trained, text, tmp_path, name, capsys):
-    command = arguments(tmp_path, text, "--runs", name, "--budget-seconds", "0")
+def test_resuming_gives_the_losses_of_an_uninterrupted_run(trained, words, tmp_path, name, capsys):
+    command = arguments(tmp_path, words, "--runs", name, "--budget-seconds", "0")
     for step in (1, 2, 3):  # one step each, as the time is up at once
         assert not pretrain.pretrain(command)
         assert f"the time is up after step {step} of toy-128-{name}" in capsys.readouterr().out
-    assert pretrain.pretrain(arguments(tmp_path, text, "--runs", name))
+    assert pretrain.pretrain(arguments(tmp_path, words, "--runs", name))
     ((file, log),) = logs(tmp_path).items()
     expected = logs(trained)[file]
     assert {key: log[key] for key in ("train", "held_out", "by_position", "trailing")} == {
@@ -325,16 +333,16 @@ def test_no_run_begins_when_the_time_is_up(text, tmp_path, monkeypatch, capsys):
     assert "the time is up after step 0 of toy-128-moba-b16k3-seed0, 1 runs left" in capsys.readouterr().out
 
 
-def test_runs_that_are_done_are_left_out(trained, text, monkeypatch, capsys):
+def test_runs_that_are_done_are_left_out(trained, words, monkeypatch, capsys):
     monkeypatch.setattr(pretrain.Training, "go_on", lambda *_: pytest.fail("trained again"))
-    assert pretrain.pretrain(arguments(trained, text, "--runs", "full", "moba"))
+    assert pretrain.pretrain(arguments(trained, words, "--runs", "full", "moba"))
     assert capsys.readouterr().out.endswith(f"all runs are done: see --compare {trained / 'logs'}/*.json\n")
-    assert pretrain.pretrain(arguments(trained, text, "--runs", "full", "--block-size", "32"))  # full attention has no blocks
+    assert pretrain.pretrain(arguments(trained, words, "--runs", "full", "--block-size", "32"))  # full attention has no blocks
 
 
-def test_other_settings_under_the_same_name_are_refused(trained, text):
+def test_other_settings_under_the_same_name_are_refused(trained, words):
     with pytest.raises(SystemExit, match=r"learning_rate was 0.004 and is 0.5"):
-        pretrain.pretrain(arguments(trained, text, "--runs", "moba", "--learning-rate", "0.5"))
+        pretrain.pretrain(arguments(trained, words, "--runs", "moba", "--learning-rate", "0.5"))
 
 
 def test_a_batch_that_is_not_whole_contexts_is_refused(capsys):
@@ -343,14 +351,14 @@ def test_a_batch_that_is_not_whole_contexts_is_refused(capsys):
     assert "--batch-tokens must be a multiple of 8192" in capsys.readouterr().err
 
 
-def test_a_log_from_before_a_setting_has_what_was_so_then(trained, text, tmp_path):
+def test_a_log_from_before_a_setting_has_what_was_so_then(trained, words, tmp_path):
     shutil.copytree(trained / "logs", tmp_path / "logs")
     file = tmp_path / "logs" / "toy-128-moba-b16k3-seed0.json"
     log = json.loads(file.read_text())
     assert log["settings"].pop("needle_share") == 0.0
     file.write_text(json.dumps(log))
-    assert pretrain.pretrain(arguments(tmp_path, text, "--runs", "moba"))  # which is done
-    command = arguments(tmp_path, text, "--runs", "moba")
+    assert pretrain.pretrain(arguments(tmp_path, words, "--runs", "moba"))  # which is done
+    command = arguments(tmp_path, words, "--runs", "moba")
     command.needle_share = 0.1
     with pytest.raises(SystemExit, match=r"needle_share was 0.0 and is 0.1"):
         pretrain.pretrain(command)
@@ -359,7 +367,7 @@ def test_a_log_from_before_a_setting_has_what_was_so_then(trained, text, tmp_pat
     del log["settings"]["optimizer"]
     file.write_text(json.dumps(log))
     with pytest.raises(SystemExit, match=r"optimizer was adamw and is muon"):
-        pretrain.pretrain(arguments(tmp_path, text, "--runs", "moba"))
+        pretrain.pretrain(arguments(tmp_path, words, "--runs", "moba"))
 
 
 def test_how_facts_are_asked_for_counts_where_there_are_some():
