@@ -8,17 +8,9 @@ import pickle
 import families
 import pytest
 import torch
+import transformers
 from torch import Tensor
-from transformers import (
-    CompileConfig,
-    DynamicCache,
-    HrmTextConfig,
-    HrmTextForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedModel,
-    StaticCache,
-)
+from transformers import CompileConfig, DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel, StaticCache
 from transformers.cache_utils import DynamicLayer
 
 from moba_flex.models import full_attention, interface, patch, set_attention, unpatch
@@ -496,10 +488,11 @@ def test_set_attention_to_the_specification_decodes_alike():
     assert torch.equal(set_attention(model, "moba_naive").generate(ids, **GREEDY), expected)
 
 
+@families.hrm_works
 def test_layers_that_run_several_times_keep_no_means():
     """With each call they choose a layer of the cache, which a graph does not see."""
     torch.manual_seed(0)
-    model = patch(HrmTextForCausalLM(HrmTextConfig(**families.SIZES)).eval(), **SPARSE)
+    model = patch(transformers.HrmTextForCausalLM(transformers.HrmTextConfig(**families.SIZES)).eval(), **SPARSE)
     cache = StaticCache(model.config, max_cache_len=64)
     with torch.no_grad():
         model(tokens(), past_key_values=cache)
