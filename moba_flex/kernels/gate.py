@@ -291,10 +291,11 @@ def _search_kernel(
 
 
 @lru_cache(maxsize=256)
-def _program(dtype: torch.dtype, free: int, slots: int, width: int, room: int) -> tuple[int, int, int, dict]:
+def _program(dtype: torch.dtype, free: int, slots: int, width: int, room: int, in_registers: int) -> tuple[int, int, int, dict]:
     """Queries and lanes of a program, turns of its loop at once, and how it is compiled, to choose `free` blocks of `slots` slots.
 
-    The fastest of those that need at most `room` bytes of shared memory for queries and means that are `width` wide.
+    The fastest of those that need at most `room` bytes of shared memory for queries and means that are `width` wide. Of the loop's stages
+    so many have their means `in_registers`.
     """
     halves, fastest = (1 if dtype == torch.float32 else 2), []
     if dtype != torch.float32 and free <= 8:
@@ -304,7 +305,7 @@ def _program(dtype: torch.dtype, free: int, slots: int, width: int, room: int) -
         if slots % 128 == 0:  # all queries of a program may choose the same blocks
             fastest = [(128, 64, 2, 8), *fastest]
     for queries, lanes, turns, warps in (*fastest, (32, 32, 1, 4), (16, 16, 1, 4)):
-        stages = min(3, (room // (width * dtype.itemsize) - queries) // (halves * lanes * turns))
+        stages = min(3, (room // (width * dtype.itemsize) - queries) // (halves * lanes * turns) + in_registers)
         options = {"num_warps": warps, "num_stages": max(stages, 1)}
         if stages > turns:  # one more than a turn reads, so that loads go on during products
             break
@@ -314,9 +315,11 @@ def _program(dtype: torch.dtype, free: int, slots: int, width: int, room: int) -
 
 
 @lru_cache(maxsize=16)
-def _shared_memory(device: torch.device) -> int:
-    """The bytes that one program may have."""
-    return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 64 << 10)  # which HIP does not say
+def _memory(device: torch.device) -> tuple[int, int]:
+    """The bytes of shared memory that one program may have, and how many stages of a loop have what they multiply in registers."""
+    properties = torch.cuda.get_device_properties(device)
+    room = getattr(properties, "shared_memory_per_block_optin", 64 << 10)  # which HIP does not say
+    return room, 0 if properties.major >= 9 else 1  # Hopper multiplies out of shared memory
 
 
 def choose(query: Tensor, key: Tensor, layout: BlockLayout, spec: Spec) -> Tensor:
@@ -333,7 +336,7 @@ def choose(query: Tensor, key: Tensor, layout: BlockLayout, spec: Spec) -> Tenso
     operands = query, *means, chosen
     places = *candidates(layout, spec), layout.query_start, layout.query_stop, *query.stride()[:3], *shape
 
-    tile, lanes, turns, options = _program(query.dtype, free, layout.width, sizes["DP"], _shared_memory(query.device))
+    tile, lanes, turns, options = _program(query.dtype, free, layout.width, sizes["DP"], *_memory(query.device))
     searched = min(tile, 64)
     bits = (cdiv(layout.n_key_blocks, lanes) - 1).bit_length()
     tiles, redo = cdiv(slots, tile), None
