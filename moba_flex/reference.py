@@ -12,6 +12,8 @@ import math
 import torch
 from torch import Tensor
 
+from .core.settings import AttentionSettings
+
 
 def block_of_key(key: Tensor, padding_mask: Tensor | None, block_size: int) -> Tensor:
     """`[B, Nk]` int64: the block of each key, counted from its row's first real token; -1 for padding (equation 4)."""
@@ -38,35 +40,26 @@ def best(score: Tensor, candidate: Tensor, count: int) -> Tensor:
 
 
 def reference_selection(
-    query: Tensor,
-    key: Tensor,
-    *,
-    block_size: int,
-    top_k: int,
-    sink_blocks: int = 0,
-    recent_blocks: int = 0,
-    share_selection: bool = False,
-    causal: bool = True,
-    padding_mask: Tensor | None = None,
+    query: Tensor, key: Tensor, settings: AttentionSettings, *, padding_mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """The gate (equation 5): `[B, H, Nq, C]` bool, the blocks each query reads, and `[B, Nk]`, the block of each key."""
     n_query, n_key = query.shape[2], key.shape[2]
-    n_blocks = -(-n_key // block_size)
-    of_key = block_of_key(key, padding_mask, block_size)
+    n_blocks = -(-n_key // settings.block_size)
+    of_key = block_of_key(key, padding_mask, settings.block_size)
     block = torch.arange(n_blocks, device=key.device)
     score = gate_scores(query, key, of_key, n_blocks)
-    if share_selection:  # the heads of a group choose together, by the sum of their scores
+    if settings.share_selection:  # the heads of a group choose together, by the sum of their scores
         repeats = query.shape[1] // key.shape[1]
         score = score.unflatten(1, (-1, repeats)).sum(2).repeat_interleave(repeats, 1)
     own = of_key[:, None, n_key - n_query :, None]  # [B, 1, Nq, 1]
     exists = (of_key[..., None] == block).any(1)[:, None, None, :]
-    if causal:
+    if settings.causal:
         past = (block < own) & exists
-        forced = past & ((block < sink_blocks) | (block >= own - recent_blocks))
-        free = best(score, (past & ~forced).expand_as(score), top_k - 1 - sink_blocks - recent_blocks)
+        forced = past & ((block < settings.sink_blocks) | (block >= own - settings.recent_blocks))
+        free = best(score, (past & ~forced).expand_as(score), settings.top_k - 1 - settings.sink_blocks - settings.recent_blocks)
         selected = free | forced | (block == own)
     else:
-        selected = best(score, exists.expand_as(score), top_k)
+        selected = best(score, exists.expand_as(score), settings.top_k)
     return selected & (own >= 0), of_key
 
 
@@ -74,46 +67,37 @@ def reference_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    settings: AttentionSettings,
     *,
-    block_size: int,
-    top_k: int,
-    sink_blocks: int = 0,
-    recent_blocks: int = 0,
-    share_selection: bool = False,
-    causal: bool = True,
-    scale: float,
     padding_mask: Tensor | None = None,
-    softcap: float | None = None,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention over the chosen blocks alone (equations 2 and 3). Returns the output and its log-sum-exp.
 
-    Shapes as in `moba_flex.moba_attention`. Outputs of queries that read nothing are 0, their log-sum-exp is -inf.
+    Shapes as in `moba_flex.moba_attention`. Outputs of queries that read nothing are 0, their log-sum-exp is -inf. Packed sequences,
+    `cu_seqlens [n + 1]`, are each computed alone.
     """
-    selected, of_key = reference_selection(
-        query.detach(),
-        key.detach(),
-        block_size=block_size,
-        top_k=top_k,
-        sink_blocks=sink_blocks,
-        recent_blocks=recent_blocks,
-        share_selection=share_selection,
-        causal=causal,
-        padding_mask=padding_mask,
-    )
+    if cu_seqlens is not None:
+        sizes = cu_seqlens.diff().tolist()
+        sequences = zip(*(x.split(sizes, dim=2) for x in (query, key, value)))
+        parts = [reference_attention(q, k, v, settings) for q, k, v in sequences if q.shape[2]]
+        return torch.cat([out for out, _ in parts], 2), torch.cat([lse for _, lse in parts], 2)
+
+    selected, of_key = reference_selection(query.detach(), key.detach(), settings, padding_mask=padding_mask)
     n_query, n_key = query.shape[2], key.shape[2]
     real = of_key >= 0
     visible = selected.gather(-1, of_key.clamp(min=0)[:, None, None].expand(*selected.shape[:3], n_key))
     visible = visible & real[:, None, None]
-    if causal:
+    if settings.causal:
         visible = visible.tril(n_key - n_query)
     if padding_mask is not None:
         key, value = (x.masked_fill(~real[:, None, :, None], 0) for x in (key, value))
 
     wide, repeats = torch.promote_types(query.dtype, torch.float32), query.shape[1] // key.shape[1]
     q, k, v = query.to(wide), key.to(wide).repeat_interleave(repeats, 1), value.to(wide).repeat_interleave(repeats, 1)
-    score = q @ k.mT * scale
-    if softcap is not None:
-        score = softcap * torch.tanh(score / softcap)
+    score = q @ k.mT * settings.scale
+    if settings.softcap is not None:
+        score = settings.softcap * torch.tanh(score / settings.softcap)
     score = score.masked_fill(~visible, -math.inf)
     some = visible.any(-1)
     lse = score.masked_fill(~some[..., None], 0).logsumexp(-1)  # finite where nothing is read, so that gradients are 0

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from .attention import choose, layout_of
-from .backends import flex
+from .attention import gate
+from .backends import backend_of
 from .core import validation
 from .core.autocast import without_autocast
-from .core.settings import AttentionSettings
-from .ops import gate
+from .core.layout import layout_of
+from .functional import checked_settings
 from .reference import block_of_key
 
 _TILE = 128
@@ -100,19 +100,26 @@ def select_blocks(
     (torch.Size([1, 4, 100, 2]), torch.Size([1, 4, 100, 7]))
     """
     validation.check_query_key(query=query, key=key)
-    validation.check_blocks(block_size, top_k, sink_blocks, recent_blocks, causal, share_selection)
     validation.check_not_mapped("select_blocks", query=query, key=key)
     validation.check_padding_mask(padding_mask, query, key)
-    spec = AttentionSettings(block_size, top_k, sink_blocks, recent_blocks, causal, 1.0, share_selection=share_selection)
-    implementation = validation.resolve_implementation("auto", query)
+    settings = checked_settings(
+        query,
+        query.shape[1],
+        block_size=block_size,
+        top_k=top_k,
+        sink_blocks=sink_blocks,
+        recent_blocks=recent_blocks,
+        share_selection=share_selection,
+        causal=causal,
+    )
+    backend = backend_of(settings)
     with without_autocast(query), torch.no_grad(), torch.cuda.device_of(query):  # which the operation does too
-        layout = layout_of(query, key, padding_mask, None, spec, implementation)
-        backend = flex if implementation == "flex" else gate
+        layout = layout_of(query, key, padding_mask, None, block_size, backend.slots_per_block)
         if query.numel():
-            chosen = choose(layout.query_slots(query), layout.key_slots(key), layout, spec, backend)
+            chosen = gate(layout.query_slots(query), layout.key_slots(key), layout, settings, backend)
             indices = layout.query_tokens(chosen, fill=-1)
         else:
-            indices = torch.full((*query.shape[:3], spec.routed), -1, dtype=torch.int32, device=query.device)
+            indices = torch.full((*query.shape[:3], settings.n_routed), -1, dtype=torch.int32, device=query.device)
         last = torch.iinfo(torch.int32).max
         indices = torch.where(indices < 0, last, indices).sort(dim=-1).values
         indices = torch.where(indices == last, -1, indices)

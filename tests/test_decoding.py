@@ -10,8 +10,11 @@ from support.cases import Case, assert_same, attend, cases, examples, operands
 
 from moba_flex import decoding
 from moba_flex.core import chunking
-from moba_flex.decoding import decode, decode_plain, means_for, write_means
-from moba_flex.functional import attend_decoding
+from moba_flex.core.settings import AttentionSettings
+from moba_flex.decoding import decode, decode_operator
+from moba_flex.dispatch import attend_decoding
+from moba_flex.ops import decoding as plain
+from moba_flex.ops.decoding import decode_plain, means_for, write_means
 
 ROOM = 7  # slots of the cache behind the last token
 
@@ -39,9 +42,8 @@ def means_before(case: Case, key: torch.Tensor, n_new: int) -> torch.Tensor:
 def decoded(
     case: Case, tensors: dict[str, torch.Tensor], means: torch.Tensor, length: torch.Tensor | None, implementation: str = "eager"
 ) -> tuple:
-    blocks = [case.selection[name] for name in ("block_size", "top_k", "sink_blocks", "recent_blocks", "share_selection")]
     operands_ = (tensors[name] for name in ("query", "key", "value"))
-    return decode(*operands_, means, length, starts(case), *blocks, case.real_scale, case.softcap, implementation)
+    return decode(*operands_, means, length, starts(case), case.attention_settings(implementation))
 
 
 few = st.integers(1, 9)
@@ -59,7 +61,7 @@ def test_decoding_is_moba_attention_of_the_last_tokens(case: Case, n_new: int, r
         tensors = {name: x if name == "query" else cached(x) for name, x in tensors.items()}
     means = means_before(case, tensors["key"], case.n_query)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(decoding, "_NUMBERS_AT_ONCE", numbers)
+        patch.setattr(plain, "_ELEMENTS_AT_ONCE", numbers)
         actual = decoded(case, tensors, means, length)
     for x, y in zip(actual, expected):
         assert_same(x, y)
@@ -113,10 +115,9 @@ def test_new_tokens_keep_the_means_right(case: Case, sizes: list[int]):
 def test_decoding_takes_sinks(case: Case):
     case = case.but(n_query=1)
     tensors = operands(case)
-    settings = {name: value for name, value in case.settings.items() if name != "causal"}
     means = means_before(case, tensors["key"], 1)
     query, key, value = (tensors[name] for name in ("query", "key", "value"))
-    out = attend_decoding(query, key, value, means, None, None, **settings, sinks=tensors["sinks"], implementation="eager")
+    out = attend_decoding(query, key, value, means, None, None, case.attention_settings(), sinks=tensors["sinks"])
     assert_same(out, attend(case, tensors, "naive")[0])
 
 
@@ -129,7 +130,7 @@ def test_means_of_low_precision_keys_are_float32(dtype: torch.dtype):
 
 
 def test_means_of_padded_rows_are_written_in_parts(monkeypatch):
-    monkeypatch.setattr(decoding, "_TOKENS_AT_ONCE", 8)
+    monkeypatch.setattr(plain, "_TOKENS_AT_ONCE", 8)
     key, start = torch.randn(2, 2, 43, 3), torch.tensor([3, 11])
     means = write_means(means_for(key, 10), key, start, 4)
     for row, left in enumerate(start.tolist()):
@@ -143,7 +144,8 @@ def test_the_operator_passes_opcheck():
     tensors = operands(case)
     means = means_before(case, tensors["key"], 3)
     given_ = (tensors["query"], tensors["key"], tensors["value"], means, torch.tensor(21), starts(case))
-    torch.library.opcheck(decode, (*given_, 4, 3, 1, 0, True, 0.5, None, "eager"))
+    settings = AttentionSettings(4, 3, 1, share_selection=True, scale=0.5)
+    torch.library.opcheck(decode_operator, (*given_, *settings.to_arguments()))
 
 
 def test_a_cache_may_lie_in_memory_in_any_way():
@@ -160,14 +162,10 @@ def test_only_the_chosen_blocks_are_read():
     tensors = operands(case)
     means = means_before(case, tensors["key"], 1)
     expected = decoded(case, tensors, means, None)
-    blocks = decoding._blocks_to_read(tensors["query"].unflatten(1, (2, 2)), means, torch.tensor([[4095]]), _spec(case))
+    blocks = plain._blocks_to_read(tensors["query"].unflatten(1, (2, 2)), means, torch.tensor([[4095]]), case.attention_settings())
     unread = torch.ones(2, 256, dtype=torch.bool)
     unread.scatter_(1, blocks.flatten(1).view(2, -1), False)
     unread = unread.repeat_interleave(16, 1)[None, :, :, None]
     spoilt = {name: x if name == "query" else x.masked_fill(unread, torch.nan) for name, x in tensors.items()}
     for actual, wanted in zip(decoded(case, spoilt, means, None), expected):
         assert_same(actual, wanted)
-
-
-def _spec(case: Case) -> decoding.AttentionSettings:
-    return decoding.AttentionSettings(**case.selection, scale=case.real_scale)

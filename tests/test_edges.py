@@ -14,8 +14,9 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from transformers import LlamaForCausalLM
 
 import moba_flex
-from moba_flex import compat, functional, moba_attention, moba_attention_varlen, patch, select_blocks
-from moba_flex.decoding import means_for, write_means
+from moba_flex import compat, dispatch, moba_attention, moba_attention_varlen, patch, select_blocks
+from moba_flex.core.settings import AttentionSettings
+from moba_flex.ops.decoding import means_for, write_means
 
 BLOCKS = {"block_size": 16, "top_k": 3}
 
@@ -101,14 +102,14 @@ def test_far_more_sinks_and_recent_blocks_than_there_are_is_all_of_them(forced, 
 def test_nor_does_decoding_gather_more_blocks_than_there_are(forced, monkeypatch):
     sinks, recent = forced
     blocks = {"block_size": 4, "top_k": 1 + sinks + recent + 500, "sink_blocks": sinks, "recent_blocks": recent}
-    asked, decode = [], functional.decode
-    monkeypatch.setattr(functional, "decode", lambda *args: asked.append(args[7:10]) or decode(*args))
+    asked, decode = [], dispatch.decode
+    monkeypatch.setattr(dispatch, "decode", lambda *args: asked.append(args[-1]) or decode(*args))
     for n_tokens in (120, 253, 257, 280):
         query, key, value = tensors(1, 1, n_tokens, 4, grad=False)
         means = write_means(means_for(key, n_tokens // 4), key, None, 4)
-        ours = functional.attend_decoding(query[:, :, -1:], key, value, means, None, None, **blocks, implementation="eager")
+        ours = dispatch.attend_decoding(query[:, :, -1:], key, value, means, None, None, AttentionSettings(**blocks, scale=0.5))
         torch.testing.assert_close(ours, moba_attention(query[:, :, -1:], key, value, **blocks, implementation="naive"))
-    assert max(max(counts) for counts in asked) <= 128
+    assert max(max(x.top_k, x.sink_blocks, x.recent_blocks) for x in asked) <= 128
 
 
 def test_they_take_no_more_memory_either():

@@ -21,7 +21,7 @@ def select(case: Case, tensors: dict[str, torch.Tensor]):
 
 
 def specified(case: Case, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
-    selected, _ = reference_selection(tensors["query"], tensors["key"], **case.selection, padding_mask=case.padding_mask())
+    selected, _ = reference_selection(tensors["query"], tensors["key"], case.attention_settings(), padding_mask=case.padding_mask())
     return selected
 
 

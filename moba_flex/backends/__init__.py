@@ -1,0 +1,14 @@
+"""Implementations of the steps in `moba_flex/attention.py`: `eager` for any device, `flex` for CUDA. `protocol.py` says what they share."""
+
+from __future__ import annotations
+
+from ..core.settings import AttentionSettings
+from . import eager, flex
+from .protocol import Backend
+
+BACKENDS: dict[str, Backend] = {"eager": eager, "flex": flex}
+
+
+def backend_of(settings: AttentionSettings) -> Backend:
+    """The backend that a call's `implementation` names."""
+    return BACKENDS[settings.implementation]

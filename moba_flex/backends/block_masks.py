@@ -22,17 +22,16 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
+from ..core.chunking import QUERY_TILE
 from ..core.layout import BlockLayout
 from ..ops.routing import Routes
-
-QUERY_TILE = 128
 
 
 @dataclass(frozen=True, eq=False)
 class Mask:
-    """What a BlockMask is made from. `settings` is all that its kernels are compiled for; equal settings share one `rule`."""
+    """What a BlockMask is made from. `kernel_key` is all that its kernels are compiled for; equal keys share one `rule`."""
 
-    settings: tuple
+    kernel_key: tuple
     tiles: tuple[int, int]  # BLOCK_SIZE: slots of queries, slots of keys
     rule: Callable[..., Tensor]  # (b, h, q, kv, *buffers) -> whether query q sees key kv
     buffers: tuple[Tensor, ...]
@@ -131,8 +130,8 @@ def bits_mask(bits: Tensor, layout: BlockLayout) -> Mask:
     Tiles have nothing to do with blocks: each tile of queries meets in part all tiles of keys that do not lie behind it.
     """
     skipped, lists = layout.cached(("bits mask",), lambda: _causal_lists(layout))
-    settings = "bits", layout.block_size, bits.shape[1]
-    return Mask(settings, (QUERY_TILE, QUERY_TILE), _bits_rule(layout.block_size), (bits, skipped), lists, divisible=False)
+    kernel_key = "bits", layout.block_size, bits.shape[1]
+    return Mask(kernel_key, (QUERY_TILE, QUERY_TILE), _bits_rule(layout.block_size), (bits, skipped), lists, divisible=False)
 
 
 def _causal_lists(layout: BlockLayout) -> tuple[Tensor, tuple[Tensor | None, ...]]:

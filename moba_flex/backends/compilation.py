@@ -9,6 +9,8 @@ from types import FunctionType
 import torch
 from torch import Tensor
 
+from ..core.upstream import mark_dynamic
+
 
 @cache
 def _marks(dim: int) -> dict:
@@ -18,7 +20,7 @@ def _marks(dim: int) -> dict:
     long. Tensors need it only where something is compiled, but lengths are not all that can make torch.compile do so.
     """
     x = torch.empty([2] * dim, device="meta")
-    torch._dynamo.maybe_mark_dynamic(x, ([], [0], [0, 1], [0, 2], [0, 2])[dim])
+    mark_dynamic(x, ([], [0], [0, 1], [0, 2], [0, 2])[dim])
     return vars(x)
 
 

@@ -23,9 +23,17 @@ from ..ops.gate import choose
 from ..ops.routing import order_pairs
 from ..ops.rows import delta, write
 
-__all__ = ["MAX_TENSOR_ELEMENTS", "choose", "delta", "local", "local_backward", "merge_routed", "merge_routed_backward", "route"]
+__all__ = ["MAX_TENSOR_ELEMENTS", "READS_STRIDES", "backward", "choose", "delta", "local", "merge_routed", "route", "slots_per_block"]
 
-MAX_TENSOR_ELEMENTS = sys.maxsize  # how many numbers a tensor may hold
+MAX_TENSOR_ELEMENTS = sys.maxsize
+READS_STRIDES = False
+
+
+def slots_per_block(block_size: int) -> int:
+    """As many as it has tokens: nothing here is cut into tiles."""
+    return block_size
+
+
 _SCORES_AT_ONCE = 1 << 20  # they and their exponentials stay in a core's cache
 _ROWS_AT_ONCE = 8192
 _TILES = 8  # of a block's rows: products of a batch keep cores busier than one large product does
@@ -37,23 +45,23 @@ def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _scores(query: Tensor, key: Tensor, spec: AttentionSettings) -> Tensor:
-    return _cap(query @ (key * spec.scale).mT, spec)
+def _scores(query: Tensor, key: Tensor, settings: AttentionSettings) -> Tensor:
+    return _cap(query @ (key * settings.scale).mT, settings)
 
 
-def _cap(score: Tensor, spec: AttentionSettings) -> Tensor:
+def _cap(score: Tensor, settings: AttentionSettings) -> Tensor:
     """In place."""
-    return score if spec.softcap is None else score.div_(spec.softcap).tanh_().mul_(spec.softcap)
+    return score if settings.softcap is None else score.div_(settings.softcap).tanh_().mul_(settings.softcap)
 
 
 def _attend(
-    query: Tensor, key: Tensor, value: Tensor, causal: bool, spec: AttentionSettings, small: bool = False, into: Tensor | None = None
+    query: Tensor, key: Tensor, value: Tensor, causal: bool, settings: AttentionSettings, small: bool = False, into: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention of `[..., M, D]` to `[..., K, D]` and its log-sum-exp; `causal` (M = K): to keys up to the query's own.
 
     `small`: no score can be large, so that nothing need be subtracted. The output is written `into` a tensor if there is one.
     """
-    weight, most = _scores(query, key, spec), None
+    weight, most = _scores(query, key, settings), None
     if not small:
         later = _later(query.shape[-2], query.device) if causal else None
         most = (weight.masked_fill_(later, -torch.inf) if causal else weight).amax(-1, keepdim=True)
@@ -76,19 +84,19 @@ def _later(width: int, device: torch.device) -> Tensor:
 
 
 def _attend_backward(
-    query: Tensor, key: Tensor, value: Tensor, grad: Tensor, lse: Tensor, delta: Tensor, hidden: Tensor | None, spec: AttentionSettings
+    query: Tensor, key: Tensor, value: Tensor, grad: Tensor, lse: Tensor, delta: Tensor, hidden: Tensor | None, settings: AttentionSettings
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `_attend`'s share in an output whose log-sum-exp over all blocks is `lse`; `delta` is `out . grad`."""
-    score = _scores(query, key, spec)
+    score = _scores(query, key, settings)
     lse = lse.masked_fill(lse == -torch.inf, torch.inf)[..., None]  # a query that reads nothing gives nothing back
     weight = (score - lse).exp_()
     if hidden is not None:
         weight.masked_fill_(hidden, 0)
     grad_value = weight.mT @ grad
     grad_score = weight.mul_((grad @ value.mT).sub_(delta[..., None]))
-    if spec.softcap is not None:
-        grad_score *= 1 - (score / spec.softcap) ** 2
-    grad_score *= spec.scale
+    if settings.softcap is not None:
+        grad_score *= 1 - (score / settings.softcap) ** 2
+    grad_score *= settings.scale
     return grad_score @ key, grad_score.mT @ query, grad_value
 
 
@@ -116,21 +124,21 @@ def _local_heads(
 
 
 def local(
-    query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, spec: AttentionSettings, into: tuple[Tensor, Tensor]
+    query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, settings: AttentionSettings, into: tuple[Tensor, Tensor]
 ) -> tuple[Tensor, Tensor]:
     """Causal attention of each query to its own block: `[B, H, Q * P, Dv]` and the log-sum-exp `[B, H, Q * P]`, in float32 at least.
 
     They are `into` themselves where those can hold them, so that no other memory need be taken for the whole output.
     """
-    wide, small = torch.promote_types(query.dtype, torch.float32), _all_small(query, key, value, spec)
+    wide, small = torch.promote_types(query.dtype, torch.float32), _all_small(query, key, value, settings)
     out, lse = (x if x.dtype == wide and x.is_contiguous() else x.new_empty(x.shape, dtype=wide) for x in into)
     for own, (q, o, l), (k, v) in _local_heads(layout, (query, out, lse), (key, value)):
-        l.copy_(_attend(_wide(q), _wide(k[own]), _wide(v[own]), True, spec, small, into=o)[1])
+        l.copy_(_attend(_wide(q), _wide(k[own]), _wide(v[own]), True, settings, small, into=o)[1])
     return out, lse
 
 
 def local_backward(
-    query: Tensor, key: Tensor, value: Tensor, grad: Tensor, lse: Tensor, delta: Tensor, layout: BlockLayout, spec: AttentionSettings
+    query: Tensor, key: Tensor, value: Tensor, grad: Tensor, lse: Tensor, delta: Tensor, layout: BlockLayout, settings: AttentionSettings
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value that come through the local call."""
     hidden = _later(layout.width, query.device)
@@ -139,7 +147,7 @@ def local_backward(
     per_query, per_key = (query, grad, lse, delta, grad_query), (key, value, grad_key, grad_value)
     for own, (*of_query, dq), (k, v, dk, dv) in _local_heads(layout, per_query, per_key):
         q, *upstream = (_wide(x) for x in of_query)
-        part, part_k, part_v = _attend_backward(q, _wide(k[own]), _wide(v[own]), *upstream, hidden, spec)
+        part, part_k, part_v = _attend_backward(q, _wide(k[own]), _wide(v[own]), *upstream, hidden, settings)
         dq.copy_(part)
         for total, added in ((dk, part_k), (dv, part_v)):
             if isinstance(own, slice):
@@ -192,15 +200,15 @@ def merge_routed(
     value: Tensor,
     routes: Routes,
     layout: BlockLayout,
-    spec: AttentionSettings,
+    settings: AttentionSettings,
     into: tuple[Tensor, Tensor],
 ) -> None:
     """What queries read along `routes`, added to an output `[B, H, N, Dv]` and its log-sum-exp `[B, H, N]`, written `into` such.
 
     Merging block after block keeps no partial output: they would be `top_k` times the size of the output.
     """
-    operands = (out, lse, query, key, value, routes, layout, spec, into)
-    if not (spec.causal and _sum_routed(*operands)):
+    operands = (out, lse, query, key, value, routes, layout, settings, into)
+    if not (settings.causal and _sum_routed(*operands)):
         _merge_one_by_one(*operands)
 
 
@@ -212,7 +220,7 @@ def _sum_routed(
     value: Tensor,
     routes: Routes,
     layout: BlockLayout,
-    spec: AttentionSettings,
+    settings: AttentionSettings,
     into: tuple[Tensor, Tensor],
 ) -> bool:
     """Softmax weights relative to one number a query, so that blocks add up and nothing has to be rescaled.
@@ -221,9 +229,9 @@ def _sum_routed(
     even so: a score some 80 above it (float32), infinity or NaN. A score far below is no matter, since its weight is nothing beside
     the local call's 1.
     """
-    small = _all_small(query, key, value, spec)
+    small = _all_small(query, key, value, settings)
     q = _wide(query).flatten(0, 2)
-    k, v = _tiles(_wide(key) * spec.scale, layout), _tiles(_wide(value), layout)
+    k, v = _tiles(_wide(key) * settings.scale, layout), _tiles(_wide(value), layout)
     relative = None if small else lse.flatten()
     total = (lse.exp() if small else torch.ones_like(lse)).flatten()
     whole = out.mul_(total.view(lse.shape)[..., None]) if small else out.clone()
@@ -237,7 +245,7 @@ def _sum_routed(
         in_tiles = [x.view(_TILES, tile, -1) for x in (row_query, weight, part)]
         torch.index_select(q, 0, queries, out=row_query[:n])
         torch.bmm(in_tiles[0], k[block].mT, out=in_tiles[1])
-        _cap(weight, spec)
+        _cap(weight, settings)
         if relative is not None:
             weight[:n] -= relative.index_select(0, queries)[:, None]
         total.index_add_(0, queries, weight.exp_().sum(-1)[:n])
@@ -256,10 +264,10 @@ def _tiles(x: Tensor, layout: BlockLayout) -> tuple[Tensor, ...]:
     return x.unflatten(2, (-1, layout.width)).flatten(0, 2)[:, None].expand(-1, _TILES, -1, -1).unbind(0)
 
 
-def _all_small(query: Tensor, key: Tensor, value: Tensor, spec: AttentionSettings) -> bool:
+def _all_small(query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings) -> bool:
     """Whether sums of values weighted with `exp(score)` stay far from float32's limits. A product is at most that of the lengths."""
     lengths = [float(torch.linalg.vector_norm(x, dim=-1, dtype=torch.promote_types(x.dtype, torch.float32)).max()) for x in (query, key)]
-    score = lengths[0] * lengths[1] * abs(spec.scale)
+    score = lengths[0] * lengths[1] * abs(settings.scale)
     return score < _SMALL_SCORE and max(abs(float(x)) for x in torch.aminmax(value)) * key.shape[2] < _SMALL_SUM  # False for NaN
 
 
@@ -271,14 +279,14 @@ def _merge_one_by_one(
     value: Tensor,
     routes: Routes,
     layout: BlockLayout,
-    spec: AttentionSettings,
+    settings: AttentionSettings,
     into: tuple[Tensor, Tensor],
 ) -> None:
     """The same for any scores: each block's output is a softmax of its own, merged with what came before it."""
     q, total, sums = query.flatten(0, 2), lse.flatten(), out.flatten(0, 2)
     k, v = key.flatten(0, 2), value.flatten(0, 2)
     for queries, keys in _routed_keys(routes, layout, key.shape[1]):
-        part, part_lse = _attend(_wide(q.index_select(0, queries)), _wide(k[keys]), _wide(v[keys]), False, spec)
+        part, part_lse = _attend(_wide(q.index_select(0, queries)), _wide(k[keys]), _wide(v[keys]), False, settings)
         before = total.index_select(0, queries)
         share = torch.sigmoid(part_lse - before)[:, None]  # of the block in the sum of both
         sums.index_copy_(0, queries, torch.lerp(sums.index_select(0, queries), part, share))
@@ -286,26 +294,30 @@ def _merge_one_by_one(
     write((out, lse), into)
 
 
-def merge_routed_backward(
-    local: tuple[Tensor, Tensor, Tensor],
+def backward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     grad: Tensor,
     lse: Tensor,
     delta: Tensor,
-    routes: Routes,
+    routes: Routes | None,
     layout: BlockLayout,
-    spec: AttentionSettings,
+    settings: AttentionSettings,
     into: tuple[Tensor, Tensor, Tensor],
 ) -> None:
-    """Gradients of query, key and value that come along `routes`, added to those that came otherwise, written `into` such."""
-    per_query = [x.flatten(0, 2) for x in (query, grad, lse, delta)]
-    k, v, dq, dk, dv = (x.flatten(0, 2) for x in (key, value, *local))
-    for queries, keys in _routed_keys(routes, layout, key.shape[1]):
-        q, *upstream = (_wide(x.index_select(0, queries)) for x in per_query)
-        part, part_k, part_v = _attend_backward(q, _wide(k[keys]), _wide(v[keys]), *upstream, None, spec)
-        dq.index_add_(0, queries, part)
-        dk[keys] += part_k
-        dv[keys] += part_v
+    """Gradients of query, key and value, through the own block and along `routes`."""
+    if settings.causal:
+        local = local_backward(query, key, value, grad, lse, delta, layout, settings)
+    else:
+        local = tuple(torch.zeros_like(x, dtype=lse.dtype) for x in (query, key, value))
+    if routes is not None:
+        per_query = [x.flatten(0, 2) for x in (query, grad, lse, delta)]
+        k, v, dq, dk, dv = (x.flatten(0, 2) for x in (key, value, *local))
+        for queries, keys in _routed_keys(routes, layout, key.shape[1]):
+            q, *upstream = (_wide(x.index_select(0, queries)) for x in per_query)
+            part, part_k, part_v = _attend_backward(q, _wide(k[keys]), _wide(v[keys]), *upstream, None, settings)
+            dq.index_add_(0, queries, part)
+            dk[keys] += part_k
+            dv[keys] += part_v
     write(local, into)

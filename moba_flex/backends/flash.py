@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
+from ..core.chunking import QUERY_TILE
 from ..core.layout import BlockLayout
 from ..core.settings import AttentionSettings
 from ..ops.routing import Routes
-from .block_masks import QUERY_TILE
 from .compilation import any_length, compiled
 
 Kernel = Callable[[Tensor, Tensor, Tensor, Routes], tuple[Tensor, Tensor]]
@@ -75,11 +75,11 @@ def _installed() -> bool:
         return False
 
 
-def kernel_for(query: Tensor, value: Tensor, layout: BlockLayout, spec: AttentionSettings) -> Kernel | None:
+def kernel_for(query: Tensor, value: Tensor, layout: BlockLayout, settings: AttentionSettings) -> Kernel | None:
     """What computes rows like `query [R, D]`, or None where that is Triton's kernel."""
-    if not enabled() or not _suits(query, value, layout, spec):
+    if not enabled() or not _suits(query, value, layout, settings):
         return None
-    settings = layout.width, query.shape[-1], value.shape[-1], query.dtype, spec.scale, query.device
+    settings = layout.width, query.shape[-1], value.shape[-1], query.dtype, settings.scale, query.device
     if settings not in _kernels:
         if query.is_cuda and torch.cuda.is_current_stream_capturing():
             return None  # nothing can be compared while a CUDA graph is captured
@@ -87,11 +87,11 @@ def kernel_for(query: Tensor, value: Tensor, layout: BlockLayout, spec: Attentio
     return _kernels[settings]
 
 
-def _suits(query: Tensor, value: Tensor, layout: BlockLayout, spec: AttentionSettings) -> bool:
+def _suits(query: Tensor, value: Tensor, layout: BlockLayout, settings: AttentionSettings) -> bool:
     """Every tile in use meets a whole block without a mask, in tiles of keys that the kernel has."""
-    whole = spec.causal and layout.whole and layout.width % _KEY_TILE == 0 and layout.width >= _LEAST_BLOCK
+    whole = settings.causal and layout.whole and layout.width % _KEY_TILE == 0 and layout.width >= _LEAST_BLOCK
     widths = max(query.shape[-1], value.shape[-1]) <= _MOST_WIDTH and query.shape[-1] % 8 == value.shape[-1] % 8 == 0
-    return whole and widths and spec.softcap is None and query.dtype in _DTYPES and query.device.type == _DEVICE
+    return whole and widths and settings.softcap is None and query.dtype in _DTYPES and query.device.type == _DEVICE
 
 
 def _checked(width: int, query_width: int, value_width: int, dtype: torch.dtype, scale: float, device: torch.device) -> Kernel | None:

@@ -10,11 +10,10 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from ..backends.block_masks import QUERY_TILE
-from ..ops.routing import tiles_needed
 from .layout import BlockLayout
 from .settings import AttentionSettings
 
+QUERY_TILE = 128  # routed rows that one tile of queries holds; a tile meets exactly one block
 # Rows times query heads that a kernel can be launched for: CUDA's bound on all but the first axis of a grid.
 MAX_HEADS = 65_535
 
@@ -22,10 +21,8 @@ Parts = list[tuple[slice, slice]]
 Chunk = tuple[slice, slice, Parts]
 
 
-def chunks(
-    query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, spec: AttentionSettings, budget: int, reach: int
-) -> Iterator[Chunk]:
-    """Slices of rows and key heads whose routed rows fit into `budget` bytes, all of one shape, each in parts by its queries.
+def chunks(query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, settings: AttentionSettings, reach: int) -> Iterator[Chunk]:
+    """Slices of rows and key heads whose routed rows fit into the working memory, all of one shape, each in parts by its queries.
 
     A part, slices of query heads and of query blocks, has no tensor of more than `reach` numbers. One key head of one row with its query
     heads is the least that a budget asks for; more of them share a chunk when they fit. Only beyond `reach` a chunk is a key head in
@@ -35,11 +32,11 @@ def chunks(
     """
     n_rows, n_groups, repeats = query.shape[0], key.shape[1], query.shape[1] // key.shape[1]
     width, row_bytes = max(query.shape[-1], value.shape[-1]), (query.shape[-1] + 2 * value.shape[-1]) * query.element_size() + 24
-    parts = _parts(repeats, width, layout, spec, reach)
+    parts = _parts(repeats, width, layout, settings, reach)
     fit = min(
         MAX_HEADS // repeats,
-        budget // max(1, repeats * layout.n_query * spec.routed * row_bytes),
-        reach // max_elements(repeats, layout.n_query_blocks, width, layout, spec),
+        settings.working_memory // max(1, repeats * layout.n_query * settings.n_routed * row_bytes),
+        reach // max_elements(repeats, layout.n_query_blocks, width, layout, settings),
     )
     rows_fit = max((n for n in range(1, n_rows + 1) if n_rows % n == 0 and n * n_groups <= fit), default=1)
     groups_fit = max((n for n in range(1, n_groups + 1) if n_groups % n == 0 and n <= max(1, fit)), default=1)
@@ -56,17 +53,17 @@ def launches(n_rows: int, heads: int) -> list[slice]:
     return [slice(row, min(row + step, n_rows)) for row in range(0, n_rows, step)]
 
 
-def _parts(repeats: int, width: int, layout: BlockLayout, spec: AttentionSettings, reach: int) -> Parts:
+def _parts(repeats: int, width: int, layout: BlockLayout, settings: AttentionSettings, reach: int) -> Parts:
     """The query heads of one key head and their query blocks: all at once, or fewer heads, or some blocks of one head."""
 
     def numbers(heads: int, blocks: int) -> int:
-        return max_elements(heads, blocks, width, layout, spec)
+        return max_elements(heads, blocks, width, layout, settings)
 
     n_blocks = layout.n_query_blocks
     if numbers(1, 1) > reach:
         raise ValueError(
             f"key has {layout.n_key} tokens of width {width} in blocks of {layout.block_size}: the keys of one head, and the rows that one "
-            f'block of queries sends to {spec.routed} blocks, may be at most {reach} numbers on a GPU: use implementation="eager"'
+            f'block of queries sends to {settings.n_routed} blocks, may be at most {reach} numbers on a GPU: use implementation="eager"'
         )
     heads = max((n for n in range(1, repeats + 1) if repeats % n == 0 and numbers(n, n_blocks) <= reach), default=1)
     blocks = max(1, bisect_right(range(1, n_blocks + 1), reach, key=lambda n: numbers(heads, n)))
@@ -74,8 +71,13 @@ def _parts(repeats: int, width: int, layout: BlockLayout, spec: AttentionSetting
     return [(slice(h, h + heads), slice(b, min(b + blocks, n_blocks))) for h in each_head for b in each_block]
 
 
-def max_elements(heads: int, blocks: int, width: int, layout: BlockLayout, spec: AttentionSettings) -> int:
+def max_elements(heads: int, blocks: int, width: int, layout: BlockLayout, settings: AttentionSettings) -> int:
     """How many numbers the largest tensor of one key head can hold, for so many of its query heads and of their query blocks."""
-    pairs = heads * blocks * layout.block_size * min(spec.routed, layout.n_key_blocks)
+    pairs = heads * blocks * layout.block_size * min(settings.n_routed, layout.n_key_blocks)
     routed = tiles_needed(pairs, layout.n_key_blocks, QUERY_TILE) * QUERY_TILE
     return max(routed, heads * blocks * layout.width, layout.n_key_blocks * layout.width) * width
+
+
+def tiles_needed(max_pairs: int, n_blocks: int, tile: int) -> int:
+    """T: enough tiles for `max_pairs` pairs however they spread over `n_blocks` blocks."""
+    return -(-max_pairs // tile) + min(n_blocks, max_pairs)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from .allocation import allocate_persistent
 from .strides import tokens_first
+from .upstream import is_under_dispatch_mode
 
 T = TypeVar("T")
 
@@ -184,10 +185,37 @@ def _take(x: Tensor, index: Tensor, fill: float = 0) -> Tensor:
     return out.masked_fill_(index < 0, fill)
 
 
+def layout_of(
+    query: Tensor, key: Tensor, padding_mask: Tensor | None, cu_seqlens: Tensor | None, block_size: int, slots: Callable[[int], int]
+) -> BlockLayout:
+    """The layout of a call. `slots` gives the slots of a block: only tiles of a GPU need blocks of particular widths."""
+    block_size, width = block_sizes(block_size, key.shape[2], slots)
+    if cu_seqlens is not None:
+        return packed_layout(cu_seqlens, key.shape[2], block_size, width)
+    if padding_mask is not None:
+        return padded_layout(padding_mask, query.shape[2], block_size, width)
+    return dense_layout(query.shape[0], query.shape[2], key.shape[2], block_size, width, query.device)
+
+
+def block_sizes(block_size: int, n_key: int, slots: Callable[[int], int]) -> tuple[int, int]:
+    """Tokens and slots of a block."""
+    block_size = one_block(block_size, n_key)
+    return block_size, slots(block_size)
+
+
+def n_query_blocks(n_query: int, n_key: int, block_size: int, padded: bool, sequences: int | None) -> int:
+    """How many query blocks `layout_of` makes per row, from shapes alone."""
+    if sequences is not None:
+        return n_key // block_size + sequences
+    if padded and n_query != n_key:
+        return min(-(-n_key // block_size), (n_query + block_size - 2) // block_size + 1)
+    return -(-n_key // block_size) - (n_key - n_query) // block_size
+
+
 def dense_layout(rows: int, n_query: int, n_key: int, block_size: int, width: int, device: torch.device) -> BlockLayout:
     """Rows of equal length without padding; the queries are the last `n_query` of `n_key` positions. Kept for the next call."""
     settings = rows, n_query, n_key, block_size, width, device
-    if torch._C._len_torch_dispatch_stack():  # tensors made under a mode, fake ones say, are for that mode alone
+    if is_under_dispatch_mode():
         return _dense_layout(*settings)
     if device.type != "cuda":
         return _persistent_layout(None, *settings)
@@ -228,10 +256,10 @@ def padded_layout(padding_mask: Tensor, n_query: int, block_size: int, width: in
     start = padding_mask.int().argmax(1, keepdim=True)
     skipped = n_key - n_query
     n_blocks = -(-n_key // block_size)
-    n_query_blocks = n_blocks if not skipped else min(n_blocks, (n_query + block_size - 2) // block_size + 1)
+    query_blocks = n_query_blocks(n_query, n_key, block_size, True, None)
     first_query = (skipped - start).clamp(min=0)
 
-    step = torch.arange(n_query_blocks, device=padding_mask.device)
+    step = torch.arange(query_blocks, device=padding_mask.device)
     unclamped = first_query // block_size + step
     query_start, query_stop = _query_range(unclamped, first_query, length, block_size)
     own = unclamped.clamp(max=n_blocks - 1).int()
@@ -253,7 +281,7 @@ def padded_layout(padding_mask: Tensor, n_query: int, block_size: int, width: in
         n_blocks,
         own.contiguous(),
         torch.zeros_like(own),
-        (-(-length // block_size)).int().expand(-1, n_query_blocks).contiguous(),
+        (-(-length // block_size)).int().expand(-1, query_blocks).contiguous(),
         query_start,
         query_stop,
         _keys_in(block, length, block_size),
@@ -269,7 +297,7 @@ def packed_layout(cu_seqlens: Tensor, n_tokens: int, block_size: int, width: int
     """One row that holds all packed sequences, each starting a block of its own. No value is read back to the host."""
     bounds = cu_seqlens.long()
     n_sequences = bounds.numel() - 1
-    n_blocks = n_tokens // block_size + n_sequences  # a bound: data decides how many of them are in use
+    n_blocks = n_query_blocks(n_tokens, n_tokens, block_size, False, n_sequences)  # a bound: data decides how many of them are in use
     lengths, device = bounds.diff(), bounds.device
     after = (-(-lengths // block_size)).cumsum(0)  # one past each sequence's last block
     before = after - (-(-lengths // block_size))

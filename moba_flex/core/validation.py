@@ -7,7 +7,8 @@ import reprlib
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
+
+from .upstream import FakeTensor, functorch_transform, has_tangent, is_vmapped
 
 IMPLEMENTATIONS = ("auto", "flex", "eager", "naive")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -95,13 +96,21 @@ def readable(*tensors: Tensor) -> bool:
 
 def check_not_mapped(call: str, **tensors: Tensor) -> None:
     """What is to be read must not be hidden by torch.func.vmap, whose own errors name PyTorch's inside alone."""
-    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is None:
+    if torch.compiler.is_compiling() or functorch_transform() is None:
         return
     for name, t in tensors.items():
-        while torch._C._functorch.is_functorch_wrapped_tensor(t):
-            if torch._C._functorch.is_batchedtensor(t):
-                raise NotImplementedError(f"torch.func.vmap over {name} hides its values, which {call} reads: call it once for each {name}")
-            t = torch._C._functorch.get_unwrapped(t)
+        if is_vmapped(t):
+            raise NotImplementedError(f"torch.func.vmap over {name} hides its values, which {call} reads: call it once for each {name}")
+
+
+def check_not_transformed(*tensors: Tensor, but: str = 'need implementation="naive"') -> None:
+    """A custom operator silently drops forward-mode tangents; other transforms would raise PyTorch's internal errors."""
+    if torch.compiler.is_compiling():
+        return
+    if functorch_transform() in ("Grad", "Vmap"):
+        raise NotImplementedError(f"the transforms of torch.func (grad, vmap and the like) {but}")
+    if has_tangent(*tensors):
+        raise NotImplementedError(f"forward-mode derivatives (torch.func.jvp and the like) {but}")
 
 
 def check_query_key(**tensors: Tensor) -> None:

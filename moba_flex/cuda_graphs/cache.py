@@ -22,28 +22,24 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
-from types import ModuleType
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from ..backends import flash, flex
 from ..core.allocation import allocate_persistent
 from ..core.layout import BlockLayout
 from ..core.settings import AttentionSettings
 from ..core.strides import empty_with_strides_of
+from ..core.upstream import copy_all
 from .capture import CudaGraph, CudaMarks, Function
 
 EAGER_CALLS = 2  # of a shape, before it is captured
 MAX_GRAPHS = 16  # of a GPU
 MAX_SHAPES = 256  # whose calls are counted
-# Numbers of a tensor, 8,192 tokens of 32 heads of width 128. For larger ones copies cost the GPU more than launches cost the host.
-MAX_ELEMENTS = 1 << 25
 # A query of 2,048 tokens of 32 heads of width 128 is copied in some 27 us with its key, value and output, 1 % of a layer of such a model.
 # Four calls of this size and what lies between them keep a GPU busy for longer than the host needs to launch one kernel by kernel.
 LARGE, CALLS_AHEAD = 1 << 23, 4
-_DTYPES = (torch.bfloat16, torch.float16)  # what float32 means on a GPU follows from settings that may change
 
 
 def set_cuda_graphs(enabled: bool = True) -> bool:
@@ -72,34 +68,20 @@ def set_cuda_graphs(enabled: bool = True) -> bool:
     return _graphs.enable(enabled)
 
 
-def call(
-    function: Function, tensors: tuple[Tensor | None, ...], layout: BlockLayout, spec: AttentionSettings, backend: ModuleType, budget: int
-) -> tuple[Tensor, ...]:
-    """`function(*tensors, layout, spec, backend, budget)`, from a graph where that is worth it. The current GPU is that of `tensors`."""
+def run(function: Function, tensors: tuple[Tensor | None, ...], layout: BlockLayout, settings: AttentionSettings) -> tuple[Tensor, ...]:
+    """`function(*tensors, layout, settings)`, from a graph once the shape has come often enough. The current GPU is that of `tensors`.
 
-    def run(*tensors: Tensor | None) -> tuple[Tensor, ...]:
-        return function(*tensors, layout, spec, backend, budget)
+    The caller has found that the call can be captured: `moba_flex.backends.paths.capture_obstacle`.
+    """
 
-    if not (_graphs.enabled and suits(tensors, layout, backend)):
-        return run(*tensors)
+    def call(*tensors: Tensor | None) -> tuple[Tensor, ...]:
+        return function(*tensors, layout, settings)
+
+    if not _graphs.enabled:
+        return call(*tensors)
     stream = torch.cuda.current_stream()
     place = Place(stream.device_index, stream.cuda_stream)
-    return _graphs(place, (function.__name__, spec, budget, *signature(tensors)), run, tensors, budget)
-
-
-def suits(tensors: tuple[Tensor | None, ...], layout: BlockLayout, backend: ModuleType) -> bool:
-    """Whether a call may be captured. Layouts with padding or several sequences follow from data, so that no graph can hold them."""
-    first = tensors[0]
-    return (
-        backend is flex
-        and first.is_cuda
-        and first.dtype in _DTYPES
-        and layout.dense
-        and all(x is None or x.numel() <= MAX_ELEMENTS for x in tensors)
-        and first.numel() > 0
-        and not flash.enabled()
-        and not torch.cuda.is_current_stream_capturing()
-    )
+    return _graphs(place, (function.__name__, settings, *signature(tensors)), call, tensors, settings.working_memory)
 
 
 def signature(tensors: tuple[Tensor | None, ...]) -> tuple[Hashable, ...]:
@@ -175,7 +157,7 @@ def copy(tensors: tuple[Tensor | None, ...], into: tuple[Tensor | None, ...]) ->
         if len(places) == 1:
             places[0].copy_(sources[0])
         else:
-            torch._foreach_copy_(places, sources)
+            copy_all(places, sources)
 
 
 def buffer_like(x: Tensor | None) -> Tensor | None:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..core.allocation import allocate_persistent
+from ..core.upstream import release_broken_pool
 
 Function = Callable[..., tuple[Tensor, ...]]
 
@@ -100,8 +101,7 @@ class CudaGraph:
             self.pool.usable = False
             _broken.append(self._graph)
             with suppress(RuntimeError):  # nothing is left to do if this raises
-                torch._C._cuda_endAllocateToPool(self._device, self.pool.handle)
-                torch._C._cuda_releasePool(self._device, self.pool.handle)
+                release_broken_pool(self._device, self.pool.handle)
             with suppress(RuntimeError):  # the random numbers of PyTorch 2.11 stay within a capture until another one has ended well
                 well, number = torch.cuda.CUDAGraph(), torch.empty(1, device=self._device)
                 well.capture_begin(capture_error_mode="thread_local")

@@ -19,7 +19,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.attention.bias import causal_lower_right
 
 from ..core import validation
-from ..functional import attend, check_not_transformed
+from ..core.settings import AttentionSettings
+from ..core.validation import check_not_transformed
+from ..dispatch import attend
+from ..functional import checked_settings
 from .collectives import gathered_keys, heads_to_tokens, tokens_to_heads
 
 EXCHANGES = ("keys", "heads")
@@ -71,24 +74,31 @@ def moba_attention_cp(
         RuntimeError: another process has ended.
     """
     validation.check_query_key(query=query, key=key, value=value)
-    validation.check_blocks(block_size, top_k, sink_blocks, recent_blocks, True, share_selection)
-    validation.check_scores(query, query.shape[1], scale, softcap, sinks)
     validation.check_flag("return_lse", return_lse)
+    settings = checked_settings(
+        query,
+        query.shape[1],
+        block_size=block_size,
+        top_k=top_k,
+        sink_blocks=sink_blocks,
+        recent_blocks=recent_blocks,
+        share_selection=share_selection,
+        scale=scale,
+        softcap=softcap,
+        sinks=sinks,
+        implementation=implementation,
+    )
     check_not_transformed(query, key, value, but="do not go through exchanges between processes: use backward() or torch.autograd.grad")
-    blocks = {"block_size": block_size, "top_k": top_k, "sink_blocks": sink_blocks, "recent_blocks": recent_blocks}
-    blocks["share_selection"] = share_selection
-    scores = {"scale": scale, "softcap": softcap}
-    implementation = validation.resolve_implementation(implementation, query)
-    attention = moba(sinks=sinks, **blocks, **scores, return_lse=return_lse, implementation=implementation)
+    attention = sparse(settings, sinks, return_lse)
     out, lse = across(query, key, value, group_of(mesh), exchange, attention, share_selection)
     return (out, lse) if return_lse else out
 
 
-def moba(*, sinks: Tensor | None, return_lse: bool = False, **settings) -> Attention:
-    """MoBA with the arguments of `moba_flex.functional.attend`."""
+def sparse(settings: AttentionSettings, sinks: Tensor | None = None, return_lse: bool = False) -> Attention:
+    """MoBA, with the sinks `[H]` of all heads."""
 
     def attention(query: Tensor, key: Tensor, value: Tensor, heads: slice) -> tuple[Tensor, Tensor | None]:
-        out, lse = attend(query, key, value, sinks=None if sinks is None else sinks[heads], return_lse=True, **settings)
+        out, lse = attend(query, key, value, settings, sinks=None if sinks is None else sinks[heads], return_lse=True)
         return out, lse if return_lse else None
 
     return attention

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..config import MobaConfig
+from ..core.settings import AttentionSettings
 from ..models.layers import MOBA, attention_layers, show, takes_moba
-from .attention import across, check_exchange, full, group_of, moba
+from .attention import across, check_exchange, full, group_of, sparse
 from .collectives import gathered
 
 _IGNORED = -100  # the label that PyTorch's cross entropy leaves out
@@ -169,9 +170,9 @@ class ContextParallel:
         where the sequence was padded. Differentiable: gradients are summed over the processes."""
         return gathered(x.transpose(0, 1).contiguous(), self.group).transpose(0, 1)[:, :n_tokens]
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, **settings) -> Tensor:
-        """MoBA of one layer's slices, with the arguments of `moba_flex.functional.attend`."""
-        return across(query, key, value, self.group, self.exchange, moba(**settings), settings["share_selection"])[0]
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings, sinks: Tensor | None) -> Tensor:
+        """MoBA of one layer's slices."""
+        return across(query, key, value, self.group, self.exchange, sparse(settings, sinks), settings.share_selection)[0]
 
     def attend_full(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
         """The same for a layer with full attention."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -21,8 +22,10 @@ from transformers import Cache
 from ..config import MobaConfig
 from ..core import validation
 from ..core.autocast import without_autocast
-from ..decoding import means_for, write_means
-from ..functional import attend, attend_decoding
+from ..core.settings import AttentionSettings
+from ..dispatch import attend, attend_decoding
+from ..functional import checked_settings
+from ..ops.decoding import means_for, write_means
 from .block_means import CACHE, DRAFTS, WHOLE, BlockMeans, means_of
 from .key_conv import check_key_conv
 from .layers import MOBA, attention_of, ordinary_attention, ordinary_implementation
@@ -99,7 +102,7 @@ def _moba(
     query, key, value = _autocast(query, key, value)
     plain = not (naive or weights or dropout or torch.is_grad_enabled())
     if settings.decode == "sparse" and plain and isinstance(mask, MobaMask) and (places := mask.places(query, key)):
-        call = _call(query, key, value, True, settings, _implementation(settings, naive, query), kwargs)
+        call = _settings(query, key, value, True, settings, _implementation(settings, naive, query), kwargs)
         out = _decode(query, key, value, mask, places, means, call)
         return out.transpose(1, 2).contiguous(), None
 
@@ -112,7 +115,7 @@ def _moba(
     # What the layer had before then computes just that, and a short prompt in less time, unless "eager" is asked for by its name. It
     # need not know of packed sequences.
     ordinary = reads_all and not naive and settings.implementation != "eager"
-    call = {} if ordinary else _call(query, key, value, visible.causal, settings, implementation, kwargs)
+    call = None if ordinary else _settings(query, key, value, visible.causal, settings, implementation, kwargs)
     if "_watch" in module.__dict__:  # see moba_flex.analysis.trace
         module._watch(module, query, key, visible, settings)
     if means is not None and visible.causal and not torch.compiler.is_compiling():
@@ -149,30 +152,30 @@ def _across_processes(
     _, weights = _check_supported(module, naive, kwargs)
     query, key, value = _autocast(query, key, value)
     visible = _visible(query, key, mask, kwargs, module)
-    call = _call(query, key, value, visible.causal, settings, _implementation(settings, naive, query), kwargs)
+    call = _settings(query, key, value, visible.causal, settings, _implementation(settings, naive, query), kwargs)
     if weights or not visible.causal or visible.padding_mask is not None or visible.cu_seqlens is not None:
         raise ValueError(
             f"{_name(module)} works on a slice of a sequence, without attention weights, padding "
             "or packed sequences: call the model with what `ContextParallel.shard` returns"
         )
-    if attention == "full" and (call["softcap"] is not None or call["sinks"] is not None):
+    if attention == "full" and (call.settings.softcap is not None or call.sinks is not None):
         raise ValueError(f"{_name(module)} has a softcap or sinks, which full attention of slices does not do")
     with without_autocast(query):
         if attention == "full":
-            return context.attend_full(query, key, value, call["scale"]).transpose(1, 2).contiguous()
-        return context.attend(query, key, value, **call).transpose(1, 2).contiguous()
+            return context.attend_full(query, key, value, call.settings.scale).transpose(1, 2).contiguous()
+        return context.attend(query, key, value, call.settings, call.sinks).transpose(1, 2).contiguous()
 
 
-def _decode(query: Tensor, key: Tensor, value: Tensor, mask: MobaMask, places: Places, means: BlockMeans | None, call: dict) -> Tensor:
+def _decode(query: Tensor, key: Tensor, value: Tensor, mask: MobaMask, places: Places, means: BlockMeans | None, call: Call) -> Tensor:
     """`[B, H, n, Dv]`: a few tokens at the end of a cache, by way of the block means beside it."""
-    place, block_size = (places.length, places.start), call["block_size"]
+    place, block_size = (places.length, places.start), call.settings.block_size
     known = None
     if means is not None:
         starts = None if torch.compiler.is_compiling() else mask.visible(query, key).starts
         known = means.of_all_but_new(key, block_size, places.start, starts)
     if known is None:  # nothing is kept beside this cache
         known = write_means(means_for(key, max(1, key.shape[2] // block_size)), key, places.start, block_size)
-    return attend_decoding(query, key, value, known, *place, **call)
+    return attend_decoding(query, key, value, known, *place, call.settings, sinks=call.sinks)
 
 
 def _decoded(query: Tensor, key: Tensor, mask: MobaMask | Tensor | BlockMask | None, drafts: int) -> int:
@@ -272,29 +275,35 @@ def _implementation(settings: MobaConfig, naive: bool, query: Tensor) -> str:
     return "naive" if naive else validation.resolve_implementation(settings.implementation, query)
 
 
-def _call(query: Tensor, key: Tensor, value: Tensor, causal: bool, settings: MobaConfig, implementation: str, kwargs: dict) -> dict:
-    """The arguments of `attend` apart from tensors and visibility, checked."""
-    blocks, scale, softcap, sinks = settings.blocks, kwargs.get("scaling"), kwargs.get("softcap"), kwargs.get("s_aux")
+@dataclass(frozen=True)
+class Call:
+    """What one layer asks of the operation, beside its tensors and who may see whom."""
+
+    settings: AttentionSettings
+    sinks: Tensor | None
+
+
+def _settings(query: Tensor, key: Tensor, value: Tensor, causal: bool, settings: MobaConfig, implementation: str, kwargs: dict) -> Call:
+    """What a layer's call asks for, checked."""
+    scale, softcap, sinks = kwargs.get("scaling"), kwargs.get("softcap"), kwargs.get("s_aux")
     validation.check_query_key(query=query, key=key, value=value)
-    if not causal:  # for causal attention the settings were checked when they were made
-        validation.check_blocks(**blocks, causal=False)
-    validation.check_scores(query, query.shape[1], scale, softcap, sinks)
-    return {**blocks, "scale": scale, "softcap": softcap, "sinks": sinks, "implementation": implementation}
+    options = {"scale": scale, "softcap": softcap, "sinks": sinks, "implementation": implementation}
+    return Call(checked_settings(query, query.shape[1], **settings.blocks, causal=causal, **options), sinks)
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, visible: Visible, call: dict) -> Tensor:
+def _attend(query: Tensor, key: Tensor, value: Tensor, visible: Visible, call: Call) -> Tensor:
     """`[B, H, Nq, Dv]`. Packed rows are laid end to end, as one longer row of packed sequences."""
     given = {"padding_mask": visible.padding_mask, "cu_seqlens": visible.cu_seqlens, "longest": visible.longest}
-    given |= {"causal": visible.causal, **call}
+    given["sinks"] = call.sinks
     rows = query.shape[0]
     if visible.cu_seqlens is None or rows == 1:
-        return attend(query, key, value, **given)
+        return attend(query, key, value, call.settings, **given)[0]
     query, key, value = (x.transpose(0, 1).flatten(1, 2)[None] for x in (query, key, value))
-    out = attend(query, key, value, **given)
+    out, _ = attend(query, key, value, call.settings, **given)
     return out[0].unflatten(1, (rows, -1)).transpose(0, 1)
 
 
-def _attend_with_weights(query: Tensor, key: Tensor, value: Tensor, visible: Visible, dropout: float, call: dict) -> tuple[Tensor, Tensor]:
+def _attend_with_weights(query: Tensor, key: Tensor, value: Tensor, visible: Visible, dropout: float, call: Call) -> tuple[Tensor, Tensor]:
     """The output and the weights `[B, H, Nq, Nk]`, which are what attention makes of an identity matrix of values."""
     n_key = key.shape[2]
     identity = torch.eye(n_key, dtype=value.dtype, device=value.device).expand(*value.shape[:2], n_key, n_key)

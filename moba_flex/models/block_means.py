@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, EncoderDecoderCache, StaticLayer
 
-from ..decoding import mean_dtype, means_for, write_means
+from ..core.upstream import mark_static_address
+from ..ops.decoding import mean_dtype, means_for, write_means
 
 CACHE, DRAFTS, WHOLE = "moba_cache", "moba_drafts", "moba_whole"  # keyword arguments that hooks add and the attention function takes out
 _PACKED = ("cu_seq_lens_q", "cu_seq_lens_k")
@@ -180,7 +181,7 @@ class BlockMeans:
         with torch.inference_mode(False):
             if others:
                 self.means, self.stale = means_for(key, wanted), True
-                torch._dynamo.mark_static_address(self.means)
+                mark_static_address(self.means)
             else:  # an eighth more than is needed, so that a growing cache seldom copies them
                 self.means = torch.cat([means, means_for(key, wanted - means.shape[2] + wanted // 8)], 2)
 

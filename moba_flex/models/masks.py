@@ -23,7 +23,8 @@ from transformers.masking_utils import (
 )
 
 from ..core import validation
-from ..decoding import FEW
+from ..core.upstream import mark_dynamic
+from ..ops.decoding import FEW
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ class MobaMask(BlockMask):
         self._places = _place(request) if request["q_length"] <= FEW else None
         if isinstance(request["q_offset"], Tensor) and not torch.compiler.is_compiling() and request.get("attention_mask") is not None:
             _check_whole(request["attention_mask"])
-            torch._dynamo.maybe_mark_dynamic(request["attention_mask"], 1)
+            mark_dynamic(request["attention_mask"], 1)
 
     @property
     def shape(self) -> tuple[int, int, int, int]:

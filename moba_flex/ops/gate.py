@@ -22,9 +22,9 @@ def block_means(key: Tensor, layout: BlockLayout) -> Tensor:
     return total / layout.block_keys.clamp(min=1)[:, None, :, None]
 
 
-def candidates(layout: BlockLayout, spec: AttentionSettings) -> tuple[Tensor, Tensor]:
+def candidates(layout: BlockLayout, settings: AttentionSettings) -> tuple[Tensor, Tensor]:
     """`[B, Q]` int32 twice: a query block may be routed to the blocks from the first to before the second."""
-    return layout.first, layout.own if spec.causal else layout.end
+    return layout.first, layout.own if settings.causal else layout.end
 
 
 def best_blocks(score: Tensor, candidate: Tensor, count: int, finite: bool) -> Tensor:
@@ -48,45 +48,45 @@ def best_blocks(score: Tensor, candidate: Tensor, count: int, finite: bool) -> T
     return torch.nn.functional.pad(block, (0, count - kept), value=-1)
 
 
-def forced_blocks(layout: BlockLayout, spec: AttentionSettings) -> Tensor:
+def forced_blocks(layout: BlockLayout, settings: AttentionSettings) -> Tensor:
     """`[B, Q, sink_blocks + recent_blocks]` int32: the blocks that a query block reads whatever the scores, -1 for none."""
     first, own = layout.first[..., None], layout.own[..., None]
-    step = torch.arange(spec.sink_blocks + spec.recent_blocks, device=own.device, dtype=torch.int32)
-    sink, recent = first + step[: spec.sink_blocks], own - 1 - step[: spec.recent_blocks]
-    return torch.cat([torch.where(sink < own, sink, -1), torch.where(recent >= first + spec.sink_blocks, recent, -1)], -1)
+    step = torch.arange(settings.sink_blocks + settings.recent_blocks, device=own.device, dtype=torch.int32)
+    sink, recent = first + step[: settings.sink_blocks], own - 1 - step[: settings.recent_blocks]
+    return torch.cat([torch.where(sink < own, sink, -1), torch.where(recent >= first + settings.sink_blocks, recent, -1)], -1)
 
 
 def _largest(x: Tensor) -> float:
     return max(abs(float(bound)) for bound in torch.aminmax(x))
 
 
-def choose(query: Tensor, key: Tensor, layout: BlockLayout, spec: AttentionSettings) -> Tensor:
+def choose(query: Tensor, key: Tensor, layout: BlockLayout, settings: AttentionSettings) -> Tensor:
     """`[B, H, Q * P, D]`, `[B, G, C * P, D]` -> `[B, H, Q * P, S]` int32, the chosen blocks, -1 where there are fewer.
 
     Sink and recent blocks are the last of them; the scores choose among the others.
     """
     rows, heads, slots = query.shape[:3]
     groups, n_blocks = key.shape[1], layout.n_key_blocks
-    chosen = torch.full((rows, heads, slots, spec.routed), -1, dtype=torch.int32, device=query.device)
-    if spec.routed == 0:
+    chosen = torch.full((rows, heads, slots, settings.n_routed), -1, dtype=torch.int32, device=query.device)
+    if settings.n_routed == 0:
         return chosen
-    free = spec.routed - spec.sink_blocks - spec.recent_blocks
+    free = settings.n_free
     mean = block_means(key, layout)
-    first, last = candidates(layout, spec)
-    begin, stop = first[..., None] + spec.sink_blocks, last[..., None] - spec.recent_blocks
+    first, last = candidates(layout, settings)
+    begin, stop = first[..., None] + settings.sink_blocks, last[..., None] - settings.recent_blocks
     block = torch.arange(n_blocks, device=query.device)
     offset = torch.arange(layout.width, device=query.device)
     real = (offset >= layout.query_start[..., None]) & (offset < layout.query_stop[..., None])  # [B, Q, P]
     out = chosen.unflatten(2, (-1, layout.width))  # [B, H, Q, P, S]
-    if free < spec.routed:
-        out[..., free:] = torch.where(real[..., None], forced_blocks(layout, spec)[:, :, None], -1)[:, None]
+    if free < settings.n_routed:
+        out[..., free:] = torch.where(real[..., None], forced_blocks(layout, settings)[:, :, None], -1)[:, None]
 
     finite = _largest(query) * _largest(mean) * query.shape[-1] < torch.finfo(torch.float32).max  # False for NaN too
     of_head = mean.repeat_interleave(heads // groups, 1)
     step = max(1, _SCORES_AT_ONCE // max(1, rows * heads * layout.width * n_blocks))
     for start in range(0, layout.n_query_blocks if free else 0, step):
         part = slice(start, min(start + step, layout.n_query_blocks))
-        seen = min(n_blocks, layout.last_own(part.stop - 1)) if spec.causal else n_blocks
+        seen = min(n_blocks, layout.last_own(part.stop - 1)) if settings.causal else n_blocks
         if seen:
             candidate = (block[:seen] >= begin[:, part]) & (block[:seen] < stop[:, part])
             candidate = (candidate[:, :, None] & real[:, part, :, None])[:, None]  # [B, 1, q, P, seen]

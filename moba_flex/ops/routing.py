@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..core.chunking import tiles_needed
+
 
 def order_pairs(chosen: Tensor, groups: int, n_blocks: int) -> tuple[Tensor, Tensor, Tensor]:
     """The (query, block) pairs of `chosen [B, H, N, S]` (-1: none) by block, and for one block by query, the same in every run.
@@ -50,11 +52,6 @@ class Routes:
     @property
     def n_blocks(self) -> int:
         return self.first_tile.numel()
-
-
-def tiles_needed(max_pairs: int, n_blocks: int, tile: int) -> int:
-    """T: enough tiles for `max_pairs` pairs however they spread over `n_blocks` blocks."""
-    return -(-max_pairs // tile) + min(n_blocks, max_pairs)
 
 
 def route(chosen: Tensor, groups: int, n_blocks: int, tile: int, max_pairs: int) -> Routes:

@@ -10,11 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..backends.dense_mask import block_bits
-from .gate import choose
-from .routing import Routes, route
-
-__all__ = ["block_bits", "choose", "delta", "dispatch", "dispatch_backward", "merge", "route", "sum_rows", "write"]
+from .routing import Routes
 
 _QUERIES_AT_ONCE = 1 << 14
 

@@ -66,9 +66,9 @@ def selections_by_hand(model: PreTrainedModel, inputs: dict[str, Tensor], monkey
     """What `select_blocks` says of the queries and keys that reach the operation, one a layer."""
     seen = []
 
-    def record(query: Tensor, key: Tensor, value: Tensor, **given) -> Tensor:
+    def record(query: Tensor, key: Tensor, value: Tensor, *settings, **given) -> tuple[Tensor, ...]:
         seen.append(select_blocks(query, key, padding_mask=given["padding_mask"], **blocks))
-        return attend(query, key, value, **given)
+        return attend(query, key, value, *settings, **given)
 
     attend = attention_function.attend
     with monkeypatch.context() as patched, torch.no_grad():
@@ -154,7 +154,7 @@ def test_without_a_causal_mask_all_blocks_are_options():
     query, key = torch.randn(2, 4, 30, 8), torch.randn(2, 2, 30, 8)
     mask = torch.arange(30) < torch.tensor([30, 17])[:, None]
     selection = select_blocks(query, key, block_size=4, top_k=3, causal=False, padding_mask=mask)
-    share, overlap, chosen, candidates = trace.numbers(selection)
+    share, overlap, chosen, candidates = trace_module.numbers(selection)
     dense = selection.to_dense()
     assert torch.equal(chosen, dense.sum((0, 2)))
     assert torch.equal(candidates, torch.tensor([47] * 5 + [30] * 3)), "the second row has 17 queries and 5 blocks"
@@ -255,7 +255,7 @@ def test_the_model_is_left_exactly_as_it_was(state, failure, settings, monkeypat
         def fail(selection: Selection):
             raise failure("stop")
 
-        monkeypatch.setattr(trace, "numbers", fail)
+        monkeypatch.setattr(trace_module, "numbers", fail)
         with pytest.raises(failure):
             trace(model, **batch("left"), **settings)
     else:
@@ -288,8 +288,8 @@ def test_no_layers_queries_outlive_the_layer(monkeypatch):
         earlier.extend(weakref.ref(x) for x in (query, key))
         return select_blocks(query, key, **given)
 
-    select.__signature__ = trace.inspect.signature(select_blocks)
-    monkeypatch.setattr(trace, "select_blocks", select)
+    select.__signature__ = trace_module.inspect.signature(select_blocks)
+    monkeypatch.setattr(trace_module, "select_blocks", select)
     trace(build(), **batch(), **SPARSE, selections=[0, 1])
     assert len(earlier) == 8
 
@@ -377,7 +377,7 @@ def test_a_model_without_moba_layers_says_so():
 
 
 def test_the_package_exports_it():
-    assert moba_flex.trace is trace and moba_flex.Trace is trace.Trace
+    assert moba_flex.trace is trace and moba_flex.Trace is trace_module.Trace
 
 
 def test_far_more_blocks_than_there_are_take_no_more_memory(monkeypatch):

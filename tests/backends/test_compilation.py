@@ -6,11 +6,11 @@ from functools import cache
 
 import pytest
 import torch
+from support.cases import unchecked
 
 from moba_flex import moba_attention
-from moba_flex.backends import flex
+from moba_flex.backends import flex_calls
 from moba_flex.backends.compilation import compiled
-from moba_flex.functional import attend
 
 
 @pytest.fixture
@@ -22,9 +22,9 @@ def traced(monkeypatch) -> list[str]:
         return compile_(call, backend=lambda graph, _: names.append(call.__code__.co_name) or graph.forward, **options)
 
     monkeypatch.setattr(torch, "compile", counting)
-    monkeypatch.setattr(flex, "_compile", lambda call, settings, is_cuda: compiled(call, settings))
+    monkeypatch.setattr(flex_calls, "_compile", lambda call, key, is_cuda: compiled(call, key))
     for name in ("_forward_call", "_backward_call"):  # none that other tests have made
-        monkeypatch.setattr(flex, name, cache(getattr(flex, name).__wrapped__))
+        monkeypatch.setattr(flex_calls, name, cache(getattr(flex_calls, name).__wrapped__))
     torch._dynamo.reset()
     return names
 
@@ -32,7 +32,7 @@ def traced(monkeypatch) -> list[str]:
 def call(n_query: int, n_key: int, rows: int) -> None:
     """Forward and backward, with two key heads, so never one element of FlexAttention's batch."""
     query, key, value = (torch.randn(rows, h, n, 16, requires_grad=True) for h, n in ((4, n_query), (2, n_key), (2, n_key)))
-    attend(query, key, value, block_size=16, top_k=3, implementation="flex").sum().backward()
+    unchecked(query, key, value, block_size=16, top_k=3, implementation="flex").sum().backward()
 
 
 class Moba(torch.nn.Module):
@@ -78,7 +78,7 @@ def test_all_short_lengths_share_one_compilation_forward_and_one_backward(traced
 
 
 def test_all_routed_lengths_share_one_compilation_of_each_call(traced, monkeypatch):
-    monkeypatch.setattr("moba_flex.attention.few_blocks", lambda *_: False)
+    monkeypatch.setattr("moba_flex.backends.paths.MAX_MASK_OPERATIONS", -1)
     for lengths in ROUTED:
         for rows in (1, 2):
             call(*lengths, rows)
@@ -89,7 +89,7 @@ def test_all_routed_lengths_share_one_compilation_of_each_call(traced, monkeypat
 def test_a_later_compilation_serves_all_lengths_too(traced, monkeypatch, masked):
     """Whatever it is made for: here torch.compile has forgotten those before."""
     if not masked:
-        monkeypatch.setattr("moba_flex.attention.few_blocks", lambda *_: False)
+        monkeypatch.setattr("moba_flex.backends.paths.MAX_MASK_OPERATIONS", -1)
     call(300, 300, 2)
     torch._dynamo.reset()
     traced.clear()

@@ -7,17 +7,17 @@ import torch
 import torch.nn.attention.flex_attention as flex_module
 from hypothesis import given
 from hypothesis import strategies as st
-from support.cases import Case, assert_same, cases, examples, generator, gradients, operands
+from support.cases import Case, assert_same, cases, examples, generator, gradients, operands, unchecked
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from moba_flex.attention import attention
-from moba_flex.backends import flex
+from moba_flex.backends import dense_mask, flex
 from moba_flex.backends.block_masks import bits_mask
-from moba_flex.backends.dense_mask import MOST_BLOCKS, block_bits, few_blocks
+from moba_flex.backends.paths import MAX_MASK_BLOCKS, dense_mask_obstacle
 from moba_flex.core.layout import BlockLayout, dense_layout, slots_per_block
 from moba_flex.core.settings import AttentionSettings
-from moba_flex.functional import attend
+from moba_flex.operator import attention
 from moba_flex.ops import gate
+from moba_flex.ops.bits import block_bits
 from moba_flex.reference import reference_selection
 
 
@@ -26,8 +26,8 @@ def plain_flex_attention(monkeypatch):
     monkeypatch.setattr(flex_module, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
 
 
-def spec_of(case: Case) -> AttentionSettings:
-    return AttentionSettings(**case.selection, scale=case.real_scale, softcap=case.softcap)
+def takes_mask(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, settings: AttentionSettings) -> bool:
+    return dense_mask_obstacle(query, key, value, settings, dense_layout=True) is None
 
 
 def layout_of(case: Case) -> BlockLayout:
@@ -65,8 +65,8 @@ def test_masked_equals_the_specification_values_and_gradients(case):
         tensors = operands(case, requires_grad=True)
         if implementation == "flex":
             query, key, value = (tensors[name] for name in ("query", "key", "value"))
-            assert few_blocks(query, key, value, spec_of(case)), case
-        out = attend(**tensors, **case.settings, return_lse=True, implementation=implementation)
+            assert takes_mask(query, key, value, case.attention_settings("flex")), case
+        out = unchecked(**tensors, **case.settings, return_lse=True, implementation=implementation)
         results.append((*out, *gradients(out, tensors).values()))
     for name, a, b in zip(("output", "lse", "dq", "dk", "dv", "dsinks"), *results):
         assert_same(b, a, f"{name} of {case}", rtol=1e-5, atol=1e-5)
@@ -74,21 +74,23 @@ def test_masked_equals_the_specification_values_and_gradients(case):
 
 def test_few_blocks_are_one_call_and_many_are_routed(monkeypatch):
     calls = []
-    for name in ("masked", "masked_backward", "local", "local_backward", "merge_routed", "merge_routed_backward"):
-        step = getattr(flex, name)
-        monkeypatch.setattr(flex, name, lambda *given, name=name, step=step: calls.append(name) or step(*given))
+    steps = {"masked": (dense_mask, "forward"), "masked backward": (dense_mask, "backward")}
+    steps |= {name: (flex, name) for name in ("local", "merge_routed", "local_backward", "routed_backward")}
+    for name, (module, function) in steps.items():
+        step = getattr(module, function)
+        monkeypatch.setattr(module, function, lambda *given, name=name, step=step: calls.append(name) or step(*given))
 
     def called(n_tokens: int, padding_mask: torch.Tensor | None = None, **settings) -> list[str]:
         calls.clear()
         x = torch.randn(1, 1, n_tokens, 16, requires_grad=True)
-        attend(x, x, x, block_size=16, padding_mask=padding_mask, implementation="flex", **settings).sum().backward()
+        unchecked(x, x, x, block_size=16, padding_mask=padding_mask, implementation="flex", **settings).sum().backward()
         return list(calls)
 
-    routed = ["local", "merge_routed", "local_backward", "merge_routed_backward"]
-    assert called(16 * MOST_BLOCKS, top_k=3) == ["masked", "masked_backward"]
-    assert called(16 * MOST_BLOCKS + 1, top_k=3) == routed
+    routed = ["local", "merge_routed", "local_backward", "routed_backward"]
+    assert called(16 * MAX_MASK_BLOCKS, top_k=3) == ["masked", "masked backward"]
+    assert called(16 * MAX_MASK_BLOCKS + 1, top_k=3) == routed
     assert called(100, torch.ones(1, 100).bool(), top_k=3) == routed
-    assert called(100, top_k=3, causal=False) == ["merge_routed", "merge_routed_backward"]
+    assert called(100, top_k=3, causal=False) == ["merge_routed", "routed_backward"]
     assert called(16, top_k=3) == called(100, top_k=1) == ["local", "local_backward"]  # nothing to choose
 
 
@@ -120,31 +122,30 @@ def test_what_a_model_projects_is_read_where_it_lies(batch, heads, groups, token
 )
 def test_long_prompts_of_few_large_blocks_are_routed(heads, tokens, masked):
     query, key = torch.empty(1, heads, tokens, 128, device="meta"), torch.empty(1, 1, tokens, 128, device="meta")
-    assert few_blocks(query, key, key, AttentionSettings(512, 3, 0, 0, True, 1.0)) == masked
+    assert takes_mask(query, key, key, AttentionSettings(512, 3, implementation="flex")) == masked
 
 
 def test_more_heads_than_one_launch_serves_are_routed():
     for rows, masked in ((2047, True), (2048, False)):
         x = torch.empty(rows, 32, 60, 16, device="meta")
-        assert few_blocks(x, x, x, AttentionSettings(40, 2, 0, 0, True, 1.0)) == masked
+        assert takes_mask(x, x, x, AttentionSettings(40, 2, implementation="flex")) == masked
 
 
 def test_what_needs_wider_offsets_is_routed():
-    spec = AttentionSettings(1 << 15, 4, 0, 0, True, 1.0)
+    settings = AttentionSettings(1 << 15, 4, implementation="flex")
     for heads, masked in ((63, True), (64, False)):  # 64 x 2^18 x 128 elements: chunks keep below that, a dense call cannot
         key = torch.empty(1, heads, 1 << 18, 128, device="meta")
-        assert few_blocks(key[:, :, :1], key, key, spec) == masked
+        assert takes_mask(key[:, :, :1], key, key, settings) == masked
 
 
 @examples(40)
 @given(few((3, 7, 16, 48), 90))
 def test_the_bits_are_the_blocks_that_the_specification_reads(case):
     tensors = operands(case)
-    layout, spec = layout_of(case), spec_of(case)
+    layout, settings = layout_of(case), case.attention_settings()
     query, key = tensors["query"], tensors["key"]
-    selection = {**case.selection, "share_selection": False}
-    bits = block_bits(gate.choose(layout.query_slots(query), layout.key_slots(key), layout, spec), layout)
-    wanted, _ = reference_selection(query, key, **selection)
+    bits = block_bits(gate.choose(layout.query_slots(query), layout.key_slots(key), layout, settings), layout)
+    wanted, _ = reference_selection(query, key, case.but(share_selection=False).attention_settings())
     read = bits[..., None] >> torch.arange(wanted.shape[-1], dtype=torch.int32) & 1
     assert bits.shape == query.shape[:3]
     assert torch.equal(read.bool(), wanted), case

@@ -11,26 +11,26 @@ import torch
 import torch.nn.attention.flex_attention as flex_module
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.cases import unchecked
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moba_flex import attention as attention_module
-from moba_flex.attention import attention
 from moba_flex.backends import flex
 from moba_flex.backends.block_masks import local_mask, routed_mask
 from moba_flex.core import chunking as chunks_module
-from moba_flex.core.chunking import chunks, max_elements
+from moba_flex.core.chunking import QUERY_TILE, chunks, max_elements
 from moba_flex.core.layout import _persistent_layout, dense_layout, packed_layout, padded_layout, slots_per_block
 from moba_flex.core.settings import AttentionSettings
-from moba_flex.functional import attend
+from moba_flex.operator import attention
 from moba_flex.ops import gate
 from moba_flex.ops.routing import route
 
 
 @pytest.fixture(autouse=True)
 def plain_flex_attention(monkeypatch):
-    """Uncompiled, and routed however few blocks there are: `test_masked.py` is about those."""
+    """Uncompiled, and routed however few blocks there are: `test_dense_mask.py` is about those."""
     monkeypatch.setattr(flex_module, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
-    monkeypatch.setattr("moba_flex.attention.few_blocks", lambda *_: False)
+    monkeypatch.setattr("moba_flex.backends.paths.MAX_MASK_OPERATIONS", -1)
 
 
 @st.composite
@@ -70,7 +70,7 @@ def visibility(case: dict, generator: torch.Generator):
 
 
 def prepared(case: dict):
-    """Layout, spec and the routes of random queries, as the operator makes them."""
+    """Layout, settings_ and the routes of random queries, as the operator makes them."""
     generator = torch.Generator().manual_seed(case["seed"])
     padding_mask, bounds = visibility(case, generator)
     n_query = case["n_key"] if bounds is not None else case["n_query"]
@@ -83,13 +83,13 @@ def prepared(case: dict):
     else:
         layout = dense_layout(rows, n_query, case["n_key"], block_size, width, torch.device("cpu"))
     names = ("block_size", "top_k", "sink_blocks", "recent_blocks", "causal")
-    spec = AttentionSettings(*(case[name] for name in names), 0.25)
+    settings_ = AttentionSettings(**{name: case[name] for name in names}, scale=0.25)
     query = layout.query_slots(torch.randn(rows, case["heads"], n_query, 4, generator=generator))
     key = layout.key_slots(torch.randn(rows, case["groups"], case["n_key"], 4, generator=generator))
-    pairs = rows * case["heads"] * layout.max_pairs(spec.routed, spec.causal)
-    chosen = gate.choose(query, key, layout, spec)
-    routes = route(chosen, case["groups"], layout.n_key_blocks, flex.TILE, pairs) if pairs else None
-    return layout, spec, routes
+    pairs = rows * case["heads"] * layout.max_pairs(settings_.n_routed, settings_.causal)
+    chosen = gate.choose(query, key, layout, settings_)
+    routes = route(chosen, case["groups"], layout.n_key_blocks, QUERY_TILE, pairs) if pairs else None
+    return layout, settings_, routes
 
 
 def operands(case: dict) -> list[torch.Tensor]:
@@ -129,9 +129,9 @@ def test_flex_equals_eager_values_and_gradients(case):
 @settings(max_examples=25)
 @given(cases(), st.booleans())
 def test_a_key_head_beyond_the_reach_of_a_kernel_is_worked_through_in_parts(case, whole_heads):
-    def short(query, key, value, layout, spec, budget, _):
+    def short(query, key, value, layout, settings_, _):
         width, blocks = max(query.shape[-1], value.shape[-1]), layout.n_query_blocks if whole_heads else 1
-        return chunks(query, key, value, layout, spec, budget, max_elements(1, blocks, width, layout, spec))
+        return chunks(query, key, value, layout, settings_, max_elements(1, blocks, width, layout, settings_))
 
     wanted = computed(case, "eager")
     with pytest.MonkeyPatch.context() as patched:
@@ -230,11 +230,11 @@ def test_the_lists_of_the_local_mask_say_what_its_rule_says(case):
 @settings(max_examples=50)
 @given(cases())
 def test_the_lists_of_the_routed_mask_say_what_its_rule_says(case):
-    layout, spec, routes = prepared(case)
+    layout, settings_, routes = prepared(case)
     if routes is None:
-        assert spec.routed == 0 or layout.max_pairs(spec.routed, spec.causal) == 0
+        assert settings_.n_routed == 0 or layout.max_pairs(settings_.n_routed, settings_.causal) == 0
         return
-    mask = routed_mask(routes, layout, case["groups"], spec.causal)
+    mask = routed_mask(routes, layout, case["groups"], settings_.causal)
     n_query, n_key = routes.n_rows, layout.own.shape[0] * case["groups"] * layout.n_key_blocks * layout.width
     by_query, by_key = tile_maps(mask, n_query, n_key)
     used = routes.tile_in_use.bool()
@@ -245,7 +245,7 @@ def test_the_lists_of_the_routed_mask_say_what_its_rule_says(case):
     listed = by_query[0, used]
     assert torch.equal(listed > 0, some), case
     assert (every | (listed < 2)).all(), case  # nothing that the rule hides is listed as full
-    if spec.causal and layout.whole:
+    if settings_.causal and layout.whole:
         assert (listed[some] == 2).all(), case  # no mask is evaluated for a past block
 
 
@@ -253,7 +253,7 @@ def test_heads_narrower_than_a_tile_are_widened_with_zeros():
     leaves = [torch.randn(1, heads, 90, width, requires_grad=True) for heads, width in ((4, 8), (2, 8), (2, 5))]
     results = []
     for implementation in ("eager", "flex"):
-        out = attend(*leaves, block_size=16, top_k=3, implementation=implementation)
+        out = unchecked(*leaves, block_size=16, top_k=3, implementation=implementation)
         results.append((out, *torch.autograd.grad(out.sin().sum(), leaves)))
     for a, b in zip(*results):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)

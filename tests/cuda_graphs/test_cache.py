@@ -7,7 +7,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from types import SimpleNamespace
 from typing import ClassVar
@@ -15,19 +15,20 @@ from typing import ClassVar
 import pytest
 import torch
 import torch.nn.attention.flex_attention as flex_module
+from support.cases import unchecked
 from torch import Tensor
 
-from moba_flex import attention, moba_attention, set_cuda_graphs
-from moba_flex.backends import eager, flash, flex
-from moba_flex.core.layout import _persistent_layout, dense_layout, padded_layout
+from moba_flex import moba_attention, operator, set_cuda_graphs
+from moba_flex.backends import flash, paths
+from moba_flex.backends.paths import MAX_CAPTURED_ELEMENTS, capture_obstacle
+from moba_flex.core.layout import _persistent_layout, dense_layout
 from moba_flex.core.settings import AttentionSettings
 from moba_flex.cuda_graphs import cache
-from moba_flex.cuda_graphs.cache import CALLS_AHEAD, EAGER_CALLS, MAX_ELEMENTS, MAX_GRAPHS, MAX_SHAPES, GraphCache, Place, buffer_like
-from moba_flex.functional import attend
+from moba_flex.cuda_graphs.cache import CALLS_AHEAD, EAGER_CALLS, MAX_GRAPHS, MAX_SHAPES, GraphCache, Place, buffer_like
 
 MUCH = 1 << 40
 HERE, ELSEWHERE, ON_ANOTHER_GPU = Place(0, 10), Place(0, 11), Place(1, 10)
-SPEC = AttentionSettings(8, 3, 0, 0, True, 0.25)
+SETTINGS = AttentionSettings(8, 3, scale=0.25, implementation="flex")
 
 
 @dataclass(eq=False)
@@ -453,23 +454,21 @@ def on_a_gpu(*shape: int, dtype: torch.dtype = torch.bfloat16, **more) -> Simple
 
 def test_only_small_calls_in_half_precision_without_padding_are_captured(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    layout = dense_layout(1, 64, 64, 8, 16, torch.device("cpu"))
-    padded = padded_layout(torch.ones(1, 64, dtype=torch.bool), 64, 8, 16)
-    x, large = on_a_gpu(1, 4, 64, 16), on_a_gpu(MAX_ELEMENTS + 1)
-    assert cache.suits((x, x, x), layout, flex)
-    assert cache.suits((x, None, x), layout, flex)
-    assert cache.suits((on_a_gpu(MAX_ELEMENTS, dtype=torch.float16), x, x), layout, flex)
-    assert not cache.suits((x, large, x), layout, flex)
-    assert not cache.suits((on_a_gpu(8, dtype=torch.float32), x, x), layout, flex)
-    assert not cache.suits((on_a_gpu(8, is_cuda=False), x, x), layout, flex)
-    assert not cache.suits((on_a_gpu(0), x, x), layout, flex)
-    assert not cache.suits((x, x, x), padded, flex)
-    assert not cache.suits((x, x, x), layout, eager)
+    x, large = on_a_gpu(1, 4, 64, 16), on_a_gpu(MAX_CAPTURED_ELEMENTS + 1)
+    assert capture_obstacle((x, x, x), SETTINGS, dense_layout=True) is None
+    assert capture_obstacle((x, None, x), SETTINGS, dense_layout=True) is None
+    assert capture_obstacle((on_a_gpu(MAX_CAPTURED_ELEMENTS, dtype=torch.float16), x, x), SETTINGS, dense_layout=True) is None
+    assert capture_obstacle((x, large, x), SETTINGS, dense_layout=True)
+    assert capture_obstacle((on_a_gpu(8, dtype=torch.float32), x, x), SETTINGS, dense_layout=True)
+    assert capture_obstacle((on_a_gpu(8, is_cuda=False), x, x), SETTINGS, dense_layout=True)
+    assert capture_obstacle((on_a_gpu(0), x, x), SETTINGS, dense_layout=True)
+    assert capture_obstacle((x, x, x), SETTINGS, dense_layout=False)
+    assert capture_obstacle((x, x, x), replace(SETTINGS, implementation="eager"), dense_layout=True)
     with monkeypatch.context() as patch:
         patch.setattr(flash, "_backend", "flash")
-        assert not cache.suits((x, x, x), layout, flex)
+        assert capture_obstacle((x, x, x), SETTINGS, dense_layout=True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert not cache.suits((x, x, x), layout, flex)
+    assert capture_obstacle((x, x, x), SETTINGS, dense_layout=True)
 
 
 @pytest.fixture
@@ -477,7 +476,7 @@ def store(monkeypatch) -> GraphCache:
     """The operators on the CPU, as if it were a GPU."""
     store = GraphCache(StandIn)
     monkeypatch.setattr(cache, "_graphs", store)
-    monkeypatch.setattr(cache, "suits", lambda tensors, layout, backend: layout.dense)
+    monkeypatch.setattr(paths, "capture_obstacle", lambda tensors, settings, dense_layout: None if dense_layout else "padding")
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(device_index=0, cuda_stream=0))
     return store
 
@@ -521,11 +520,11 @@ def flex_on_the_cpu(request, monkeypatch) -> Callable[[], Tensor]:
     """A call of the implementation for CUDA, uncompiled, either way; forward and backward."""
     monkeypatch.setattr(flex_module, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
     if request.param == "routed":
-        monkeypatch.setattr("moba_flex.attention.few_blocks", lambda *_: False)
+        monkeypatch.setattr("moba_flex.backends.paths.MAX_MASK_OPERATIONS", -1)
 
     def run() -> Tensor:
         leaves = [torch.randn(1, 300, heads, 16).transpose(1, 2).requires_grad_() for heads in (4, 2, 2)]
-        out = attend(*leaves, block_size=32, top_k=3, implementation="flex")
+        out = unchecked(*leaves, block_size=32, top_k=3, implementation="flex")
         torch.autograd.grad(out.sin().sum(), leaves)
         return out
 
@@ -581,4 +580,4 @@ def test_set_cuda_graphs_names_what_is_wrong_and_changes_nothing(enabled):
 
 def test_it_is_on_unless_turned_off():
     assert cache._graphs.enabled
-    assert attention.cache is cache
+    assert operator.cache is cache

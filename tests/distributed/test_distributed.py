@@ -7,10 +7,10 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-import distributed_checks as checks
 import pytest
 import torch
 import torch.distributed as dist
+from support import distributed_checks as checks
 from support.cases import Case
 from support.processes import Processes, ProcessesFailed
 

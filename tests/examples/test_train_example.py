@@ -129,13 +129,13 @@ def test_two_processes_have_the_losses_of_one(short: Path, tmp_path: Path) -> No
 
 def test_sharded_parameters_and_sequences_have_the_losses_of_one_process(short: Path, tmp_path: Path) -> None:
     sizes = {"dp_shard_size": 1, "cp_size": 2}
-    launch("fsdp2_cp.yaml", "tests/train_on_cpus.py", *SHORT, "--micro-batch-size", "2", "--output", str(tmp_path), **sizes)
+    launch("fsdp2_cp.yaml", "tests/support/train_on_cpus.py", *SHORT, "--micro-batch-size", "2", "--output", str(tmp_path), **sizes)
     assert_same_losses(tmp_path, short)
 
 
 def test_one_process_checkpoint_goes_on_with_sharded_parameters_on_two(short: Path, tmp_path: Path) -> None:
     output = up_to_step_3(short, tmp_path / "run")
-    launch("fsdp2.yaml", "tests/train_on_cpus.py", *SHORT, "--resume", "--output", str(output))
+    launch("fsdp2.yaml", "tests/support/train_on_cpus.py", *SHORT, "--resume", "--output", str(output))
     assert_same_losses(output, short)
 
 

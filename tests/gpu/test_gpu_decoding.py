@@ -9,7 +9,8 @@ import torch
 
 from moba_flex import moba_attention
 from moba_flex.core.settings import AttentionSettings
-from moba_flex.decoding import decode, decode_plain, means_for, write_means
+from moba_flex.decoding import decode
+from moba_flex.ops.decoding import decode_plain, means_for, write_means
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU: Triton kernels")]
 

@@ -33,7 +33,7 @@ HEADS, GROUPS, WIDTH, SETTINGS = 4, 2, 64, {"block_size": 64, "top_k": 3}
 def way(request, monkeypatch) -> str:
     """How the calls of a test are computed."""
     if request.param == "routed":
-        monkeypatch.setattr("moba_flex.attention.few_blocks", lambda *_: False)
+        monkeypatch.setattr("moba_flex.backends.paths.MAX_MASK_OPERATIONS", -1)
     else:
         monkeypatch.setattr(flex, "local", lambda *_: pytest.fail("routed"))
     return request.param

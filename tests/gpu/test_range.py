@@ -28,9 +28,9 @@ NEAR_TIE = 2e-5  # of the largest score
 def way(request, monkeypatch) -> None:
     """How so few blocks are computed, whichever of the two costs less."""
     if request.param == "routed":
-        monkeypatch.setattr("moba_flex.attention.few_blocks", lambda *_: False)
+        monkeypatch.setattr("moba_flex.backends.paths.MAX_MASK_OPERATIONS", -1)
     else:
-        monkeypatch.setattr("moba_flex.backends.dense_mask.FEW_OPERATIONS", float("inf"))
+        monkeypatch.setattr("moba_flex.backends.paths.MAX_MASK_OPERATIONS", float("inf"))
 
 
 both_ways = pytest.mark.parametrize("way", ["routed", "masked"], indirect=True)
@@ -243,7 +243,7 @@ def test_the_long_cases_take_the_paths_that_they_are_named_for(name: str):
 
 @pytest.mark.parametrize("case", WITH_A_DENSE_MASK, ids=str)
 def test_the_cases_with_a_dense_mask_can_be_masked(case: Case, monkeypatch):
-    monkeypatch.setattr("moba_flex.backends.dense_mask.FEW_OPERATIONS", float("inf"))
+    monkeypatch.setattr("moba_flex.backends.paths.MAX_MASK_OPERATIONS", float("inf"))
     assert masked(case)
 
 

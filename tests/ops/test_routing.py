@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import sys
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -16,7 +16,6 @@ from support.cases import Case, Packed, cases, examples, generator, operands, pa
 from moba_flex.backends import eager
 from moba_flex.core.chunking import chunks, max_elements
 from moba_flex.core.layout import BlockLayout, dense_layout, packed_layout, padded_layout, slots_per_block
-from moba_flex.core.settings import AttentionSettings
 from moba_flex.ops import gate
 from moba_flex.ops.routing import Routes, route, tiles_needed
 
@@ -32,10 +31,6 @@ def layout_of(case: Case, wide: bool = False) -> BlockLayout:
 def packed_layout_of(packed: Packed, wide: bool = False) -> BlockLayout:
     width = slots_per_block(packed.case.block_size) if wide else packed.case.block_size
     return packed_layout(packed.cu_seqlens(), sum(packed.lengths), packed.case.block_size, width)
-
-
-def spec_of(case: Case) -> AttentionSettings:
-    return AttentionSettings(**case.selection, scale=case.real_scale, softcap=case.softcap)
 
 
 # Routing
@@ -157,14 +152,14 @@ def test_every_index_of_routing_is_int32(choice: Choice):
 def pairs_of_each_row_and_head(case: Case, layout: BlockLayout, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
     """`[B, H]`: how many (query, block) pairs the gate routes."""
     query, key = layout.query_slots(tensors["query"]), layout.key_slots(tensors["key"])
-    return (eager.choose(query, key, layout, spec_of(case)) >= 0).sum((2, 3))
+    return (eager.choose(query, key, layout, case.attention_settings()) >= 0).sum((2, 3))
 
 
 @examples(80)
 @given(cases(padding=None), st.booleans())
 def test_the_number_of_pairs_is_known_exactly_without_padding(case: Case, wide: bool):
     layout = layout_of(case, wide)
-    most = layout.max_pairs(spec_of(case).routed, case.causal)
+    most = layout.max_pairs(case.attention_settings().n_routed, case.causal)
     assert (pairs_of_each_row_and_head(case, layout, operands(case)) == most).all()
 
 
@@ -172,7 +167,7 @@ def test_the_number_of_pairs_is_known_exactly_without_padding(case: Case, wide: 
 @given(cases(padded=True), st.booleans())
 def test_the_number_of_pairs_is_bounded_with_padding(case: Case, wide: bool):
     layout = layout_of(case, wide)
-    most = layout.max_pairs(spec_of(case).routed, case.causal)
+    most = layout.max_pairs(case.attention_settings().n_routed, case.causal)
     assert (pairs_of_each_row_and_head(case, layout, operands(case)) <= most).all()
 
 
@@ -180,7 +175,7 @@ def test_the_number_of_pairs_is_bounded_with_padding(case: Case, wide: bool):
 @given(packed_cases(), st.booleans())
 def test_the_number_of_pairs_is_bounded_for_packed_sequences(packed: Packed, wide: bool):
     layout = packed_layout_of(packed, wide)
-    most = layout.max_pairs(spec_of(packed.case).routed, packed.case.causal)
+    most = layout.max_pairs(packed.case.attention_settings().n_routed, packed.case.causal)
     assert (pairs_of_each_row_and_head(packed.case, layout, operands(packed.case)) <= most).all()
 
 
@@ -200,52 +195,52 @@ def test_chunks_cover_every_head_once_and_have_one_shape(case: Case, budget: int
     layout = layout_of(case)
     query, key, value = layout.query_slots(tensors["query"]), layout.key_slots(tensors["key"]), tensors["value"]
     covered, shapes = Counter(), set()
-    for rows, groups, parts in chunks(query, key, value, layout, spec_of(case), budget, sys.maxsize):
+    for rows, groups, parts in chunks(query, key, value, layout, replace(case.attention_settings(), working_memory=budget), sys.maxsize):
         heads = slice(groups.start * case.repeats, groups.stop * case.repeats)
         assert parts == [(heads, slice(0, layout.n_query_blocks))]
         covered.update((row, head) for row in range(rows.start, rows.stop) for head in range(heads.start, heads.stop))
         shapes.add((rows.stop - rows.start, heads.stop - heads.start))
     assert covered == Counter((row, head) for row in range(case.batch) for head in range(case.heads))
     assert len(shapes) == 1
-    if budget == 1 and spec_of(case).routed:
+    if budget == 1 and case.attention_settings().n_routed:
         assert shapes == {(1, case.repeats)}
 
 
 @examples(80)
 @given(cases(), st.booleans(), st.integers(1, 3), st.integers(1, 20))
 def test_no_part_of_a_chunk_exceeds_the_reach_of_a_kernel(case: Case, wide: bool, some_heads: int, some_blocks: int):
-    tensors, layout, spec = operands(case), layout_of(case, wide), spec_of(case)
+    tensors, layout, settings = operands(case), layout_of(case, wide), case.attention_settings()
     query, key, value = (x.contiguous() for x in (layout.query_slots(tensors["query"]), layout.key_slots(tensors["key"]), tensors["value"]))
     width, blocks_of_head = max(query.shape[-1], value.shape[-1]), layout.n_query_blocks
-    reach = max_elements(min(some_heads, case.repeats), min(some_blocks, blocks_of_head), width, layout, spec)
+    reach = max_elements(min(some_heads, case.repeats), min(some_blocks, blocks_of_head), width, layout, settings)
     covered = Counter()
-    for rows, groups, parts in chunks(query, key, value, layout, spec, 1 << 40, reach):
+    for rows, groups, parts in chunks(query, key, value, layout, settings, reach):
         n_rows, n_groups = rows.stop - rows.start, groups.stop - groups.start
         for heads, blocks in parts:
             part = query[rows, heads, layout.slots(blocks)]
             assert part.is_contiguous()  # kernels write their results into such slices
-            pairs = n_rows * part.shape[1] * layout.max_pairs(spec.routed, spec.causal, blocks)
+            pairs = n_rows * part.shape[1] * layout.max_pairs(settings.n_routed, settings.causal, blocks)
             n_blocks = n_rows * n_groups * layout.n_key_blocks
             rows_needed = tiles_needed(pairs, n_blocks, 128) * 128
             assert max(rows_needed, n_blocks * layout.width, part.numel() // part.shape[-1]) * width <= reach
             covered.update(itertools.product(*(range(x.start, x.stop) for x in (rows, heads, blocks))))
     assert covered == Counter(itertools.product(range(case.batch), range(case.heads), range(blocks_of_head)))
     with pytest.raises(ValueError, match=f"at most {layout.width * width - 1} numbers"):
-        list(chunks(query, key, value, layout, spec, 1 << 40, layout.width * width - 1))
+        list(chunks(query, key, value, layout, settings, layout.width * width - 1))
 
 
 @examples(60)
 @given(cases(), st.booleans(), st.integers(1, 5))
 def test_the_pairs_of_some_query_blocks_are_bounded_and_add_up(case: Case, wide: bool, step: int):
-    layout, spec = layout_of(case, wide), spec_of(case)
-    chosen = gate.choose(layout.query_slots(operands(case)["query"]), layout.key_slots(operands(case)["key"]), layout, spec)
+    layout, settings = layout_of(case, wide), case.attention_settings()
+    chosen = gate.choose(layout.query_slots(operands(case)["query"]), layout.key_slots(operands(case)["key"]), layout, settings)
     bounds = []
     for start in range(0, layout.n_query_blocks, step):
         blocks = slice(start, min(start + step, layout.n_query_blocks))
-        bounds.append(layout.max_pairs(spec.routed, spec.causal, blocks))
+        bounds.append(layout.max_pairs(settings.n_routed, settings.causal, blocks))
         assert ((chosen[:, :, layout.slots(blocks)] >= 0).sum((2, 3)) <= bounds[-1]).all()
     if layout.token_of_query_slot is None:
-        assert sum(bounds) == layout.max_pairs(spec.routed, spec.causal)
+        assert sum(bounds) == layout.max_pairs(settings.n_routed, settings.causal)
 
 
 # Layouts

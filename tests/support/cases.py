@@ -15,7 +15,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from moba_flex import moba_attention, moba_attention_varlen
+from moba_flex import dispatch, moba_attention, moba_attention_varlen
+from moba_flex.core.settings import AttentionSettings
 
 IMPLEMENTATIONS = ("eager", "naive")
 
@@ -76,6 +77,9 @@ class Case:
         """`[B, Nq]` bool: the queries that are no padding."""
         mask = self.padding_mask()
         return torch.ones(self.batch, self.n_query).bool() if mask is None else mask[:, self.n_key - self.n_query :]
+
+    def attention_settings(self, implementation: str = "eager") -> AttentionSettings:
+        return AttentionSettings(**self.selection, scale=self.real_scale, softcap=self.softcap, implementation=implementation)
 
     def but(self, **changes) -> Case:
         return replace(self, **changes)
@@ -178,6 +182,15 @@ def attend(case: Case, tensors: dict[str, Tensor], implementation: str = "eager"
     """Output and log-sum-exp."""
     mask = case.padding_mask()
     return moba_attention(**tensors, **case.settings, padding_mask=mask, return_lse=True, implementation=implementation)
+
+
+def unchecked(query: Tensor, key: Tensor, value: Tensor, *, implementation: str, return_lse: bool = False, **given):
+    """`moba_attention` without its checks, so that "flex" runs uncompiled on a CPU."""
+    tensors = {name: given.pop(name) for name in ("padding_mask", "sinks") if name in given}
+    scale = given.pop("scale", None)
+    settings = AttentionSettings(**given, scale=query.shape[-1] ** -0.5 if scale is None else scale, implementation=implementation)
+    out, lse = dispatch.attend(query, key, value, settings, **tensors, return_lse=return_lse)
+    return (out, lse) if return_lse else out
 
 
 def attend_packed(packed: Packed, tensors: dict[str, Tensor], implementation: str = "eager") -> tuple[Tensor, Tensor]:

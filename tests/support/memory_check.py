@@ -1,9 +1,9 @@
 """The kernels at small and odd shapes, for a checker of memory errors and races on a CUDA GPU. Four commands, from the repository:
 
-    python tests/memory_check.py
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 python tests/memory_check.py
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool racecheck --error-exitcode 1 python tests/memory_check.py
-    TRITON_INTERPRET=1 python tests/memory_check.py
+    python tests/support/memory_check.py
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 python tests/support/memory_check.py
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool racecheck --error-exitcode 1 python tests/support/memory_check.py
+    TRITON_INTERPRET=1 python tests/support/memory_check.py
 
 The first compiles the kernels, so that the checkers need not watch that. Without PyTorch's cache each tensor is an allocation of its own,
 so that a step beyond its end is seen. Results are held against plain PyTorch, which works on the CPU: what the GPU runs is the package's
@@ -24,9 +24,9 @@ from moba_flex.backends import flex
 from moba_flex.backends.dense_mask import MOST_BLOCKS, block_bits
 from moba_flex.core.layout import BlockLayout, dense_layout, packed_layout, padded_layout, slots_per_block
 from moba_flex.core.settings import AttentionSettings
-from moba_flex.decoding import decode_plain, means_for, write_means
 from moba_flex.ops import gate, rows
 from moba_flex.ops import triton as kernels
+from moba_flex.ops.decoding import decode_plain, means_for, write_means
 from moba_flex.ops.routing import Routes
 
 CPU = torch.device("cpu")

@@ -176,36 +176,36 @@ def _sum_kernel(PART_OUT, PART_LSE, OUT, LSE, PARTS, T: tl.constexpr, DV: tl.con
 
 
 def decode(
-    query: Tensor, key: Tensor, value: Tensor, means: Tensor, length: Tensor | None, start: Tensor | None, spec: AttentionSettings
+    query: Tensor, key: Tensor, value: Tensor, means: Tensor, length: Tensor | None, start: Tensor | None, settings: AttentionSettings
 ) -> tuple[Tensor, Tensor]:
     """See `moba_flex.decoding.decode`."""
     (rows, heads, new, width), groups, value_width = query.shape, key.shape[1], value.shape[-1]
     repeats, n_blocks = heads // groups, means.shape[2]
-    choosers = 1 if spec.share_selection else repeats
+    choosers = 1 if settings.share_selection else repeats
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
-    free = spec.routed - spec.sink_blocks - spec.recent_blocks
+    free = settings.n_free
     padded, value_padded = (max(16, next_power_of_2(x)) for x in (width, value_width))
     tile = _TILE if padded <= 256 else 16
     parts_of_means, keep = cdiv(n_blocks, tile), min(free, tile)
     best = torch.empty(rows * groups * choosers * new, parts_of_means * keep, dtype=torch.int64, device=query.device)
-    shared = new, repeats, choosers, spec.block_size, spec.sink_blocks, spec.recent_blocks
+    shared = new, repeats, choosers, settings.block_size, settings.sink_blocks, settings.recent_blocks
     queries = min(64, max(16, next_power_of_2(choosers * new)))
     _choose_kernel[(parts_of_means, rows * groups, cdiv(choosers * new, queries))](
         query, key, means, best, length, start, *query.stride()[:3], *key.stride()[:3], key.shape[2], groups, n_blocks, *shared,
-        keep, tile, min(64, next_power_of_2(spec.block_size)), queries, width, padded,
+        keep, tile, min(64, next_power_of_2(settings.block_size)), queries, width, padded,
         num_warps=4,
     )  # fmt: skip
 
-    blocks, readers, found = spec.top_k, best.shape[0], best.shape[1]
-    per = max(1, min(_PROGRAMS // (blocks * readers), cdiv(spec.block_size, tile)))
-    part = cdiv(cdiv(spec.block_size, per), tile) * tile
+    blocks, readers, found = settings.top_k, best.shape[0], best.shape[1]
+    per = max(1, min(_PROGRAMS // (blocks * readers), cdiv(settings.block_size, tile)))
+    part = cdiv(cdiv(settings.block_size, per), tile) * tile
     part_out = torch.empty(rows, heads, new, blocks * per, value_width, dtype=torch.float32, device=query.device)
     part_lse = torch.empty(rows, heads, new, blocks * per, dtype=torch.float32, device=query.device)
     stages = max(1, min(3, _SHARED_BYTES // (tile * (padded + value_padded) * key.element_size())))
     _attend_kernel[(blocks * per, readers)](
         query, key, value, best, part_out, part_lse, length, start, *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
-        key.shape[2], groups, found, spec.scale, spec.softcap or 0.0, *shared,
-        spec.softcap is not None, per, part, next_power_of_2(max(found, 1)), tile,
+        key.shape[2], groups, found, settings.scale, settings.softcap or 0.0, *shared,
+        settings.softcap is not None, per, part, next_power_of_2(max(found, 1)), tile,
         max(16, next_power_of_2(repeats // choosers)), width, padded, value_width, value_padded,
         num_warps=4, num_stages=stages,
     )  # fmt: skip

@@ -322,19 +322,19 @@ def _memory(device: torch.device) -> tuple[int, int]:
     return room, 0 if properties.major >= 9 else 1  # Hopper multiplies out of shared memory
 
 
-def choose(query: Tensor, key: Tensor, layout: BlockLayout, spec: AttentionSettings) -> Tensor:
+def choose(query: Tensor, key: Tensor, layout: BlockLayout, settings: AttentionSettings) -> Tensor:
     """`[B, H, Q * P, D]`, `[B, G, C * P, D]` -> `[B, H, Q * P, S]` int32, the chosen blocks, -1 where there are fewer."""
     rows, heads, slots, width = query.shape
-    chosen = torch.empty(rows, heads, slots, spec.routed, dtype=torch.int32, device=query.device)
-    if spec.routed == 0:
+    chosen = torch.empty(rows, heads, slots, settings.n_routed, dtype=torch.int32, device=query.device)
+    if settings.n_routed == 0:
         return chosen
-    free = spec.routed - spec.sink_blocks - spec.recent_blocks
+    free = settings.n_free
     shape = heads, key.shape[1], layout.n_key_blocks, layout.n_query_blocks
     sizes = {"D": width, "DP": max(16, next_power_of_2(width)), "P": layout.width}
-    forced = {"SINK": spec.sink_blocks, "RECENT": spec.recent_blocks, "FREE": free}
+    forced = {"SINK": settings.sink_blocks, "RECENT": settings.recent_blocks, "FREE": free}
     means = block_means(key, layout, query.dtype) if free else (query, None)  # nothing is chosen by a score then
     operands = query, *means, chosen
-    places = *candidates(layout, spec), layout.query_start, layout.query_stop, *query.stride()[:3], *shape
+    places = *candidates(layout, settings), layout.query_start, layout.query_stop, *query.stride()[:3], *shape
 
     tile, lanes, turns, options = _program(query.dtype, free, layout.width, sizes["DP"], *_memory(query.device))
     searched = min(tile, 64)

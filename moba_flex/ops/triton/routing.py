@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..routing import Routes, tiles_needed
+from ...core.chunking import tiles_needed
+from ..routing import Routes
 from .sizes import cdiv, next_power_of_2
 
 _PAIRS = 1024  # sorted at a time by one program

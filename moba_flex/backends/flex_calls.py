@@ -1,0 +1,124 @@
+"""Compiled FlexAttention under a `Mask`, forward and backward: one compilation for each combination of settings.
+
+`[b, h, q, D]` queries, `[b, 1, k, D]` keys and `[b, 1, k, Dv]` values; what these axes mean is the caller's business.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import cache
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import AuxRequest, flex_attention
+
+from ..core.chunking import QUERY_TILE
+from ..core.settings import AttentionSettings
+from ..core.upstream import flex_attention_backward
+from .block_masks import Mask, block_mask
+from .compilation import any_length, compiled
+from .flex_options import OPERATOR_OPTIONS, kernel_options
+
+
+def by_group(x: Tensor, groups: int) -> Tensor:
+    """`[B, H, ...]` -> `[B * G, H / G, ...]`: one key head is one element of the batch."""
+    return x.reshape(x.shape[0] * groups, x.shape[1] // groups, *x.shape[2:])
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask, settings: AttentionSettings) -> tuple[Tensor, Tensor]:
+    """`flex_attention` under `mask`: the output and its log-sum-exp."""
+    call = _forward_call(*_kernel_key(query, value, mask, settings))
+    return call(*any_length(query, key, value, *mask.lists, *mask.buffers))
+
+
+def attend_backward(
+    query: Tensor, key: Tensor, value: Tensor, grad: Tensor, lse: Tensor, delta: Tensor, mask: Mask, settings: AttentionSettings
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of `attend`'s share in an output whose log-sum-exp over all blocks is `lse`.
+
+    FlexAttention's backward operator takes any log-sum-exp, so it is given that of the whole output and not the partial one, and
+    `delta` (`out . grad`) as a gradient of it. Nothing of the partial outputs has to be known, neither kept nor computed again.
+    """
+    call = _backward_call(*_kernel_key(query, value, mask, settings))
+    return call(*any_length(query, key, value, grad, lse, delta, *mask.lists, *mask.buffers))
+
+
+def _kernel_key(query: Tensor, value: Tensor, mask: Mask, settings: AttentionSettings) -> tuple:
+    """All that a kernel is compiled for. Only lengths and data vary between calls that share it."""
+    widths = query.shape[-1], value.shape[-1]
+    return mask.kernel_key, mask.tiles, mask.divisible, mask.rule, widths, query.dtype, settings.scale, settings.softcap, query.is_cuda
+
+
+def _compile(call: Callable, key: tuple, is_cuda: bool) -> Callable:
+    if not is_cuda:  # there only tests come here: they hold the masks against the settingsification, on dense scores
+        return call
+    return compiled(call, key)
+
+
+@cache
+def _forward_call(mask_key, tiles, divisible, rule, widths, dtype, scale, softcap, is_cuda) -> Callable:
+    options = kernel_options(mask_key[0] == "routed", tiles, divisible, widths, dtype)
+    score_mod = None if softcap is None else _softcap(softcap)
+
+    def moba_flex_forward(query, key, value, *tensors):
+        lists, buffers = tensors[:8], tensors[8:]
+
+        def mask_mod(b, h, q, kv):
+            return rule(b, h, q, kv, *buffers)
+
+        mask = block_mask(tiles, mask_mod, lists, query.shape[2], key.shape[2])
+        operands = (query, key, value, score_mod, mask, scale)
+        out, aux = flex_attention(*operands, enable_gqa=True, kernel_options=options, return_aux=AuxRequest(lse=True))
+        return out, aux.lse
+
+    return _compile(moba_flex_forward, (mask_key, tiles, widths, dtype, scale, softcap), is_cuda)
+
+
+@cache
+def _backward_call(mask_key, tiles, divisible, rule, widths, dtype, scale, softcap, is_cuda) -> Callable:
+    # The lowering drops a configuration whose default tiles do not divide these, before it reads our smaller tiles from the
+    # options. So the options carry the true sizes.
+    sizes = tuple(math.lcm(tile, QUERY_TILE) for tile in tiles)
+    options = kernel_options(mask_key[0] == "routed", tiles, divisible, widths, dtype) | OPERATOR_OPTIONS
+    options |= {"SPARSE_Q_BLOCK_SIZE": tiles[0], "SPARSE_KV_BLOCK_SIZE": tiles[1]}
+    score_mod = _same if softcap is None else _softcap(softcap)
+    joint = _same_joint if softcap is None else _softcap_joint(softcap)
+
+    @torch.compiler.allow_in_graph  # the operator takes functions, which torch.compile cannot pass on from a traced call
+    def operator(query, key, value, grad, lse, delta, *tensors):
+        lists, buffers = tensors[:8], tensors[8:]
+        mask = block_mask(sizes, rule, lists, query.shape[2], key.shape[2])
+        # In the operator's units: base-2 logarithms, and for its own delta, `out . grad - grad_lse / ln 2`, no `out` at all.
+        lse, grad_lse, out = lse / math.log(2), delta * -math.log(2), torch.zeros_like(grad)
+        operands = (query, key, value, out, lse, grad, grad_lse, score_mod, joint, mask.as_tuple(), scale, options, (), buffers)
+        return flex_attention_backward(*operands)[:3]
+
+    def moba_flex_backward(*tensors):
+        return operator(*tensors)
+
+    return _compile(moba_flex_backward, (mask_key, tiles, widths, dtype, scale, softcap), is_cuda)
+
+
+def _same(score, b, h, q, kv):
+    return score.clone()
+
+
+def _same_joint(score, b, h, q, kv, grad):
+    return [grad.clone(), None, None, None, None]
+
+
+def _softcap(softcap: float) -> Callable:
+    def score_mod(score, b, h, q, kv):
+        return softcap * torch.tanh(score / softcap)
+
+    return score_mod
+
+
+def _softcap_joint(softcap: float) -> Callable:
+    """The derivative of `_softcap`: that of the score, and none for the indices."""
+
+    def joint(score, b, h, q, kv, grad):
+        return [grad * (1 - torch.tanh(score / softcap) ** 2), None, None, None, None]
+
+    return joint

@@ -1,0 +1,52 @@
+"""Kernel options of FlexAttention calls: the sizes of tiles, by blocks, widths and dtype."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from ..core.chunking import QUERY_TILE
+
+# What flex_attention adds to kernel options before it calls its operator.
+OPERATOR_OPTIONS = {
+    "PRESCALE_QK": False,
+    "ROWS_GUARANTEED_SAFE": False,
+    "WRITE_DQ": True,
+    "OUTPUT_LOGSUMEXP": True,
+    "OUTPUT_MAX": False,
+}
+
+
+def kernel_options(routed: bool, tiles: tuple[int, int], divisible: bool, widths: tuple[int, int], dtype: torch.dtype) -> dict:
+    """PyTorch's own choice where its tile sizes, which divide 128, divide ours; smaller blocks need smaller ones."""
+    options: dict[str, int | bool | str] = {"BACKEND": "TRITON", "IS_DIVISIBLE": divisible, "BLOCKS_ARE_CONTIGUOUS": True}
+    q, kv = (math.gcd(tile, QUERY_TILE) for tile in tiles)
+    half, narrow = dtype != torch.float32, max(widths) <= 64
+    # A tile of rows meets so few keys that loading dominates: with four warps two tiles share a multiprocessor. On an H100 23 % faster at
+    # block 128 than the default of eight warps, 13 % at 512; at width 64 14 % at block 128 (larger ones were not tried), and 20 % at 64
+    # than with 64 rows.
+    few_keys = routed and half and max(widths) <= 128 and tiles[1] <= (128 if narrow else 1024)
+    if min(q, kv) < QUERY_TILE:
+        most = (64 if half else 32) // (1 if max(widths) <= 128 else 2)
+        rows = QUERY_TILE if few_keys and narrow and kv == 64 else most
+        q, kv = min(q, rows), min(kv, most)
+        options |= {"fwd_BLOCK_M": q, "fwd_BLOCK_N": kv, "num_warps": 4, "num_stages": 2}
+        if not half:
+            q, kv = 16, 16
+        less = min(q, kv)  # the kernel wants N1 to be a multiple of M1, and M2 of N2
+        options |= {"bwd_BLOCK_M1": less, "bwd_BLOCK_N1": kv, "bwd_BLOCK_M2": q, "bwd_BLOCK_N2": less}
+    elif widths[1] > max(widths[0], QUERY_TILE):
+        # PyTorch chooses by the width of keys alone; with values this wide its tiles would not fit into shared memory.
+        options |= {"fwd_BLOCK_M": 64 if half else 32, "fwd_BLOCK_N": 32, "fwd_num_warps": 4, "fwd_num_stages": 2}
+        options |= _square_backward(64 if half else 16, 2 if half else 1)
+    elif few_keys:
+        options |= {"fwd_BLOCK_M": 128, "fwd_BLOCK_N": 64, "fwd_num_warps": 4, "fwd_num_stages": 2}
+        if narrow:  # 7 % faster than the default at block 128; at width 128 they are equal
+            options |= _square_backward(64, 2)
+    return options
+
+
+def _square_backward(tile: int, stages: int) -> dict:
+    sizes = dict.fromkeys(("bwd_BLOCK_M1", "bwd_BLOCK_N1", "bwd_BLOCK_M2", "bwd_BLOCK_N2"), tile)
+    return sizes | {"bwd_num_warps": 4, "bwd_num_stages": stages}

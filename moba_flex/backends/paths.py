@@ -1,0 +1,131 @@
+"""Which path a call takes, and why. Every such decision is made here, from shapes and settings alone.
+
+| path | when |
+|---|---|
+| empty | there is no query |
+| reference | `implementation="naive"` |
+| dense | every query reads all keys, so that PyTorch's fused attention computes the same, on a GPU in half precision |
+| dense mask | few blocks on a GPU: all keys are met, and a mask hides the blocks that a query did not choose |
+| routed | all others: the four steps of `moba_flex/attention.py` |
+
+Each `..._obstacle` returns what speaks against a path, or None. These are constants, since they are asked for with every call.
+
+B rows, H query heads, N tokens (Nq queries, Nk keys), D and Dv widths.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+
+import torch
+from torch import Tensor
+
+from ..core.chunking import MAX_HEADS
+from ..core.settings import AttentionSettings
+from . import flash
+
+
+class Path(Enum):
+    """How a call is computed."""
+
+    EMPTY = "empty"
+    REFERENCE = "reference"
+    DENSE = "dense"
+    DENSE_MASK = "dense mask"
+    ROUTED = "routed"
+
+
+MAX_MASK_BLOCKS = 32  # the bits of an int32
+# Multiplications and additions of a dense forward pass that cost an H100 about what a routed one does. With 32 heads of width 128, 2,048
+# tokens are half of it, where forward and backward take 1.6 ms masked and 1.3 routed (from CUDA graphs) or 2.8 and 4.3 (without); 4,096
+# tokens are twice as many, where they take 4.2 and 1.8, or 4.1 and 3.7.
+MAX_MASK_OPERATIONS = 1 << 36
+# Of one tensor of a captured call: 8,192 tokens of 32 heads of width 128. Copies of larger ones cost the GPU more than launches the host.
+MAX_CAPTURED_ELEMENTS = 1 << 25
+_CAPTURED_DTYPES = (torch.bfloat16, torch.float16)  # what float32 means on a GPU follows from settings that may change
+
+
+def path_of(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    settings: AttentionSettings,
+    *,
+    sequences: bool = False,
+    sinks: bool = False,
+    return_lse: bool = False,
+) -> Path:
+    """The path of a call. `sequences`: it has padding or packed sequences."""
+    if query.numel() == 0:
+        return Path.EMPTY
+    if settings.implementation == "naive":
+        return Path.REFERENCE
+    if dense_obstacle(query, key, value, settings, sequences, sinks, return_lse) is None:
+        return Path.DENSE
+    return Path.ROUTED if dense_mask_obstacle(query, key, value, settings, not sequences) else Path.DENSE_MASK
+
+
+def reads_all_keys(n_key: int, settings: AttentionSettings) -> bool:
+    """Whether each causal query reads all keys up to itself, whatever the gate says."""
+    return settings.causal and n_key <= settings.block_size * settings.top_k
+
+
+def dense_obstacle(
+    query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings, sequences: bool, sinks: bool, return_lse: bool
+) -> str | None:
+    """What keeps a call from PyTorch's fused attention."""
+    if settings.implementation != "flex":
+        return f"implementation={settings.implementation!r} was asked for"
+    if return_lse:
+        return "it returns the log-sum-exp"
+    if not reads_all_keys(key.shape[2], settings):
+        return "there are more than top_k blocks"
+    if sequences or query.shape[2] != key.shape[2]:
+        return "it has padding, packed sequences, or fewer queries than keys"
+    if sinks or settings.softcap is not None:
+        return "it has sinks or a softcap"
+    if query.dtype == torch.float32:
+        return "it is in float32"
+    width = query.shape[-1]
+    return None if width == value.shape[-1] and width <= 256 and width % 8 == 0 else "PyTorch's fused attention does not have these widths"
+
+
+def dense_mask_obstacle(query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings, dense_layout: bool) -> str | None:
+    """What speaks against one dense call under a mask.
+
+    It wants a bit of an int32 for every block, one launch for all heads, offsets of 32 bits, and no more work than routing costs.
+    """
+    n_query, n_key = query.shape[2], key.shape[2]
+    if settings.implementation != "flex" or not dense_layout:
+        return "it is for CUDA, without padding or packed sequences"
+    if not settings.causal or not settings.n_routed:
+        return "no block is chosen by causal queries"
+    if not 1 < -(-n_key // settings.block_size) <= MAX_MASK_BLOCKS:
+        return "there is one block alone, or more than 32"
+    if query.shape[0] * query.shape[1] > MAX_HEADS:
+        return "there are too many heads for one launch"
+    if max(x.numel() // x.shape[3] for x in (query, key)) * max(query.shape[3], value.shape[3]) >= 1 << 31:
+        return "a tensor is too large for offsets of 32 bits"
+    scores = query.shape[0] * query.shape[1] * n_query * (2 * n_key - n_query)  # twice those of the causal triangle
+    if scores * (query.shape[3] + value.shape[3]) > MAX_MASK_OPERATIONS:
+        return "to meet all keys would take longer than to route"
+    return None
+
+
+def capture_obstacle(tensors: tuple[Tensor | None, ...], settings: AttentionSettings, dense_layout: bool) -> str | None:
+    """What keeps a call from a CUDA graph. `tensors` are its operands, the query or its gradient first."""
+    first = tensors[0]
+    assert first is not None
+    if settings.implementation != "flex" or not first.is_cuda:
+        return "it is not on a GPU"
+    if first.dtype not in _CAPTURED_DTYPES:
+        return "it is neither in bfloat16 nor in float16"
+    if not dense_layout:  # such layouts follow from data, so that no graph can hold them
+        return "it has padding or packed sequences"
+    if first.numel() == 0 or not all(x is None or x.numel() <= MAX_CAPTURED_ELEMENTS for x in tensors):
+        return "a tensor has more than 2**25 elements, so that copying it costs more than launching kernels"
+    if flash.enabled():
+        return 'set_flex_backend("flash") is in force'
+    if torch.cuda.is_current_stream_capturing():
+        return "the program captures a CUDA graph of its own"
+    return None

@@ -1,0 +1,90 @@
+"""What a backend is: the steps of MoBA on tensors in block slots. A backend is a module with these functions.
+
+B rows, H query heads, G key heads, Q query blocks, C key blocks, P slots per block, S chosen blocks per query, D and Dv widths.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol, runtime_checkable
+
+from torch import Tensor
+
+from ..core.layout import BlockLayout
+from ..core.settings import AttentionSettings
+
+# Where each (query, chosen block) pair went. Only the backend that made them looks inside.
+Routes = Any
+
+
+@runtime_checkable
+class Backend(Protocol):
+    """The steps of one implementation.
+
+    Attributes:
+        MAX_TENSOR_ELEMENTS: how many elements a tensor of a call may have; larger calls are cut into parts.
+        READS_STRIDES: whether queries may have their heads together for each token, instead of one head after another.
+    """
+
+    MAX_TENSOR_ELEMENTS: int
+    READS_STRIDES: bool
+
+    def slots_per_block(self, block_size: int, /) -> int:
+        """P: how many slots the layout gives to a block of `block_size` tokens."""
+        ...
+
+    def choose(self, query: Tensor, key: Tensor, layout: BlockLayout, settings: AttentionSettings, /) -> Tensor:
+        """The gate: `[B, H, Q * P, D]`, `[B, G, C * P, D]` -> the chosen blocks `[B, H, Q * P, S]` int32, -1 where there are fewer."""
+        ...
+
+    def local(
+        self, query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, settings: AttentionSettings, into: tuple[Tensor, Tensor], /
+    ) -> tuple[Tensor, Tensor]:
+        """Causal attention of each query to its own block: output `[B, H, Q * P, Dv]` and log-sum-exp `[B, H, Q * P]`.
+
+        `into` is where the merged result goes: a backend may use that memory for its own result.
+        """
+        ...
+
+    def route(self, chosen: Tensor, groups: int, n_blocks: int, max_pairs: int, /) -> Routes:
+        """The (query, block) pairs of `chosen`, at most `max_pairs`, in the order of blocks."""
+        ...
+
+    def merge_routed(
+        self,
+        out: Tensor,
+        lse: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        routes: Routes,
+        layout: BlockLayout,
+        settings: AttentionSettings,
+        into: tuple[Tensor, Tensor],
+        /,
+    ) -> None:
+        """Attention of queries to their chosen blocks, merged with `out` and `lse` of their own block; the result goes to `into`."""
+        ...
+
+    def delta(self, out: Tensor, grad: Tensor, grad_lse: Tensor | None, /) -> Tensor:
+        """`out . grad - grad_lse` `[B, H, Nq]`, float32 at least: what is subtracted from every score's gradient."""
+        ...
+
+    def backward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        grad: Tensor,
+        lse: Tensor,
+        delta: Tensor,
+        routes: Routes | None,
+        layout: BlockLayout,
+        settings: AttentionSettings,
+        into: tuple[Tensor, Tensor, Tensor],
+        /,
+    ) -> None:
+        """Gradients of query, key and value, through the own block and along `routes`; they go to `into`.
+
+        `lse` is the log-sum-exp over all blocks of a query, so that no partial output has to be known.
+        """
+        ...

@@ -1,0 +1,73 @@
+"""Private and undocumented API of PyTorch, each entry with the reason why it is used.
+
+No other file of the package reaches for it. `tests/core/test_upstream.py` fails with a sentence that names the entry when PyTorch
+changes it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch._higher_order_ops.flex_attention import flex_attention_backward  # gradients for any log-sum-exp, which autograd cannot ask for
+from torch._subclasses.fake_tensor import FakeTensor  # has no values that could be checked
+
+__all__ = [
+    "FakeTensor",
+    "copy_all",
+    "flex_attention_backward",
+    "functorch_transform",
+    "has_tangent",
+    "is_under_dispatch_mode",
+    "is_vmapped",
+    "mark_dynamic",
+    "mark_static_address",
+    "release_broken_pool",
+]
+
+
+def functorch_transform() -> str | None:
+    """The transform of torch.func that is at work, "Grad" or "Vmap" say: a custom operator would be told nothing of it."""
+    interpreter = torch._C._functorch.peek_interpreter_stack()
+    return None if interpreter is None else interpreter.key().name
+
+
+def is_vmapped(x: Tensor) -> bool:
+    """Whether torch.func.vmap hides the values of `x`, at any depth: reading them would raise PyTorch's internal errors."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(x):
+        if torch._C._functorch.is_batchedtensor(x):
+            return True
+        x = torch._C._functorch.get_unwrapped(x)
+    return False
+
+
+def has_tangent(*tensors: Tensor) -> bool:
+    """Whether forward-mode differentiation is at work on a tensor: a custom operator silently drops tangents."""
+    if torch.autograd.forward_ad._current_level < 0:  # asked first, since unpacking costs every call time
+        return False
+    return any(torch.autograd.forward_ad.unpack_dual(x).tangent is not None for x in tensors)
+
+
+def is_under_dispatch_mode() -> bool:
+    """Whether a dispatch mode is at work, that of fake tensors say: tensors that are made now are for it alone."""
+    return bool(torch._C._len_torch_dispatch_stack())
+
+
+def mark_dynamic(x: Tensor, dims: int | list[int]) -> None:
+    """Tell torch.compile that these dimensions vary. The public `mark_dynamic` raises where a dimension turns out to be constant."""
+    torch._dynamo.maybe_mark_dynamic(x, dims)
+
+
+def mark_static_address(x: Tensor) -> None:
+    """Tell CUDA graphs of torch.compile that `x` stays where it is, as transformers does for static caches."""
+    torch._dynamo.mark_static_address(x)
+
+
+def copy_all(into: list[Tensor], sources: list[Tensor]) -> None:
+    """Copy each of `sources` into its place, in one launch."""
+    torch._foreach_copy_(into, sources)
+
+
+def release_broken_pool(device: int, handle: tuple[int, int]) -> None:
+    """Take an allocator's pool out of a capture that CUDA has ended: PyTorch stops before it does so itself."""
+    torch._C._cuda_endAllocateToPool(device, handle)
+    torch._C._cuda_releasePool(device, handle)

@@ -1,0 +1,125 @@
+"""One call of the operation on checked arguments: it takes the path that `backends/paths.py` names.
+
+Adapters for models call this for every layer. B rows, H query heads, N tokens, D and Dv widths.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import operator
+from .backends.paths import Path, path_of
+from .core.autocast import without_autocast
+from .core.dtypes import wide
+from .core.layout import one_block
+from .core.settings import AttentionSettings
+from .core.validation import check_not_transformed
+from .decoding import decode
+from .reference import reference_attention
+
+_LEAST_WIDTH = {"flex": 16, "eager": 1}  # of a GPU's tiles; values without a width have a log-sum-exp all the same
+_LARGE_TOP_K = 64  # a larger `top_k` is compared with the number of blocks
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    settings: AttentionSettings,
+    *,
+    padding_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    longest: int | None = None,
+    sinks: Tensor | None = None,
+    return_lse: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """`moba_flex.moba_attention` of `[B, H, N, D]` tensors: output, and the log-sum-exp if it is asked for.
+
+    `cu_seqlens [n + 1]`: the tokens of the one row are packed sequences; `longest` is the length of the longest, where it is known.
+    """
+    sequences = padding_mask is not None or cu_seqlens is not None
+    path = path_of(query, key, value, settings, sequences=sequences, sinks=sinks is not None, return_lse=return_lse)
+    if path is Path.DENSE:
+        grouped = query.shape[1] != key.shape[1]
+        with without_autocast(query):
+            return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=settings.scale, enable_gqa=grouped), None
+    if path is Path.EMPTY:
+        out, lse = _nothing(query, key, value)
+    elif path is Path.REFERENCE:
+        with without_autocast(query):
+            out, lse = reference_attention(query, key, value, settings, padding_mask=padding_mask, cu_seqlens=cu_seqlens)
+    else:
+        out, lse = _operator(query, key, value, settings, padding_mask, cu_seqlens, longest)
+    if sinks is not None:
+        out, lse = _with_sinks(out, lse, sinks)
+    return out, lse if return_lse else None
+
+
+def attend_decoding(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    means: Tensor,
+    length: Tensor | None,
+    start: Tensor | None,
+    settings: AttentionSettings,
+    *,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """`attend` for the last tokens of a cache with block means, see `moba_flex.decoding.decode`: `[B, H, n, Dv]`."""
+    settings = _with_bounded_top_k(settings, means.shape[2] + 1)  # and the own block
+    out, lse = decode(query, key, value, means, length, start, settings)
+    return out if sinks is None else _with_sinks(out, lse, sinks)[0]
+
+
+def _nothing(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    nothing = (query.sum() + key.sum() + value.sum()) * 0  # so that all have gradients
+    out = nothing + query.new_zeros(*query.shape[:3], value.shape[-1])
+    return out, nothing + query.new_zeros(query.shape[:3], dtype=wide(query.dtype))
+
+
+def _operator(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    settings: AttentionSettings,
+    padding_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    longest: int | None,
+) -> tuple[Tensor, Tensor]:
+    check_not_transformed(query, key, value)
+    if longest is not None:  # short sequences are then not padded to a long block each
+        settings = replace(settings, block_size=one_block(settings.block_size, longest))
+    settings = _with_bounded_top_k(settings, -(-key.shape[2] // settings.block_size))
+    width, least = value.shape[-1], _LEAST_WIDTH[settings.implementation]
+    narrow = min(query.shape[-1], width) < least
+    if narrow:  # zeros change neither scores nor outputs
+        query, key, value = (F.pad(x, (0, max(0, least - x.shape[-1]))) for x in (query, key, value))
+    out, lse, _ = operator.attention(query, key, value, padding_mask, cu_seqlens, *settings.to_arguments())
+    return out[..., :width] if narrow else out, lse
+
+
+def _with_bounded_top_k(settings: AttentionSettings, n_blocks: int) -> AttentionSettings:
+    """Smaller counts that mean the same where they are far above the number of blocks: time and memory grow with them."""
+    if settings.top_k <= _LARGE_TOP_K:
+        return settings
+    enough = _LARGE_TOP_K
+    while enough < n_blocks:
+        enough *= 2
+    sink_blocks = min(settings.sink_blocks, enough - 1)  # that many are all past blocks, and leave nothing to the others
+    recent_blocks = min(settings.recent_blocks, enough - 1 - sink_blocks)
+    return replace(settings, top_k=min(settings.top_k, enough), sink_blocks=sink_blocks, recent_blocks=recent_blocks)
+
+
+def _with_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
+    """The output and its log-sum-exp with one more logit per head in the softmax's denominator."""
+    sink = sinks.to(lse.dtype)[:, None]
+    empty = lse == -torch.inf
+    safe = lse.masked_fill(empty, 0)  # with a sink of -inf, which is none, the difference below would have no gradient
+    share = torch.sigmoid(safe - sink)
+    out = torch.where(empty[..., None], 0, out * share[..., None]).to(out.dtype)
+    return out, torch.where(empty, lse, torch.logaddexp(safe, sink))

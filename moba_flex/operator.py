@@ -1,0 +1,113 @@
+"""The operators that PyTorch sees: `moba_flex::attention` and its backward pass.
+
+To autograd and torch.compile a call is one node, so that the steps in `attention.py` may compile, loop and allocate as they like.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from .attention import backward, forward
+from .backends import backend_of, paths
+from .core.autocast import without_autocast
+from .core.dtypes import wide
+from .core.layout import BlockLayout, block_sizes, layout_of, n_query_blocks
+from .core.settings import AttentionSettings
+from .core.strides import empty_with_strides_of
+from .cuda_graphs import cache
+
+
+def _run(function: Callable, tensors: tuple[Tensor | None, ...], layout: BlockLayout, settings: AttentionSettings) -> tuple[Tensor, ...]:
+    """`function(*tensors, layout, settings)`, replayed from a CUDA graph where that is faster."""
+    if paths.capture_obstacle(tensors, settings, layout.dense) is None:
+        return cache.run(function, tensors, layout, settings)
+    return function(*tensors, layout, settings)
+
+
+@torch.library.custom_op("moba_flex::attention", mutates_args=())
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    padding_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    sizes: Sequence[int],
+    causal: bool,
+    share_selection: bool,
+    scale: float,
+    softcap: float | None,
+    implementation: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`[B, H, Nq, D]`, `[B, G, Nk, D]`, `[B, G, Nk, Dv]` -> output, log-sum-exp and the chosen blocks."""
+    settings = AttentionSettings.from_arguments(sizes, causal, share_selection, scale, softcap, implementation)
+    query, key, value = query.detach(), key.detach(), value.detach()
+    layout = layout_of(query, key, padding_mask, cu_seqlens, settings.block_size, backend_of(settings).slots_per_block)
+    # The gate compares float32 scores. Triton launches on the current GPU, which need not be the one that holds this layer.
+    with without_autocast(query), torch.cuda.device_of(query):
+        return _run(forward, (query, key, value), layout, settings)
+
+
+@attention.register_fake
+def _(query, key, value, padding_mask, cu_seqlens, *arguments):
+    settings = AttentionSettings.from_arguments(*arguments)
+    block_size, width = block_sizes(settings.block_size, key.shape[2], backend_of(settings).slots_per_block)
+    sequences = None if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    blocks = n_query_blocks(query.shape[2], key.shape[2], block_size, padding_mask is not None, sequences)
+    lse = query.new_empty(query.shape[:3], dtype=wide(query.dtype))
+    chosen = query.new_empty(*query.shape[:2], blocks * width, settings.n_routed, dtype=torch.int32)
+    dense = padding_mask is None and cu_seqlens is None
+    if backend_of(settings).READS_STRIDES and dense:
+        return empty_with_strides_of(query, query.shape[2], value.shape[-1]), lse, chosen
+    return query.new_empty(*query.shape[:3], value.shape[-1]), lse, chosen
+
+
+@torch.library.custom_op("moba_flex::attention_backward", mutates_args=())
+def attention_backward(
+    grad: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    chosen: Tensor,
+    padding_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    sizes: Sequence[int],
+    causal: bool,
+    share_selection: bool,
+    scale: float,
+    softcap: float | None,
+    implementation: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of query, key and value."""
+    settings = AttentionSettings.from_arguments(sizes, causal, share_selection, scale, softcap, implementation)
+    grad, query, key, value, out, lse = (x.detach() for x in (grad, query, key, value, out, lse))
+    layout = layout_of(query, key, padding_mask, cu_seqlens, settings.block_size, backend_of(settings).slots_per_block)
+    with without_autocast(query), torch.cuda.device_of(query):
+        return _run(backward, (grad, grad_lse, query, key, value, out, lse, chosen), layout, settings)
+
+
+@attention_backward.register_fake
+def _(grad, grad_lse, query, key, value, *_):
+    return tuple(x.new_empty(x.shape) for x in (query, key, value))
+
+
+def _setup_context(ctx, inputs, output):
+    query, key, value, padding_mask, cu_seqlens, *ctx.settings = inputs
+    ctx.save_for_backward(query, key, value, *output, padding_mask, cu_seqlens)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, grad, grad_lse, _):
+    query, key, value, out, lse, chosen, padding_mask, cu_seqlens = ctx.saved_tensors
+    if grad is None:
+        grad = torch.zeros_like(out)
+    saved = (query, key, value, out, lse, chosen, padding_mask, cu_seqlens)
+    return *attention_backward(grad, grad_lse, *saved, *ctx.settings), None, None, *(None for _ in ctx.settings)
+
+
+attention.register_autograd(_backward, setup_context=_setup_context)
