@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from moba_flex.models.mask import MobaMask, moba_mask
+from moba_flex.models.masks import MobaMask, moba_mask
 
 
 def compile_layers(model: nn.Module, **options) -> None:

@@ -14,9 +14,10 @@ import torch
 import torch.nn.functional as F
 from benchmarking.measure import milliseconds
 
-from moba_flex import flex, moba_attention
-from moba_flex.blocks import dense_layout, slots_per_block
-from moba_flex.spec import Spec
+from moba_flex import moba_attention
+from moba_flex.backends import flex
+from moba_flex.core.layout import dense_layout, slots_per_block
+from moba_flex.core.settings import AttentionSettings
 
 
 def median(call, repeats: int = 7, together: int = 4) -> float:
@@ -32,14 +33,14 @@ def tensors(batch: int, heads: int, groups: int, tokens: int, width: int, **opti
 @torch.no_grad()
 def phases(heads: int, groups: int, tokens: int, width: int, block_size: int, top_k: int) -> dict[str, float]:
     """Milliseconds of each step at batch 1, forward and backward."""
-    from moba_flex import kernels  # needs Triton
+    from moba_flex.ops import triton as kernels
 
     q, k, v = tensors(1, heads, groups, tokens, width)
     grad = torch.randn_like(q)
-    spec = Spec(block_size, top_k, 0, 0, True, width**-0.5)
+    spec = AttentionSettings(block_size, top_k, 0, 0, True, width**-0.5)
     layout = dense_layout(1, tokens, tokens, block_size, slots_per_block(block_size), q.device)
     q, k, v, grad = layout.query_slots(q), layout.key_slots(k), layout.key_slots(v), layout.query_slots(grad)
-    pairs = heads * layout.most_pairs(spec.routed, True)
+    pairs = heads * layout.max_pairs(spec.routed, True)
 
     chosen = kernels.choose(q, k, layout, spec)
     routes = flex.route(chosen, groups, layout.n_key_blocks, pairs)

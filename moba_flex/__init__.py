@@ -4,18 +4,18 @@ import importlib
 from typing import TYPE_CHECKING
 
 from . import compat
+from .analysis.figures import visualize
+from .analysis.trace import Trace, trace
+from .backends.flash import set_flex_backend
 from .config import MobaConfig
-from .figures import visualize
-from .flash import set_flex_backend
+from .cuda_graphs.cache import set_cuda_graphs
 from .functional import moba_attention, moba_attention_varlen, set_working_memory
-from .graphs import set_cuda_graphs
 from .models import AutoModelForCausalLM, full_attention, patch, set_attention, unpatch
 from .selection import Selection, select_blocks
-from .tracing import Trace, trace
 
 if TYPE_CHECKING:
     from . import distributed
-    from .schedule import MobaSchedule
+    from .models.schedule import MobaSchedule
 
 __all__ = [
     "AutoModelForCausalLM",
@@ -43,7 +43,7 @@ __version__ = "0.1.0"
 
 def __getattr__(name: str) -> object:
     if name == "MobaSchedule":  # only now: it needs transformers' training part, which loads PEFT where that is installed
-        from .schedule import MobaSchedule
+        from .models.schedule import MobaSchedule
 
         return MobaSchedule
     if name == "distributed":

@@ -11,7 +11,7 @@ Queries are sent to key blocks as a mixture of experts sends tokens to experts, 
 The steps come from a backend, `eager` (any device) or `flex` (CUDA), each a module with the same function names. Here they are put
 together, worked through in chunks of a bounded size, and made one differentiable operator that torch.compile sees as a whole. For a short
 prompt the last three are one dense call under a mask: `masked.py` says where. Small calls whose shape keeps coming are launched as a
-whole: `graphs.py`.
+whole: `cache.py`.
 
 B rows, H query heads, G key heads, N tokens, Q query blocks, C key blocks, P slots a block, S chosen blocks a query, D width.
 """
@@ -24,41 +24,42 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from . import eager, flex, graphs
-from .autocast import without_autocast
-from .blocks import BlockLayout, dense_layout, one_block, packed_layout, padded_layout, slots_per_block
-from .chunks import Chunk, chunks, launches
-from .lying import as_it_lies, empty_lying_like
-from .masked import few_blocks
-from .rows import write
-from .spec import Spec
+from .backends import eager, flex
+from .backends.dense_mask import few_blocks
+from .core.autocast import without_autocast
+from .core.chunking import Chunk, chunks, launches
+from .core.layout import BlockLayout, dense_layout, one_block, packed_layout, padded_layout, slots_per_block
+from .core.settings import AttentionSettings
+from .core.strides import empty_with_strides_of, keep_strides
+from .cuda_graphs import cache
+from .ops.rows import write
 
 _BACKENDS: dict[str, ModuleType] = {"eager": eager, "flex": flex}
 
 
 @torch.no_grad()
 def forward(
-    query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, spec: Spec, backend: ModuleType, budget: int
+    query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, spec: AttentionSettings, backend: ModuleType, budget: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output `[B, H, Nq, Dv]`, log-sum-exp `[B, H, Nq]` and the chosen blocks `[B, H, Q * P, S]`."""
     if masks(query, key, value, layout, spec, backend):
-        query, key, value = (as_it_lies(x) for x in (query, key, value))
+        query, key, value = (keep_strides(x) for x in (query, key, value))
         chosen = choose(layout.query_slots(query), layout.key_slots(key), layout, spec, backend)
         return *backend.masked(query, key, value, chosen, layout, spec), chosen
 
-    q = as_it_lies(layout.query_slots(query, as_it_lies=True)) if backend is flex else layout.query_slots(query).contiguous()
+    q = keep_strides(layout.query_slots(query, keep_strides=True)) if backend is flex else layout.query_slots(query).contiguous()
     k, v = layout.key_slots(key).contiguous(), layout.key_slots(value).contiguous()
-    plan = planned(q, k, v, layout, spec, budget, backend.REACH)
+    plan = planned(q, k, v, layout, spec, budget, backend.MAX_TENSOR_ELEMENTS)
     chosen = choose(q, k, layout, spec, backend)
 
-    out, lse = empty_lying_like(q, q.shape[2], v.shape[-1]), q.new_empty(q.shape[:3], dtype=_wide(q.dtype))
+    out, lse = empty_with_strides_of(q, q.shape[2], v.shape[-1]), q.new_empty(q.shape[:3], dtype=_wide(q.dtype))
     for rows, groups, parts in plan:
         for heads, blocks in parts:
             part, at = layout.part(rows, blocks), (rows, heads, layout.slots(blocks))
             operands, into = (q[at], k[rows, groups], v[rows, groups]), (out[at], lse[at])
             local = backend.local if spec.causal else nothing_local
             partial = local(*operands, part, spec, into)
-            if pairs := most_pairs(operands[0], layout, blocks, spec):
+            if pairs := max_pairs(operands[0], layout, blocks, spec):
                 routes = backend.route(chosen[at], operands[1].shape[1], layout.n_key_blocks, pairs)
                 backend.merge_routed(*partial, *operands, routes, part, spec, into)
             else:
@@ -77,7 +78,7 @@ def backward(
     lse: Tensor,
     chosen: Tensor,
     layout: BlockLayout,
-    spec: Spec,
+    spec: AttentionSettings,
     backend: ModuleType,
     budget: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -92,7 +93,7 @@ def backward(
     grad, lse, delta = (layout.query_slots(x).contiguous() for x in (grad, lse, delta))
 
     grad_q, grad_k, grad_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    for rows, groups, parts in planned(q, k, v, layout, spec, budget, backend.REACH):
+    for rows, groups, parts in planned(q, k, v, layout, spec, budget, backend.MAX_TENSOR_ELEMENTS):
         of_keys, totals = (grad_k[rows, groups], grad_v[rows, groups]), None
         if len(parts) > 1:  # the gradients of a key are then a sum over parts, in float32 at least
             totals = tuple(torch.zeros_like(x, dtype=_wide(x.dtype)) for x in of_keys)
@@ -101,7 +102,7 @@ def backward(
             operands, into = (q[at], k[rows, groups], v[rows, groups], *(x[at] for x in (grad, lse, delta))), (grad_q[at], *of_keys)
             local_backward = backend.local_backward if spec.causal else nothing_local_backward
             partial = local_backward(*operands, part, spec)
-            if pairs := most_pairs(operands[0], layout, blocks, spec):
+            if pairs := max_pairs(operands[0], layout, blocks, spec):
                 routes = backend.route(chosen[at], operands[1].shape[1], layout.n_key_blocks, pairs)
                 backend.merge_routed_backward(partial, *operands, routes, part, spec, into)
             else:
@@ -113,7 +114,7 @@ def backward(
     return layout.query_tokens(grad_q), layout.key_tokens(grad_k), layout.key_tokens(grad_v)
 
 
-def choose(query: Tensor, key: Tensor, layout: BlockLayout, spec: Spec, backend: ModuleType) -> Tensor:
+def choose(query: Tensor, key: Tensor, layout: BlockLayout, spec: AttentionSettings, backend: ModuleType) -> Tensor:
     """The gate of every head, or of every group of heads: the sum of scores is the score of the sum of the queries."""
     repeats = query.shape[1] // key.shape[1] if spec.share_selection else 1
     if spec.share_selection:
@@ -126,12 +127,14 @@ def choose(query: Tensor, key: Tensor, layout: BlockLayout, spec: Spec, backend:
     return chosen.repeat_interleave(repeats, 1) if spec.share_selection else chosen
 
 
-def masks(query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, spec: Spec, backend: ModuleType) -> bool:
+def masks(query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, spec: AttentionSettings, backend: ModuleType) -> bool:
     """Whether steps 2 to 4 are one dense call under a mask. Shapes alone decide."""
     return backend is flex and layout.dense and few_blocks(query, key, value, spec)
 
 
-def planned(query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, spec: Spec, budget: int, reach: int) -> list[Chunk]:
+def planned(
+    query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, spec: AttentionSettings, budget: int, reach: int
+) -> list[Chunk]:
     """The chunks of a call, worked out once for all calls with the same layout and shapes."""
     name = ("chunks", query.shape, key.shape[1], value.shape[-1], query.dtype, spec.routed, budget, reach)
     return layout.cached(name, lambda: list(chunks(query, key, value, layout, spec, budget, reach)))
@@ -152,13 +155,13 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def most_pairs(query: Tensor, layout: BlockLayout, blocks: slice, spec: Spec) -> int:
+def max_pairs(query: Tensor, layout: BlockLayout, blocks: slice, spec: AttentionSettings) -> int:
     """A bound on the routed rows of `query [B, H, *, D]`, those of the query blocks `blocks`, known from shapes alone."""
-    return query.shape[0] * query.shape[1] * layout.most_pairs(spec.routed, spec.causal, blocks)
+    return query.shape[0] * query.shape[1] * layout.max_pairs(spec.routed, spec.causal, blocks)
 
 
 def layout_of(
-    query: Tensor, key: Tensor, padding_mask: Tensor | None, cu_seqlens: Tensor | None, spec: Spec, implementation: str
+    query: Tensor, key: Tensor, padding_mask: Tensor | None, cu_seqlens: Tensor | None, spec: AttentionSettings, implementation: str
 ) -> BlockLayout:
     block_size, width = _sizes(spec.block_size, key.shape[2], implementation)
     if cu_seqlens is not None:
@@ -195,17 +198,17 @@ def attention(
     `sizes`: `block_size`, `top_k`, `sink_blocks`, `recent_blocks` and the `budget` in bytes.
     """
     *blocks, budget = sizes
-    spec = Spec(*blocks, causal, scale, softcap, share_selection)
+    spec = AttentionSettings(*blocks, causal, scale, softcap, share_selection)
     query, key, value = query.detach(), key.detach(), value.detach()
     layout = layout_of(query, key, padding_mask, cu_seqlens, spec, implementation)
     # The gate is a matter of float32. Triton launches on the current GPU, which need not be the one that holds this layer.
     with without_autocast(query), torch.cuda.device_of(query):
-        return graphs.call(forward, (query, key, value), layout, spec, _BACKENDS[implementation], budget)
+        return cache.call(forward, (query, key, value), layout, spec, _BACKENDS[implementation], budget)
 
 
 @attention.register_fake
 def _(query, key, value, padding_mask, cu_seqlens, sizes, causal, share_selection, scale, softcap, implementation):
-    spec = Spec(*sizes[:-1], causal, scale, softcap, share_selection)
+    spec = AttentionSettings(*sizes[:-1], causal, scale, softcap, share_selection)
     n_query, n_key = query.shape[2], key.shape[2]
     block_size, width = _sizes(spec.block_size, n_key, implementation)
     if cu_seqlens is not None:
@@ -218,7 +221,7 @@ def _(query, key, value, padding_mask, cu_seqlens, sizes, causal, share_selectio
     chosen = query.new_empty(*query.shape[:2], blocks * width, spec.routed, dtype=torch.int32)
     dense = padding_mask is None and cu_seqlens is None
     if implementation == "flex" and dense:
-        return empty_lying_like(query, n_query, value.shape[-1]), lse, chosen
+        return empty_with_strides_of(query, n_query, value.shape[-1]), lse, chosen
     return query.new_empty(*query.shape[:3], value.shape[-1]), lse, chosen
 
 
@@ -243,12 +246,12 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of query, key and value."""
     *blocks, budget = sizes
-    spec = Spec(*blocks, causal, scale, softcap, share_selection)
+    spec = AttentionSettings(*blocks, causal, scale, softcap, share_selection)
     grad, query, key, value, out, lse = (x.detach() for x in (grad, query, key, value, out, lse))
     layout = layout_of(query, key, padding_mask, cu_seqlens, spec, implementation)
     tensors = grad, grad_lse, query, key, value, out, lse, chosen
     with without_autocast(query), torch.cuda.device_of(query):
-        return graphs.call(backward, tensors, layout, spec, _BACKENDS[implementation], budget)
+        return cache.call(backward, tensors, layout, spec, _BACKENDS[implementation], budget)
 
 
 @attention_backward.register_fake

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import arguments
-from .autocast import without_autocast
+from .core import validation
+from .core.autocast import without_autocast
 from .functional import moba_attention, moba_attention_varlen
 
 
@@ -49,7 +49,7 @@ def moba_attn_varlen(
     _check_blocks(moba_chunk_size, moba_topk)
     if moba_topk > 1:
         return moba_attention_varlen(q, k, v, cu_seqlens, block_size=moba_chunk_size, top_k=moba_topk)
-    arguments.check_packed(q, k, v, cu_seqlens)
+    validation.check_packed(q, k, v, cu_seqlens)
     return _dense_varlen(q, k, v, cu_seqlens)
 
 
@@ -107,9 +107,9 @@ def flash_moba_varlen_func(
     """
     _check_blocks(moba_chunk_size, moba_topk)
     blocks = {"block_size": moba_chunk_size, "top_k": moba_topk, "causal": bool(causal)}
-    arguments.check_packed_operands(q, k, v)
-    arguments.check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, q, q.shape[0])
-    arguments.check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, k, k.shape[0])
+    validation.check_packed_operands(q, k, v)
+    validation.check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, q, q.shape[0])
+    validation.check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, k, k.shape[0])
     if len(cu_seqlens_q) != len(cu_seqlens_k):
         count = f"{len(cu_seqlens_q) - 1} and {len(cu_seqlens_k) - 1}"
         raise ValueError(f"cu_seqlens_q and cu_seqlens_k must be of equally many sequences, but are of {count}")
@@ -120,8 +120,8 @@ def flash_moba_varlen_func(
 
 
 def _check_blocks(moba_chunk_size: int, moba_topk: int) -> None:
-    arguments.check_count("moba_chunk_size", moba_chunk_size, 1)
-    arguments.check_count("moba_topk", moba_topk, 1)
+    validation.check_count("moba_chunk_size", moba_chunk_size, 1)
+    validation.check_count("moba_topk", moba_topk, 1)
 
 
 def _sequences(q: Tensor, cu_seqlens_q: Tensor, k: Tensor, v: Tensor, cu_seqlens_k: Tensor) -> zip:

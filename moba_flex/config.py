@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 
 import torch
 
-from . import arguments
+from .core import validation
 
 DECODING = ("full", "sparse")
 KERNEL_SIZES = (0, 3, 5)
@@ -55,10 +55,10 @@ class MobaConfig(dict):
     implementation: str = "auto"
 
     def __post_init__(self) -> None:
-        arguments.check_blocks(self.block_size, self.top_k, self.sink_blocks, self.recent_blocks, share_selection=self.share_selection)
+        validation.check_blocks(self.block_size, self.top_k, self.sink_blocks, self.recent_blocks, share_selection=self.share_selection)
         _check_choice("key_conv", self.key_conv, KERNEL_SIZES)
         _check_choice("decode", self.decode, DECODING)
-        _check_choice("implementation", self.implementation, arguments.IMPLEMENTATIONS)
+        _check_choice("implementation", self.implementation, validation.IMPLEMENTATIONS)
         layers = layer_indices("full_attention_layers", self.full_attention_layers)
         object.__setattr__(self, "full_attention_layers", layers)
         super().__init__({**vars(self), "full_attention_layers": list(layers)})

@@ -13,13 +13,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .autocast import without_autocast
-from .chunks import launches
-from .gate import best_blocks
-from .spec import Spec
+from .core.autocast import without_autocast
+from .core.chunking import launches
+from .core.settings import AttentionSettings
+from .ops.gate import best_blocks
 
 try:
-    from . import kernels
+    from .ops import triton as kernels
 except ImportError:  # no Triton, so no CUDA either
     kernels = None
 
@@ -87,7 +87,7 @@ def decode(
     Returns:
         `[B, H, n, Dv]` in the query's dtype and the log-sum-exp `[B, H, n]`; 0 and -inf for a query before its row's start.
     """
-    spec = Spec(block_size, top_k, sink_blocks, recent_blocks, True, scale, softcap, share_selection)
+    spec = AttentionSettings(block_size, top_k, sink_blocks, recent_blocks, True, scale, softcap, share_selection)
     with without_autocast(query), torch.cuda.device_of(query):
         if implementation == "flex":
             return _by_rows(query, key, value, means, length, start, spec)
@@ -101,7 +101,7 @@ def _(query, key, value, means, *_):
 
 
 def _by_rows(
-    query: Tensor, key: Tensor, value: Tensor, means: Tensor, length: Tensor | None, start: Tensor | None, spec: Spec
+    query: Tensor, key: Tensor, value: Tensor, means: Tensor, length: Tensor | None, start: Tensor | None, spec: AttentionSettings
 ) -> tuple[Tensor, Tensor]:
     """The kernels, on as many rows at a time as one launch serves."""
     some = launches(query.shape[0], query.shape[1] * query.shape[2])
@@ -114,7 +114,7 @@ def _by_rows(
 
 
 def decode_plain(
-    query: Tensor, key: Tensor, value: Tensor, means: Tensor, length: Tensor | None, start: Tensor | None, spec: Spec
+    query: Tensor, key: Tensor, value: Tensor, means: Tensor, length: Tensor | None, start: Tensor | None, spec: AttentionSettings
 ) -> tuple[Tensor, Tensor]:
     """`decode` in plain PyTorch. The blocks of all rows, heads and tokens are gathered at once, or as many as `_NUMBERS_AT_ONCE` allows."""
     groups, new, device = key.shape[1], query.shape[2], query.device
@@ -138,7 +138,15 @@ def decode_plain(
 
 
 def _attend(
-    query: Tensor, key: Tensor, value: Tensor, blocks: Tensor, row: Tensor, group: Tensor, start: Tensor, token: Tensor, spec: Spec
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    blocks: Tensor,
+    row: Tensor,
+    group: Tensor,
+    start: Tensor,
+    token: Tensor,
+    spec: AttentionSettings,
 ) -> tuple[Tensor, Tensor]:
     """Readers `[L, M, D]`, each of M heads at `token [L]`, attend to their `blocks [L, K]`: `[L, M, Dv]` and `[L, M]`."""
     offset = torch.arange(min(spec.block_size, key.shape[2]), device=key.device)
@@ -171,7 +179,7 @@ def _complete(means: Tensor, key: Tensor, position: Tensor, start: Tensor, block
     means[row, :, block] = key[row[:, None], :, token].mean(1, dtype=means.dtype)
 
 
-def _blocks_to_read(query: Tensor, means: Tensor, position: Tensor, spec: Spec) -> Tensor:
+def _blocks_to_read(query: Tensor, means: Tensor, position: Tensor, spec: AttentionSettings) -> Tensor:
     """`[B, G, R, n, D]`, `[B, G, C, D]`, `[B, n]` -> `[B, G, F, n, K]` int64, -1 where there are fewer."""
     own = position.div(spec.block_size, rounding_mode="floor")[:, None, None, :, None]  # [B, 1, 1, n, 1]
     if spec.share_selection:  # the sum of scores is the score of the sum

@@ -6,19 +6,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import arguments
 from .attention import attention
-from .autocast import without_autocast
-from .blocks import one_block
+from .core import validation
+from .core.autocast import without_autocast
+from .core.layout import one_block
 from .decoding import decode
-from .naive import naive_attention
+from .reference import reference_attention
 
 # Bytes of working memory for the routed rows of one chunk, beside inputs and outputs. Heads are worked through in chunks that fit.
 DEFAULT_WORKING_MEMORY = 2 << 30
 _working_memory = DEFAULT_WORKING_MEMORY
 _TRANSFORM = torch._C._functorch.TransformType
 _LEAST_WIDTH = {"flex": 16, "eager": 1}  # of a GPU's tiles; values without a width have a log-sum-exp all the same
-_MANY = 64  # blocks a query; a larger `top_k` is compared with how many there are
+_LARGE_TOP_K = 64  # blocks a query; a larger `top_k` is compared with how many there are
 
 
 def set_working_memory(n_bytes: int = DEFAULT_WORKING_MEMORY) -> int:
@@ -35,7 +35,7 @@ def set_working_memory(n_bytes: int = DEFAULT_WORKING_MEMORY) -> int:
     1073741824
     """
     global _working_memory
-    arguments.check_count("n_bytes", n_bytes, 1)
+    validation.check_count("n_bytes", n_bytes, 1)
     before, _working_memory = _working_memory, n_bytes
     return before
 
@@ -92,12 +92,12 @@ def moba_attention(
     >>> moba_attention(query, key, value, block_size=16, top_k=3).shape
     torch.Size([1, 4, 100, 16])
     """
-    arguments.check_query_key(query=query, key=key, value=value)
-    arguments.check_blocks(block_size, top_k, sink_blocks, recent_blocks, causal, share_selection)
-    arguments.check_padding_mask(padding_mask, query, key)
-    arguments.check_scores(query, query.shape[1], scale, softcap, sinks)
-    arguments.check_flag("return_lse", return_lse)
-    implementation = arguments.resolve_implementation(implementation, query)
+    validation.check_query_key(query=query, key=key, value=value)
+    validation.check_blocks(block_size, top_k, sink_blocks, recent_blocks, causal, share_selection)
+    validation.check_padding_mask(padding_mask, query, key)
+    validation.check_scores(query, query.shape[1], scale, softcap, sinks)
+    validation.check_flag("return_lse", return_lse)
+    implementation = validation.resolve_implementation(implementation, query)
     return attend(
         query,
         key,
@@ -153,11 +153,11 @@ def moba_attention_varlen(
     >>> moba_attention_varlen(x, x, x, bounds, block_size=8, top_k=2).shape
     torch.Size([50, 2, 16])
     """
-    longest = arguments.check_packed(query, key, value, cu_seqlens)
-    arguments.check_blocks(block_size, top_k, sink_blocks, recent_blocks, causal, share_selection)
-    arguments.check_scores(query, query.shape[1], scale, softcap, sinks)
-    arguments.check_flag("return_lse", return_lse)
-    implementation = arguments.resolve_implementation(implementation, query)
+    longest = validation.check_packed(query, key, value, cu_seqlens)
+    validation.check_blocks(block_size, top_k, sink_blocks, recent_blocks, causal, share_selection)
+    validation.check_scores(query, query.shape[1], scale, softcap, sinks)
+    validation.check_flag("return_lse", return_lse)
+    implementation = validation.resolve_implementation(implementation, query)
     query, key, value = (x.transpose(0, 1)[None] for x in (query, key, value))
     out, lse = attend(
         query,
@@ -212,7 +212,7 @@ def attend(
         out = nothing + query.new_zeros(*query.shape[:3], value.shape[-1])
         lse = nothing + query.new_zeros(query.shape[:3], dtype=torch.promote_types(query.dtype, torch.float32))
     elif implementation == "naive":
-        run = _naive_packed if cu_seqlens is not None else naive_attention
+        run = _naive_packed if cu_seqlens is not None else reference_attention
         which = {"cu_seqlens": cu_seqlens} if cu_seqlens is not None else {"padding_mask": padding_mask}
         blocks = {"block_size": block_size, "top_k": top_k, "sink_blocks": sink_blocks, "recent_blocks": recent_blocks}
         blocks["share_selection"] = share_selection
@@ -229,7 +229,7 @@ def attend(
         check_not_transformed(query, key, value)
         if longest is not None:  # short sequences are then not padded to a long block each
             block_size = one_block(block_size, longest)
-        if top_k > _MANY:
+        if top_k > _LARGE_TOP_K:
             top_k, sink_blocks, recent_blocks = _enough(top_k, sink_blocks, recent_blocks, -(-key.shape[2] // block_size))
         sizes = (block_size, top_k, sink_blocks, recent_blocks, _working_memory)
         settings = (sizes, causal, share_selection, scale, softcap, implementation)
@@ -247,7 +247,7 @@ def attend(
 
 def _enough(top_k: int, sink_blocks: int, recent_blocks: int, n_blocks: int) -> tuple[int, int, int]:
     """Smaller counts that mean the same where they are far above the number of blocks: time and memory grow with them."""
-    enough = _MANY
+    enough = _LARGE_TOP_K
     while enough < n_blocks:
         enough *= 2
     sink_blocks = min(sink_blocks, enough - 1)  # that many are all past blocks, and leave nothing to the others
@@ -294,7 +294,7 @@ def attend_decoding(
     """`attend` for the last tokens of a cache with block means, see `moba_flex.decoding.decode`: `[B, H, n, Dv]`."""
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
     softcap = None if softcap is None else float(softcap)
-    if top_k > _MANY:
+    if top_k > _LARGE_TOP_K:
         top_k, sink_blocks, recent_blocks = _enough(top_k, sink_blocks, recent_blocks, means.shape[2] + 1)  # and the own block
     blocks = (block_size, top_k, sink_blocks, recent_blocks, share_selection)
     out, lse = decode(query, key, value, means, length, start, *blocks, scale, softcap, implementation)
@@ -314,5 +314,7 @@ def _with_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor
 def _naive_packed(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, **settings) -> tuple[Tensor, Tensor]:
     """The specification of packed sequences: each one alone."""
     sizes = cu_seqlens.diff().tolist()
-    parts = [naive_attention(q, k, v, **settings) for q, k, v in zip(*(x.split(sizes, dim=2) for x in (query, key, value))) if q.shape[2]]
+    parts = [
+        reference_attention(q, k, v, **settings) for q, k, v in zip(*(x.split(sizes, dim=2) for x in (query, key, value))) if q.shape[2]
+    ]
     return torch.cat([out for out, _ in parts], 2), torch.cat([lse for _, lse in parts], 2)

@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from . import arguments, flex, gate
 from .attention import choose, layout_of
-from .autocast import without_autocast
-from .naive import block_of_key
-from .spec import Spec
+from .backends import flex
+from .core import validation
+from .core.autocast import without_autocast
+from .core.settings import AttentionSettings
+from .ops import gate
+from .reference import block_of_key
 
 _TILE = 128
 
@@ -97,12 +99,12 @@ def select_blocks(
     >>> selection.indices.shape, selection.to_dense().shape
     (torch.Size([1, 4, 100, 2]), torch.Size([1, 4, 100, 7]))
     """
-    arguments.check_query_key(query=query, key=key)
-    arguments.check_blocks(block_size, top_k, sink_blocks, recent_blocks, causal, share_selection)
-    arguments.check_not_mapped("select_blocks", query=query, key=key)
-    arguments.check_padding_mask(padding_mask, query, key)
-    spec = Spec(block_size, top_k, sink_blocks, recent_blocks, causal, 1.0, share_selection=share_selection)
-    implementation = arguments.resolve_implementation("auto", query)
+    validation.check_query_key(query=query, key=key)
+    validation.check_blocks(block_size, top_k, sink_blocks, recent_blocks, causal, share_selection)
+    validation.check_not_mapped("select_blocks", query=query, key=key)
+    validation.check_padding_mask(padding_mask, query, key)
+    spec = AttentionSettings(block_size, top_k, sink_blocks, recent_blocks, causal, 1.0, share_selection=share_selection)
+    implementation = validation.resolve_implementation("auto", query)
     with without_autocast(query), torch.no_grad(), torch.cuda.device_of(query):  # which the operation does too
         layout = layout_of(query, key, padding_mask, None, spec, implementation)
         backend = flex if implementation == "flex" else gate

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import (
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from support.cases import (
     IMPLEMENTATIONS,
     Case,
     Packed,
@@ -21,12 +23,12 @@ from cases import (
     random,
     softmax_attention,
 )
-from hypothesis import assume, given
-from hypothesis import strategies as st
 
-from moba_flex import eager, gate, moba_attention, moba_attention_varlen, rows, set_working_memory
+from moba_flex import moba_attention, moba_attention_varlen, set_working_memory
 from moba_flex.attention import attention
-from moba_flex.naive import gate_scores, naive_selection
+from moba_flex.backends import eager
+from moba_flex.ops import gate, rows
+from moba_flex.reference import gate_scores, reference_selection
 
 each_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 HALF = {
@@ -376,7 +378,7 @@ def test_low_precision_stays_close_to_float64(implementation: str, dtype: torch.
 def _smallest_gap(case: Case, tensors: dict[str, torch.Tensor]) -> float:
     """How far, in gate score, the worst chosen block is above the best one left out, over all queries."""
     query, key = tensors["query"].detach(), tensors["key"].detach()
-    selected, of_key = naive_selection(query, key, **case.selection)
+    selected, of_key = reference_selection(query, key, **case.selection)
     block = torch.arange(case.n_blocks)
     score = gate_scores(query, key, of_key, case.n_blocks)
     if case.share_selection:

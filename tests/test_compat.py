@@ -10,9 +10,9 @@ import inspect
 
 import pytest
 import torch
-from cases import assert_same, examples, random
 from hypothesis import given
 from hypothesis import strategies as st
+from support.cases import assert_same, examples, random
 from torch import Tensor
 
 from moba_flex import moba_attention_varlen

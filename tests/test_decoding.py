@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import Case, assert_same, attend, cases, examples, operands
 from hypothesis import given
 from hypothesis import strategies as st
+from support.cases import Case, assert_same, attend, cases, examples, operands
 
-from moba_flex import chunks, decoding
+from moba_flex import decoding
+from moba_flex.core import chunking
 from moba_flex.decoding import decode, decode_plain, means_for, write_means
 from moba_flex.functional import attend_decoding
 
@@ -81,7 +82,7 @@ def test_more_heads_than_one_launch_serves_are_decoded_some_rows_at_a_time(case:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(decoding, "kernels", Kernels)
-        patch.setattr(chunks, "MOST_HEADS", most)
+        patch.setattr(chunking, "MAX_HEADS", most)
         actual = decoded(case, tensors, means, length, "flex")
     for x, y in zip((*actual, means), (*expected, expected_means)):
         assert_same(x, y)
@@ -168,5 +169,5 @@ def test_only_the_chosen_blocks_are_read():
         assert_same(actual, wanted)
 
 
-def _spec(case: Case) -> decoding.Spec:
-    return decoding.Spec(**case.selection, scale=case.real_scale)
+def _spec(case: Case) -> decoding.AttentionSettings:
+    return decoding.AttentionSettings(**case.selection, scale=case.real_scale)

@@ -6,9 +6,9 @@ import math
 
 import pytest
 import torch
-from families import FAMILIES, logits
 from hypothesis import given
 from hypothesis import strategies as st
+from support.families import FAMILIES, logits
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from transformers import LlamaForCausalLM

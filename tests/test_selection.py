@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import Case, assert_same, attend, cases, examples, generator, operands, positions
 from hypothesis import given
 from hypothesis import strategies as st
+from support.cases import Case, assert_same, attend, cases, examples, generator, operands, positions
 from torch.nn.attention.flex_attention import flex_attention
 
 from moba_flex import select_blocks
-from moba_flex.gate import best_blocks
-from moba_flex.naive import naive_selection
+from moba_flex.ops.gate import best_blocks
+from moba_flex.reference import reference_selection
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 
@@ -21,7 +21,7 @@ def select(case: Case, tensors: dict[str, torch.Tensor]):
 
 
 def specified(case: Case, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
-    selected, _ = naive_selection(tensors["query"], tensors["key"], **case.selection, padding_mask=case.padding_mask())
+    selected, _ = reference_selection(tensors["query"], tensors["key"], **case.selection, padding_mask=case.padding_mask())
     return selected
 
 

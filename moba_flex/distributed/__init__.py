@@ -4,6 +4,6 @@
 """
 
 from .attention import moba_attention_cp
-from .model import ContextParallel, context_parallel
+from .context_parallel import ContextParallel, context_parallel
 
 __all__ = ["ContextParallel", "context_parallel", "moba_attention_cp"]

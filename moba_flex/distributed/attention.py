@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.attention.bias import causal_lower_right
 
-from .. import arguments
+from ..core import validation
 from ..functional import attend, check_not_transformed
-from .exchange import gathered_keys, heads_to_tokens, tokens_to_heads
+from .collectives import gathered_keys, heads_to_tokens, tokens_to_heads
 
 EXCHANGES = ("keys", "heads")
 
@@ -70,15 +70,15 @@ def moba_attention_cp(
         ValueError, TypeError: as `moba_attention`; a mesh without a dimension for it; heads that do not fit the processes.
         RuntimeError: another process has ended.
     """
-    arguments.check_query_key(query=query, key=key, value=value)
-    arguments.check_blocks(block_size, top_k, sink_blocks, recent_blocks, True, share_selection)
-    arguments.check_scores(query, query.shape[1], scale, softcap, sinks)
-    arguments.check_flag("return_lse", return_lse)
+    validation.check_query_key(query=query, key=key, value=value)
+    validation.check_blocks(block_size, top_k, sink_blocks, recent_blocks, True, share_selection)
+    validation.check_scores(query, query.shape[1], scale, softcap, sinks)
+    validation.check_flag("return_lse", return_lse)
     check_not_transformed(query, key, value, but="do not go through exchanges between processes: use backward() or torch.autograd.grad")
     blocks = {"block_size": block_size, "top_k": top_k, "sink_blocks": sink_blocks, "recent_blocks": recent_blocks}
     blocks["share_selection"] = share_selection
     scores = {"scale": scale, "softcap": softcap}
-    implementation = arguments.resolve_implementation(implementation, query)
+    implementation = validation.resolve_implementation(implementation, query)
     attention = moba(sinks=sinks, **blocks, **scores, return_lse=return_lse, implementation=implementation)
     out, lse = across(query, key, value, group_of(mesh), exchange, attention, share_selection)
     return (out, lse) if return_lse else out

@@ -6,9 +6,9 @@ layer calls, `patch` switching models to MoBA and back, `auto` loading them.
 
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from .auto import AutoModelForCausalLM
-from .interface import ATTENTION_FUNCTIONS
-from .mask import moba_mask
+from .attention_function import ATTENTION_FUNCTIONS
+from .loading import AutoModelForCausalLM
+from .masks import moba_mask
 from .patch import full_attention, patch, set_attention, unpatch
 
 for _name, _function in ATTENTION_FUNCTIONS.items():

@@ -31,9 +31,9 @@ from transformers import cache_utils
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, EncoderDecoderCache
 
 from ..config import MobaConfig
-from .cache import DynamicLayerWithMeans, cache_in
+from .block_means import DynamicLayerWithMeans, cache_in
 from .layers import MOBA, named_full
-from .mask import MobaMask
+from .masks import MobaMask
 
 GROWING = (  # kinds of cache layers, not kinds of them that drop or change keys
     *(DynamicLayer, DynamicLayerWithMeans),

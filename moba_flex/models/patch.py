@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from ..config import MobaConfig, layer_indices
-from .cache import add_hooks, hooked, remove_hooks
+from .block_means import add_hooks, modules_with_hooks, remove_hooks
 from .key_conv import check_key_conv, new_key_convs, remove_key_convs, set_key_convs
 from .layers import (
     MOBA,
@@ -129,7 +129,7 @@ def unpatch(model: nn.Module) -> nn.Module:
             del config.moba
     for layer in layers:
         layer.__dict__.pop("_moba", None)
-    remove_hooks(hooked(model))
+    remove_hooks(modules_with_hooks(model))
     remove_key_convs(layers)
     return model
 

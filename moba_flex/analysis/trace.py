@@ -1,0 +1,245 @@
+"""What a whole model reads, in one forward pass: `trace`.
+
+Each layer that uses MoBA shows its queries and keys to a watcher before it attends. The watcher asks the gate again which blocks they
+choose, keeps a few numbers a head, and lets the rest go before the next layer.
+
+L layers, B batch, H query heads, N tokens (Nq queries, Nk keys), C blocks, S chosen blocks a query.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from transformers.utils import logging
+
+from ..config import MobaConfig, layer_indices
+from ..models.block_means import modules_with_hooks, remove_hooks
+from ..models.key_conv import hooks_of
+from ..models.layers import MOBA, attention_layers, attention_of, n_layers, resolve_layers, restore_state, state_of
+from ..models.masks import Visible
+from ..models.patch import find_layers, is_patched, patch
+from ..selection import Selection, select_blocks
+from . import figures
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True, eq=False)
+class Trace:
+    """Which blocks the layers of a model read; what `trace` returns. All tensors are on the CPU.
+
+    Attributes:
+        layers: the indices of the L layers that use MoBA.
+        share_of_keys: `[L, H]` float64, the keys that all queries read, over those that they would read with full attention. As long as
+            every query reads `top_k` blocks or all there are, it follows from the lengths alone.
+        overlap: `[L, H]` float64, the share of a query's chosen blocks that the next query chooses too. It is the mean over neighbours
+            in one block that have more blocks to choose from than they may choose; NaN where there are none.
+        chosen: `[L, H, C]` int64, how many queries chose a block. A query's own block is not chosen, it is always read.
+        candidates: `[C]` int64, how many queries had a block to choose from, so that `chosen / candidates` is the share that took it.
+        selections: of the layers that were asked for, which blocks each query reads.
+    """
+
+    layers: tuple[int, ...]
+    share_of_keys: Tensor
+    overlap: Tensor
+    chosen: Tensor
+    candidates: Tensor
+    selections: Mapping[int, Selection] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, list]:
+        """Columns of equal length with one row a layer, head and block, as a data frame takes them.
+
+        The columns "layer", "head", "share_of_keys", "overlap", "block", "chosen" and "candidates" are the attributes; the first four
+        repeat for all blocks of a head. `pandas.DataFrame(trace.to_dict())` needs no more.
+        """
+        shape = self.chosen.shape
+        per_head = {"share_of_keys": self.share_of_keys, "overlap": self.overlap}
+        return {
+            "layer": torch.tensor(self.layers)[:, None, None].expand(shape).flatten().tolist(),
+            "head": torch.arange(shape[1])[:, None].expand(shape).flatten().tolist(),
+            **{name: x[..., None].expand(shape).flatten().tolist() for name, x in per_head.items()},
+            "block": torch.arange(shape[2]).expand(shape).flatten().tolist(),
+            "chosen": self.chosen.flatten().tolist(),
+            "candidates": self.candidates.expand(shape).flatten().tolist(),
+        }
+
+    def figure(self) -> Figure:
+        """A matplotlib figure of all layers: the overlap of each head, how often each block is chosen, and the mean share of keys.
+
+        Raises ImportError without matplotlib, which the extra `viz` brings.
+        """
+        return figures.trace_figure(self)
+
+
+@torch.no_grad()
+def trace(
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    selections: Iterable[int] = (),
+    config: MobaConfig | Mapping | None = None,
+    **settings,
+) -> Trace:
+    """Let a model read a batch once, and say which blocks its layers read.
+
+    The pass is one of inference: in evaluation mode, without gradients and without a cache. Afterwards, also after an exception, the
+    model is what it was. A progress bar counts the layers; `transformers.utils.logging.disable_progress_bar()` turns it off.
+
+    Args:
+        model: a transformers model. One that uses MoBA is watched as it is; one that does not is patched for this pass.
+        input_ids: `[B, N]` tokens, on the model's device.
+        attention_mask: `[B, N]`, 1 for real tokens, padding on the left or the right. Padding is not counted anywhere.
+        selections: layers of which the `Selection` is kept, for `moba_flex.visualize`; negative numbers count from the last.
+        config, settings: those of `moba_flex.patch`, in place of the model's own for this pass.
+
+    Returns:
+        A `Trace`, which see.
+
+    Raises:
+        ValueError: no layer uses MoBA or can, a layer in `selections` does not, a setting is out of range, the inputs do not fit, or the
+            model is context-parallel.
+        TypeError: `input_ids` is no tensor of whole numbers, or both `config` and settings are given.
+
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> tiny = LlamaConfig(vocab_size=32, hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
+    >>> watched = trace(LlamaForCausalLM(tiny), torch.arange(32)[None], block_size=4, top_k=2)
+    >>> watched.share_of_keys.shape, watched.chosen.shape
+    (torch.Size([2, 2]), torch.Size([2, 2, 8]))
+    """
+    _check_inputs(input_ids, attention_mask)
+    wanted = layer_indices("selections", selections)
+    _, replaceable = find_layers(model)
+    if any("_context_parallel" in layer.__dict__ for layer in replaceable):
+        raise ValueError(
+            f"{type(model).__name__} is context-parallel, and only whole sequences are traced: call ContextParallel.remove() first"
+        )
+    with _left_as_it_was(model):
+        if config is not None or settings or not is_patched(replaceable):
+            patch(model, config, **settings)
+        layers = [layer for layer in replaceable if attention_of(layer, MobaConfig.of(layer.config)) in MOBA]
+        found = [layer.layer_idx for layer in layers]
+        if not found:
+            raise ValueError(f'all layers of this {type(model).__name__} use full attention now: use set_attention(model, "moba")')
+        keep = resolve_layers("selections", wanted, n_layers(layers[0]), found, model)
+        model.eval()
+        with logging.tqdm(total=len(layers), desc="Tracing", unit="layer") as bar:
+            watcher = Watcher(keep, bar)
+            for layer in layers:
+                layer._watch = watcher
+            inner = model if getattr(model, "active_peft_config", None) is not None else getattr(model, "base_model", model)
+            inner(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+    return watcher.trace()
+
+
+class Watcher:
+    """What MoBA layers show their queries and keys to while it is their `_watch`."""
+
+    def __init__(self, keep: list[int], bar: logging.tqdm) -> None:
+        self._keep, self._bar = keep, bar
+        self._layers: list[int] = []
+        self._numbers: list[tuple[Tensor, ...]] = []
+        self._selections: dict[int, Selection] = {}
+
+    @torch.compiler.disable  # a layer that was compiled in place has a graph on either side of it
+    def __call__(self, layer: nn.Module, query: Tensor, key: Tensor, visible: Visible, settings: MobaConfig) -> None:
+        names = inspect.signature(select_blocks).parameters
+        blocks = {name: value for name, value in settings.items() if name in names}
+        n_blocks, forced = -(-key.shape[2] // settings.block_size), 1 + settings.sink_blocks + settings.recent_blocks
+        blocks["top_k"] = min(settings.top_k, max(n_blocks, forced))  # more mean the same, and would take memory for each
+        selection = select_blocks(query, key, **blocks, causal=visible.causal, padding_mask=visible.padding_mask)
+        self._layers.append(layer.layer_idx)
+        self._numbers.append(tuple(x.cpu() for x in numbers(selection)))
+        if layer.layer_idx in self._keep:
+            here = {name: getattr(selection, name).cpu() for name in ("indices", "block_of_key")}
+            self._selections[layer.layer_idx] = replace(selection, **here)
+        self._bar.update()
+
+    def trace(self) -> Trace:
+        share, overlap, chosen, candidates = (torch.stack(x) for x in zip(*self._numbers))
+        return Trace(tuple(self._layers), share, overlap, chosen, candidates[0], self._selections)
+
+
+def numbers(selection: Selection) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Share of keys `[H]`, overlap `[H]`, chosen `[H, C]` and candidates `[C]` of one layer, as in `Trace`."""
+    of_key, n_blocks = selection.block_of_key, selection.n_blocks
+    heads, n_query, n_chosen = selection.indices.shape[1:]
+    own = of_key[:, of_key.shape[1] - n_query :]  # [B, Nq]
+    real = own >= 0
+    of_any = torch.where(of_key < 0, n_blocks, of_key)
+    size = torch.zeros(len(own), n_blocks + 1, dtype=torch.int64, device=own.device).scatter_add(1, of_any, torch.ones_like(of_any))
+    size = size[:, :n_blocks]  # [B, C], the keys of each block
+    if selection.causal:
+        visible = (of_key >= 0).cumsum(1)[:, -n_query:]  # [B, Nq], the keys up to a query's own
+        own_read = visible - (size.cumsum(1) - size).gather(1, own.clamp(min=0))
+        options = own.clamp(min=0)  # [B, Nq], blocks to choose from
+    else:
+        visible, own_read = size.sum(1, keepdim=True).expand_as(own), torch.zeros_like(own)
+        options = (size > 0).sum(1, keepdim=True).expand_as(own)
+    had = torch.bincount(options[real], minlength=n_blocks + 1)  # how many queries had so many options
+    candidates = had.flip(0).cumsum(0).flip(0)[1:]  # block c is an option of those that have more than c
+
+    neighbours = real[:, 1:] & real[:, :-1] & (options[:, 1:] > n_chosen)
+    if selection.causal:
+        neighbours &= own[:, 1:] == own[:, :-1]
+    share, overlap, chosen = [], [], []
+    for head in range(heads):  # one at a time: choices are as many as the numbers in a query, or more
+        index = selection.indices[:, head].long()  # [B, Nq, S], -1 where there are fewer
+        read = own_read + torch.where(index >= 0, size[:, None].expand(-1, n_query, -1).gather(2, index.clamp(min=0)), 0).sum(-1)
+        share.append(read[real].sum().double() / visible[real].sum())
+        chosen.append(torch.bincount(index[index >= 0], minlength=n_blocks))
+        pair = torch.cat([index[:, 1:], index[:, :-1]], -1)[neighbours].sort(-1).values
+        overlap.append((pair[:, 1:] == pair[:, :-1]).sum().double() / (len(pair) * n_chosen))
+    return torch.stack(share), torch.stack(overlap), torch.stack(chosen), candidates
+
+
+def _check_inputs(input_ids: Tensor, attention_mask: Tensor | None) -> None:
+    if not isinstance(input_ids, Tensor) or input_ids.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"input_ids must be an int64 or int32 tensor, but is {getattr(input_ids, 'dtype', type(input_ids).__name__)}")
+    if input_ids.dim() != 2 or input_ids.numel() == 0:
+        raise ValueError(f"input_ids must have shape (batch, tokens) and hold some, but has shape {tuple(input_ids.shape)}")
+    if attention_mask is None:
+        return
+    if not isinstance(attention_mask, Tensor):
+        raise TypeError(f"attention_mask must be a tensor, but is a {type(attention_mask).__name__}")
+    if attention_mask.shape != input_ids.shape:
+        raise ValueError(f"attention_mask {tuple(attention_mask.shape)} must have the shape of input_ids {tuple(input_ids.shape)}")
+
+
+@contextmanager
+def _left_as_it_was(model: nn.Module) -> Iterator[None]:
+    """After the `with` block the model's configurations, modes, convolutions of keys and marks of MoBA are what they were before."""
+    layers = attention_layers(model)
+    holders = [(module, module.__dict__["config"]) for module in model.modules() if "config" in module.__dict__]
+    convolutions = [(layer, hooks_of(layer)) for layer in layers]
+    configs = {id(layer.config): (layer.config, dict(layer.config.__dict__)) for layer in layers}.values()
+    states = [(layer, state_of(layer)) for layer in layers]
+    modes = [(module, module.training) for module in model.modules()]
+    had_hooks = modules_with_hooks(model)
+    try:
+        yield
+    finally:
+        for layer, before in convolutions:
+            now = hooks_of(layer)
+            if now is not before and now is not None:
+                now.detach(layer)
+            if now is not before and before is not None:
+                before.attach(layer)
+        for module, config in holders:
+            module.config = config
+        for config, before in configs:
+            config.__dict__.clear()
+            config.__dict__.update(before)
+        for layer, state in states:
+            layer.__dict__.pop("_watch", None)
+            restore_state(layer, state)
+        for module, training in modes:
+            module.training = training
+        remove_hooks(modules_with_hooks(model) - had_hooks)

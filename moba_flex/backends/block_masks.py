@@ -1,0 +1,150 @@
+"""BlockMasks from their constructor: what tells FlexAttention which key block each tile of queries meets.
+
+`create_block_mask` and `BlockMask.from_kv_blocks` build tensors of (query tiles x key tiles), many gigabytes at long lengths.
+Here whatever a tile meets is one run of tiles, so lists one index wide are enough: `BLOCKS_ARE_CONTIGUOUS` lets the kernel
+step through the rest. The partial and the full list of a mask have the same width, because kernels of PyTorch 2.11 read both
+with the strides of one.
+
+The lists rule on the GPU. `rule`, the `mask_mod` apart from the tensors that it reads (`buffers`), is evaluated on partial tiles
+alone, yet says the whole truth, since uncompiled FlexAttention asks nothing else.
+
+B rows, H query heads, G key heads, Q query blocks, C key blocks, P slots a block, T tiles of queries.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
+
+from ..core.layout import BlockLayout
+from ..ops.routing import Routes
+
+QUERY_TILE = 128
+
+
+@dataclass(frozen=True, eq=False)
+class Mask:
+    """What a BlockMask is made from. `settings` is all that its kernels are compiled for; equal settings share one `rule`."""
+
+    settings: tuple
+    tiles: tuple[int, int]  # BLOCK_SIZE: slots of queries, slots of keys
+    rule: Callable[..., Tensor]  # (b, h, q, kv, *buffers) -> whether query q sees key kv
+    buffers: tuple[Tensor, ...]
+    # Counts and indices of: partial key tiles, full key tiles, partial query tiles, full query tiles. None where no tile is full.
+    lists: tuple[Tensor | None, ...]
+    divisible: bool = True  # whether tiles divide the lengths
+
+
+def _lists(*pairs: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+    """Counts `[b, n]` and first indices `[b, n]` as a BlockMask has them."""
+    return tuple(x for n, i in pairs for x in (n[:, None].contiguous(), i[:, None, :, None].contiguous()))
+
+
+def block_mask(tiles: tuple[int, int], mask_mod: Callable, lists: tuple[Tensor | None, ...], n_query: int, n_key: int) -> BlockMask:
+    """The BlockMask of a `Mask` for `n_query` and `n_key` slots or tokens."""
+    return BlockMask((n_query, n_key), *lists, BLOCK_SIZE=tiles, mask_mod=mask_mod)
+
+
+@cache
+def _local_rule(width: int) -> Callable[..., Tensor]:
+    def rule(b, h, q, kv, own):
+        return (own[b, q // width] == kv // width) & (kv % width <= q % width)
+
+    return rule
+
+
+def local_mask(layout: BlockLayout, heads: int, groups: int) -> Mask:
+    """Causal attention within blocks: queries `[B * G, H / G, Q * P, D]`, keys `[B * G, 1, C * P, D]`.
+
+    A tile of queries meets the same tile of its own block in part, and the earlier tiles of it in full.
+    """
+    return layout.cached(("local mask", heads, groups), lambda: _local_mask(layout, heads, groups))
+
+
+def _local_mask(layout: BlockLayout, heads: int, groups: int) -> Mask:
+    own = layout.own.repeat_interleave(groups, 0)
+    tile = math.gcd(layout.width, QUERY_TILE)
+    per, n_query_blocks = layout.width // tile, layout.n_query_blocks
+    step = torch.arange(per, device=own.device, dtype=torch.int32)
+    start = (own * per)[..., None].expand(-1, -1, per)
+
+    # Backward: a tile of keys is met in part by the same tile of its query block, and in full by the later ones.
+    query_block = torch.arange(layout.n_key_blocks, device=own.device, dtype=torch.int32) - own[:, :1]
+    met = ((query_block >= 0) & (query_block < n_query_blocks))[..., None].int()
+    same = query_block.clamp(0, n_query_blocks - 1)[..., None] * per + step
+    later = (same + 1).clamp(max=n_query_blocks * per - 1)
+
+    counts = torch.ones_like(start), step.expand_as(start), met.expand_as(same), met * (per - 1 - step)
+    indices = start + step, start, same, later
+    lists = _lists(*((n.flatten(1), i.flatten(1)) for n, i in zip(counts, indices)))
+    return Mask(("local", layout.width, heads // groups), (tile, tile), _local_rule(layout.width), (own,), lists)
+
+
+@cache
+def _routed_rule(tile: int, width: int) -> Callable[..., Tensor]:
+    def rule(b, h, q, kv, block, n_keys):
+        return (block[q // tile] == kv // width) & (kv % width < n_keys[kv // width])
+
+    return rule
+
+
+def _line(counts: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+    """`_lists` of one pair `[n]` that is contiguous: there is one row, and these are made for every call."""
+    return counts.view(1, 1, -1), indices.view(1, 1, -1, 1)
+
+
+def _no_tiles(like: Tensor) -> tuple[Tensor, Tensor]:
+    nothing = torch.zeros_like(like)
+    return _line(nothing, nothing)
+
+
+def routed_mask(routes: Routes, layout: BlockLayout, groups: int, causal: bool) -> Mask:
+    """Each tile of routed rows `[1, 1, T * tile, D]` meets one whole block of the keys `[1, 1, B * G * C * P, D]`."""
+    tile, width, block, first = routes.tile, layout.width, routes.block_of_tile, routes.first_tile
+    n_keys = layout.cached(("block keys", groups), lambda: layout.block_keys.repeat_interleave(groups, 0).flatten())
+    listed = _line(routes.tile_in_use, block), _line(routes.tiles_of_block, first)
+    empty = layout.cached(("no tiles", len(block), len(first)), lambda: (_no_tiles(block), _no_tiles(first)))
+    # Past blocks are full of keys, so that nothing of a tile is masked, unless a block has more slots than tokens.
+    full = causal and layout.whole
+    (kv, q), (full_kv, full_q) = (empty, listed) if full else (listed, empty)
+    lists = *kv, *full_kv, *q, *full_q
+    return Mask(("routed", tile, width, full), (tile, width), _routed_rule(tile, width), (block, n_keys), lists)
+
+
+@cache
+def _bits_rule(block_size: int) -> Callable[..., Tensor]:
+    def rule(b, h, q, kv, bits, skipped):
+        return ((bits[b, h, q] & (1 << (kv // block_size))) != 0) & (kv <= q + skipped)
+
+    return rule
+
+
+def bits_mask(bits: Tensor, layout: BlockLayout) -> Mask:
+    """Causal attention to the blocks whose bits are set: `bits [B * G, H / G, Nq]`, queries and keys are tokens as they come.
+
+    Tiles have nothing to do with blocks: each tile of queries meets in part all tiles of keys that do not lie behind it.
+    """
+    skipped, lists = layout.cached(("bits mask",), lambda: _causal_lists(layout))
+    settings = "bits", layout.block_size, bits.shape[1]
+    return Mask(settings, (QUERY_TILE, QUERY_TILE), _bits_rule(layout.block_size), (bits, skipped), lists, divisible=False)
+
+
+def _causal_lists(layout: BlockLayout) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    """How many keys precede the first query, and lists of all tiles that hold a causal pair, the same for all rows.
+
+    No list is shorter than two: torch.compile would take a length of one for a constant, and compile again for others.
+    """
+    device, tile, skipped = layout.own.device, QUERY_TILE, layout.n_key - layout.n_query
+    query_tiles, key_tiles = -(-layout.n_query // tile), -(-layout.n_key // tile)
+    start, key_start = (tile * torch.arange(max(2, n), device=device, dtype=torch.int32) for n in (query_tiles, key_tiles))
+    last_key = (start + tile).clamp(max=layout.n_query) + (skipped - 1)
+    first = (key_start - skipped).clamp(min=0) // tile
+    of_queries, of_keys = (last_key // tile + 1, torch.zeros_like(start)), (query_tiles - first, first)
+    by_query, by_key = (_lists((n[None], i[None])) for n, i in (of_queries, of_keys))
+    return torch.full((), skipped, device=device, dtype=torch.int32), (*by_query, None, None, *by_key, None, None)

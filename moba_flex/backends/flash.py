@@ -1,0 +1,179 @@
+"""FlexAttention's `BACKEND: "FLASH"` (flash-attn-4) for the forward pass of routed rows to large blocks, for those who ask for it.
+
+The package is young: versions differ in what they accept, in the unit of the log-sum-exp, and one gave wrong outputs. So before its
+first use with a width, dtype and block size, output and log-sum-exp are held against plain PyTorch on the same GPU; where they differ,
+or anything is raised, a warning says so once and Triton's kernel is used. The backward pass is always Triton's.
+
+R routed rows, T tiles of rows, C blocks, P slots a block, D and Dv widths.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
+
+from ..core.layout import BlockLayout
+from ..core.settings import AttentionSettings
+from ..ops.routing import Routes
+from .block_masks import QUERY_TILE
+from .compilation import any_length, compiled
+
+Kernel = Callable[[Tensor, Tensor, Tensor, Routes], tuple[Tensor, Tensor]]
+
+BACKENDS = ("triton", "flash")
+_LEAST_BLOCK = 1024  # with smaller ones, loading rows is what takes the time, in either kernel
+_MOST_WIDTH = 128  # up to here the kernel's tiles hold 128 keys, which its lists have to be written in
+_KEY_TILE = 128
+_DEVICE = "cuda"
+_OUTPUT_TOLERANCE, _LSE_TOLERANCE = 0.02, 0.01
+_DTYPES = (torch.bfloat16, torch.float16)
+
+_backend = "triton"
+_kernels: dict[tuple, Kernel | None] = {}  # by all that a kernel is compiled for; None: not to be used
+
+
+def set_flex_backend(name: str = "triton") -> str:
+    """Set which kernels compute routed rows on a GPU, and return what was set before.
+
+    Args:
+        name: "triton", FlexAttention's own; or "flash", those of the package flash-attn-4, an option for Hopper GPUs. The latter are used
+            for forward passes in bfloat16 or float16, blocks of at least 1,024 tokens (a multiple of 128) and widths up to 128, without
+            `softcap`, once they have agreed with plain PyTorch in that process: the first call of each kind takes some seconds more and
+            waits for the GPU. Elsewhere it is "triton" as before.
+
+    Raises:
+        ValueError: another name.
+        ImportError: "flash" without the package.
+
+    >>> set_flex_backend("triton")
+    'triton'
+    """
+    global _backend
+    if name not in BACKENDS:
+        raise ValueError(f"name must be one of {', '.join(BACKENDS)}, but is {name!r}")
+    if name == "flash" and not _installed():
+        raise ImportError('set_flex_backend("flash") needs the package flash-attn-4, which is not here: pip install "moba_flex[flash]"')
+    before, _backend = _backend, name
+    return before
+
+
+def enabled() -> bool:
+    """Whether `set_flex_backend("flash")` is in force."""
+    return _backend == "flash"
+
+
+def _installed() -> bool:
+    try:
+        return importlib.util.find_spec("flash_attn.cute") is not None
+    except ImportError:
+        return False
+
+
+def kernel_for(query: Tensor, value: Tensor, layout: BlockLayout, spec: AttentionSettings) -> Kernel | None:
+    """What computes rows like `query [R, D]`, or None where that is Triton's kernel."""
+    if not enabled() or not _suits(query, value, layout, spec):
+        return None
+    settings = layout.width, query.shape[-1], value.shape[-1], query.dtype, spec.scale, query.device
+    if settings not in _kernels:
+        if query.is_cuda and torch.cuda.is_current_stream_capturing():
+            return None  # nothing can be compared while a CUDA graph is captured
+        _kernels[settings] = _checked(*settings)
+    return _kernels[settings]
+
+
+def _suits(query: Tensor, value: Tensor, layout: BlockLayout, spec: AttentionSettings) -> bool:
+    """Every tile in use meets a whole block without a mask, in tiles of keys that the kernel has."""
+    whole = spec.causal and layout.whole and layout.width % _KEY_TILE == 0 and layout.width >= _LEAST_BLOCK
+    widths = max(query.shape[-1], value.shape[-1]) <= _MOST_WIDTH and query.shape[-1] % 8 == value.shape[-1] % 8 == 0
+    return whole and widths and spec.softcap is None and query.dtype in _DTYPES and query.device.type == _DEVICE
+
+
+def _checked(width: int, query_width: int, value_width: int, dtype: torch.dtype, scale: float, device: torch.device) -> Kernel | None:
+    """The kernel, if it agrees with plain PyTorch; else a warning and None."""
+    try:
+        call = _compiled((width, query_width, value_width, dtype, scale))
+        unit = _unit_of_lse(call, width, query_width, value_width, dtype, scale, device)
+    except Exception as error:  # whatever a kernel's compilation can raise
+        reason = next(iter(str(error).splitlines()), "")
+        warnings.warn(
+            f'FlexAttention\'s BACKEND "FLASH" is not used for blocks of {width}, widths {query_width} and {value_width}, {dtype}, but '
+            f"Triton's kernel: {type(error).__name__}: {reason}",
+            stacklevel=2,
+        )
+        return None
+
+    def kernel(query: Tensor, key: Tensor, value: Tensor, routes: Routes) -> tuple[Tensor, Tensor]:
+        out, lse = call(*any_length(query, key, value, *_lists(routes.block_of_tile, routes.tile_in_use, width)))
+        return out, lse / unit
+
+    return kernel
+
+
+def _compiled(settings: tuple) -> Callable:
+    scale = settings[-1]
+
+    def moba_flex_flash(query, key, value, *lists):
+        def mask_mod(b, h, q, kv):  # never evaluated, since no tile is listed as partial; without one the lists would be ignored
+            return kv >= 0
+
+        no_lists = (None,) * 4  # by key tile: they are for a backward pass
+        mask = BlockMask((query.shape[2], key.shape[2]), *lists, *no_lists, BLOCK_SIZE=(QUERY_TILE, _KEY_TILE), mask_mod=mask_mod)
+        options = {"BACKEND": "FLASH"}
+        out, aux = flex_attention(query, key, value, None, mask, scale, kernel_options=options, return_aux=AuxRequest(lse=True))
+        return out, aux.lse
+
+    return compiled(moba_flex_flash, settings)
+
+
+def _lists(block_of_tile: Tensor, tile_in_use: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of partial and of full key tiles, for each tile `[1, 1, T]` how many it meets and `[1, 1, T, P / 128]` which, written out."""
+    per = width // _KEY_TILE
+    index = block_of_tile[:, None] * per + torch.arange(per, device=block_of_tile.device, dtype=torch.int32)
+    count = tile_in_use * per
+    return tuple(x[None, None] for x in (torch.zeros_like(count), torch.zeros_like(index), count, index))
+
+
+def _unit_of_lse(
+    call: Callable, width: int, query_width: int, value_width: int, dtype: torch.dtype, scale: float, device: torch.device
+) -> float:
+    """What the kernel's log-sum-exp is a multiple of: 1, or ln 2 where PyTorch takes it for a logarithm to base 2.
+
+    Raises ArithmeticError if it, or the output, is not that of plain PyTorch: with more tiles than an H100 has multiprocessors, of blocks
+    with many, one and no tiles, spare tiles behind them, three times.
+    """
+    block_of_tile = torch.tensor([0] * 80 + [1] + [3] * 59 + [0] * 9, device=device, dtype=torch.int32)
+    used, total = 140, block_of_tile.numel()
+    in_use = (torch.arange(total, device=device) < used).int()
+    generator = torch.Generator(device).manual_seed(0)
+    shapes = (total * QUERY_TILE, query_width), (4 * width, query_width), (4 * width, value_width)
+    query, key, value = (torch.randn(1, 1, *shape, generator=generator, device=device).to(dtype) for shape in shapes)
+    wanted, wanted_lse = _plain(query[:, :, : used * QUERY_TILE], key, value, block_of_tile, width, scale)
+
+    units = {1.0, math.log(2)}
+    for _ in range(3):
+        out, lse = call(*any_length(query, key, value, *_lists(block_of_tile, in_use, width)))
+        out, lse = (x[0, 0, : used * QUERY_TILE].double() for x in (out, lse))
+        error = ((out - wanted).abs().max() / wanted.abs().max()).item()
+        if not error < _OUTPUT_TOLERANCE:
+            raise ArithmeticError(f"its output is not that of plain PyTorch: the largest difference is {error:.2g} of the largest value")
+        units = {unit for unit in units if (lse / unit - wanted_lse).abs().max() < _LSE_TOLERANCE}
+        if not units:
+            raise ArithmeticError("its log-sum-exp is not that of plain PyTorch")
+    return units.pop()
+
+
+def _plain(query: Tensor, key: Tensor, value: Tensor, block_of_tile: Tensor, width: int, scale: float) -> tuple[Tensor, Tensor]:
+    """Output `[R, Dv]` and log-sum-exp `[R]` of one tile after another, in float64."""
+    results = []
+    for q, block in zip(query[0, 0].split(QUERY_TILE), block_of_tile.tolist()):
+        keys = slice(block * width, (block + 1) * width)
+        score = q.double() @ key[0, 0, keys].double().mT * scale
+        results.append((score.softmax(-1) @ value[0, 0, keys].double(), score.logsumexp(-1)))
+    out, lse = zip(*results)
+    return torch.cat(out), torch.cat(lse)

@@ -1,0 +1,81 @@
+"""Chunks: the slices in which a call is worked through, so that its routed rows fit into the working memory and a kernel's reach.
+
+B rows, H query heads, G key heads, Q query blocks, C key blocks, P slots a block, D and Dv widths.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterator
+
+from torch import Tensor
+
+from ..backends.block_masks import QUERY_TILE
+from ..ops.routing import tiles_needed
+from .layout import BlockLayout
+from .settings import AttentionSettings
+
+# Rows times query heads that a kernel can be launched for: CUDA's bound on all but the first axis of a grid.
+MAX_HEADS = 65_535
+
+Parts = list[tuple[slice, slice]]
+Chunk = tuple[slice, slice, Parts]
+
+
+def chunks(
+    query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, spec: AttentionSettings, budget: int, reach: int
+) -> Iterator[Chunk]:
+    """Slices of rows and key heads whose routed rows fit into `budget` bytes, all of one shape, each in parts by its queries.
+
+    A part, slices of query heads and of query blocks, has no tensor of more than `reach` numbers. One key head of one row with its query
+    heads is the least that a budget asks for; more of them share a chunk when they fit. Only beyond `reach` a chunk is a key head in
+    several parts, and else it is one part. No chunk of several key heads has more than `MAX_HEADS` query heads, those of all its rows.
+
+    Raises ValueError if one head's keys, or the routed rows of one query block, are more than `reach` numbers.
+    """
+    n_rows, n_groups, repeats = query.shape[0], key.shape[1], query.shape[1] // key.shape[1]
+    width, row_bytes = max(query.shape[-1], value.shape[-1]), (query.shape[-1] + 2 * value.shape[-1]) * query.element_size() + 24
+    parts = _parts(repeats, width, layout, spec, reach)
+    fit = min(
+        MAX_HEADS // repeats,
+        budget // max(1, repeats * layout.n_query * spec.routed * row_bytes),
+        reach // max_elements(repeats, layout.n_query_blocks, width, layout, spec),
+    )
+    rows_fit = max((n for n in range(1, n_rows + 1) if n_rows % n == 0 and n * n_groups <= fit), default=1)
+    groups_fit = max((n for n in range(1, n_groups + 1) if n_groups % n == 0 and n <= max(1, fit)), default=1)
+    for row in range(0, n_rows, rows_fit):
+        for group in range(0, n_groups, groups_fit):
+            first, more = group * repeats, (groups_fit - 1) * repeats  # several key heads are one part
+            shifted = [(slice(first + heads.start, first + heads.stop + more), blocks) for heads, blocks in parts]
+            yield slice(row, row + rows_fit), slice(group, group + groups_fit), shifted
+
+
+def launches(n_rows: int, heads: int) -> list[slice]:
+    """Slices of rows with `heads` heads each, as many together as one launch serves, and one at least."""
+    step = max(1, MAX_HEADS // heads)
+    return [slice(row, min(row + step, n_rows)) for row in range(0, n_rows, step)]
+
+
+def _parts(repeats: int, width: int, layout: BlockLayout, spec: AttentionSettings, reach: int) -> Parts:
+    """The query heads of one key head and their query blocks: all at once, or fewer heads, or some blocks of one head."""
+
+    def numbers(heads: int, blocks: int) -> int:
+        return max_elements(heads, blocks, width, layout, spec)
+
+    n_blocks = layout.n_query_blocks
+    if numbers(1, 1) > reach:
+        raise ValueError(
+            f"key has {layout.n_key} tokens of width {width} in blocks of {layout.block_size}: the keys of one head, and the rows that one "
+            f'block of queries sends to {spec.routed} blocks, may be at most {reach} numbers on a GPU: use implementation="eager"'
+        )
+    heads = max((n for n in range(1, repeats + 1) if repeats % n == 0 and numbers(n, n_blocks) <= reach), default=1)
+    blocks = max(1, bisect_right(range(1, n_blocks + 1), reach, key=lambda n: numbers(heads, n)))
+    each_head, each_block = range(0, repeats, heads), range(0, n_blocks, blocks)
+    return [(slice(h, h + heads), slice(b, min(b + blocks, n_blocks))) for h in each_head for b in each_block]
+
+
+def max_elements(heads: int, blocks: int, width: int, layout: BlockLayout, spec: AttentionSettings) -> int:
+    """How many numbers the largest tensor of one key head can hold, for so many of its query heads and of their query blocks."""
+    pairs = heads * blocks * layout.block_size * min(spec.routed, layout.n_key_blocks)
+    routed = tiles_needed(pairs, layout.n_key_blocks, QUERY_TILE) * QUERY_TILE
+    return max(routed, heads * blocks * layout.width, layout.n_key_blocks * layout.width) * width

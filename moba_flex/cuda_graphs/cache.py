@@ -1,0 +1,354 @@
+"""CUDA graphs: a small call whose shape keeps coming is launched once as a whole instead of kernel by kernel.
+
+A call is a dozen kernels or more, and up to some thousands of tokens a GPU is done with each before the host has launched the next. So a
+call of the third time is captured, and from then on its inputs are copied to where the graph reads them, the graph is replayed, and its
+outputs are copied out: a handful of launches. Nothing is read back to the host, and results are those of the same kernels, to the bit.
+Only where the copies are large, and the GPU so far behind that the host has time, a call of a graph's shape is launched kernel by kernel.
+
+What makes that safe:
+- All that a graph reads or writes is held by it: its inputs, its outputs and, through its function, the layout of blocks.
+- Before a capture the function runs on the graph's own inputs. So whatever is compiled, loaded or kept for later calls is there by then,
+  and the call has its result whether or not the capture succeeds.
+- After a capture its memory pool must hold the outputs and nothing more: a tensor kept from within a capture would have no contents.
+- GraphCache are used under one lock, and a graph only on the stream that it was made for. Work on a stream is done in order, so that memory
+  may be used again as soon as the host has launched what needed it: by the next graph in the pool, or by anyone once a graph is dropped.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass
+from types import ModuleType
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from ..backends import flash, flex
+from ..core.allocation import allocate_persistent
+from ..core.layout import BlockLayout
+from ..core.settings import AttentionSettings
+from ..core.strides import empty_with_strides_of
+from .capture import CudaGraph, CudaMarks, Function
+
+EAGER_CALLS = 2  # of a shape, before it is captured
+MAX_GRAPHS = 16  # of a GPU
+MAX_SHAPES = 256  # whose calls are counted
+# Numbers of a tensor, 8,192 tokens of 32 heads of width 128. For larger ones copies cost the GPU more than launches cost the host.
+MAX_ELEMENTS = 1 << 25
+# A query of 2,048 tokens of 32 heads of width 128 is copied in some 27 us with its key, value and output, 1 % of a layer of such a model.
+# Four calls of this size and what lies between them keep a GPU busy for longer than the host needs to launch one kernel by kernel.
+LARGE, CALLS_AHEAD = 1 << 23, 4
+_DTYPES = (torch.bfloat16, torch.float16)  # what float32 means on a GPU follows from settings that may change
+
+
+def set_cuda_graphs(enabled: bool = True) -> bool:
+    """Set whether small calls are captured in CUDA graphs, and return what was set before. It is on by default; off frees all graphs.
+
+    On a GPU the host takes longer to launch a short call than the GPU to do it. So from the third call of the same shapes, strides, dtype
+    and settings on the same stream, forward and backward passes are replayed from a CUDA graph, with the same results to the bit. That is
+    for bfloat16 and float16, without `padding_mask` and `cu_seqlens`, for tensors of at most 2**25 numbers (8,192 tokens of 32 heads of
+    width 128), and neither within a capture of one's own nor with `set_flex_backend("flash")`; all other calls are as without graphs. So
+    are those of 2**23 numbers or more while the GPU is some calls behind: then the host has the time, and a graph's copies are saved.
+
+    It costs memory: on each GPU up to as many bytes as `set_working_memory` says, for inputs, outputs and working memory of at most 16
+    graphs, those used last. A call of ours that has too little memory takes it back. What turning graphs off frees goes back to PyTorch's
+    cache, and from there, with `torch.cuda.empty_cache()`, to the GPU. Turn them off where threads of a program wait for the whole GPU, or
+    draw random numbers on it, while others compute attention: CUDA forbids the former, and PyTorch 2.11 the latter, for the milliseconds in
+    which a graph is captured.
+
+    Raises ValueError if `enabled` is neither True nor False.
+
+    >>> before = set_cuda_graphs(False)
+    >>> set_cuda_graphs(before)
+    False
+    """
+    if not isinstance(enabled, bool):
+        raise ValueError(f"enabled must be True or False, but is {enabled!r}")
+    return _graphs.enable(enabled)
+
+
+def call(
+    function: Function, tensors: tuple[Tensor | None, ...], layout: BlockLayout, spec: AttentionSettings, backend: ModuleType, budget: int
+) -> tuple[Tensor, ...]:
+    """`function(*tensors, layout, spec, backend, budget)`, from a graph where that is worth it. The current GPU is that of `tensors`."""
+
+    def run(*tensors: Tensor | None) -> tuple[Tensor, ...]:
+        return function(*tensors, layout, spec, backend, budget)
+
+    if not (_graphs.enabled and suits(tensors, layout, backend)):
+        return run(*tensors)
+    stream = torch.cuda.current_stream()
+    place = Place(stream.device_index, stream.cuda_stream)
+    return _graphs(place, (function.__name__, spec, budget, *signature(tensors)), run, tensors, budget)
+
+
+def suits(tensors: tuple[Tensor | None, ...], layout: BlockLayout, backend: ModuleType) -> bool:
+    """Whether a call may be captured. Layouts with padding or several sequences follow from data, so that no graph can hold them."""
+    first = tensors[0]
+    return (
+        backend is flex
+        and first.is_cuda
+        and first.dtype in _DTYPES
+        and layout.dense
+        and all(x is None or x.numel() <= MAX_ELEMENTS for x in tensors)
+        and first.numel() > 0
+        and not flash.enabled()
+        and not torch.cuda.is_current_stream_capturing()
+    )
+
+
+def signature(tensors: tuple[Tensor | None, ...]) -> tuple[Hashable, ...]:
+    """All that a graph depends on but settings of the call."""
+    modes = torch.is_inference_mode_enabled(), torch.are_deterministic_algorithms_enabled()
+    return *modes, *(None if x is None else (x.shape, x.stride(), x.dtype) for x in tensors)
+
+
+class Place(NamedTuple):
+    """Where a graph is replayed."""
+
+    gpu: int
+    stream: int
+
+
+class Pool(Protocol):
+    """Memory of graphs that are replayed on one stream."""
+
+    usable: bool  # whether another graph may be captured into it
+    n_bytes: int
+
+
+class Graph(Protocol):
+    """A captured function: `replay` computes `outputs` from what lies in the inputs."""
+
+    outputs: tuple[Tensor, ...]
+    pool: Pool
+
+    def replay(self) -> None: ...
+
+    def used(self) -> None:
+        """What was launched by now is all that reads the outputs of the last replay."""
+
+    def release(self) -> None: ...
+
+
+# A function, its inputs, and the pool of other graphs of that stream if there is one -> the graph, which has not been replayed.
+Capture = Callable[[Function, tuple[Tensor | None, ...], Pool | None], Graph]
+
+
+class Captured:
+    """A graph and its inputs, which it reads where they lie."""
+
+    def __init__(self, capture: Capture, function: Function, inputs: tuple[Tensor | None, ...], pool: Pool | None) -> None:
+        self.graph = capture(function, inputs, pool)
+        self.function, self.inputs = function, inputs  # the function holds the layout
+        self.n_bytes = sum(x.nbytes for x in inputs if x is not None)
+
+    def __call__(self, tensors: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
+        outputs = tuple(torch.empty_like(x) for x in self.graph.outputs)
+        try:
+            copy(tensors, self.inputs)
+            self.graph.replay()
+            copy(self.graph.outputs, outputs)
+        finally:
+            self.graph.used()
+        return outputs
+
+
+def copy(tensors: tuple[Tensor | None, ...], into: tuple[Tensor | None, ...]) -> None:
+    """Copy each of `tensors` into its place: those of one dtype and of the strides of their places in one launch."""
+    of_dtype: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
+    for x, to in zip(tensors, into):
+        if x is None:
+            continue
+        if x.stride() != to.stride():
+            to.copy_(x)
+            continue
+        places, sources = of_dtype.setdefault(x.dtype, ([], []))
+        places.append(to)
+        sources.append(x)
+    for places, sources in of_dtype.values():
+        if len(places) == 1:
+            places[0].copy_(sources[0])
+        else:
+            torch._foreach_copy_(places, sources)
+
+
+def buffer_like(x: Tensor | None) -> Tensor | None:
+    """A tensor like `x` that lies as the call would bring it to lie: copying in is then all that moves it."""
+    if x is None:
+        return None
+    return empty_with_strides_of(x, *x.shape[2:]) if x.dim() == 4 else torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def buffers_like(tensors: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    """Where a graph reads `tensors`, which outlives this call."""
+    inference = torch.is_inference_mode_enabled()  # compiled kernels tell its tensors from others
+
+    def make() -> tuple[Tensor | None, ...]:
+        with torch.inference_mode(inference):
+            return tuple(buffer_like(x) for x in tensors)
+
+    return allocate_persistent(make, tensors[0].device)
+
+
+@dataclass
+class Shape:
+    """What is known of calls that a graph could serve."""
+
+    calls: int = 0  # eager ones, since the beginning or since its graph was dropped
+    wait: float = EAGER_CALLS
+    captured: Captured | None = None
+
+    def release(self) -> None:
+        if self.captured is not None:
+            self.captured.graph.release()
+            self.captured = None
+
+    def back_off(self) -> None:
+        """No graph for twice as many calls as last time: to capture over and over, where room is short, would cost more than it saves."""
+        self.release()
+        self.calls, self.wait = 0, 2 * self.wait
+
+
+class Marks(Protocol):
+    """Marks on the stream that was current when this was made."""
+
+    behind: int  # how many of them the GPU has not come to
+
+    def mark(self) -> None: ...
+
+
+class GraphCache:
+    """The graphs of a process, of each GPU those that were used last."""
+
+    def __init__(self, capture: Capture, marks: Callable[[], Marks] = CudaMarks) -> None:
+        self.enabled = True
+        self._capture, self._new_marks = capture, marks
+        self._marks: dict[Place, Marks] = {}  # where large calls began
+        self._shapes: OrderedDict[Hashable, Shape] = OrderedDict()  # by place (GPU and stream) and key; the one used last is the last
+        self._lock = threading.Lock()
+        self._warned = False
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self._captured())
+
+    @property
+    def n_bytes(self) -> int:
+        """What all graphs hold."""
+        return _n_bytes(list(self._captured()))
+
+    def enable(self, enabled: bool) -> bool:
+        """Allow or forbid graphs, and return what held before. Forbidden, they are freed."""
+        with self._lock:
+            before, self.enabled = self.enabled, enabled
+            if not enabled:
+                for shape in self._shapes.values():
+                    shape.release()
+                self._shapes.clear()
+                self._marks.clear()
+        return before
+
+    @torch.no_grad()
+    def __call__(
+        self, place: Place, key: Hashable, function: Function, tensors: tuple[Tensor | None, ...], most_bytes: int
+    ) -> tuple[Tensor, ...]:
+        """`function(*tensors)`; all graphs of a GPU together keep to `most_bytes`, and give it back if there is no memory for a call."""
+        try:
+            return self._run(place, key, function, tensors, most_bytes)
+        except torch.OutOfMemoryError:
+            if not self._give_back(place.gpu):
+                raise
+        return function(*tensors)
+
+    def _run(
+        self, place: Place, key: Hashable, function: Function, tensors: tuple[Tensor | None, ...], most_bytes: int
+    ) -> tuple[Tensor, ...]:
+        with self._lock:
+            if self.enabled:
+                shape, behind = self._shape(place, key), self._gpu_is_behind(place, tensors)
+                if shape.captured is None:
+                    shape.calls += 1
+                    if shape.calls > shape.wait and (outputs := self._captures(shape, place, function, tensors)) is not None:
+                        self._make_room(place.gpu, most_bytes)
+                        return outputs
+                elif not behind:
+                    return shape.captured(tensors)
+        return function(*tensors)
+
+    def _shape(self, place: Place, key: Hashable) -> Shape:
+        shape = self._shapes.setdefault((place, key), Shape())
+        self._shapes.move_to_end((place, key))
+        if len(self._shapes) > MAX_SHAPES:
+            _, oldest = self._shapes.popitem(last=False)
+            oldest.release()
+        return shape
+
+    def _gpu_is_behind(self, place: Place, tensors: tuple[Tensor | None, ...]) -> bool:
+        """Whether this is a large call, and the GPU has not come to where some large calls before it began."""
+        if tensors[0].numel() < LARGE:  # of the query, or of its gradient
+            return False
+        if place not in self._marks:
+            self._marks[place] = self._new_marks()
+        behind = self._marks[place].behind >= CALLS_AHEAD
+        self._marks[place].mark()
+        return behind
+
+    def _captures(self, shape: Shape, place: Place, function: Function, tensors: tuple[Tensor | None, ...]) -> tuple[Tensor, ...] | None:
+        """Run the function where a graph will, and capture it. None if there is no memory for a second set of inputs."""
+        try:
+            inputs = buffers_like(tensors)
+            copy(tensors, inputs)
+            outputs = function(*inputs)
+        except torch.OutOfMemoryError:
+            shape.back_off()
+            return None
+        pools = (other.captured.graph.pool for (where, _), other in self._shapes.items() if where == place and other.captured is not None)
+        try:
+            shape.captured = Captured(self._capture, function, inputs, next((pool for pool in pools if pool.usable), None))
+        except torch.OutOfMemoryError:  # PyTorch does not empty its cache for a capture, as it does for the call itself
+            shape.back_off()
+        except Exception as error:  # whatever a driver or a library may forbid within a capture
+            shape.wait = math.inf
+            self._warn(error)
+        return outputs
+
+    def _give_back(self, gpu: int) -> bool:
+        """Drop all graphs of a GPU. Whether there were any."""
+        with self._lock:
+            held = list(self._captured(gpu))
+            for shape in held:
+                shape.back_off()
+        return bool(held)
+
+    def _make_room(self, gpu: int, most_bytes: int) -> None:
+        while (held := list(self._captured(gpu))) and (len(held) > MAX_GRAPHS or _n_bytes(held) > most_bytes):
+            held[0].back_off()
+
+    def _captured(self, gpu: int | None = None) -> Iterator[Shape]:
+        """Shapes with a graph, of one GPU or of all, the one used last at the end."""
+        return (shape for (place, _), shape in self._shapes.items() if shape.captured is not None and gpu in (None, place.gpu))
+
+    def _warn(self, error: Exception) -> None:
+        if not self._warned:
+            self._warned = True
+            reason = next(iter(str(error).splitlines()), "")
+            warnings.warn(
+                "moba_flex could not capture a call in a CUDA graph and goes on without, with the same results but more work for the host; "
+                f"moba_flex.set_cuda_graphs(False) keeps it from trying: {type(error).__name__}: {reason}",
+                stacklevel=2,
+            )
+
+
+def _n_bytes(shapes: list[Shape]) -> int:
+    """What their graphs hold. Several may share a pool."""
+    held = [shape.captured for shape in shapes]
+    pools = {id(captured.graph.pool): captured.graph.pool.n_bytes for captured in held}
+    return sum(pools.values()) + sum(captured.n_bytes for captured in held)
+
+
+_graphs = GraphCache(CudaGraph)

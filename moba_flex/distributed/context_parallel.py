@@ -1,0 +1,257 @@
+"""Context parallelism of a transformers model: each process runs the whole model on its slice of every sequence.
+
+Everything but attention works token by token, so only attention layers and what feeds them know about slices: positions count through the
+whole sequence, and the label of a slice's last token is the first one of the next slice.
+
+B batch, N tokens, W processes, L tokens of a slice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from ..config import MobaConfig
+from ..models.layers import MOBA, attention_layers, show, takes_moba
+from .attention import across, check_exchange, full, group_of, moba
+from .collectives import gathered
+
+_IGNORED = -100  # the label that PyTorch's cross entropy leaves out
+_WHOLE = (torch.int64, torch.int32)
+_KNOWN = ("input_ids", "labels", "attention_mask", "position_ids")  # of a batch
+
+
+def context_parallel(model: nn.Module, mesh: DeviceMesh | dist.ProcessGroup, *, exchange: str = "keys") -> ContextParallel:
+    """Let a patched model work on sequences that are cut into slices, one a process.
+
+    Args:
+        model: a transformers model that uses MoBA, see `moba_flex.patch`. Layers with full attention become context-parallel too. FSDP2,
+            DDP (over this mesh's dimension too) and activation checkpointing go around it as around any model, before or after.
+        mesh: a DeviceMesh of one dimension, or of several one of which is named "cp", as `accelerator.torch_device_mesh` with
+            `ParallelismConfig(cp_size=...)` is; or a process group. Slices are in the order of the ranks in its group.
+        exchange: "keys" or "heads", see `moba_attention_cp`.
+
+    Returns:
+        What cuts batches into slices, `ContextParallel`. Its `remove()` ends context parallelism of the model. A model has one; a second
+        call ends that of the first.
+
+    Raises:
+        ValueError: the model is not patched; it has layers that a slice cannot compute, such as sliding-window or recurrent ones; the
+            mesh has no dimension for it; `exchange` does not exist or its heads do not fit the processes. The model is left as it was.
+        TypeError: `mesh` is no mesh.
+
+    >>> cp = context_parallel(model, accelerator.torch_device_mesh)  # doctest: +SKIP
+    >>> for batch in batches:  # doctest: +SKIP
+    ...     loss = model(**cp.shard(batch)).loss
+    """
+    layers = attention_layers(model)
+    patched = [layer for layer in layers if layer.config._attn_implementation in MOBA]
+    if not patched:
+        raise ValueError(
+            f"{type(model).__name__} does not use MoBA, whose attention layers context parallelism works through: patch it first"
+        )
+    _check_layers(model, patched)
+    if any(hasattr(layer, "key_conv") for layer in patched):
+        raise ValueError(f"{type(model).__name__} has key_conv, which would not see the keys before a slice: patch it with key_conv=0")
+    group = group_of(mesh)
+    for config in {id(layer.config): layer.config for layer in patched}.values():
+        n_heads = config.num_attention_heads
+        n_key_heads, shared = getattr(config, "num_key_value_heads", None) or n_heads, MobaConfig.of(config).share_selection
+        check_exchange(exchange, n_heads, n_key_heads, group.size(), shared)
+    for before in {layer._context_parallel for layer in patched if "_context_parallel" in layer.__dict__}:
+        before.remove()
+    context = ContextParallel(group, exchange, patched)
+    for layer in patched:
+        layer._context_parallel = context
+    context.see_whole_length(model)
+    return context
+
+
+def _check_layers(model: nn.Module, patched: list[nn.Module]) -> None:
+    other = sorted({layer.layer_idx for layer in patched if not takes_moba(layer)})
+    if other:
+        raise ValueError(
+            f"{type(model).__name__} has layers that are not full causal self-attention: {show(other)}. "
+            "Context parallelism can exchange what full attention and MoBA need, not what other layers need"
+        )
+    types = getattr(patched[0].config, "layer_types", None) or ()
+    recurrent = sorted({name for name in types if name not in ("full_attention", "attention")})
+    if recurrent:
+        raise ValueError(
+            f"{type(model).__name__} has layers of type {', '.join(recurrent)}: they carry a state along the sequence, which "
+            "would start anew in every slice"
+        )
+
+
+class ContextParallel:
+    """The processes that share a model's sequences, made by `context_parallel`. `rank` and `size` are this process's place among them."""
+
+    def __init__(self, group: dist.ProcessGroup, exchange: str, layers: list[nn.Module]) -> None:
+        self.group, self.exchange, self._layers = group, exchange, layers
+        self._hooks: list[torch.utils.hooks.RemovableHandle] = []  # of rotary embeddings whose frequencies depend on the length
+
+    @property
+    def rank(self) -> int:
+        return self.group.rank()
+
+    @property
+    def size(self) -> int:
+        return self.group.size()
+
+    def remove(self) -> None:
+        """End context parallelism of the model: it works on whole sequences again."""
+        for layer in self._layers:
+            if layer.__dict__.get("_context_parallel") is self:
+                del layer._context_parallel
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+
+    def see_whole_length(self, model: nn.Module) -> None:
+        """Rotary embeddings whose frequencies depend on the length ("longrope", "dynamic") take it from the greatest position: let them
+        see the sequence's last one, too."""
+        for module in model.modules():
+            kinds = getattr(module, "rope_type", None)
+            kinds = kinds.values() if isinstance(kinds, dict) else [kinds]
+            if any(isinstance(kind, str) and ("dynamic" in kind or kind == "longrope") for kind in kinds):
+                self._hooks.append(module.register_forward_pre_hook(partial(_with_last_position, self.size), with_kwargs=True))
+                self._hooks.append(module.register_forward_hook(_without_last_position))
+
+    def __deepcopy__(self, _memo: dict) -> ContextParallel:
+        return self  # a copy of the model shares the processes
+
+    def shard(self, batch: Mapping[str, Tensor]) -> dict[str, Any]:
+        """This process's slice of a batch that all processes of the mesh hold whole: what to call the model with.
+
+        Args:
+            batch: `input_ids [B, N]`, and if there are any `labels [B, N]` (not shifted, as transformers takes them), `attention_mask
+                [B, N]` (padding on the right) and `position_ids` (consecutive). Any N: it is padded on the right to a multiple of the
+                processes.
+
+        Returns:
+            `input_ids` and `position_ids [B, L]`, which count through the whole sequence, and `use_cache=False`; with labels also `labels`
+            and `shift_labels [B, L]`, shifted across the slices' borders, and `num_items_in_batch`. With these, `model(...).loss` is such
+            that its mean over the processes is the mean over all labels of the batch; as DDP and FSDP average gradients over processes,
+            they are right too. The attention mask is gone: causal attention never sees what is on the right, and labels there are ignored.
+
+        Raises:
+            ValueError: an entry that it does not know, padding on the left, packed sequences, or another batch on another process.
+            TypeError: the batch is no mapping, an entry is no tensor, or `input_ids` or `labels` are no whole numbers.
+        """
+        ids = self._agreed(batch)
+        n_tokens = ids.shape[1]
+        padding = -n_tokens % self.size
+        length = (n_tokens + padding) // self.size
+        mine = slice(self.rank * length, (self.rank + 1) * length)
+
+        position = torch.arange(mine.start, mine.stop, device=ids.device)
+        sliced = {"input_ids": F.pad(ids, (0, padding))[:, mine], "position_ids": position.expand(ids.shape[0], -1)}
+        sliced["use_cache"] = False
+        if batch.get("labels") is not None:
+            labels = batch["labels"]
+            if batch.get("attention_mask") is not None:
+                labels = labels.masked_fill(batch["attention_mask"] == 0, _IGNORED)
+            labels = F.pad(labels, (0, padding + 1), value=_IGNORED)
+            sliced["labels"], sliced["shift_labels"] = labels[:, mine], labels[:, mine.start + 1 : mine.stop + 1].contiguous()
+            n_labels = (labels[:, 1:] != _IGNORED).sum()
+            sliced["num_items_in_batch"] = n_labels / self.size
+        return sliced
+
+    def unshard(self, x: Tensor, n_tokens: int | None = None) -> Tensor:
+        """`[B, L, ...]` of all processes -> `[B, N, ...]`, the whole sequence's logits for example, on all of them; its first `n_tokens`
+        where the sequence was padded. Differentiable: gradients are summed over the processes."""
+        return gathered(x.transpose(0, 1).contiguous(), self.group).transpose(0, 1)[:, :n_tokens]
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, **settings) -> Tensor:
+        """MoBA of one layer's slices, with the arguments of `moba_flex.functional.attend`."""
+        return across(query, key, value, self.group, self.exchange, moba(**settings), settings["share_selection"])[0]
+
+    def attend_full(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+        """The same for a layer with full attention."""
+        return across(query, key, value, self.group, self.exchange, full(scale))[0]
+
+    def _agreed(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """The batch's `input_ids`, if it can be cut into slices and is the same on all processes. Otherwise all of them raise."""
+        error, mine = None, [0] * (2 + len(_KNOWN))
+        try:
+            ids = _read(batch)
+            if self._hooks and ids.shape[1] % self.size:
+                raise ValueError(
+                    f"batch has {ids.shape[1]} tokens, but must have a multiple of the {self.size} processes: the frequencies of this "
+                    "model's rotary embeddings depend on the length, which padding would change"
+                )
+            mine = [*ids.shape, *(_checksum(batch.get(name)) for name in _KNOWN)]
+        except Exception as wrong:  # any: the others wait for what this process has to say
+            error = wrong
+        backend = dist.get_backend(self.group)
+        device = "cpu" if "gloo" in backend or backend == "undefined" else "cuda"  # undefined: what the devices have each
+        every = gathered(torch.tensor([[error is not None, *mine]], device=device), self.group).tolist()
+        if error is not None:
+            raise error
+        if failed := [i for i, (wrong, *_) in enumerate(every) if wrong]:
+            raise ValueError(f"batch cannot be cut into slices on process {failed[0]} of the sequence, which says why")
+        if any(x != every[0] for x in every):
+            batches = "; ".join(f"process {i}: {x[1]} x {x[2]}, checksums {', '.join(map(str, x[3:]))}" for i, x in enumerate(every))
+            raise ValueError(
+                f"batch must be the same on all {self.size} processes of a sequence, but is not ({batches} of {', '.join(_KNOWN)}): deal "
+                "batches out by the data-parallel rank, not by process"
+            )
+        return ids
+
+
+def _checksum(x: Tensor | None) -> int:
+    """A number that tells tensors apart, by the order of their numbers too; 0 for none."""
+    if x is None:
+        return 0
+    x = x.flatten().long()
+    return int((x * (2 * torch.arange(len(x), device=x.device) + 1)).sum()) % 2**31 + 1
+
+
+def _with_last_position(n_slices: int, _rotary: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    position = kwargs["position_ids"] if "position_ids" in kwargs else args[1]
+    last = position.new_full((position.shape[0], 1), n_slices * position.shape[1] - 1)
+    position = torch.cat([position, last], 1)
+    if "position_ids" in kwargs:
+        return args, {**kwargs, "position_ids": position}
+    return (args[0], position, *args[2:]), kwargs
+
+
+def _without_last_position(_rotary: nn.Module, _args: tuple, out: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(x[:, :-1] for x in out)
+
+
+def _read(batch: Mapping[str, Tensor]) -> Tensor:
+    """The batch's `input_ids`, if all of it is something that can be cut into slices."""
+    if not isinstance(batch, Mapping):
+        raise TypeError(f'batch must be a mapping such as {{"input_ids": ids}}, but is a {type(batch).__name__}')
+    unknown = [name for name in batch if name not in _KNOWN]
+    if unknown or "input_ids" not in batch:
+        raise ValueError(
+            f"batch must have input_ids and may have {', '.join(_KNOWN[1:])}, but has {', '.join(map(str, batch)) or 'nothing'}"
+        )
+    ids = batch["input_ids"]
+    for name in _KNOWN:
+        x = batch.get(name)
+        if not isinstance(x, Tensor) and (x is not None or name == "input_ids"):
+            raise TypeError(f"{name} of a batch must be a torch.Tensor, but is a {type(x).__name__}: convert it with torch.as_tensor")
+        if name in ("input_ids", "labels") and x is not None and x.dtype not in _WHOLE:
+            raise TypeError(f"{name} must be whole numbers, int64 or int32, but are {x.dtype}: convert them with .long()")
+    if ids.dim() != 2 or not ids.numel():
+        raise ValueError(f"input_ids must be [B, N] with at least one token, but have shape {tuple(ids.shape)}")
+    for name in _KNOWN[1:]:
+        x = batch.get(name)
+        if x is not None and x.shape != ids.shape and (name != "position_ids" or x.shape not in (ids.shape[1:], (1, ids.shape[1]))):
+            raise ValueError(f"batch has {name} of shape {tuple(x.shape)} and input_ids of shape {tuple(ids.shape)}, which must agree")
+    mask, position = batch.get("attention_mask"), batch.get("position_ids")
+    if mask is not None and (mask.int().diff(dim=1) > 0).any():
+        raise ValueError("attention_mask of a sequence in slices must be [B, N] with padding on the right: pad with padding_side='right'")
+    if position is not None and (position != torch.arange(ids.shape[1], device=position.device)).any():
+        raise ValueError("position_ids of a sequence in slices must count from 0 to its end: packed sequences cannot be cut into slices")
+    return ids

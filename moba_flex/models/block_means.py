@@ -1,0 +1,263 @@
+"""Block means beside a key cache, and how an attention layer comes by them.
+
+transformers does not show the cache to attention functions. For sparse decoding `patch` gives each layer a hook that passes the cache on
+among the keyword arguments, which reach the attention function untouched: nothing is remembered on the model.
+
+The means lie on the cache layer itself, whose class is extended so that whatever moves keys moves their means too. Three things make
+means that are out of date impossible to miss: every `update` is noted, and two in a row without an attention that took the new keys
+in between (another model, full attention for a while) mean that all are computed again; so does a key tensor that is not the one last
+seen (somebody else replaced it); and so do other settings or other padding.
+
+B rows, G key heads, N tokens, C blocks, D head dimension.
+"""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, EncoderDecoderCache, StaticLayer
+
+from ..decoding import mean_dtype, means_for, write_means
+
+CACHE, DRAFTS, WHOLE = "moba_cache", "moba_drafts", "moba_whole"  # keyword arguments that hooks add and the attention function takes out
+_PACKED = ("cu_seq_lens_q", "cu_seq_lens_k")
+_HOOK = "_moba_hook"
+
+
+def cache_in(kwargs: dict) -> Cache | None:
+    """The cache among the keyword arguments of a layer or a model: "cache" since transformers 5.24, "past_key_values" before."""
+    cache = kwargs.get("cache")
+    return kwargs.get("past_key_values") if cache is None else cache
+
+
+def pass_cache(layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+    """A forward pre-hook of attention layers: the attention function gets the cache."""
+    cache = cache_in(kwargs)
+    return (args, {**kwargs, CACHE: cache}) if cache is not None else None
+
+
+def pass_call(model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+    """A forward pre-hook of models with `logits_to_keep`: attention functions get to know what only the whole call says."""
+    more = _drafts(model, kwargs) or _whole(model, args, kwargs)
+    return (args, {**kwargs, **more}) if more else None
+
+
+def _drafts(model: nn.Module, kwargs: dict) -> dict:
+    """How many tokens are drafts.
+
+    Assisted and prompt-lookup generation verify n drafted tokens by asking for the logits of the last n + 1 positions. Only the number
+    of these tells drafts from a prompt, with which they may share a call.
+    """
+    keep = kwargs.get("logits_to_keep")
+    drafts = not model.training and cache_in(kwargs) is not None and isinstance(keep, int) and keep >= 2  # PEFT trains prefixes as caches
+    return {DRAFTS: keep - 1} if drafts else {}
+
+
+def _whole(model: nn.Module, args: tuple, kwargs: dict) -> dict:
+    """In a compiled graph: that each row is one sequence without padding, where the call names neither a mask nor positions.
+
+    Without a cache transformers looks for packed sequences in positions that it made itself, and in a graph cannot see that there are
+    none. A mask keeps it from looking.
+    """
+    given = [cache_in(kwargs), *(kwargs.get(name) for name in ("attention_mask", "position_ids", *_PACKED))]
+    if not torch.compiler.is_compiling() or len(args) > 1 or any(x is not None for x in given):
+        return {}
+    use_cache = kwargs.get("use_cache")
+    if getattr(model.config, "use_cache", True) if use_cache is None else use_cache:
+        return {}
+    tokens = kwargs.get("inputs_embeds")
+    tokens = (args[0] if args else kwargs.get("input_ids")) if tokens is None else tokens
+    if tokens is None:
+        return {}
+    return {"attention_mask": torch.ones(tokens.shape[:2], dtype=torch.int64, device=tokens.device), WHOLE: True}
+
+
+def add_hooks(model: nn.Module, layers: list[nn.Module]) -> None:
+    """Hooks for a model and those of its attention layers that need the cache. Those that have theirs already keep them."""
+    wanted = [(layer, pass_cache) for layer in layers]
+    wanted += [(part, pass_call) for part in model.modules() if isinstance(part, PreTrainedModel) and _takes(part, "logits_to_keep")]
+    for module, hook in wanted:
+        if _HOOK not in module.__dict__ and _takes(module, None):
+            setattr(module, _HOOK, module.register_forward_pre_hook(hook, with_kwargs=True))
+
+
+def modules_with_hooks(model: nn.Module) -> set[nn.Module]:
+    """The modules that have a hook of `add_hooks`."""
+    return {module for module in model.modules() if _HOOK in module.__dict__}
+
+
+def remove_hooks(modules: Iterable[nn.Module]) -> None:
+    """Undo `add_hooks` for modules that are `modules_with_hooks`."""
+    for module in modules:
+        module.__dict__.pop(_HOOK).remove()
+
+
+def _takes(module: nn.Module, name: str | None) -> bool:
+    """Whether a module's `forward` has an argument of this name; None: any further keyword argument."""
+    parameters = inspect.signature(module.forward).parameters
+    return name in parameters if name else any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
+class BlockMeans:
+    """The means of one cache layer's key blocks: `means [B, G, C, D]`, see `moba_flex.decoding`."""
+
+    def __init__(self) -> None:
+        self.means: Tensor | None = None
+        self.block_size = 0
+        self.starts: tuple[int, ...] | None = None  # each row's first real token; None: 0 for all rows
+        self.stale = True  # some keys were written or moved that the means do not know
+        self._waiting = False  # keys were written and not taken in yet
+        self._keys: weakref.ref | None = None
+
+    def __getstate__(self) -> dict:
+        return {}  # a copy or pickle of a cache computes its means again
+
+    def __setstate__(self, state: dict) -> None:
+        self.__init__()
+
+    def check(self, keys: Tensor | None) -> None:
+        """Are the cache layer's keys still the ones last noted?"""
+        if not torch.compiler.is_compiling() and (None if self._keys is None else self._keys()) is not keys:
+            self.stale = True
+
+    def note(self, keys: Tensor | None) -> None:
+        """These are the cache layer's keys now."""
+        if not torch.compiler.is_compiling():  # while compiling there is only a static cache, which writes its keys in place
+            self._keys = None if keys is None else weakref.ref(keys)
+
+    def expect(self) -> None:
+        """New keys are about to be written."""
+        self.stale = self.stale or self._waiting
+        self._waiting = True
+
+    @torch.no_grad()
+    def select(self, rows: Tensor) -> None:
+        """Rows of the batch change places."""
+        if self.means is None:
+            return
+        with torch.inference_mode(False):
+            means = self.means[rows.to(self.means.device)]
+            self.means = self.means.copy_(means) if means.shape == self.means.shape else means
+        if self.starts is not None:
+            self.starts = tuple(self.starts[row] for row in rows.tolist())
+
+    @torch.no_grad()
+    def of_all_but_new(self, key: Tensor, block_size: int, start: Tensor | None, starts: tuple[int, ...] | None) -> Tensor | None:
+        """The means of `key [B, G, N, D]`, right for all blocks but those that its newest tokens complete: the caller writes these.
+
+        None if there is no room for them, which only happens while a graph is traced.
+        """
+        if not torch.compiler.is_compiling():
+            self._make_room(key, block_size, starts)
+        elif self.means is None or (self.block_size, self.means.shape[2]) != (block_size, _blocks(key, block_size)):
+            return None
+        if self.stale:
+            write_means(self.means, key.detach(), start, block_size)
+        self.stale = self._waiting = False
+        return self.means
+
+    @torch.no_grad()
+    def take_in(self, new: int, length: int, key: Tensor, block_size: int, start: Tensor | None, starts: tuple[int, ...] | None) -> None:
+        """Write the means of all blocks that the last `new` of `length` tokens complete, and of all others that are not right."""
+        self._make_room(key, block_size, starts)
+        first = 0 if self.stale else max(0, length - new - max(starts or (0,))) // block_size
+        write_means(self.means, key.detach(), start, block_size, first, length // block_size)
+        self.stale = self._waiting = False
+
+    def _make_room(self, key: Tensor, block_size: int, starts: tuple[int, ...] | None) -> None:
+        if (self.block_size, self.starts) != (block_size, starts):
+            self.block_size, self.starts, self.stale = block_size, starts, True
+        means, wanted = self.means, _blocks(key, block_size)
+        like = mean_dtype(key), key.device, key.shape[:2], key.shape[3]
+        others = means is None or (means.dtype, means.device, means.shape[:2], means.shape[3]) != like
+        if not others and means.shape[2] >= wanted:
+            return
+        with torch.inference_mode(False):
+            if others:
+                self.means, self.stale = means_for(key, wanted), True
+                torch._dynamo.mark_static_address(self.means)
+            else:  # an eighth more than is needed, so that a growing cache seldom copies them
+                self.means = torch.cat([means, means_for(key, wanted - means.shape[2] + wanted // 8)], 2)
+
+
+def _blocks(key: Tensor, block_size: int) -> int:
+    return max(1, key.shape[2] // block_size)
+
+
+def means_of(cache: Cache | None, layer: nn.Module, key: Tensor) -> BlockMeans | None:
+    """The block means that lie beside the keys of an attention layer, all of which `key [B, G, N, D]` is.
+
+    None where there can be none: no cache or another kind of it (a quantized one changes its keys with time), keys that the layer
+    changed after it had read them from the cache.
+    """
+    cache = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+    if not isinstance(cache, Cache) or layer.layer_idx >= len(cache.layers):
+        return None
+    kept = cache.layers[layer.layer_idx]
+    if not torch.compiler.is_compiling():
+        if kept.keys is not key and not cache.offloading:
+            return None
+        if type(kept) in _EXTENDED:
+            kept.__class__ = _EXTENDED[type(kept)]
+            kept._moba_means = BlockMeans()
+            kept._moba_means.note(kept.keys)
+    return getattr(kept, "_moba_means", None)
+
+
+def _with_means(base: type[CacheLayerMixin]) -> type[CacheLayerMixin]:
+    """A class of cache layers that move their `_moba_means` as they move their keys. Its one base is what lets an object change to it."""
+
+    class _WithMeans(base):
+        _moba_means: BlockMeans
+
+        def update(self, *args, **kwargs):
+            self._moba_means.check(self.keys)
+            self._moba_means.expect()
+            out = super().update(*args, **kwargs)
+            self._moba_means.note(self.keys)
+            return out
+
+        def offload(self) -> None:
+            self._moved(super().offload)
+
+        def prefetch(self) -> None:
+            self._moved(super().prefetch)
+
+        def reorder_cache(self, beam_idx: Tensor) -> None:
+            self._moved(super().reorder_cache, beam_idx, rows=beam_idx)
+
+        def _moved(self, move: Callable, *args, rows: Tensor | None = None) -> None:
+            means = self._moba_means
+            means.check(self.keys)
+            move(*args)
+            means.note(self.keys)
+            if rows is not None and not means.stale:
+                means.select(rows)
+
+    return _WithMeans
+
+
+class DynamicLayerWithMeans(_with_means(DynamicLayer)):
+    """A growing cache layer with block means."""
+
+    def crop(self, *args) -> None:
+        self._moved(super().crop, *args)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._moved(super().batch_select_indices, indices, rows=indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        rows = torch.arange(0 if self.keys is None else self.keys.shape[0]).repeat_interleave(repeats)
+        self._moved(super().batch_repeat_interleave, repeats, rows=rows)
+
+
+class StaticLayerWithMeans(_with_means(StaticLayer)):
+    """A cache layer of fixed size with block means."""
+
+
+_EXTENDED = {DynamicLayer: DynamicLayerWithMeans, StaticLayer: StaticLayerWithMeans}

@@ -1,0 +1,301 @@
+"""What one forward pass of a model says about who may see whom, kept as it was said.
+
+A model asks for its masks before its first layer, and each layer then wants another form of it: MoBA a few numbers a
+row, a layer with full or sliding-window attention the dense mask that it always had. `MobaMask` keeps the request and
+makes each form when a layer first asks for it, so that nothing quadratic is built unless an ordinary layer needs it.
+
+B batch, N tokens (Nq queries, Nk keys).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
+from transformers.masking_utils import (
+    ALL_MASK_ATTENTION_FUNCTIONS,
+    bidirectional_mask_function,
+    causal_mask_function,
+)
+
+from ..core import validation
+from ..decoding import FEW
+
+
+@dataclass(frozen=True)
+class Visible:
+    """Who may see whom, as `moba_flex.functional.attend` wants to know it."""
+
+    n_key: int  # keys seen so far; a static cache has more, not written yet
+    causal: bool = True
+    padding_mask: Tensor | None = None  # [B, n_key] bool; None: all tokens are real
+    cu_seqlens: Tensor | None = None  # [n + 1] int32 over all rows' tokens one after another; None: a row is one sequence
+    longest: int | None = None  # of packed sequences, their greatest length; None: not packed, or in a compiled graph not known
+    starts: tuple[int, ...] | None = None  # the first real token of each row; None: 0 for all rows, or in a compiled graph not known
+
+    def start(self, device: torch.device) -> Tensor | None:
+        """`[B]` int64: the first real token of each row, in a compiled graph too; None: 0 for all rows."""
+        if self.starts is not None:
+            return torch.tensor(self.starts, device=device)
+        return _first_real(self.padding_mask) if torch.compiler.is_compiling() and self.padding_mask is not None else None
+
+    def packed(self, query: Tensor, cu_seqlens: Tensor | None, key_cu_seqlens: Tensor | None) -> Visible:
+        """The same with the sequences that a call names itself, as transformers does for FlashAttention; they go before those that
+        transformers sees in `position_ids`. Without `cu_seqlens` it stays what it is.
+
+        Raises ValueError or TypeError if they do not fit.
+        """
+        if cu_seqlens is None:
+            return self
+        n_tokens = query.shape[0] * query.shape[2]
+        longest = validation.check_cu_seqlens("cu_seq_lens_q", cu_seqlens, query, n_tokens)
+        if self.n_key != query.shape[2]:
+            raise ValueError(
+                f"cu_seq_lens_q is for packed sequences without cached keys, but there are {query.shape[2]} queries and {self.n_key} keys"
+            )
+        if self.padding_mask is not None:
+            raise ValueError("attention_mask has padding, but cu_seq_lens_q packs sequences without padding: pass one of the two")
+        if key_cu_seqlens is not None and validation.readable(cu_seqlens) and not torch.equal(cu_seqlens, key_cu_seqlens):
+            raise ValueError("cu_seq_lens_k must equal cu_seq_lens_q, since MoBA is self-attention, but does not")
+        return replace(self, cu_seqlens=cu_seqlens.int(), longest=longest)
+
+    def to(self, device: torch.device) -> Visible:
+        moved = (x if x is None else x.to(device, non_blocking=True) for x in (self.padding_mask, self.cu_seqlens))
+        return Visible(self.n_key, self.causal, *moved, self.longest, self.starts)
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where new tokens and their rows lie, as `moba_flex.decoding.decode` wants to know it: nothing that the host must read."""
+
+    length: Tensor | None  # int64 of no dimension: tokens with the new ones; None: all that the keys hold
+    start: Tensor | None  # [B] int64: the first real token of each row; None: 0
+
+    def to(self, device: torch.device) -> Places:
+        return Places(*(x if x is None else x.to(device, non_blocking=True) for x in (self.length, self.start)))
+
+
+class MobaMask(BlockMask):
+    """The mask of one forward pass, made by `moba_mask` and read by the attention function of each layer.
+
+    It is a BlockMask in name, not in content: of the masks that transformers hands through a model untouched, that is
+    the one kind that need not be a tensor.
+    """
+
+    def __init__(self, request: dict) -> None:
+        # A static cache counts its tokens in place, and has counted on by the time that layers ask.
+        if isinstance(request["q_offset"], Tensor):
+            request["q_offset"] = request["q_offset"].clone()
+        self._request = request
+        self._lengths = request["q_length"], request["kv_length"]
+        self._ordinary: dict[str, Tensor | BlockMask | None] = {}
+        self._split: dict[int, tuple[MobaMask, MobaMask]] = {}
+        self._visible: Visible | None = None
+        self._whole: MobaMask | None = None
+        self.is_part = False  # the call has more new tokens than this mask is for
+        # generate makes the mask before it calls a compiled model: what changes its shape with each token must not be needed there
+        self._places = _place(request) if request["q_length"] <= FEW else None
+        if isinstance(request["q_offset"], Tensor) and not torch.compiler.is_compiling() and request.get("attention_mask") is not None:
+            _check_whole(request["attention_mask"])
+            torch._dynamo.maybe_mark_dynamic(request["attention_mask"], 1)
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        return self._request["batch_size"], 1, *self._lengths
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it was asked for by a layer that sees a window or a chunk."""
+        return self._request.get("local_size") is not None
+
+    def ordinary(self, implementation: str, device: torch.device) -> Tensor | BlockMask | None:
+        """Exactly the mask that the model would have without MoBA, under `implementation`."""
+        if implementation in self._ordinary:
+            mask = self._ordinary[implementation]
+        else:
+            # transformers gives no mask to an implementation that has registered none
+            build = ALL_MASK_ATTENTION_FUNCTIONS.get(implementation)
+            mask = None if build is None else build(**self._request)
+            if _may_keep():
+                self._ordinary[implementation] = mask
+        return mask if mask is None else mask.to(device)
+
+    def visible(self, query: Tensor, key: Tensor, cu_seqlens: Tensor | None = None, key_cu_seqlens: Tensor | None = None) -> Visible:
+        """The same for MoBA. It reads values, so it is worked out once for all layers.
+
+        Raises ValueError for what MoBA cannot express: custom masks, padding inside a row, keys that have been dropped, packed sequences
+        that do not fit.
+        """
+        got = query.shape[2], key.shape[2]
+        if got != self._lengths:
+            raise ValueError(
+                f"a layer has {got[0]} queries and {got[1]} keys, but the model's mask is for {self._lengths[0]} and "
+                f"{self._lengths[1]}: MoBA needs a cache that returns all keys, and an attention_mask of their length"
+            )
+        visible = self._visible
+        if visible is None:
+            visible = _read(self._request).packed(query, cu_seqlens, key_cu_seqlens)
+            if _may_keep():
+                self._visible = visible
+        return visible if query.device == self._request["device"] else visible.to(query.device)
+
+    def places(self, query: Tensor, key: Tensor) -> Places | None:
+        """The same for decoding, if this is decoding: a few causal tokens behind others that a cache holds."""
+        if self._places is None or self._request.get("mask_function", causal_mask_function) is not causal_mask_function:
+            return None
+        if query.shape[2] == key.shape[2] or self._lengths != (query.shape[2], key.shape[2]):
+            return None
+        places = self._places
+        if not torch.compiler.is_compiling() and self.visible(query, key).padding_mask is None:
+            places = Places(places.length, None)
+        return places if query.device == self._request["device"] else places.to(query.device)
+
+    def without_padding(self) -> MobaMask:
+        """The same for a call of which it is known that all tokens are real."""
+        whole = self._whole if self._whole is not None else MobaMask({**self._request, "attention_mask": None})
+        if _may_keep():
+            self._whole = whole
+        return whole
+
+    def split(self, n_last: int) -> tuple[MobaMask, MobaMask]:
+        """The masks of all but the last `n_last` tokens, as if those had not come yet, and of these."""
+        if n_last not in self._split:
+            request = dict(self._request)
+            first, rest = request["q_length"] - n_last, request["kv_length"] - n_last
+            padding = request.get("attention_mask")
+            before = {"q_length": first, "kv_length": rest, "attention_mask": None if padding is None else padding[:, :rest]}
+            last = {"q_length": n_last, "q_offset": request["q_offset"] + first}
+            # transformers lets a single query do without a mask, but for caches with keys that are not written yet: it looked at the whole
+            if isinstance(request["q_offset"], Tensor) or request["q_offset"] + request["q_length"] < request["kv_length"]:
+                request["allow_is_causal_skip"] = False
+            self._split[n_last] = MobaMask({**request, **before}), MobaMask({**request, **last})
+        return self._split[n_last]
+
+    def __getitem__(self, index: tuple[slice, ...]) -> MobaMask:
+        """The mask of the last queries alone, `mask[:, :, -n:, :]`: models whose last layers write no keys compute no others in them."""
+        every, n_query = slice(None), self._lengths[0]
+        try:
+            rows, *others = index[2], index[0], index[1], *index[3:]
+            n_last = len(range(n_query)[rows])
+        except (TypeError, IndexError):
+            raise self._unknown("[...]") from None
+        if any(other != every for other in others) or range(n_query)[rows] != range(n_query - n_last, n_query):
+            raise self._unknown("[...]")
+        if n_last == n_query:
+            return self
+        part = self.split(n_last)[1]
+        part.is_part = True
+        return part
+
+    def to(self, *args, **kwargs) -> MobaMask:
+        return self  # what layers get is moved when they ask
+
+    def contiguous(self) -> MobaMask:
+        return self
+
+    def __repr__(self) -> str:
+        return f"MobaMask(shape={self.shape})"
+
+    __str__ = __repr__
+
+    def __getattr__(self, name: str):
+        raise self._unknown(repr(name))
+
+    @staticmethod
+    def _unknown(what: str) -> AttributeError:
+        return AttributeError(f"the model's code reads {what} of its attention mask, which MoBA does not build: it cannot use MoBA")
+
+
+def _may_keep() -> bool:
+    """Whether a layer may leave something for the next: not in a graph for training, where a checkpointed one changes nothing outside."""
+    return not (torch.compiler.is_compiling() and torch.is_grad_enabled())
+
+
+def moba_mask(batch_size: int, q_length: int, kv_length: int, q_offset: int | Tensor = 0, kv_offset: int = 0, **request) -> MobaMask:
+    """The mask function of "moba" and "moba_naive", called by transformers' `create_causal_mask` and its like."""
+    sizes = {"batch_size": batch_size, "q_length": q_length, "kv_length": kv_length}
+    return MobaMask({**sizes, "q_offset": q_offset, "kv_offset": kv_offset, "device": torch.device("cpu"), **request})
+
+
+def _read(request: dict) -> Visible:
+    mask_function, attention_mask = request.get("mask_function", causal_mask_function), request.get("attention_mask")
+    if request["kv_offset"]:
+        raise ValueError("MoBA needs all keys from the first token on, but this cache has dropped some: use DynamicCache()")
+    seen = int(request["q_offset"]) + request["q_length"]
+    if seen > request["kv_length"]:
+        raise ValueError(f"MoBA's queries are the last of the keys, but query {seen - 1} meets only {request['kv_length']} keys")
+    if mask_function in (causal_mask_function, bidirectional_mask_function):
+        padding_mask = _padding(attention_mask, seen)
+        return Visible(seen, mask_function is causal_mask_function, padding_mask, starts=_starts(padding_mask))
+    if request.get("use_vmap") or attention_mask is not None or seen != request["q_length"]:
+        raise ValueError(
+            "MoBA cannot follow a custom mask function, only causal or bidirectional attention with padding or packed "
+            'sequences: use set_attention(model, "full")'
+        )
+    cu_seqlens = _sequences(mask_function, request["batch_size"], seen, request["device"])
+    return Visible(seen, True, None, cu_seqlens, None if cu_seqlens is None else int(cu_seqlens.diff().max()))
+
+
+def _padding(attention_mask: Tensor | None, n_key: int) -> Tensor | None:
+    """`[B, n_key]` bool, None if all tokens are real."""
+    if attention_mask is None:
+        return None
+    if attention_mask.shape[1] < n_key:
+        raise ValueError(f"attention_mask covers {attention_mask.shape[1]} tokens, but must cover all {n_key}, cached ones too")
+    padding_mask = attention_mask[:, :n_key].bool()
+    if torch.compiler.is_compiling():  # in a graph no value can be read, so that padding is neither ruled out nor checked
+        return padding_mask
+    if padding_mask.all():
+        return None
+    _check_whole(padding_mask)
+    return padding_mask
+
+
+def _check_whole(attention_mask: Tensor) -> None:
+    if (F.pad(attention_mask.bool(), (1, 0)).int().diff(dim=1) > 0).sum(1).max() > 1:
+        raise ValueError(
+            "attention_mask has a row with padding between real tokens: MoBA takes padding on the left or the right "
+            "(behind the virtual tokens of PEFT's prompt tuning only on the right)"
+        )
+
+
+def _starts(padding_mask: Tensor | None) -> tuple[int, ...] | None:
+    if padding_mask is None or torch.compiler.is_compiling() or padding_mask[:, 0].all():
+        return None
+    return tuple(_first_real(padding_mask).tolist())
+
+
+def _first_real(attention_mask: Tensor) -> Tensor:
+    """`[B]` int64: how many tokens of padding each row begins with."""
+    return (attention_mask.cumsum(1) == 0).sum(1)
+
+
+def _place(request: dict) -> Places:
+    seen, attention_mask = request["q_offset"] + request["q_length"], request.get("attention_mask")
+    if isinstance(seen, Tensor):
+        length = seen.to(torch.int64)
+    else:
+        length = None if seen == request["kv_length"] else torch.full((), seen, dtype=torch.int64, device=request["device"])
+    return Places(length, None if attention_mask is None else _first_real(attention_mask))
+
+
+def _sequences(mask_function: Callable, batch_size: int, n_tokens: int, device: torch.device) -> Tensor | None:
+    """`cu_seqlens [n + 1]` of packed sequences, or None: does each token see the one before it?
+
+    transformers finds packed sequences in `position_ids` and passes them on within a mask function alone. Asking about
+    neighbours takes linear work. A token that sees the one after it belongs to some other, not causal mask.
+    """
+    row = torch.arange(batch_size, device=device)[:, None]
+    later = torch.arange(1, n_tokens, device=device)[None]
+    head = torch.zeros_like(later)
+    if mask_function(row, head, later - 1, later).any():
+        raise ValueError('MoBA cannot follow a mask in which tokens see later ones: use set_attention(model, "full")')
+    joined = mask_function(row, head, later, later - 1).expand(batch_size, n_tokens - 1)
+    if joined.all():
+        return None
+    first = F.pad(~joined, (1, 0), value=True).flatten().nonzero()[:, 0]
+    return F.pad(first, (0, 1), value=batch_size * n_tokens).int()

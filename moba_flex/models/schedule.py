@@ -1,0 +1,105 @@
+"""Sparse and full attention in one training run: `MobaSchedule`, a callback of transformers' `Trainer`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+from transformers.trainer_callback import ExportableState, TrainerCallback, TrainerControl, TrainerState
+from transformers.training_args import TrainingArguments
+
+from . import set_attention
+from .patch import moba_layers
+
+ATTENTION = ("moba", "full")
+ORDERS = ("last_to_first", "first_to_last")
+
+
+class MobaSchedule(TrainerCallback, ExportableState):
+    """Train a patched model with MoBA first and full attention last (report, section 3.2), or the other way round.
+
+    The layers that switch are those that MoBA can replace, without those in `full_attention_layers`. What they use follows from the
+    number of the step and of all steps alone, so a run that resumes from a checkpoint goes on as if it had never stopped (and one that
+    resumes with more steps than it was to have has its switch later). The checkpoint also keeps the schedule's settings, which
+    `TrainingArguments(restore_callback_states_from_checkpoint=True)` puts back. Evaluation and saving between two steps see the
+    attention of the step before; after training the model has the attention of the last step.
+
+    Args:
+        first: the attention that training begins with, "moba" or "full"; it ends with the other.
+        switch_at: after which share of the steps layers begin to switch, 0 to 1.
+        switch_over: the share of the steps over which they switch one after another; 0: all at once.
+        order: which layer switches first, "last_to_first" (in the report the last layers profit most from full attention) or
+            "first_to_last".
+
+    Under torch.compile each state of the layers is a graph: for more than eight raise `torch._dynamo.config.recompile_limit`.
+
+    Raises:
+        ValueError: a setting is out of range; and when training begins, the model is not patched or has no layer that could switch.
+
+    >>> schedule = MobaSchedule(switch_at=0.8, switch_over=0.1)
+    >>> [schedule.attention_at(step, 100, layers=[0, 1]) for step in (79, 80, 85)]
+    [{0: 'moba', 1: 'moba'}, {0: 'moba', 1: 'full'}, {0: 'full', 1: 'full'}]
+    """
+
+    def __init__(self, first: str = "moba", switch_at: float = 0.9, switch_over: float = 0.0, order: str = "last_to_first") -> None:
+        _check_choice("first", first, ATTENTION)
+        _check_share("switch_at", switch_at)
+        _check_share("switch_over", switch_over)
+        _check_choice("order", order, ORDERS)
+        if switch_at + switch_over > 1 + 1e-9:
+            raise ValueError(
+                f"switch_at={switch_at} and switch_over={switch_over} end after the last step: their sum must be at most 1, "
+                f"so lower switch_over to {max(0.0, 1 - switch_at):g}"
+            )
+        self.first, self.switch_at, self.switch_over, self.order = first, switch_at, switch_over, order
+
+    def attention_at(self, step: int, n_steps: int, layers: Sequence[int]) -> dict[int, str]:
+        """What each of `layers` uses in step number `step`, counted from 0, of `n_steps`."""
+        start, stretch = round(self.switch_at * n_steps), round(self.switch_over * n_steps)
+        begins, ends = ATTENTION if self.first == "moba" else ATTENTION[::-1]
+        in_order = sorted(layers, reverse=self.order == "last_to_first")
+        switches = {layer: start + place * stretch // len(in_order) for place, layer in enumerate(in_order)}
+        return {layer: begins if step < switches[layer] else ends for layer in layers}
+
+    def apply(self, model: nn.Module, step: int, n_steps: int) -> None:
+        """Give a model's layers what they use in that step, for training loops of one's own. `Trainer` needs no such call.
+
+        `model` may be wrapped (PEFT, accelerate, DistributedDataParallel, torch.compile).
+
+        Raises ValueError if it is not patched.
+        """
+        now = moba_layers(model)
+        wanted = self.attention_at(step, n_steps, list(now))
+        for attention in ATTENTION:
+            changed = [layer for layer in now if wanted[layer] == attention and (now[layer] == "full") != (attention == "full")]
+            if changed:
+                set_attention(model, attention, layers=changed)
+
+    def state(self) -> dict:
+        """What a checkpoint keeps."""
+        return {"args": dict(vars(self)), "attributes": {}}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module | None = None, **kwargs
+    ) -> None:
+        if not moba_layers(model):
+            raise ValueError(
+                f"MobaSchedule has no layer to switch: full_attention_layers names all layers of {type(model).__name__} that MoBA can "
+                "replace; patch it with fewer of them"
+            )
+        self.apply(model, min(state.global_step, state.max_steps - 1), state.max_steps)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module | None = None, **kwargs
+    ) -> None:
+        self.apply(model, state.global_step, state.max_steps)
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, but is {value!r}")
+
+
+def _check_share(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+        raise ValueError(f"{name} must be a share of the steps, a number from 0 to 1, but is {value!r}")

@@ -1,0 +1,85 @@
+"""Moving between queries and routed rows, in plain PyTorch: dispatch, merge, and the sum of gradients.
+
+Nothing here adds with atomics: what comes back to a query is gathered through `row_of_pair`, so two runs give the same bits.
+
+H query heads, N query slots, S chosen blocks a query, R routed rows, D width. Rows of the batch and heads are one leading axis here.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..backends.dense_mask import block_bits
+from .gate import choose
+from .routing import Routes, route
+
+__all__ = ["block_bits", "choose", "delta", "dispatch", "dispatch_backward", "merge", "route", "sum_rows", "write"]
+
+_QUERIES_AT_ONCE = 1 << 14
+
+
+def dispatch(x: Tensor, routes: Routes, spare: float = 0.0) -> Tensor:
+    """`[B, H, N, ...]` -> `[R, ...]`: the query of each row, `spare` in spare rows."""
+    pairs = routes.row_of_pair.flatten(0, 2)
+    query, choice = (pairs >= 0).nonzero(as_tuple=True)
+    out = x.new_full((routes.n_rows, *x.shape[3:]), spare)
+    out[pairs[query, choice].long()] = x.flatten(0, 2)[query]
+    return out
+
+
+def dispatch_backward(query: Tensor, grad: Tensor, lse: Tensor, delta: Tensor, routes: Routes) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Rows of all that the backward pass reads. Spare rows get a log-sum-exp of infinity, so that their weights are 0."""
+    return dispatch(query, routes), dispatch(grad, routes), dispatch(lse, routes, torch.inf), dispatch(delta, routes)
+
+
+def merge(out: Tensor, lse: Tensor, row_out: Tensor, row_lse: Tensor, routes: Routes, into: tuple[Tensor, Tensor]) -> None:
+    """The softmax-weighted sum of a query's partial outputs.
+
+    `out [B, H, N, Dv]` and `lse [B, H, N]` of the local call and `row_out [R, Dv]`, `row_lse [R]` of the routed call give the output
+    over all blocks and its log-sum-exp, written `into` two tensors of these shapes.
+    """
+    pairs = routes.row_of_pair.flatten(0, 2)
+    whole_out, whole_lse = (x if x.is_contiguous() else torch.empty_like(x, memory_format=torch.contiguous_format) for x in into)
+    merged, total = whole_out.flatten(0, 2), whole_lse.flatten(0, 2)
+    for start in range(0, pairs.shape[0], _QUERIES_AT_ONCE):
+        part = slice(start, start + _QUERIES_AT_ONCE)
+        pair = pairs[part]
+        part_lse = _take_rows(row_lse, pair).masked_fill_(pair < 0, -torch.inf)
+        part_lse = torch.cat([part_lse, lse.flatten()[part, None]], 1)
+        whole = part_lse.logsumexp(1)
+        weight = torch.exp(part_lse - whole.masked_fill(whole == -torch.inf, 0)[:, None])
+        result = _sum_of_rows(row_out, pair, weight[:, : pair.shape[1]])
+        merged[part] = result.addcmul_(weight[:, -1:], out.flatten(0, 2)[part].to(result.dtype))
+        total[part] = whole
+    write((whole_out, whole_lse), into)
+
+
+def sum_rows(grad: Tensor, row_grad: Tensor, routes: Routes, into: Tensor) -> None:
+    """`grad [B, H, N, D]` plus the gradients `row_grad [R, D]` of the rows that each query sent, written `into` the first's like."""
+    pairs, total = routes.row_of_pair.flatten(0, 2), into.flatten(0, 2)
+    for start in range(0, pairs.shape[0], _QUERIES_AT_ONCE):
+        part = slice(start, start + _QUERIES_AT_ONCE)
+        total[part] = _sum_of_rows(row_grad, pairs[part]).add_(grad.flatten(0, 2)[part])
+
+
+def delta(out: Tensor, grad: Tensor, grad_lse: Tensor | None) -> Tensor:
+    """`out . grad - grad_lse` `[B, H, N]`, in float32 at least: what every score's gradient has subtracted."""
+    total = (out.to(torch.promote_types(out.dtype, torch.float32)) * grad).sum(-1)
+    return total if grad_lse is None else total - grad_lse
+
+
+def write(tensors: tuple[Tensor, ...], into: tuple[Tensor, ...]) -> None:
+    """Copy each of `tensors` into its place, in the place's dtype."""
+    for x, to in zip(tensors, into):
+        to.copy_(x)
+
+
+def _take_rows(rows: Tensor, pair: Tensor) -> Tensor:
+    return rows.index_select(0, pair.clamp(min=0).flatten()).view(*pair.shape, *rows.shape[1:])
+
+
+def _sum_of_rows(rows: Tensor, pair: Tensor, weight: Tensor | None = None) -> Tensor:
+    """`[R, D]`, rows of each query `[n, S]`, -1 for none -> their sum `[n, D]`, weighted by `weight [n, S]`, in float32 at least."""
+    taken = _take_rows(rows, pair).to(torch.promote_types(rows.dtype, torch.float32)).masked_fill((pair < 0)[..., None], 0)
+    return taken.sum(1) if weight is None else torch.bmm(weight[:, None], taken)[:, 0]

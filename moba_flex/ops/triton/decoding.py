@@ -1,0 +1,216 @@
+"""Decoding in three kernels: scores and a top-k of each part of the means, attention to the chosen blocks in parts, their sum.
+
+All of it is spread over blocks, because the few new tokens alone would leave a GPU idle. Nothing depends on the number of tokens but
+numbers that the kernels read themselves, so a CUDA graph of a call serves all tokens to come.
+
+B rows, H query heads, G key heads, R = H / G, F heads a group that choose for themselves (R, or 1 if they share a selection), n new
+tokens, C blocks, P tokens a block, D and Dv widths.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...core.settings import AttentionSettings
+from .sizes import cdiv, next_power_of_2
+
+_NONE = tl.constexpr(-(1 << 63))  # below every score
+_TILE = 64  # means that one program scores, keys that one reads at a time: 16 of them where heads are wide
+_PROGRAMS = 1024  # enough to fill a GPU several times
+_SHARED_BYTES = 150_000  # of keys and values on their way, in a multiprocessor
+
+
+@triton.jit
+def _place(LENGTH, START, N, b):
+    """How many tokens there are with the new ones, and the row's first real one."""
+    length = tl.full([], N, tl.int64) if LENGTH is None else tl.load(LENGTH)
+    start = tl.full([], 0, tl.int64) if START is None else tl.load(START + b)
+    return length, start
+
+
+@triton.jit
+def _rank(score, block):
+    """Scores and blocks as integers in the order of preference: NaN is infinity, the earlier of equals is better."""
+    score = tl.where(score != score, float("inf"), tl.maximum(score, -3.4028234e38))
+    bits = tl.where(score == 0, 0.0, score).to(tl.int32, bitcast=True)
+    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    return (ordered.to(tl.int64) << 32) | (0x7FFFFFFF - block).to(tl.int64)
+
+
+@triton.jit(do_not_specialize=["N"])
+def _choose_kernel(
+    QUERY, KEY, MEANS, BEST, LENGTH, START, query_b, query_h, query_n, key_b, key_g, key_n, N, G, C,
+    NEW: tl.constexpr, R: tl.constexpr, F: tl.constexpr, P: tl.constexpr, SINK: tl.constexpr, RECENT: tl.constexpr,
+    KEEP: tl.constexpr, T: tl.constexpr, S: tl.constexpr, M: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+):  # fmt: skip
+    # One program: T blocks of one row and key head, and M queries. First the means that the new tokens complete, of which most programs
+    # have none; programs of other queries write the same.
+    part, bg = tl.program_id(0), tl.program_id(1)
+    b, g = (bg // G).to(tl.int64), (bg % G).to(tl.int64)
+    length, start = _place(LENGTH, START, N, b)
+    d, column, slot = tl.arange(0, DP), tl.arange(0, T), tl.arange(0, S)
+    keys = KEY + b * key_b + g * key_g + start * key_n
+    means = MEANS + bg.to(tl.int64) * C * D
+    first = tl.maximum(length - NEW - start, 0) // P
+    stop = tl.maximum(length - start, 0) // P
+    for c in range(tl.maximum(first, part * T), tl.minimum(tl.minimum(stop, C), part * T + T)):
+        total = tl.zeros([S, DP], tl.float32)
+        for at in range(0, P, S):
+            token = c * P + at + slot
+            mask = (at + slot < P)[:, None] & (d < D)[None, :]
+            total += tl.load(keys + token[:, None] * key_n + d[None, :], mask=mask, other=0.0).to(tl.float32)
+        tl.store(means + c * D + d, tl.sum(total, 0) / P, mask=d < D)
+    tl.debug_barrier()
+
+    row = tl.program_id(2) * M + tl.arange(0, M)
+    new, f = row % NEW, row // NEW
+    position = length - NEW + new - start
+    own = tl.where(position < 0, -1, position // P)
+    query = QUERY + b * query_b + new[:, None] * query_n + d[None, :]
+    real = (row < F * NEW)[:, None] & (d < D)[None, :]
+    q = tl.zeros([M, DP], tl.float32)
+    for r in tl.static_range(R // F):  # heads that choose together: the sum of scores is the score of the sum
+        q += tl.load(query + (g * R + f[:, None] + r) * query_h, mask=real, other=0.0).to(tl.float32)
+    block = part * T + column
+    mean = tl.load(means + block[None, :].to(tl.int64) * D + d[:, None], mask=(block < C)[None, :] & (d < D)[:, None], other=0.0)
+    score = tl.dot(q, mean, input_precision="ieee")
+    candidate = (block >= SINK)[None, :] & (block[None, :] < (own - RECENT)[:, None]) & (block < C)[None, :]
+    rank = tl.where(candidate, _rank(score, block[None, :] + 0 * row[:, None]), _NONE)
+
+    best = BEST + ((bg.to(tl.int64) * F + f) * NEW + new) * tl.num_programs(0) * KEEP + part * KEEP
+    for s in range(KEEP):
+        most = tl.max(rank, 1)
+        tl.store(best + s, most, mask=row < F * NEW)
+        rank = tl.where(rank == most[:, None], _NONE, rank)
+
+
+@triton.jit(do_not_specialize=["N"])
+def _attend_kernel(
+    QUERY, KEY, VALUE, BEST, OUT, LSE, LENGTH, START, query_b, query_h, query_n, key_b, key_g, key_n, value_b, value_g, value_n,
+    N, G, found, scale, softcap,
+    NEW: tl.constexpr, R: tl.constexpr, F: tl.constexpr, P: tl.constexpr, SINK: tl.constexpr, RECENT: tl.constexpr,
+    CAPPED: tl.constexpr, PER: tl.constexpr, PART: tl.constexpr, FOUND: tl.constexpr, T: tl.constexpr, M: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
+):  # fmt: skip
+    # One program: a part of one block that one new token reads, for the R / F heads that read it together.
+    part, bgfn = tl.program_id(0), tl.program_id(1)
+    new, f, bg = bgfn % NEW, bgfn // NEW % F, bgfn // (NEW * F)
+    b, g = (bg // G).to(tl.int64), (bg % G).to(tl.int64)
+    length, start = _place(LENGTH, START, N, b)
+    position = length - NEW + new - start
+    own = tl.where(position < 0, -1, position // P)
+    which = part // PER
+    block = own
+    if which > 0:
+        block = tl.where(which - 1 < own, which - 1, -1).to(tl.int64)
+    if which > SINK:
+        block = own - (which - SINK)
+        block = tl.where(block >= SINK, block, -1).to(tl.int64)
+    if which > SINK + RECENT:
+        each = tl.arange(0, FOUND)
+        rank = tl.load(BEST + bgfn.to(tl.int64) * found + each, mask=each < found, other=_NONE)
+        for _ in range(which - SINK - RECENT - 1):
+            rank = tl.where(rank == tl.max(rank, 0), _NONE, rank)
+        most = tl.max(rank, 0)
+        block = tl.where(most == _NONE, -1, 0x7FFFFFFF - (most & 0xFFFFFFFF)).to(tl.int64)
+
+    head, d, dv, column = tl.arange(0, M), tl.arange(0, DP), tl.arange(0, DVP), tl.arange(0, T)
+    h = g * R + f + head
+    some = head < R // F
+    query = QUERY + b * query_b + h[:, None] * query_h + new.to(tl.int64) * query_n + d[None, :]
+    q = tl.load(query, mask=some[:, None] & (d < D)[None, :], other=0.0)
+    keys = KEY + b * key_b + g * key_g + start * key_n
+    values = VALUE + b * value_b + g * value_g + start * value_n
+    most = tl.full([M], float("-inf"), tl.float32)
+    total = tl.zeros([M], tl.float32)
+    out = tl.zeros([M, DVP], tl.float32)
+    begin = block * P + (part % PER) * PART
+    end = tl.where(block < 0, begin, tl.minimum(tl.minimum(begin + PART, block * P + P), position + 1))
+    for at in range(begin, end, T):
+        token = at + column
+        seen = token < end
+        k = tl.load(keys + token[None, :] * key_n + d[:, None], mask=seen[None, :] & (d < D)[:, None], other=0.0)
+        v = tl.load(values + token[:, None] * value_n + dv[None, :], mask=seen[:, None] & (dv < DV)[None, :], other=0.0)
+        score = tl.dot(q, k, input_precision="ieee") * scale
+        if CAPPED:
+            score = softcap * (2.0 / (1.0 + tl.exp(-2.0 * score / softcap)) - 1.0)
+        score = tl.where(seen[None, :], score, float("-inf"))
+        above = tl.maximum(most, tl.max(score, 1))
+        shrink = tl.exp(most - above)
+        weight = tl.exp(score - above[:, None])
+        total = total * shrink + tl.sum(weight, 1)
+        out = out * shrink[:, None] + tl.dot(weight.to(v.dtype), v, input_precision="ieee")
+        most = above
+
+    to = ((b * G * R + h) * NEW + new) * tl.num_programs(0) + part
+    tl.store(LSE + to, tl.where(total == 0, float("-inf"), most + tl.log(total)), mask=some)
+    out = out / tl.where(total == 0, 1.0, total)[:, None]
+    tl.store(OUT + to[:, None] * DV + dv[None, :], out, mask=some[:, None] & (dv < DV)[None, :])
+
+
+@triton.jit
+def _sum_kernel(PART_OUT, PART_LSE, OUT, LSE, PARTS, T: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr):
+    # One program: one head of one new token.
+    bhn = tl.program_id(0).to(tl.int64)
+    part, dv = tl.arange(0, T), tl.arange(0, DVP)
+    most = tl.full([], float("-inf"), tl.float32)
+    total = tl.full([], 0.0, tl.float32)
+    out = tl.zeros([DVP], tl.float32)
+    for at in range(0, PARTS, T):
+        lse = tl.load(PART_LSE + bhn * PARTS + at + part, mask=at + part < PARTS, other=float("-inf"))
+        there = lse != float("-inf")
+        above = tl.maximum(most, tl.max(lse, 0))
+        base = tl.where(above == float("-inf"), 0.0, above)
+        shrink = tl.exp(most - base)
+        weight = tl.exp(lse - base)
+        mask = there[:, None] & (dv < DV)[None, :]
+        x = tl.load(PART_OUT + (bhn * PARTS + at + part)[:, None] * DV + dv[None, :], mask=mask, other=0.0)
+        total = total * shrink + tl.sum(weight, 0)
+        out = out * shrink + tl.sum(weight[:, None] * x, 0)
+        most = above
+    tl.store(OUT + bhn * DV + dv, (out / tl.where(total == 0, 1.0, total)).to(OUT.dtype.element_ty), mask=dv < DV)
+    tl.store(LSE + bhn, most + tl.log(total))
+
+
+def decode(
+    query: Tensor, key: Tensor, value: Tensor, means: Tensor, length: Tensor | None, start: Tensor | None, spec: AttentionSettings
+) -> tuple[Tensor, Tensor]:
+    """See `moba_flex.decoding.decode`."""
+    (rows, heads, new, width), groups, value_width = query.shape, key.shape[1], value.shape[-1]
+    repeats, n_blocks = heads // groups, means.shape[2]
+    choosers = 1 if spec.share_selection else repeats
+    query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
+    free = spec.routed - spec.sink_blocks - spec.recent_blocks
+    padded, value_padded = (max(16, next_power_of_2(x)) for x in (width, value_width))
+    tile = _TILE if padded <= 256 else 16
+    parts_of_means, keep = cdiv(n_blocks, tile), min(free, tile)
+    best = torch.empty(rows * groups * choosers * new, parts_of_means * keep, dtype=torch.int64, device=query.device)
+    shared = new, repeats, choosers, spec.block_size, spec.sink_blocks, spec.recent_blocks
+    queries = min(64, max(16, next_power_of_2(choosers * new)))
+    _choose_kernel[(parts_of_means, rows * groups, cdiv(choosers * new, queries))](
+        query, key, means, best, length, start, *query.stride()[:3], *key.stride()[:3], key.shape[2], groups, n_blocks, *shared,
+        keep, tile, min(64, next_power_of_2(spec.block_size)), queries, width, padded,
+        num_warps=4,
+    )  # fmt: skip
+
+    blocks, readers, found = spec.top_k, best.shape[0], best.shape[1]
+    per = max(1, min(_PROGRAMS // (blocks * readers), cdiv(spec.block_size, tile)))
+    part = cdiv(cdiv(spec.block_size, per), tile) * tile
+    part_out = torch.empty(rows, heads, new, blocks * per, value_width, dtype=torch.float32, device=query.device)
+    part_lse = torch.empty(rows, heads, new, blocks * per, dtype=torch.float32, device=query.device)
+    stages = max(1, min(3, _SHARED_BYTES // (tile * (padded + value_padded) * key.element_size())))
+    _attend_kernel[(blocks * per, readers)](
+        query, key, value, best, part_out, part_lse, length, start, *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
+        key.shape[2], groups, found, spec.scale, spec.softcap or 0.0, *shared,
+        spec.softcap is not None, per, part, next_power_of_2(max(found, 1)), tile,
+        max(16, next_power_of_2(repeats // choosers)), width, padded, value_width, value_padded,
+        num_warps=4, num_stages=stages,
+    )  # fmt: skip
+
+    out = query.new_empty(rows, heads, new, value_width)
+    lse = torch.empty(rows, heads, new, dtype=torch.float32, device=query.device)
+    _sum_kernel[(rows * heads * new,)](part_out, part_lse, out, lse, blocks * per, 16, value_width, value_padded, num_warps=4)
+    return out, lse

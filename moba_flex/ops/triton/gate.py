@@ -1,0 +1,353 @@
+"""The gate in one kernel: scores of a tile of queries against the block means and a running top-k; no score matrix in memory.
+
+Precision: means are float32. The product of bfloat16 or float16 queries with a float32 mean is the sum of two products on the matrix
+units, with the mean's high and low half in the queries' dtype; float32 queries use float32 products. So choices are those of float32,
+but for scores that are equal to within its rounding, or with bfloat16 queries within that of a mean's 17 bits. In float16 the low half
+of a number ends at 6e-8, so that means far below 0.01 have fewer.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...core.layout import BlockLayout
+from ...core.settings import AttentionSettings
+from ..gate import candidates
+from .sizes import cdiv, next_power_of_2
+
+# With more blocks to choose five of them too often share a lane, and with fewer bits too many scores look equal.
+_MOST_IN_LANES, _MOST_BITS = 16, 8
+
+
+@triton.jit
+def _means_kernel(
+    KEY,
+    HIGH,
+    LOW,
+    COUNT,
+    stride_b,
+    stride_g,
+    stride_n,
+    G,
+    C,
+    P: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    STEP: tl.constexpr,
+):
+    # One program: the mean of one block's keys.
+    c, bg = tl.program_id(0), tl.program_id(1)
+    b, g = bg // G, bg % G
+    d, slot = tl.arange(0, DP), tl.arange(0, STEP)
+    keys = tl.load(COUNT + b * C + c)
+    base = KEY + b.to(tl.int64) * stride_b + g.to(tl.int64) * stride_g + c.to(tl.int64) * P * stride_n
+    total = tl.zeros([STEP, DP], tl.float32)
+    for start in range(0, keys, STEP):
+        at = (start + slot).to(tl.int64)
+        x = tl.load(base + at[:, None] * stride_n + d[None, :], mask=(at[:, None] < keys) & (d[None, :] < D), other=0.0)
+        total += x.to(tl.float32)
+    mean = tl.sum(total, 0) / tl.maximum(keys, 1)
+    high = mean.to(HIGH.dtype.element_ty)
+    out = (bg.to(tl.int64) * C + c) * D + d
+    tl.store(HIGH + out, high, mask=d < D)
+    if LOW is not None:
+        tl.store(LOW + out, (mean - high.to(tl.float32)).to(LOW.dtype.element_ty), mask=d < D)
+
+
+def block_means(key: Tensor, layout: BlockLayout, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """`[B, G, C * P, D]` -> the mean of each block's real keys, `[B, G, C, D]`, as a high and a low half in the queries' `dtype`."""
+    rows, groups, _, width = key.shape
+    high = key.new_empty(rows, groups, layout.n_key_blocks, width, dtype=dtype)
+    low = None if dtype == torch.float32 else torch.empty_like(high)
+    padded = next_power_of_2(width)
+    _means_kernel[(layout.n_key_blocks, rows * groups)](
+        key,
+        high,
+        low,
+        layout.block_keys,
+        *key.stride()[:3],
+        groups,
+        layout.n_key_blocks,
+        layout.width,
+        width,
+        padded,
+        min(next_power_of_2(layout.block_size), 64, max(1, 16384 // padded)),  # more would not fit into registers
+    )
+    return high, low
+
+
+@triton.jit
+def _scores(q, HIGH, LOW, at, mask):
+    if LOW is None:
+        score = tl.dot(q, tl.load(HIGH + at, mask=mask, other=0.0), input_precision="ieee")
+    else:
+        score = tl.dot(q, tl.load(LOW + at, mask=mask, other=0.0))
+        score = tl.dot(q, tl.load(HIGH + at, mask=mask, other=0.0), score)
+    return score
+
+
+@triton.jit
+def _without(x, bits: tl.constexpr):
+    """Float32 without its last bits."""
+    return (x.to(tl.int32, bitcast=True) & ~bits).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _mean(HIGH, LOW, at, mask):
+    mean = tl.load(HIGH + at, mask=mask, other=0.0).to(tl.float32)
+    if LOW is not None:
+        mean += tl.load(LOW + at, mask=mask, other=0.0).to(tl.float32)
+    return mean
+
+
+@triton.jit
+def _lead(queries, HIGH, LOW, chosen, rival, wanted, D: tl.constexpr):
+    # By how much the query at each of these addresses scores one mean higher than another; 0 where it is not wanted.
+    lead = tl.zeros_like(wanted.to(tl.float32))
+    at_once: tl.constexpr = 16 if D <= 256 else 64  # so that not many copies are compiled
+    for start in tl.static_range(0, D, at_once):
+        d = start + tl.arange(0, at_once)[None, :]
+        mask = wanted[:, None] & (d < D)
+        difference = _mean(HIGH, LOW, chosen[:, None] * D + d, mask) - _mean(HIGH, LOW, rival[:, None] * D + d, mask)
+        lead += tl.sum(tl.load(queries[:, None] + d, mask=mask, other=0.0).to(tl.float32) * difference, 1)
+    return lead
+
+
+@triton.jit
+def _turn(q, HIGH, LOW, base, c, end, turn, bits: tl.constexpr, since, until, R: tl.constexpr, D: tl.constexpr, d):
+    # The scores of blocks c, one a lane, with the number of the turn as their last bits; the lowest number where a query may not choose.
+    at = (base + c.to(tl.int64))[None, :] * D + d[:, None]
+    score = _scores(q, HIGH, LOW, at, (c[None, :] < end) & (d[:, None] < D))
+    score = ((score.to(tl.int32, bitcast=True) & ~bits) | turn).to(tl.float32, bitcast=True)
+    candidate = c[None, :] < until
+    if R > 1:
+        candidate = candidate & (c[None, :] >= since)
+    return tl.where(candidate, score, -3.4028234e38)
+
+
+@triton.jit
+def _lanes_kernel(
+    QUERY, HIGH, LOW, OUT, REDO, FIRST, LAST, START, STOP, stride_b, stride_h, stride_n, H, G, C, N_BLOCKS,
+    SINK: tl.constexpr, RECENT: tl.constexpr, FREE: tl.constexpr, P: tl.constexpr,
+    M: tl.constexpr, R: tl.constexpr, T: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    BITS: tl.constexpr, TURNS: tl.constexpr, REDO_M: tl.constexpr,
+):  # fmt: skip
+    # One program: M queries. Block c belongs to lane c mod T, and each lane keeps its best four, so that nothing is compared across
+    # lanes until the end. A lane needs no second number for the block: which of its blocks it was replaces the score's last BITS bits.
+    # So the choice is certain if these bits do not decide what is chosen, and no lane had to drop what might have been. Where they
+    # decide between two blocks, these are scored once more. Where more are in doubt, and at infinity or NaN, REDO asks for an exact search.
+    tile, bh = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)
+    b, h = bh // H, bh % H
+    group = (b * G + h // (H // G)).to(tl.int64)
+    slot = tile * M + tl.arange(0, M)
+    block = (tile * M + tl.arange(0, R)) // P  # R is 1 where all queries share a block: what follows from it is then one number
+    meta, exists = b * N_BLOCKS + block, block < N_BLOCKS
+    first, last = tl.load(FIRST + meta, mask=exists, other=C), tl.load(LAST + meta, mask=exists, other=0)
+    start, stop = tl.load(START + meta, mask=exists, other=0), tl.load(STOP + meta, mask=exists, other=0)
+    real = (slot - block * P >= start) & (slot - block * P < stop)
+    d, lane = tl.arange(0, DP), tl.arange(0, T)
+    queries = QUERY + b.to(tl.int64) * stride_b + h.to(tl.int64) * stride_h + slot.to(tl.int64) * stride_n
+    q = tl.load(queries[:, None] + d[None, :], mask=real[:, None] & (d[None, :] < D), other=0.0)
+
+    none: tl.constexpr = -3.4028234e38
+    turn_bits: tl.constexpr = (1 << BITS) - 1
+    nan: tl.constexpr = tl.PropagateNan.ALL  # NaN stays in the lanes, and so does infinity, which takes last bits to be NaN
+    best1 = tl.full([M, T], none, tl.float32)
+    best2, best3, best4, left = best1, best1, best1, best1
+    begin, end = tl.min(first, 0) + SINK, tl.max(last, 0) - RECENT
+    since, until = first[:, None] + SINK, last[:, None] - RECENT
+    for turn in tl.range(0, tl.cdiv(end - begin, T), TURNS):
+        score = _turn(q, HIGH, LOW, group * C, begin + turn * T + lane, end, turn, turn_bits, since, until, R, D, d)
+        if TURNS == 1:
+            best1, score = tl.maximum(best1, score, nan), tl.minimum(best1, score, nan)
+            best2, score = tl.maximum(best2, score, nan), tl.minimum(best2, score, nan)
+            best3, score = tl.maximum(best3, score, nan), tl.minimum(best3, score, nan)
+            best4, score = tl.maximum(best4, score, nan), tl.minimum(best4, score, nan)
+            left = tl.maximum(left, score, nan)
+        else:
+            # 16 comparisons for two scores instead of 18: the better one contends with the fourth, the other with the third; what stays
+            # is the best four of six, and is put in order again.
+            turn += 1
+            other = _turn(q, HIGH, LOW, group * C, begin + turn * T + lane, end, turn, turn_bits, since, until, R, D, d)
+            score, other = tl.maximum(score, other, nan), tl.minimum(score, other, nan)
+            left = tl.maximum(left, tl.maximum(tl.minimum(best3, other, nan), tl.minimum(best4, score, nan), nan), nan)
+            best3, best4 = tl.maximum(best3, other, nan), tl.maximum(best4, score, nan)
+            best1, best3 = tl.maximum(best1, best3, nan), tl.minimum(best1, best3, nan)
+            best2, best4 = tl.maximum(best2, best4, nan), tl.minimum(best2, best4, nan)
+            best1, best2 = tl.maximum(best1, best2, nan), tl.minimum(best1, best2, nan)
+            best3, best4 = tl.maximum(best3, best4, nan), tl.minimum(best3, best4, nan)
+
+    out = OUT + (bh.to(tl.int64) * N_BLOCKS * P + slot.to(tl.int64)) * (FREE + SINK + RECENT)
+    here = slot < N_BLOCKS * P
+    found = tl.zeros([M], tl.int32)
+    normal = tl.full([M], 1, tl.int32)
+    most = tl.full([M], float("inf"), tl.float32)
+    for j in tl.static_range(FREE):
+        before, most = most, tl.max(best1, 1)
+        of_lane = tl.min(tl.where(best1 == most[:, None], lane[None, :], T), 1)
+        some = most > none
+        chosen = begin + (most.to(tl.int32, bitcast=True) & turn_bits) * T + of_lane
+        chosen = tl.where(real & some, chosen, -1)
+        if j < FREE - 1:
+            tl.store(out + j, chosen, mask=here)
+        found += some.to(tl.int32)
+        normal &= (tl.abs(most) > 1.2e-38).to(tl.int32)  # smaller numbers may lose their last bits
+        taken = lane[None, :] == of_lane[:, None]
+        best1 = tl.where(taken, best2, best1)
+        best2 = tl.where(taken, best3, best2)
+        best3 = tl.where(taken, best4, best3)
+        best4 = tl.where(taken, none, best4)
+    forced = out + FREE
+    for s in tl.static_range(SINK):
+        tl.store(forced + s, tl.where(real & (first + s < last), first + s, -1), mask=here)
+    for r in tl.static_range(RECENT):
+        tl.store(forced + SINK + r, tl.where(real & (last - 1 - r >= first + SINK), last - 1 - r, -1), mask=here)
+
+    second, dropped = tl.max(best1, 1), tl.max(left, 1)
+    ahead, behind = _without(most, turn_bits), _without(tl.maximum(second, dropped), turn_bits)
+    certain = (ahead > behind) | ((second == none) & (dropped == none))
+    if BITS > 0:
+        rival_lane = tl.min(tl.where(best1 == second[:, None], lane[None, :], T), 1)
+        third = tl.maximum(tl.max(tl.where(lane[None, :] == rival_lane[:, None], best2, best1), 1), dropped)
+        pair = real & (second > none) & (ahead == _without(second, turn_bits)) & (ahead > _without(third, turn_bits))
+        pair = pair & (_without(before, turn_bits) > ahead)
+        if tl.max(pair.to(tl.int32), 0) > 0:
+            rival = begin + (second.to(tl.int32, bitcast=True) & turn_bits) * T + rival_lane
+            lead = _lead(queries, HIGH, LOW, group * C + chosen, group * C + rival, pair, D)
+            chosen = tl.where(pair & ((lead < 0) | ((lead == 0) & (rival < chosen))), rival, chosen)
+        certain = certain | pair
+    tl.store(out + FREE - 1, chosen, mask=here)
+    wanted = tl.minimum(tl.maximum(last - RECENT - first - SINK, 0), FREE)
+    finite = tl.min((left == left).to(tl.int32), 1)
+    certain = certain & (found == wanted) & (normal > 0) & (finite > 0)
+    redo = tl.reshape((real & ~certain).to(tl.int32), [M // REDO_M, REDO_M])
+    flags = tl.program_id(1) * tl.num_programs(0) * (M // REDO_M) + tile * (M // REDO_M) + tl.arange(0, M // REDO_M)
+    tl.store(REDO + flags, tl.max(redo, 1))
+
+
+@triton.jit
+def _search_kernel(
+    QUERY, HIGH, LOW, OUT, REDO, FIRST, LAST, START, STOP, stride_b, stride_h, stride_n, H, G, C, N_BLOCKS, TILES, M_OF_TILE,
+    SINK: tl.constexpr, RECENT: tl.constexpr, FREE: tl.constexpr, K: tl.constexpr, P: tl.constexpr,
+    M: tl.constexpr, T: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+):  # fmt: skip
+    # One program: M queries of one query block and head, which all choose from the same blocks. Longest searches start first.
+    tile, bh = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)
+    if REDO is not None:  # noqa: SIM102 -- a kernel's `and` would load all the same
+        if tl.load(REDO + bh * TILES + tile * M // M_OF_TILE) == 0:
+            return
+    b, h = bh // H, bh % H
+    group = (b * G + h // (H // G)).to(tl.int64)
+    block = tile * M // P
+    slot = tile * M + tl.arange(0, M)
+    in_block, d = slot - block * P, tl.arange(0, DP)
+    meta = b * N_BLOCKS + block
+    first, last = tl.load(FIRST + meta), tl.load(LAST + meta)
+    real = (in_block >= tl.load(START + meta)) & (in_block < tl.load(STOP + meta))
+    q = tl.load(
+        QUERY + b.to(tl.int64) * stride_b + h.to(tl.int64) * stride_h + slot.to(tl.int64)[:, None] * stride_n + d[None, :],
+        mask=real[:, None] & (d[None, :] < D),
+        other=0.0,
+    )
+
+    # Places beyond FREE hold infinity, so nothing ever takes them. Empty places have block numbers of their own below 0.
+    j, column = tl.arange(0, K), tl.arange(0, T)
+    best = tl.zeros([M, K], tl.float32) + tl.where(j < FREE, float("-inf"), float("inf"))[None, :]
+    chosen = tl.zeros([M, K], tl.int32) - 1 - j[None, :]
+    least = tl.min(best, 1)
+    for start in range(first + SINK, last - RECENT if FREE > 0 else first, T):
+        c = start + column
+        ok = c < last - RECENT
+        at = (group * C + c.to(tl.int64))[None, :] * D + d[:, None]
+        mask = ok[None, :] & (d[:, None] < D)
+        score = _scores(q, HIGH, LOW, at, mask)
+        score = tl.where(score != score, float("inf"), tl.maximum(score, -3.4028234e38))
+        score = tl.where(ok[None, :], score, float("-inf"))
+        # Most tiles hold nothing better than what a query has: take the best of the tile out as long as any query wants it. Blocks come
+        # in rising order and only a higher score displaces, the latest block first, so that among equals the earlier one stays.
+        most, place = tl.max(score, 1, return_indices=True)
+        while tl.max((most > least).to(tl.int32), 0) > 0:
+            latest = tl.max(tl.where(best == least[:, None], chosen, -K - 1), 1)
+            displaced = (chosen == latest[:, None]) & (most > least)[:, None]
+            best = tl.where(displaced, most[:, None], best)
+            chosen = tl.where(displaced, (start + place)[:, None], chosen)
+            least = tl.min(best, 1)
+            score = tl.where(column[None, :] == place[:, None], float("-inf"), score)
+            most, place = tl.max(score, 1, return_indices=True)
+
+    out = OUT + (bh.to(tl.int64) * N_BLOCKS * P + slot.to(tl.int64)) * (FREE + SINK + RECENT)
+    chosen = tl.where(real[:, None] & (chosen >= 0), chosen, -1)
+    tl.store(out[:, None] + j[None, :], chosen, mask=(j[None, :] < FREE) & (slot[:, None] >= 0))
+    for s in tl.static_range(SINK):
+        tl.store(out + FREE + s, tl.where(real & (first + s < last), first + s, -1))
+    for r in tl.static_range(RECENT):
+        tl.store(out + FREE + SINK + r, tl.where(real & (last - 1 - r >= first + SINK), last - 1 - r, -1))
+
+
+@lru_cache(maxsize=256)
+def _program(dtype: torch.dtype, free: int, slots: int, width: int, room: int, in_registers: int) -> tuple[int, int, int, dict]:
+    """Queries and lanes of a program, turns of its loop at once, and how it is compiled, to choose `free` blocks of `slots` slots.
+
+    The fastest of those that need at most `room` bytes of shared memory for queries and means that are `width` wide. Of the loop's stages
+    so many have their means `in_registers`.
+    """
+    halves, fastest = (1 if dtype == torch.float32 else 2), []
+    if dtype != torch.float32 and free <= 8:
+        fastest = [(128, 32, 1, 8), (64, 32, 1, 4)]
+    elif dtype != torch.float32:
+        fastest = [(64, 64, 1, 4)]
+        if slots % 128 == 0:  # all queries of a program may choose the same blocks
+            fastest = [(128, 64, 2, 8), *fastest]
+    for queries, lanes, turns, warps in (*fastest, (32, 32, 1, 4), (16, 16, 1, 4)):
+        stages = min(3, (room // (width * dtype.itemsize) - queries) // (halves * lanes * turns) + in_registers)
+        options = {"num_warps": warps, "num_stages": max(stages, 1)}
+        if stages > turns:  # one more than a turn reads, so that loads go on during products
+            break
+    if (queries, lanes) == (128, 32):  # two programs share a multiprocessor, and nothing spills
+        options["maxnreg"] = 128
+    return queries, lanes, turns, options
+
+
+@lru_cache(maxsize=16)
+def _memory(device: torch.device) -> tuple[int, int]:
+    """The bytes of shared memory that one program may have, and how many stages of a loop have what they multiply in registers."""
+    properties = torch.cuda.get_device_properties(device)
+    room = getattr(properties, "shared_memory_per_block_optin", 64 << 10)  # which HIP does not say
+    return room, 0 if properties.major >= 9 else 1  # Hopper multiplies out of shared memory
+
+
+def choose(query: Tensor, key: Tensor, layout: BlockLayout, spec: AttentionSettings) -> Tensor:
+    """`[B, H, Q * P, D]`, `[B, G, C * P, D]` -> `[B, H, Q * P, S]` int32, the chosen blocks, -1 where there are fewer."""
+    rows, heads, slots, width = query.shape
+    chosen = torch.empty(rows, heads, slots, spec.routed, dtype=torch.int32, device=query.device)
+    if spec.routed == 0:
+        return chosen
+    free = spec.routed - spec.sink_blocks - spec.recent_blocks
+    shape = heads, key.shape[1], layout.n_key_blocks, layout.n_query_blocks
+    sizes = {"D": width, "DP": max(16, next_power_of_2(width)), "P": layout.width}
+    forced = {"SINK": spec.sink_blocks, "RECENT": spec.recent_blocks, "FREE": free}
+    means = block_means(key, layout, query.dtype) if free else (query, None)  # nothing is chosen by a score then
+    operands = query, *means, chosen
+    places = *candidates(layout, spec), layout.query_start, layout.query_stop, *query.stride()[:3], *shape
+
+    tile, lanes, turns, options = _program(query.dtype, free, layout.width, sizes["DP"], *_memory(query.device))
+    searched = min(tile, 64)
+    bits = (cdiv(layout.n_key_blocks, lanes) - 1).bit_length()
+    tiles, redo = cdiv(slots, tile), None
+    if 0 < free <= _MOST_IN_LANES and bits <= _MOST_BITS:
+        redo = chosen.new_empty(rows * heads * tiles * tile // searched)
+        spans = 1 if layout.width % tile == 0 else tile
+        _lanes_kernel[(tiles, rows * heads)](
+            *operands, redo, *places, **sizes, **forced, M=tile, R=spans, T=lanes, BITS=bits, TURNS=turns, REDO_M=searched, **options
+        )
+    m, k = math.gcd(layout.width, searched), next_power_of_2(max(free, 2))
+    _search_kernel[(slots // m, rows * heads)](
+        *operands, redo, *places, tiles * tile // searched, searched, **sizes, **forced, K=k, M=m, T=searched, num_warps=4, num_stages=3
+    )
+    return chosen

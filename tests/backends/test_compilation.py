@@ -1,0 +1,98 @@
+"""One compilation for all lengths and batches: torch.compile's tracing, which needs no GPU, is counted; no kernel is made."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+import torch
+
+from moba_flex import moba_attention
+from moba_flex.backends import flex
+from moba_flex.backends.compilation import compiled
+from moba_flex.functional import attend
+
+
+@pytest.fixture
+def traced(monkeypatch) -> list[str]:
+    """The name of a function each time that it is traced."""
+    names, compile_ = [], torch.compile
+
+    def counting(call, **options):
+        return compile_(call, backend=lambda graph, _: names.append(call.__code__.co_name) or graph.forward, **options)
+
+    monkeypatch.setattr(torch, "compile", counting)
+    monkeypatch.setattr(flex, "_compile", lambda call, settings, is_cuda: compiled(call, settings))
+    for name in ("_forward_call", "_backward_call"):  # none that other tests have made
+        monkeypatch.setattr(flex, name, cache(getattr(flex, name).__wrapped__))
+    torch._dynamo.reset()
+    return names
+
+
+def call(n_query: int, n_key: int, rows: int) -> None:
+    """Forward and backward, with two key heads, so never one element of FlexAttention's batch."""
+    query, key, value = (torch.randn(rows, h, n, 16, requires_grad=True) for h, n in ((4, n_query), (2, n_key), (2, n_key)))
+    attend(query, key, value, block_size=16, top_k=3, implementation="flex").sum().backward()
+
+
+class Moba(torch.nn.Module):
+    def __init__(self, block_size: int) -> None:
+        super().__init__()
+        self.block_size = block_size
+
+    def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        return moba_attention(query, key, value, block_size=self.block_size, top_k=3)
+
+
+def operands(n_tokens: int) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(n_tokens)
+    return tuple(torch.randn(1, 1, n_tokens, 8, generator=generator) for _ in range(3))
+
+
+@pytest.mark.parametrize("block_size", [16, 128])
+def test_the_operation_is_one_graph_for_all_lengths(block_size):
+    torch._dynamo.reset()
+    graphs, model = [], Moba(block_size)
+    call = torch.compile(model, backend=lambda graph, _: graphs.append(graph) or graph.forward, fullgraph=True, dynamic=True)
+    for n_tokens in (129, 100, 300):  # 128 tokens are nothing to it
+        torch.testing.assert_close(call(*operands(n_tokens)), model(*operands(n_tokens)))
+    assert len(graphs) == 1
+
+
+def test_the_operation_is_exported_for_lengths_on_both_sides_of_128_tokens():
+    n_tokens, model = torch.export.Dim("n_tokens", min=20, max=1000), Moba(16)
+    exported = torch.export.export(model, operands(40), dynamic_shapes=({2: n_tokens},) * 3).module()
+    for n in (20, 128, 300):
+        torch.testing.assert_close(exported(*operands(n)), model(*operands(n)))
+
+
+SHORT = [(300, 300), (40, 40), (128, 128), (129, 129), (500, 500), (2, 300), (128, 512), (33, 511), *((n, n) for n in range(20, 500, 40))]
+ROUTED = [(150, 150), (40, 40), (128, 128), (129, 129), (33, 100), (90, 128), (200, 200), (60, 60)]
+
+
+def test_all_short_lengths_share_one_compilation_forward_and_one_backward(traced):
+    for lengths in SHORT:
+        for rows in (1, 2):
+            call(*lengths, rows)
+    assert len(traced) == len(set(traced)) == 2, traced
+
+
+def test_all_routed_lengths_share_one_compilation_of_each_call(traced, monkeypatch):
+    monkeypatch.setattr("moba_flex.attention.few_blocks", lambda *_: False)
+    for lengths in ROUTED:
+        for rows in (1, 2):
+            call(*lengths, rows)
+    assert len(traced) == len(set(traced)) == 4, traced  # local and routed, forward and backward
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_a_later_compilation_serves_all_lengths_too(traced, monkeypatch, masked):
+    """Whatever it is made for: here torch.compile has forgotten those before."""
+    if not masked:
+        monkeypatch.setattr("moba_flex.attention.few_blocks", lambda *_: False)
+    call(300, 300, 2)
+    torch._dynamo.reset()
+    traced.clear()
+    for n in (300, 60, 200):
+        call(n, n, 2)
+    assert len(traced) == len(set(traced)) == (2 if masked else 4), traced

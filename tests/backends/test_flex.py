@@ -1,0 +1,259 @@
+"""The FlexAttention path without a GPU: the same masks, lists and steps on PyTorch's uncompiled FlexAttention, against eager.
+
+Uncompiled FlexAttention asks `mask_mod` alone and compiled kernels ask the lists first, so a test here holds the one against the
+other.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.attention.flex_attention as flex_module
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from moba_flex import attention as attention_module
+from moba_flex.attention import attention
+from moba_flex.backends import flex
+from moba_flex.backends.block_masks import local_mask, routed_mask
+from moba_flex.core import chunking as chunks_module
+from moba_flex.core.chunking import chunks, max_elements
+from moba_flex.core.layout import _persistent_layout, dense_layout, packed_layout, padded_layout, slots_per_block
+from moba_flex.core.settings import AttentionSettings
+from moba_flex.functional import attend
+from moba_flex.ops import gate
+from moba_flex.ops.routing import route
+
+
+@pytest.fixture(autouse=True)
+def plain_flex_attention(monkeypatch):
+    """Uncompiled, and routed however few blocks there are: `test_masked.py` is about those."""
+    monkeypatch.setattr(flex_module, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
+    monkeypatch.setattr("moba_flex.attention.few_blocks", lambda *_: False)
+
+
+@st.composite
+def cases(draw):
+    groups, repeats = draw(st.integers(1, 2)), draw(st.integers(1, 3))
+    n_key = draw(st.integers(1, 100) | st.integers(100, 300))
+    causal = draw(st.booleans())
+    forced = draw(st.sampled_from([(0, 0), (1, 0), (0, 1), (1, 1)])) if causal else (0, 0)
+    return {
+        "rows": draw(st.integers(1, 2)),
+        "heads": groups * repeats,
+        "groups": groups,
+        "n_query": draw(st.one_of(st.just(n_key), st.integers(1, n_key))),
+        "n_key": n_key,
+        "block_size": draw(st.sampled_from([7, 16, 40, 64, 100] if n_key <= 100 else [64, 100, 128, 160, 256])),
+        "top_k": draw(st.integers(1 + sum(forced), 5)),
+        "sink_blocks": forced[0],
+        "recent_blocks": forced[1],
+        "causal": causal,
+        "padding": draw(st.sampled_from(["none", "left", "right", "packed"])),
+        "share_selection": draw(st.booleans()),
+        "softcap": draw(st.sampled_from([None, 1.5])),
+        "seed": draw(st.integers(0, 1000)),
+    }
+
+
+def visibility(case: dict, generator: torch.Generator):
+    """A padding mask or bounds of packed sequences, or neither."""
+    if case["padding"] == "packed":
+        cuts = torch.randint(0, case["n_key"] + 1, (2,), generator=generator).sort().values.tolist()
+        return None, torch.tensor([0, *cuts, case["n_key"]], dtype=torch.int32)
+    if case["padding"] == "none":
+        return None, None
+    length = torch.randint(0, case["n_key"] + 1, (case["rows"], 1), generator=generator)
+    position = torch.arange(case["n_key"])
+    return position < length if case["padding"] == "right" else position >= case["n_key"] - length, None
+
+
+def prepared(case: dict):
+    """Layout, spec and the routes of random queries, as the operator makes them."""
+    generator = torch.Generator().manual_seed(case["seed"])
+    padding_mask, bounds = visibility(case, generator)
+    n_query = case["n_key"] if bounds is not None else case["n_query"]
+    rows = 1 if bounds is not None else case["rows"]
+    block_size, width = case["block_size"], slots_per_block(case["block_size"])
+    if bounds is not None:
+        layout = packed_layout(bounds, case["n_key"], block_size, width)
+    elif padding_mask is not None:
+        layout = padded_layout(padding_mask, n_query, block_size, width)
+    else:
+        layout = dense_layout(rows, n_query, case["n_key"], block_size, width, torch.device("cpu"))
+    names = ("block_size", "top_k", "sink_blocks", "recent_blocks", "causal")
+    spec = AttentionSettings(*(case[name] for name in names), 0.25)
+    query = layout.query_slots(torch.randn(rows, case["heads"], n_query, 4, generator=generator))
+    key = layout.key_slots(torch.randn(rows, case["groups"], case["n_key"], 4, generator=generator))
+    pairs = rows * case["heads"] * layout.max_pairs(spec.routed, spec.causal)
+    chosen = gate.choose(query, key, layout, spec)
+    routes = route(chosen, case["groups"], layout.n_key_blocks, flex.TILE, pairs) if pairs else None
+    return layout, spec, routes
+
+
+def operands(case: dict) -> list[torch.Tensor]:
+    packed = case["padding"] == "packed"
+    n_query, rows = (case["n_key"], 1) if packed else (case["n_query"], case["rows"])
+    shapes = (rows, case["heads"], n_query, 8), (rows, case["groups"], case["n_key"], 8), (rows, case["groups"], case["n_key"], 6)
+    generator = torch.Generator().manual_seed(case["seed"] + 1)
+    return [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
+
+
+def settings_of(case: dict, implementation: str) -> tuple:
+    sizes = [*(case[name] for name in ("block_size", "top_k", "sink_blocks", "recent_blocks")), 1 << 30]
+    return sizes, case["causal"], case["share_selection"], 0.3, case["softcap"], implementation
+
+
+def computed(case: dict, implementation: str) -> list[torch.Tensor]:
+    """Output, finite log-sum-exp and gradients of a loss that uses both."""
+    leaves = operands(case)
+    padding_mask, bounds = visibility(case, torch.Generator().manual_seed(case["seed"]))
+    out, lse, _ = attention(*leaves, padding_mask, bounds, *settings_of(case, implementation))
+    lse = torch.where(lse == -torch.inf, 0, lse)
+    loss = (out * torch.arange(out.numel()).view_as(out).sin()).sum() + lse.sin().sum()
+    return [out, lse, *torch.autograd.grad(loss, leaves)]
+
+
+def assert_same(results: list[torch.Tensor], wanted: list[torch.Tensor], case: dict) -> None:
+    for name, a, b in zip(("output", "lse", "dq", "dk", "dv"), results, wanted):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4, msg=lambda text, name=name: f"{name} of {case}: {text}")
+
+
+@settings(max_examples=25)
+@given(cases())
+def test_flex_equals_eager_values_and_gradients(case):
+    assert_same(computed(case, "flex"), computed(case, "eager"), case)
+
+
+@settings(max_examples=25)
+@given(cases(), st.booleans())
+def test_a_key_head_beyond_the_reach_of_a_kernel_is_worked_through_in_parts(case, whole_heads):
+    def short(query, key, value, layout, spec, budget, _):
+        width, blocks = max(query.shape[-1], value.shape[-1]), layout.n_query_blocks if whole_heads else 1
+        return chunks(query, key, value, layout, spec, budget, max_elements(1, blocks, width, layout, spec))
+
+    wanted = computed(case, "eager")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(attention_module, "chunks", short)
+        for implementation in ("eager", "flex"):
+            assert_same(computed(case, implementation), wanted, case)
+
+
+@settings(max_examples=25)
+@given(cases(), st.integers(1, 6))
+def test_no_step_has_more_heads_than_one_launch_serves(case, most):
+    """The gate has one row at least, and all other steps the query heads of one key head."""
+    repeats = case["heads"] // case["groups"]
+    allowed = {"choose": case["heads"], "local": repeats, "route": repeats, "local_backward": repeats}
+    wanted, seen = computed(case, "flex"), set()
+
+    def watched(name: str):
+        step = getattr(flex, name)
+
+        def call(x, *args):
+            assert x.shape[0] * x.shape[1] <= max(most, allowed[name])
+            seen.add(name)
+            return step(x, *args)
+
+        return call
+
+    _persistent_layout.cache_clear()  # with the chunks of calls before
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(chunks_module, "MAX_HEADS", most)
+        for name in allowed:
+            patched.setattr(flex, name, watched(name))
+        assert_same(computed(case, "flex"), wanted, case)
+    _persistent_layout.cache_clear()
+    assert seen
+
+
+@settings(max_examples=25)
+@given(cases())
+def test_an_output_lies_as_its_query_does(case):
+    """Heads together for each token, as a model's projections make them; and torch.compile is told truly."""
+    case |= {"rows": 1, "padding": "none"}
+    straight = operands(case)
+    turned = [x.detach().transpose(1, 2).contiguous().transpose(1, 2) for x in straight]
+    out, lse, _ = attention(*turned, None, None, *settings_of(case, "flex"))
+    wanted, wanted_lse, _ = attention(*straight, None, None, *settings_of(case, "flex"))
+    assert out.transpose(1, 2).is_contiguous() and wanted.is_contiguous() and lse.is_contiguous()
+    assert_same([out, lse], [wanted, wanted_lse], case)
+    with FakeTensorMode() as mode:
+        for real, given_ in ((out, turned), (wanted, straight)):
+            fake = attention(*map(mode.from_tensor, given_), None, None, *settings_of(case, "flex"))[0]
+            assert all(n == 1 or a == b for n, a, b in zip(real.shape, real.stride(), fake.stride(), strict=True))
+
+
+def tile_maps(mask, n_query: int, n_key: int):
+    """What the lists say: `[b, query tiles, key tiles]`, 0 nothing, 1 partial, 2 full, read by queries and by keys."""
+    q_tiles, kv_tiles = n_query // mask.tiles[0], n_key // mask.tiles[1]
+    rows = mask.lists[0].shape[0]
+    by_query = torch.zeros(rows, q_tiles, kv_tiles, dtype=torch.int)
+    by_key = torch.zeros(rows, kv_tiles, q_tiles, dtype=torch.int)
+    for into, lists in ((by_query, mask.lists[:4]), (by_key, mask.lists[4:])):
+        for kind, counts, indices in ((1, lists[0], lists[1]), (2, lists[2], lists[3])):
+            assert indices.shape[-1] == 1  # the kernel steps through the rest of the run
+            for b in range(rows):
+                for tile, (count, first) in enumerate(zip(counts[b, 0].tolist(), indices[b, 0, :, 0].tolist())):
+                    assert 0 <= first < into.shape[2], "an index is loaded even where the count is 0"
+                    into[b, tile, first : first + count] = kind
+    return by_query, by_key.mT
+
+
+def evaluated(mask, rows: int, n_query: int, n_key: int) -> torch.Tensor:
+    """What the rule says of each pair of slots."""
+    b, q, kv = torch.arange(rows)[:, None, None], torch.arange(n_query)[:, None], torch.arange(n_key)
+    seen = mask.rule(b, torch.zeros((), dtype=torch.int), q, kv, *mask.buffers)
+    return seen.expand(rows, n_query, n_key)
+
+
+@settings(max_examples=50)
+@given(cases())
+def test_the_lists_of_the_local_mask_say_what_its_rule_says(case):
+    layout, _, _ = prepared(case | {"causal": True, "sink_blocks": 0, "recent_blocks": 0, "top_k": max(2, case["top_k"])})
+    mask = local_mask(layout, case["heads"], case["groups"])
+    rows = layout.own.shape[0] * case["groups"]
+    n_query, n_key = layout.n_query_blocks * layout.width, layout.n_key_blocks * layout.width
+    by_query, by_key = tile_maps(mask, n_query, n_key)
+    seen = evaluated(mask, rows, n_query, n_key).unflatten(1, (-1, mask.tiles[0])).unflatten(3, (-1, mask.tiles[1]))
+    wanted = seen.any(4).any(2).int() + seen.all(4).all(2).int()
+    holds_queries = (layout.query_stop > layout.query_start).repeat_interleave(case["groups"], 0)
+    tiles = holds_queries.repeat_interleave(layout.width // mask.tiles[0], 1)
+    for name, lists in (("queries", by_query), ("keys", by_key)):
+        listed = lists.clone()
+        # A tile whose rule holds everywhere may stand among the partial ones.
+        same = (listed == wanted) | ((listed == 1) & (wanted == 2))
+        assert same[tiles].all(), (name, case)
+
+
+@settings(max_examples=50)
+@given(cases())
+def test_the_lists_of_the_routed_mask_say_what_its_rule_says(case):
+    layout, spec, routes = prepared(case)
+    if routes is None:
+        assert spec.routed == 0 or layout.max_pairs(spec.routed, spec.causal) == 0
+        return
+    mask = routed_mask(routes, layout, case["groups"], spec.causal)
+    n_query, n_key = routes.n_rows, layout.own.shape[0] * case["groups"] * layout.n_key_blocks * layout.width
+    by_query, by_key = tile_maps(mask, n_query, n_key)
+    used = routes.tile_in_use.bool()
+    assert torch.equal(by_query, by_key), case
+    assert (by_query[0, ~used] == 0).all()
+    seen = evaluated(mask, 1, n_query, n_key).unflatten(1, (-1, mask.tiles[0])).unflatten(3, (-1, mask.tiles[1]))
+    some, every = seen.any(4).any(2)[0, used], seen.all(4).all(2)[0, used]
+    listed = by_query[0, used]
+    assert torch.equal(listed > 0, some), case
+    assert (every | (listed < 2)).all(), case  # nothing that the rule hides is listed as full
+    if spec.causal and layout.whole:
+        assert (listed[some] == 2).all(), case  # no mask is evaluated for a past block
+
+
+def test_heads_narrower_than_a_tile_are_widened_with_zeros():
+    leaves = [torch.randn(1, heads, 90, width, requires_grad=True) for heads, width in ((4, 8), (2, 8), (2, 5))]
+    results = []
+    for implementation in ("eager", "flex"):
+        out = attend(*leaves, block_size=16, top_k=3, implementation=implementation)
+        results.append((out, *torch.autograd.grad(out.sin().sum(), leaves)))
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)

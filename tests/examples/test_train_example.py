@@ -1,0 +1,303 @@
+"""examples/train.py: no step that is done is lost or done twice, and losses do not depend on who shares the work."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import train
+from accelerate.state import AcceleratorState, GradientState
+from transformers import AutoModelForCausalLM
+from transformers.loss.loss_utils import ForCausalLMLoss
+
+ROOT = Path(__file__).parents[2]
+TINY = [
+    *("--tiny", "--cpu", "--text", str(ROOT / "moba_flex/naive.py"), str(ROOT / "moba_flex/gate.py")),
+    *("--sequence-length", "200", "--block-size", "24", "--top-k", "3", "--sink-blocks", "1", "--full-attention-layers", "-1"),
+    *("--batch-size", "4", "--learning-rate", "1e-3", "--warmup", "2", "--moba-share", "0.5"),
+]
+SHORT = [*TINY, "--steps", "6", "--checkpoint-every", "3"]
+
+
+@pytest.fixture
+def alone():
+    """accelerate keeps its state for the life of a process."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+
+
+@pytest.fixture(scope="module")
+def short(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six steps on one process, from beginning to end."""
+    output = tmp_path_factory.mktemp("short")
+    run([sys.executable, "examples/train.py", *SHORT, "--micro-batch-size", "2", "--output", str(output)])
+    return output
+
+
+def environment() -> dict[str, str]:
+    here = {name: x for name, x in os.environ.items() if not name.startswith(("ACCELERATE_", "FSDP_"))}
+    loopback = {"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return {**here, **loopback, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def run(command: list[str]) -> str:
+    """What it printed. A command that hangs or fails says why, and its processes are ended."""
+    with start(command) as process:
+        try:
+            said, _ = process.communicate(timeout=150)
+        except subprocess.TimeoutExpired:
+            process.terminate()  # accelerate then ends its processes, which are no children of this one
+            said, _ = process.communicate(timeout=60)
+            pytest.fail(f"{' '.join(command)} did not end in 150 seconds:\n{said[-6000:]}")
+    assert process.returncode == 0, said[-6000:]
+    return said
+
+
+def start(command: list[str]) -> subprocess.Popen:
+    out = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, cwd=ROOT, env=environment(), **out)
+
+
+def launch(config: str, script: str, *arguments: str, processes: int = 2, **parallelism: int) -> str:
+    options = [part for name, x in parallelism.items() for part in (f"--parallelism_config_{name}", str(x))]
+    config = str(ROOT / "examples/accelerate" / config)
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, "--mixed_precision", "no"]
+    return run([*launcher, "--num_processes", str(processes), *options, script, *arguments])
+
+
+def log(output: Path) -> list[dict]:
+    return [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+
+
+def losses(output: Path) -> list[float]:
+    entries = log(output)
+    assert [entry["step"] for entry in entries] == list(range(1, len(entries) + 1))
+    return [entry["loss"] for entry in entries]
+
+
+def assert_same_losses(output: Path, expected: Path) -> None:
+    torch.testing.assert_close(losses(output), losses(expected), rtol=1e-5, atol=0.0)
+
+
+def up_to_step_3(run: Path, output: Path) -> Path:
+    shutil.copytree(run, output, ignore=shutil.ignore_patterns("step-00000006", "model"))
+    return output
+
+
+def test_a_run_learns_logs_and_leaves_a_model_that_loads(short: Path) -> None:
+    entries = log(short)
+    assert [entry["attention"] for entry in entries] == ["moba"] * 3 + ["full"] * 3
+    assert all(entry["tokens_per_second"] > 0 for entry in entries)
+    assert losses(short)[-1] < losses(short)[0]
+    model = AutoModelForCausalLM.from_pretrained(short / "model", attn_implementation="moba")
+    assert model(torch.arange(64)[None]).logits.isfinite().all()
+    assert dict(model.config.moba)["block_size"] == 24
+
+
+@pytest.mark.parametrize("given", ["labels", "shift_labels", "num_items_in_batch"])
+def test_the_loss_in_parts_is_that_of_transformers(monkeypatch: pytest.MonkeyPatch, given: str) -> None:
+    monkeypatch.setattr(train, "LOSSES_AT_ONCE", 7)
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 20, 11, generator=generator, requires_grad=True)
+    labels = torch.randint(11, (2, 20), generator=generator)
+    labels[0, :3] = -100
+    more = {"shift_labels": {"shift_labels": labels.roll(1, 1)}, "num_items_in_batch": {"num_items_in_batch": torch.tensor(13)}}.get(
+        given, {}
+    )
+    actual, expected = (loss(logits, labels, vocab_size=11, **more) for loss in (train.mean_loss, ForCausalLMLoss))
+    torch.testing.assert_close(actual, expected)
+    torch.testing.assert_close(torch.autograd.grad(actual, logits), torch.autograd.grad(expected, logits))
+
+
+def test_two_processes_have_the_losses_of_one(short: Path, tmp_path: Path) -> None:
+    launch("cpu.yaml", "examples/train.py", *SHORT, "--activation-checkpointing", "--output", str(tmp_path))
+    assert_same_losses(tmp_path, short)
+
+
+def test_sharded_parameters_and_sequences_have_the_losses_of_one_process(short: Path, tmp_path: Path) -> None:
+    sizes = {"dp_shard_size": 1, "cp_size": 2}
+    launch("fsdp2_cp.yaml", "tests/train_on_cpus.py", *SHORT, "--micro-batch-size", "2", "--output", str(tmp_path), **sizes)
+    assert_same_losses(tmp_path, short)
+
+
+def test_one_process_checkpoint_goes_on_with_sharded_parameters_on_two(short: Path, tmp_path: Path) -> None:
+    output = up_to_step_3(short, tmp_path / "run")
+    launch("fsdp2.yaml", "tests/train_on_cpus.py", *SHORT, "--resume", "--output", str(output))
+    assert_same_losses(output, short)
+
+
+def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(tmp_path: Path) -> None:
+    """Ctrl-C ends the run with a checkpoint. The same process count computes the same bits."""
+    command = [sys.executable, "examples/train.py", *TINY, "--steps", "40", "--output"]
+    run([*command, str(tmp_path / "whole")])
+    output = tmp_path / "interrupted"
+    process = start([*command, str(output)])
+    try:
+        while not (output / "log.jsonl").exists() or len(log(output)) < 3:
+            with pytest.raises(subprocess.TimeoutExpired):  # it still runs
+                process.wait(0.01)
+        process.send_signal(signal.SIGINT)
+        said, _ = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == 0, said
+    steps = len(log(output))
+    assert 3 <= steps < 40 and (output / f"step-{steps:08d}").is_dir() and f"interrupted after step {steps}" in said
+    run([*command, str(output), "--resume"])
+    assert losses(output) == losses(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("done", [0, 1, 3])  # after three steps the checkpoint is there already
+def test_ctrl_c_ends_a_step_between_its_micro_batches(alone: None, short: Path, tmp_path: Path, monkeypatch, capsys, done: int) -> None:
+    """Two a step, of two sequences. Steps that are done are kept, and the one that is not begins anew."""
+    calls, forward = [], train.forward
+
+    def interrupted(*args) -> torch.Tensor:
+        calls.append(0)
+        if len(calls) == 2 * done + 1:
+            signal.raise_signal(signal.SIGINT)
+        return forward(*args)
+
+    monkeypatch.setattr(train, "forward", interrupted)
+    arguments = [*SHORT, "--micro-batch-size", "2", "--output", str(tmp_path / "run")]
+    train.train(train.parse(arguments))
+    assert len(calls) == 2 * done + 1
+    checkpoints = [path.name for path in (tmp_path / "run").glob("step-*")]
+    said = capsys.readouterr().out
+    if not done:
+        assert not checkpoints and "interrupted within the first step" in said
+        return
+    assert checkpoints == [f"step-{done:08d}"] and f"interrupted after step {done}, whose checkpoint is written" in said
+    AcceleratorState._reset_state(True)
+    train.train(train.parse([*arguments, "--resume"]))
+    assert_same_losses(tmp_path / "run", short)
+
+
+@pytest.mark.parametrize("name", ["tp_size", "sp_size"])
+def test_parallelism_that_the_script_does_not_do_is_refused(name: str, tmp_path: Path) -> None:
+    parallelism = SimpleNamespace(**{"tp_size": 1, "sp_size": 1, "cp_size": 1, name: 2})
+    with pytest.raises(SystemExit, match=f"configuration has {name} 2, which this script does not do"):
+        accelerator = SimpleNamespace(parallelism_config=parallelism, num_processes=2, process_index=0)
+        train.Share(accelerator, train.parse([*SHORT, "--output", str(tmp_path)]))
+
+
+def test_a_process_ends_well_while_gloo_s_threads_still_want_python_s_lock(tmp_path: Path) -> None:
+    script = f"""
+import sys
+sys.path.insert(0, "examples")
+import torch, torch.distributed as dist, train
+
+def busy(_):
+    sum(range(10_000_000))
+
+def trained(_):
+    dist.init_process_group("gloo", store=dist.FileStore({str(tmp_path / "store")!r}, 1), rank=0, world_size=1)
+    for _ in range(20):
+        dist.all_reduce(torch.ones(1), async_op=True).get_future().then(busy)
+
+train.train = trained
+print("trained")
+train.main(["--tiny", "--text", "-", "--output", "-"])
+"""
+    assert run([sys.executable, "-c", script]).endswith("trained\n")
+
+
+@pytest.mark.parametrize(("processes", "rows"), [(1, 1), (1, 4), (2, 2), (4, 1)])
+def test_every_sequence_is_read_once_an_epoch_whoever_shares_the_work(tmp_path: Path, processes: int, rows: int) -> None:
+    """Also where an epoch ends in the middle of a step."""
+    (tmp_path / "text").write_text(" ".join(map(str, range(2100))))
+    args = train.parse([*SHORT, "--text", str(tmp_path / "text"), "--output", "-"])
+    text, alone = train.Text(args, None, 256), train.Text(args, None, 256)
+    shares = [SimpleNamespace(size=processes, rank=rank, rows=rows) for rank in range(processes)]
+    n = text.fingerprint[0] // args.sequence_length
+    assert n % args.batch_size == 2
+    steps = range(-(-2 * n // args.batch_size))
+    parts = range(args.batch_size // (processes * rows))
+    read = torch.cat([text.batch(step, i, share) for step in steps for i in parts for share in shares])
+    one = SimpleNamespace(size=1, rank=0, rows=args.batch_size)
+    assert read.equal(torch.cat([alone.batch(step, 0, one) for step in steps]))
+    first, second = read[:n], read[n : 2 * n]
+    assert len(first.unique(dim=0)) == n and first.unique(dim=0).equal(second.unique(dim=0)) and not first.equal(second)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--micro-batch-size", "3"], "--batch-size, the sequences of one step, is 4, but must be a multiple of 3"),
+        (["--context-parallel", "2"], "--context-parallel must divide the 1 processes, but is 2"),
+        (["--sequence-length", "1000000"], "--text has .* tokens, but one sequence .* has 1000000"),
+        (["--resume"], "--resume: there is no checkpoint in"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_refused_in_one_sentence(alone: None, tmp_path: Path, arguments: list[str], words: str) -> None:
+    with pytest.raises(SystemExit, match=words):
+        train.train(train.parse([*SHORT, *arguments, "--output", str(tmp_path / "run")]))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--text", "nowhere.txt"], "cannot read the files of --text: .*nowhere.txt"),
+        (["--block-size", "0"], "this model cannot use MoBA so: block_size must be an int of at least 1, but is 0"),
+        (["--full-attention-layers", "7"], "full_attention_layers has 7, but LlamaForCausalLM has the layers 0, 1"),
+        (["--log-with", "nosuch"], "accelerate cannot begin: .*nosuch"),
+        (["--output", __file__], "cannot write to the folder: "),
+    ],
+)
+def test_what_cannot_work_is_said_in_one_line(alone: None, tmp_path: Path, arguments: list[str], words: str) -> None:
+    with pytest.raises(SystemExit, match=f"train.py: error: .*{words}") as refused:
+        train.main([*SHORT, "--output", str(tmp_path / "run"), *arguments])
+    assert "\n" not in str(refused.value) and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--batch-size", "0"], "argument --batch-size: must be at least 1, but is 0"),
+        (["--checkpoint-every", "0"], "argument --checkpoint-every: must be at least 1, but is 0"),
+        (["--sequence-length", "1"], "argument --sequence-length: a sequence of 1 token has nothing to predict"),
+        (["--moba-share", "3"], "argument --moba-share: must be from 0 to 1, but is 3"),
+        (["--learning-rate", "-1"], "argument --learning-rate: must be finite and above 0, but is -1"),
+        (["--learning-rate", "nan"], "argument --learning-rate: must be finite and above 0, but is nan"),
+        (["--weight-decay", "inf"], "argument --weight-decay: must be finite and at least 0, but is inf"),
+        (["--clip", "nan"], "argument --clip: must be above 0, but is nan"),
+        (["--warmup", "-1"], "argument --warmup: must be at least 0, but is -1"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(tmp_path: Path, arguments: list[str], words: str, capsys) -> None:
+    with pytest.raises(SystemExit):
+        train.parse([*SHORT, "--output", str(tmp_path), *arguments])
+    assert words in capsys.readouterr().err
+
+
+def test_a_line_of_the_log_that_was_cut_off_is_dropped(alone: None, short: Path, tmp_path: Path) -> None:
+    output = up_to_step_3(short, tmp_path / "run")
+    with open(output / "log.jsonl", "a") as file:
+        file.write('{"step": 4, "loss": 3.1')
+    train.train(train.parse([*SHORT, "--micro-batch-size", "2", "--resume", "--output", str(output)]))
+    assert_same_losses(output, short)
+
+
+def test_a_run_is_not_overwritten(alone: None, short: Path) -> None:
+    with pytest.raises(SystemExit, match="has checkpoints already: go on from the last one with --resume"):
+        train.train(train.parse([*SHORT, "--output", str(short)]))
+
+
+def test_what_a_step_depends_on_must_not_change(alone: None, short: Path) -> None:
+    with pytest.raises(SystemExit, match="these must not change: seed was 0 and is 1, top_k was 3 and is 4"):
+        train.train(train.parse([*SHORT, "--resume", "--seed", "1", "--top-k", "4", "--output", str(short)]))
+    assert len(losses(short)) == 6

@@ -1,0 +1,203 @@
+"""Decoding on a GPU: the Triton kernels against the specification, and what they promise there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import pytest
+import torch
+
+from moba_flex import moba_attention
+from moba_flex.core.settings import AttentionSettings
+from moba_flex.decoding import decode, decode_plain, means_for, write_means
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU: Triton kernels")]
+
+TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    batch: int = 2
+    heads: int = 8
+    groups: int = 2
+    new: int = 1
+    length: int = 3000
+    room: int = 0
+    width: int = 128
+    value_width: int = 128
+    dtype: torch.dtype = torch.bfloat16
+    starts: tuple[int, ...] = ()
+    softcap: float | None = None
+    blocks: dict = field(default_factory=lambda: {"block_size": 128, "top_k": 8})
+
+    def tensors(self, seed: int = 0) -> list[torch.Tensor]:
+        generator = torch.Generator(device="cuda").manual_seed(seed)
+        shapes = ((self.heads, self.new, self.width), (self.groups, self.length, self.width), (self.groups, self.length, self.value_width))
+        drawn = [torch.randn(self.batch, *shape, generator=generator, device="cuda").to(self.dtype) for shape in shapes]
+        rubbish = torch.full((), torch.nan, device="cuda", dtype=self.dtype)
+        room = [rubbish.expand(self.batch, self.groups, self.room, x.shape[3]) for x in drawn[1:]]
+        return [drawn[0], *(torch.cat(pair, 2) for pair in zip(drawn[1:], room))]
+
+    @property
+    def start(self) -> torch.Tensor | None:
+        return torch.tensor(self.starts, device="cuda") if self.starts else None
+
+    @property
+    def tokens(self) -> torch.Tensor | None:
+        return torch.tensor(self.length, device="cuda") if self.room else None
+
+    @property
+    def spec(self) -> AttentionSettings:
+        blocks = {"sink_blocks": 0, "recent_blocks": 0, "share_selection": False, **self.blocks}
+        return AttentionSettings(**blocks, causal=True, scale=self.width**-0.5, softcap=self.softcap)
+
+    def means(self, key: torch.Tensor) -> torch.Tensor:
+        size = self.spec.block_size
+        return write_means(means_for(key, max(1, key.shape[2] // size)), key[:, :, : self.length - self.new], self.start, size)
+
+    def arguments(self) -> tuple:
+        s = self.spec
+        return s.block_size, s.top_k, s.sink_blocks, s.recent_blocks, s.share_selection, s.scale, s.softcap, "flex"
+
+    def decoded(self, tensors: list[torch.Tensor], means: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return decode(*tensors, means, self.tokens, self.start, *self.arguments())
+
+    def wanted(self, tensors: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        query, key, value = (x[:, :, : self.length].float() for x in tensors)
+        mask = None if self.start is None else torch.arange(self.length, device="cuda") >= self.start[:, None]
+        settings = {**self.blocks, "padding_mask": mask, "softcap": self.softcap, "return_lse": True, "implementation": "naive"}
+        return moba_attention(query, key, value, **settings)
+
+
+def blocks(block_size: int, top_k: int, **more) -> dict:
+    return {"block_size": block_size, "top_k": top_k, **more}
+
+
+SHARED = {"share_selection": True}
+CASES = [
+    Case("plain"),
+    Case("shared", blocks=blocks(128, 8, **SHARED)),
+    Case("static cache", room=1000),
+    Case("static cache, shared, batch 1", batch=1, heads=32, groups=8, room=500, blocks=blocks(128, 8, **SHARED)),
+    Case("end of a block", length=2944),
+    Case("first of a block", length=2945),
+    Case("several tokens", new=5, length=2946),
+    Case("many tokens", new=32, length=2950, blocks=blocks(16, 6, **SHARED)),
+    Case("many tokens of many heads", new=32, heads=32, groups=2, length=2950),
+    Case("padding", starts=(0, 777), room=100),
+    Case("padding, a row of nothing else", starts=(2999, 3000), new=2),
+    Case("sink and recent blocks", blocks=blocks(64, 6, sink_blocks=1, recent_blocks=2)),
+    Case("only forced blocks", blocks=blocks(64, 3, sink_blocks=1, recent_blocks=1)),
+    Case("top-k 1", blocks=blocks(64, 1)),
+    Case("many blocks", blocks=blocks(16, 70), dtype=torch.float16),
+    Case("odd blocks", blocks=blocks(100, 5, **SHARED)),
+    Case("blocks of one", length=300, blocks=blocks(1, 5)),
+    Case("large blocks", blocks=blocks(1000, 3)),
+    Case("one block", length=50),
+    Case("one token", length=1),
+    Case("soft-capped", softcap=2.0),
+    Case("width 64", width=64, value_width=64),
+    Case("width 24, values 40", width=24, value_width=40),
+    Case("width 256", width=256, value_width=256),
+    Case("latent attention", heads=4, groups=1, width=192, value_width=128),
+    Case("very wide", heads=4, groups=1, width=576, value_width=512),
+    Case("float32", dtype=torch.float32),
+    Case("float32, width 256, shared", dtype=torch.float32, width=256, value_width=256, blocks=blocks(128, 4, **SHARED)),
+    Case("float16", dtype=torch.float16),
+]
+each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+
+
+def distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    return ((a.double() - b.double()).norm() / b.double().norm().clamp(min=1e-30)).item()
+
+
+@each_case
+def test_decoding_equals_the_specification(case):
+    tensors = case.tensors()
+    out, lse = case.decoded(tensors, case.means(tensors[1]))
+    wanted, wanted_lse = case.wanted(tensors)
+    empty = wanted_lse == -torch.inf
+    assert out.dtype == case.dtype and torch.equal(lse == -torch.inf, empty) and (out[empty] == 0).all()
+    assert distance(out, wanted) < TOLERANCE[case.dtype], case
+    assert distance(lse.masked_fill(empty, 0), wanted_lse.masked_fill(empty, 0)) < 1e-3, case
+
+
+@each_case
+def test_the_means_that_new_tokens_complete_are_those_of_plain_pytorch(case):
+    query, key, value = case.tensors()
+    got, wanted = case.means(key), case.means(key)
+    case.decoded([query, key, value], got)
+    decode_plain(query, key, value, wanted, case.tokens, case.start, case.spec)
+    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+def test_equal_scores_go_to_the_earlier_block_and_nan_is_infinity():
+    case = Case("ties", batch=1, length=3000, dtype=torch.float32, blocks=blocks(8, 3))
+    query, key, value = case.tensors()
+    key[:] = 1
+    out, _ = case.decoded([query, key, value], case.means(key))
+    own = slice(2992, 3000)
+    wanted = torch.cat([value[:, :, :16], value[:, :, own]], 2).mean(2, keepdim=True)
+    torch.testing.assert_close(out, wanted.repeat_interleave(4, 1), rtol=1e-4, atol=1e-5)
+    means = case.means(key)
+    means[:, :, 200] = torch.nan
+    out, _ = case.decoded([query, key, value], means)
+    wanted = torch.cat([value[:, :, :8], value[:, :, 1600:1608], value[:, :, own]], 2).mean(2, keepdim=True)
+    torch.testing.assert_close(out, wanted.repeat_interleave(4, 1), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["static cache, shared, batch 1", "several tokens", "padding"])
+def test_decoding_reads_nothing_back_and_can_be_captured(name):
+    case = next(case for case in CASES if case.name == name)
+    tensors, tokens = case.tensors(), torch.tensor(case.length, device="cuda")
+    means, start, arguments = case.means(tensors[1]), case.start, case.arguments()
+    expected, _ = decode(*tensors, means.clone(), tokens, start, *arguments)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        out, _ = decode(*tensors, means.clone(), tokens, start, *arguments)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(out, expected)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured, _ = decode(*tensors, means, tokens, start, *arguments)
+    for length in (case.length - 200, case.length - 1, case.length):  # one graph for all lengths
+        tokens.fill_(length)
+        graph.replay()
+        torch.testing.assert_close(captured, decode(*tensors, means.clone(), tokens, start, *arguments)[0], rtol=0, atol=0)
+
+
+def test_token_by_token_over_a_static_cache():
+    case = Case("walk", batch=2, length=700, width=64, value_width=64, dtype=torch.float32, starts=(0, 130), blocks=blocks(32, 4))
+    query, key, value = replace(case, name="all", new=700).tensors()
+    means = means_for(key, 700 // 32)
+    mask = torch.arange(700, device="cuda") >= case.start[:, None]
+    wanted = moba_attention(query, key, value, padding_mask=mask, implementation="naive", **case.blocks)
+    for i in range(700):
+        tokens = torch.tensor(i + 1, device="cuda")
+        out, _ = decode(query[:, :, i : i + 1], key, value, means, tokens, case.start, *case.arguments())
+        torch.testing.assert_close(out, wanted[:, :, i : i + 1], rtol=1e-4, atol=1e-4, msg=lambda m, i=i: f"token {i}: {m}")
+
+
+@pytest.mark.parametrize("cache", [None, "static", "offloaded", "offloaded_static"])
+def test_a_model_generates_on_a_gpu_as_without_a_cache(cache):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from moba_flex import patch
+
+    sizes = {"hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=64, **sizes, initializer_range=0.3, pad_token_id=0, eos_token_id=None)).eval().cuda()
+    patch(model, block_size=16, top_k=3, decode="sparse")
+    ids = torch.randint(2, 64, (2, 150), device="cuda")
+    mask = torch.ones_like(ids)
+    mask[1, :61] = 0
+    call = {"attention_mask": mask, "max_new_tokens": 40, "do_sample": False}
+    expected = model.generate(ids, use_cache=False, **call)
+    # transformers compiles decoding with a static cache by itself here, with CUDA graphs. Compiled with an offloaded one, PyTorch 2.11
+    # crashes, patched or not.
+    call["disable_compile"] = cache == "offloaded_static"
+    assert torch.equal(model.generate(ids, cache_implementation=cache, **call), expected)

@@ -1,0 +1,187 @@
+"""Rows of a batch, padded or packed, are the sequences alone: a patched model never lets one see another."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support.families import FAMILIES, HYBRID, TOKENS, assert_close, build, gradients, logits, padded, tokens
+from torch import Tensor, nn
+from transformers import DataCollatorWithFlattening, StaticCache
+
+from moba_flex.models import attention_function, patch, set_attention
+
+LENGTHS = (13, 1, 26)
+TELLS_PACKED = [family for family in FAMILIES if family != "gpt_oss"]  # transformers' GPT-OSS makes its mask without position_ids
+HAS_FULL_LAYERS_ONLY = [family for family in FAMILIES if family not in HYBRID]
+
+
+def patched(family: str = "llama", **settings) -> nn.Module:
+    return patch(build(family), **{"block_size": 4, "top_k": 2, **settings})
+
+
+def flattened(sequences: list[Tensor], **options) -> dict[str, Tensor]:
+    """What transformers' collator makes of sequences for training without padding."""
+    batch = DataCollatorWithFlattening(return_tensors="pt", **options)([{"input_ids": sequence} for sequence in sequences])
+    del batch["labels"]
+    return batch
+
+
+def sequences(lengths: tuple[int, ...] = LENGTHS) -> list[Tensor]:
+    return list(tokens(1, sum(lengths))[0].split(lengths))
+
+
+def alone(model: nn.Module, parts: list[Tensor]) -> Tensor:
+    return torch.cat([logits(model, part[None])[0] for part in parts])
+
+
+# Padding
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padded_rows_are_those_rows_alone(side):
+    model = patched(block_size=8)
+    inputs = padded(side, (TOKENS, 30, 17))
+    out, kept = model(**inputs).logits, inputs["attention_mask"].bool()
+    for row in range(3):
+        assert_close(out[row, kept[row]], logits(model, inputs["input_ids"][row, kept[row]][None])[0], f"padding {side}, row {row}")
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_row_of_padding_alone_changes_nothing_and_has_finite_gradients(side):
+    model = patched(block_size=8).train()
+    inputs = padded(side, (30, 0, TOKENS))
+    assert not inputs["attention_mask"][1].any()
+    out = model(**inputs).logits
+    assert out.isfinite().all(), f"padding {side}"
+    rest = {name: x[[0, 2]] for name, x in inputs.items()}
+    kept = rest["attention_mask"].bool()
+    assert_close(out[[0, 2]][kept], model(**rest).logits[kept], f"padding {side}")
+    assert all(gradient.isfinite().all() for gradient in gradients(model, inputs).values()), f"padding {side}"
+
+
+def test_a_batch_of_padding_alone_has_finite_logits():
+    ids, mask = tokens(), torch.zeros(2, TOKENS)
+    for attention in ("moba", "moba_naive"):
+        assert set_attention(patched(), attention)(ids, attention_mask=mask).logits.isfinite().all(), attention
+
+
+# Packed sequences
+
+
+@pytest.mark.parametrize("family", TELLS_PACKED)
+def test_sequences_packed_by_position_ids_are_the_sequences_alone(family):
+    model, parts = patched(family), sequences()
+    batch = flattened(parts)
+    assert batch.keys() == {"input_ids", "position_ids"}
+    expected = alone(model, parts)
+    assert_close(logits(model, batch, use_cache=False)[0], expected, family)
+    set_attention(model, "moba_naive")
+    assert_close(logits(model, batch, use_cache=False)[0], expected, f"{family}, moba_naive")
+
+
+@pytest.mark.parametrize("family", TELLS_PACKED)
+def test_sequences_packed_by_cu_seq_lens_are_the_sequences_alone(family):
+    model, parts = patched(family), sequences()
+    batch = flattened(parts, return_flash_attn_kwargs=True)
+    assert batch["cu_seq_lens_q"].tolist() == [0, 13, 14, 40]
+    assert_close(logits(model, batch, use_cache=False)[0], alone(model, parts), family)
+
+
+@pytest.mark.parametrize("family", HAS_FULL_LAYERS_ONLY)
+@pytest.mark.parametrize("cached", [False, True])
+def test_cu_seq_lens_need_no_position_ids_that_restart(family, cached):
+    """Rotary positions are relative, so sequences are the same wherever their positions begin."""
+    model, parts = patched(family), sequences()
+    batch = flattened(parts, return_flash_attn_kwargs=True, return_position_ids=False)
+    assert_close(logits(model, batch, use_cache=cached)[0], alone(model, parts), f"{family}, use_cache {cached}")
+
+
+def test_several_rows_may_hold_several_sequences_each():
+    model, ids = patched(), tokens(2, 40)
+    lengths = ((13, 1, 26), (40,))
+    position_ids = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in lengths])
+    bounds = torch.tensor([0, 13, 14, 40, 80], dtype=torch.int32)
+    expected = torch.stack([alone(model, row.split(sizes)) for row, sizes in zip(ids, lengths)])
+    for name, packing in (("position_ids", {"position_ids": position_ids}), ("cu_seq_lens", {"cu_seq_lens_q": bounds})):
+        assert_close(logits(model, ids, use_cache=False, **packing), expected, name)
+
+
+@pytest.mark.parametrize("bounds", [[0, 0, 13, 13, 14, 40, 40], [0, 13, 14, 40, 40, 40]])
+def test_empty_sequences_among_packed_ones_change_nothing(bounds):
+    model, parts = patched(), sequences()
+    ids, bounds = torch.cat(parts)[None], torch.tensor(bounds, dtype=torch.int32)
+    for attention in ("moba", "moba_naive"):
+        set_attention(model, attention)
+        assert_close(logits(model, ids, cu_seq_lens_q=bounds, cu_seq_lens_k=bounds)[0], alone(model, parts), attention)
+
+
+def test_cu_seq_lens_go_before_position_ids():
+    """As in transformers' FlashAttention: a trainer may count a padded end as one sequence, whatever its positions are."""
+    model, parts = patched(), sequences()
+    position_ids = torch.cat([torch.arange(13), torch.zeros(1).long(), torch.arange(20), torch.zeros(6).long()])[None]
+    packing = {"position_ids": position_ids, "cu_seq_lens_q": torch.tensor([0, 13, 14, 40])}
+    out = logits(model, torch.cat(parts)[None], use_cache=False, **packing)[0]
+    expected = alone(model, parts[:2])
+    assert_close(out[:14], expected, "the first two")
+    last = logits(model, parts[2][None], position_ids=position_ids[:, 14:], cu_seq_lens_q=torch.tensor([0, 26]), use_cache=False)[0]
+    assert_close(out[14:], last, "the last")
+
+
+@pytest.mark.parametrize("packed_by", ["position_ids", "cu_seq_lens"])
+def test_gradients_of_packed_sequences_are_the_sum_of_their_own(packed_by):
+    model, parts = patched().train(), sequences()
+    for parameters in model.parameters():
+        parameters.data *= 0.3
+    batch = flattened(parts, return_flash_attn_kwargs=packed_by == "cu_seq_lens")
+    weights = torch.randn(1, 40, 64)
+
+    def step(weights: Tensor, **inputs) -> dict[str, Tensor]:
+        model.zero_grad()
+        (model(**inputs, use_cache=False).logits * weights).sum().backward()
+        return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+    packed = step(weights, **batch)
+    singly = [step(weight, input_ids=part[None]) for weight, part in zip(weights.split(LENGTHS, 1), parts)]
+    for name, gradient in packed.items():
+        assert_close(gradient, sum(part[name] for part in singly), f"{packed_by}, {name}")
+
+
+BAD_BOUNDS = [
+    ([0, 13, 39], {}, ValueError, r"cu_seq_lens_q must start at 0, never fall and end at 40 .* \[0, 13, 39\]"),
+    ([1, 13, 40], {}, ValueError, r"cu_seq_lens_q must start at 0"),
+    ([0, 14, 13, 40], {}, ValueError, r"cu_seq_lens_q must start at 0, never fall"),
+    ([[0, 40]], {}, ValueError, r"cu_seq_lens_q must have one dimension"),
+    ([0.0, 40.0], {}, TypeError, r"cu_seq_lens_q must be int32, but is torch.float32"),
+    ([0, 13, 40], {"cu_seq_lens_k": torch.tensor([0, 14, 40])}, ValueError, r"cu_seq_lens_k must equal cu_seq_lens_q"),
+    ([0, 13, 40], {"attention_mask": torch.arange(40)[None] > 3}, ValueError, r"attention_mask has padding, but cu_seq_lens_q"),
+]
+
+
+@pytest.mark.parametrize("bounds, others, error, message", BAD_BOUNDS, ids=[case[3][:40] for case in BAD_BOUNDS])
+def test_cu_seq_lens_that_do_not_fit_are_refused(bounds, others, error, message):
+    model = patched()
+    with pytest.raises(error, match=message):
+        model(tokens(1, 40), cu_seq_lens_q=torch.tensor(bounds), **others)
+
+
+def test_cu_seq_lens_are_refused_beside_cached_tokens():
+    model = patched()
+    cache = StaticCache(config=model.config, max_cache_len=64)
+    bounds = torch.tensor([0, 5, 20])
+    packed = logits(model, tokens(1, 20), past_key_values=cache, cu_seq_lens_q=bounds)
+    assert_close(packed, logits(model, tokens(1, 20), cu_seq_lens_q=bounds, use_cache=False), "an empty static cache")
+    with pytest.raises(ValueError, match="without cached keys, but there are 20 queries and 40 keys"):
+        model(tokens(1, 20), past_key_values=cache, cu_seq_lens_q=bounds)
+
+
+def test_packed_sequences_that_read_every_block_keep_out_of_attention_that_does_not_know_them(monkeypatch):
+    """A prompt that reads every block gets the attention that the layer had before, which knows nothing of `cu_seq_lens_q`."""
+    calls = []
+    monkeypatch.setattr(attention_function, "_attend", lambda query, *rest: calls.append("MoBA") or torch.zeros_like(query))
+    monkeypatch.setattr(attention_function, "_ordinary", lambda _, query, *rest: (calls.append("ordinary") or query.transpose(1, 2), None))
+    model, ids = patched(block_size=64), tokens(1, 40)
+    logits(model, ids, use_cache=False, cu_seq_lens_q=torch.tensor([0, 13, 40], dtype=torch.int32))
+    n_layers = model.config.num_hidden_layers
+    assert calls == ["MoBA"] * n_layers
+    logits(model, ids, use_cache=False)
+    assert calls == ["MoBA"] * n_layers + ["ordinary"] * n_layers

@@ -1,0 +1,152 @@
+"""The kernels at small and odd shapes, for a checker of memory errors and races on a CUDA GPU. Four commands, from the repository:
+
+    python tests/memory_check.py
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 python tests/memory_check.py
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool racecheck --error-exitcode 1 python tests/memory_check.py
+    TRITON_INTERPRET=1 python tests/memory_check.py
+
+The first compiles the kernels, so that the checkers need not watch that. Without PyTorch's cache each tensor is an allocation of its own,
+so that a step beyond its end is seen. Results are held against plain PyTorch, which works on the CPU: what the GPU runs is the package's
+Triton kernels, all of them, FlexAttention's for few blocks, whose lengths no tile divides, and next to nothing else. The last command
+needs no GPU: Triton's interpreter shows that the check itself is right.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import fields, replace
+
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+from moba_flex.backends import flex
+from moba_flex.backends.dense_mask import MOST_BLOCKS, block_bits
+from moba_flex.core.layout import BlockLayout, dense_layout, packed_layout, padded_layout, slots_per_block
+from moba_flex.core.settings import AttentionSettings
+from moba_flex.decoding import decode_plain, means_for, write_means
+from moba_flex.ops import gate, rows
+from moba_flex.ops import triton as kernels
+from moba_flex.ops.routing import Routes
+
+CPU = torch.device("cpu")
+DEVICE = CPU if os.environ.get("TRITON_INTERPRET") == "1" else torch.device("cuda")
+PREFILL = [  # query heads, key heads, queries, keys, width, block size, top_k, dtype, visibility
+    (4, 2, 300, 300, 128, 128, 8, torch.bfloat16, "all"),
+    (3, 1, 333, 500, 96, 100, 3, torch.float16, "all"),
+    (2, 2, 129, 129, 24, 16, 9, torch.bfloat16, "padded"),
+    (2, 1, 401, 401, 64, 48, 4, torch.float32, "packed"),
+    (1, 1, 1, 300, 64, 32, 14, torch.bfloat16, "all"),
+    (1, 1, 350, 350, 32, 16, 20, torch.float16, "all"),  # more blocks than the gate keeps in lanes
+]
+DECODING = [  # query heads, key heads, new tokens, tokens, room behind them, widths of keys and values, block size, top_k, dtype, shared
+    (4, 2, 1, 300, 0, 128, 128, 64, 4, torch.float16, False),
+    (8, 2, 1, 257, 50, 64, 40, 16, 8, torch.float16, True),
+    (3, 1, 5, 130, 9, 24, 64, 32, 3, torch.float32, False),
+    (2, 2, 1, 1, 0, 64, 64, 16, 3, torch.float16, False),
+]
+
+
+def on_device(x):
+    """A tensor, or a dataclass of tensors, on the device."""
+    if isinstance(x, Tensor):
+        return x.to(DEVICE)
+    moved = {f.name: on_device(value) for f in fields(x) if isinstance(value := getattr(x, f.name), Tensor)}
+    return replace(x, **moved, **({"_cache": {}} if isinstance(x, BlockLayout) else {}))
+
+
+def same(got, wanted, tolerance: float = 0.0) -> None:
+    assert_close(got.to(CPU), wanted, rtol=tolerance, atol=tolerance)
+
+
+def layout_of(n_query: int, n_key: int, block_size: int, visibility: str) -> BlockLayout:
+    width = slots_per_block(block_size)
+    if visibility == "padded":
+        return padded_layout(torch.arange(n_key) >= torch.tensor([[17], [0]]), n_query, block_size, width)
+    if visibility == "packed":
+        return packed_layout(torch.tensor([0, 1, 1, 200, n_key], dtype=torch.int32), n_key, block_size, width)
+    return dense_layout(2, n_query, n_key, block_size, width, CPU)
+
+
+def check_prefill(heads, groups, n_query, n_key, width, block_size, top_k, dtype, visibility) -> None:
+    layout = layout_of(n_query, n_key, block_size, visibility)
+    batch, spec = layout.own.shape[0], AttentionSettings(block_size, top_k, 1, 1, True, width**-0.5)
+    query = layout.query_slots(torch.randn(batch, heads, n_query, width).to(dtype)).contiguous()
+    key = layout.key_slots(torch.randn(batch, groups, n_key, width).to(dtype)).contiguous()
+    chosen = kernels.choose(on_device(query), on_device(key), on_device(layout), spec).to(CPU)
+    wanted = gate.choose(query, key, layout, spec)
+    assert (chosen.sort(-1).values != wanted.sort(-1).values).any(-1).float().mean() < 0.01  # near-ties of half precision
+
+    given = groups, layout.n_key_blocks, 128, batch * heads * layout.max_pairs(spec.routed, True)
+    routes, on_gpu = rows.route(chosen, *given), kernels.route(on_device(chosen), *given)
+    same(on_gpu.row_of_pair, routes.row_of_pair)
+    check_rows(query, routes, on_gpu)
+    if layout.dense and layout.n_key_blocks <= MOST_BLOCKS:
+        same(kernels.block_bits(on_device(chosen), on_device(layout)), block_bits(chosen, layout))
+        check_masked(layout.query_tokens(query), layout.key_tokens(key), chosen, layout, spec)
+
+
+def check_masked(query: Tensor, key: Tensor, chosen: Tensor, layout: BlockLayout, spec: AttentionSettings) -> None:
+    operands, fixed = (query.contiguous(), key.contiguous(), key.flip(2).contiguous()), (chosen, layout)
+    wanted = flex.masked(*operands, *fixed, spec)
+    got = flex.masked(*map(on_device, operands + fixed), spec)
+    operands += torch.randn(query.shape).to(query.dtype), wanted[1], torch.randn(query.shape[:3])
+    wanted += flex.masked_backward(*operands, *fixed, spec)
+    got += flex.masked_backward(*map(on_device, operands + fixed), spec)
+    for a, b in zip(got, wanted):
+        assert (a.to(CPU).float() - b.float()).norm() < 2e-2 * b.float().norm()
+
+
+def turned(x: Tensor) -> Tensor:
+    """The same, with heads that lie together for each token."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def check_rows(query: Tensor, routes: Routes, on_gpu: Routes) -> None:
+    width, lse = query.shape[-1], torch.randn(query.shape[:3])
+    used = routes.tile_in_use.bool().repeat_interleave(routes.tile)
+    real = rows.dispatch(torch.ones_like(lse)[..., None], routes)[:, 0] > 0
+    for lying in (query, turned(query)):
+        same(kernels.dispatch(on_device(lying), on_gpu)[on_device(real)], rows.dispatch(query, routes)[real])
+    operands = query, query, lse, lse
+    for got, wanted in zip(kernels.dispatch_backward(*map(on_device, operands), on_gpu), rows.dispatch_backward(*operands, routes)):
+        same(got[on_device(used)], wanted[used])
+
+    row_out, row_lse = torch.randn(routes.n_rows, width).to(query.dtype), torch.randn(routes.n_rows)
+    partial, into = (query, lse, row_out, row_lse), (torch.empty_like(query), torch.empty_like(lse))
+    rows.merge(*partial, routes, into)
+    for lying in (turned(query), query):
+        got = on_device(torch.empty_like(lying)), on_device(torch.empty_like(lse))
+        kernels.merge(*map(on_device, (lying, *partial[1:])), on_gpu, got)
+        for a, b in zip(got, into):
+            same(a, b, 2e-2)
+    rows.sum_rows(query, row_out, routes, into[0])
+    kernels.sum_rows(on_device(query), on_device(row_out), on_gpu, got[0])
+    same(got[0], into[0], 2e-2)
+    for lying in (query, turned(query)):
+        same(kernels.delta(*map(on_device, (lying, query, lse))), rows.delta(query, query, lse), 1e-3)
+
+
+def check_decoding(heads, groups, new, tokens, room, width, value_width, block_size, top_k, dtype, shared) -> None:
+    spec = AttentionSettings(block_size, top_k, 1, 1, True, width**-0.5, share_selection=shared)
+    shapes = (heads, new, width), (groups, tokens + room, width), (groups, tokens + room, value_width)
+    query, key, value = (torch.randn(2, *shape).to(dtype) for shape in shapes)
+    start = torch.tensor([0, min(7, tokens - 1)])
+    means = write_means(means_for(key, max(1, (tokens + room) // block_size)), key[:, :, : tokens - new], start, block_size)
+    places = torch.tensor(tokens) if room else None, start
+    got = [on_device(x) for x in (query, key, value, means)]
+    out, lse = kernels.decode(*got, *(None if x is None else on_device(x) for x in places), spec)
+    wanted, wanted_lse = decode_plain(query, key, value, means, *places, spec)
+    same(out, wanted, 2e-2)
+    same(lse, wanted_lse, 2e-2)
+    same(got[3], means, 1e-4)
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    for check, shapes in ((check_prefill, PREFILL), (check_decoding, DECODING)):
+        for shape in shapes:
+            check(*shape)
+            if DEVICE.type == "cuda":
+                torch.cuda.synchronize()
+            print("checked", *shape, flush=True)
