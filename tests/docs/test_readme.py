@@ -1,0 +1,39 @@
+"""The README is short, its commands are the ones that CI runs, and its figures have a source in `docs/`."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from doc_pages import ROOT
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+MOST_LINES = 185
+
+
+def test_it_is_short():
+    assert len(README.splitlines()) <= MOST_LINES
+
+
+@pytest.mark.parametrize("command", ['pip install ".[demo]" && python examples/llama.py', 'pip install ".[test]" && pytest'])
+def test_it_has_the_two_commands(command):
+    assert f"\n```\n{command}\n```\n" in README
+
+
+def test_its_table_of_speed_is_that_of_the_benchmarks():
+    page = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    times = [line for line in README.split("\n") if re.match(r"\| [\d,]+ \| [\d.]+ / [\d.]+ \|", line)]
+    assert len(times) == 4
+    for line in times:
+        tokens, *cells, memory = (cell.strip() for cell in line.strip("|").split("|"))
+        assert f"| {tokens} | {' | '.join(cells)} |" in page
+        assert f"| {tokens} | {memory} |" in page
+
+
+def test_its_losses_are_those_of_the_results():
+    page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    table = README[README.index("| model, context, tokens") : README.index("## Options")]
+    losses = re.findall(r"[+-]0\.\d+", table)
+    assert len(losses) == 7
+    for loss in losses:
+        assert loss in page, f"{loss} has no source"
