@@ -5,7 +5,7 @@
 
 Names, order, defaults and layouts of the arguments are theirs, and so is what they mean. They take what theirs do not: any device, float32,
 grouped heads, widths that differ, any block size, empty sequences. What still differs is the choice among blocks whose scores are equal,
-or equal but for rounding: see docs/migrating.md.
+or equal but for rounding: see docs/how-to/migrate.md.
 
 T tokens of all sequences one after another, H query heads, G key heads, D width, Dv width of the values.
 """
