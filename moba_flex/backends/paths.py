@@ -75,7 +75,7 @@ def dense_obstacle(
 ) -> str | None:
     """What keeps a call from PyTorch's fused attention."""
     if settings.implementation != "flex":
-        return f"implementation={settings.implementation!r} was asked for"
+        return 'only "flex" takes it, the implementation for CUDA'
     if return_lse:
         return "it returns the log-sum-exp"
     if not reads_all_keys(key.shape[2], settings):
@@ -97,7 +97,7 @@ def dense_mask_obstacle(query: Tensor, key: Tensor, value: Tensor, settings: Att
     """
     n_query, n_key = query.shape[2], key.shape[2]
     if settings.implementation != "flex" or not dense_layout:
-        return "it is for CUDA, without padding or packed sequences"
+        return 'only "flex" takes it, without padding or packed sequences'
     if not settings.causal or not settings.n_routed:
         return "no block is chosen by causal queries"
     if not 1 < -(-n_key // settings.block_size) <= MAX_MASK_BLOCKS:
