@@ -3,13 +3,13 @@
 Queries are sent to key blocks as a mixture of experts sends tokens to experts, in four steps:
 
 1. gate    which past blocks each query reads (mean of a block's keys, inner product, top-k);
-2. local   causal attention to the query's own block, which is known without looking at data;
-3. route   every (query, chosen block) pair is a row; rows are ordered by block, so that each tile of them meets one whole block;
-4. merge   attention of the rows; a query's output is the softmax-weighted sum of its partial outputs, by their log-sum-exps.
+2. route   every (query, chosen block) pair is a row; rows are ordered by block, so that each tile of them meets one whole block;
+3. attend  causal attention of queries to their own block, which is known without looking at data, and of rows to their block;
+4. merge   a query's output is the softmax-weighted sum of its partial outputs, by their log-sum-exps.
 
 The steps come from a backend, `backends/eager.py` (any device) or `backends/flex.py` (CUDA); `backends/protocol.py` says what each must
-do. Here they are put together and worked through in chunks of a bounded size. `operator.py` makes one differentiable operator of them.
-`backends/paths.py` decides which calls come here at all.
+do, and steps 3 and 4 are its `attend`. Here they are put together and worked through in chunks of a bounded size. `operator.py` makes
+one differentiable operator of them; `backends/paths.py` decides which calls come here at all.
 
 B rows, H query heads, G key heads, N tokens, Q query blocks, C key blocks, P slots per block, S chosen blocks per query, D width.
 """
@@ -48,12 +48,8 @@ def forward(query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, sett
         for heads, blocks in parts:
             part, at = layout.part(rows, blocks), (rows, heads, layout.slots(blocks))
             operands, into = (q[at], k[rows, groups], v[rows, groups]), (out[at], lse[at])
-            partial = backend.local(*operands, part, settings, into) if settings.causal else attention_to_nothing(*operands)
             routes = route(chosen[at], operands[1], blocks, layout, settings, backend)
-            if routes is None:
-                write(partial, into)
-            else:
-                backend.merge_routed(*partial, *operands, routes, part, settings, into)
+            backend.attend(*operands, routes, part, settings, into)
     return layout.query_tokens(out), layout.query_tokens(lse, fill=-torch.inf), chosen
 
 
@@ -114,15 +110,9 @@ def gate(query: Tensor, key: Tensor, layout: BlockLayout, settings: AttentionSet
 
 
 def route(chosen: Tensor, key: Tensor, blocks: slice, layout: BlockLayout, settings: AttentionSettings, backend: Backend) -> Routes | None:
-    """Step 3: a row for each pair of `chosen [B, H, *, S]`, which are those of the query blocks `blocks`; None if there can be no pair."""
+    """Step 2: a row for each pair of `chosen [B, H, *, S]`, which are those of the query blocks `blocks`; None if there can be no pair."""
     pairs = chosen.shape[0] * chosen.shape[1] * layout.max_pairs(settings.n_routed, settings.causal, blocks)
     return backend.route(chosen, key.shape[1], layout.n_key_blocks, pairs) if pairs else None
-
-
-def attention_to_nothing(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """Step 2 when no block is a query's own (`causal=False`): an output over no keys."""
-    out = query.new_zeros(*query.shape[:3], value.shape[-1], dtype=wide(query.dtype))
-    return out, torch.full_like(out[..., 0], -torch.inf)
 
 
 def planned_chunks(
