@@ -38,7 +38,7 @@ def forward(query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, sett
         chosen = gate(layout.query_slots(query), layout.key_slots(key), layout, settings, backend)
         return *dense_mask.forward(query, key, value, chosen, layout, settings), chosen
 
-    q = keep_strides(layout.query_slots(query, keep_strides=True)) if backend.READS_STRIDES else layout.query_slots(query).contiguous()
+    q = query_slots(query, layout, backend)
     k, v = layout.key_slots(key).contiguous(), layout.key_slots(value).contiguous()
     plan = planned_chunks(q, k, v, layout, settings, backend)
 
@@ -68,15 +68,15 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value. Rows are routed again, chunk by chunk, and come back by gathering too."""
     backend = backend_of(settings)
-    grad = grad.contiguous()
+    grad = keep_strides(grad) if backend.READS_STRIDES else grad.contiguous()
     delta = backend.delta(out, grad, grad_lse)
     if paths.dense_mask_obstacle(query, key, value, settings, layout.dense) is None:
-        query, key, value = (x.contiguous() for x in (query, key, value))
+        query, key, value, grad = (x.contiguous() for x in (query, key, value, grad))
         return dense_mask.backward(query, key, value, grad, lse, delta, chosen, layout, settings)
 
-    q, k, v = (x.contiguous() for x in (layout.query_slots(query), layout.key_slots(key), layout.key_slots(value)))
-    grad, lse, delta = (layout.query_slots(x).contiguous() for x in (grad, lse, delta))
-    grad_q, grad_k, grad_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    q, grad = (query_slots(x, layout, backend) for x in (query, grad))
+    k, v, lse, delta = (x.contiguous() for x in (layout.key_slots(key), layout.key_slots(value), *map(layout.query_slots, (lse, delta))))
+    grad_q, grad_k, grad_v = (x.new_empty(x.shape) for x in (q, k, v))
     for rows, groups, parts in planned_chunks(q, k, v, layout, settings, backend):
         of_keys, totals = (grad_k[rows, groups], grad_v[rows, groups]), None
         if len(parts) > 1:  # the gradients of a key are then a sum over parts, in float32 at least
@@ -91,6 +91,11 @@ def backward(
         if totals is not None:
             write(totals, of_keys)
     return layout.query_tokens(grad_q), layout.key_tokens(grad_k), layout.key_tokens(grad_v)
+
+
+def query_slots(x: Tensor, layout: BlockLayout, backend: Backend) -> Tensor:
+    """`[B, H, Nq, D]` -> `[B, H, Q * P, D]`, not copied where the backend can read it as it is."""
+    return keep_strides(layout.query_slots(x, keep_strides=True)) if backend.READS_STRIDES else layout.query_slots(x).contiguous()
 
 
 def gate(query: Tensor, key: Tensor, layout: BlockLayout, settings: AttentionSettings, backend: Backend) -> Tensor:

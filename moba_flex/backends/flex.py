@@ -16,10 +16,10 @@ from ..core.dtypes import wide
 from ..core.layout import BlockLayout, slots_per_block
 from ..core.settings import AttentionSettings
 from ..core.strides import keep_strides
-from ..ops import steps_for
+from ..ops import kernels, steps_for
 from ..ops.routing import Routes
 from ..ops.rows import over_no_keys, write
-from . import flash
+from . import flash, paths
 from .block_masks import local_mask, routed_mask
 from .flex_calls import by_group, flex_backward, flex_forward
 
@@ -97,6 +97,10 @@ def backward(
     into: tuple[Tensor, Tensor, Tensor],
 ) -> None:
     """Gradients of query, key and value, through the own block and along `routes`."""
+    if paths.one_pass_backward_obstacle(query, value, layout.width) is None:
+        kernels.one_pass_backward(query, key, value, grad, lse, delta, routes, layout, settings, into)
+        return
+    query, grad = query.contiguous(), grad.contiguous()
     operands = query, key, value, grad, lse, delta
     if settings.causal:
         partial = local_backward(*operands, layout, settings)
