@@ -24,7 +24,7 @@ from ...core.layout import BlockLayout
 from ...core.settings import AttentionSettings
 from ..routing import Routes
 from .block_programs import columns, dispatch_numbers, own_queries, part_of_program, place_of_turn, rows_of_turn, windows
-from .sizes import cdiv, next_power_of_2
+from .sizes import cdiv, gpu_memory, next_power_of_2
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 _LENGTHS = ["N", "N_ROWS", "N_QUERIES", "N_WINDOWS", "WINDOW", "C", "Q"]  # a new length compiles nothing
@@ -208,7 +208,7 @@ def one_pass_backward(
     contiguous. `routes` is None where no query is routed. What lies in slots without a token is not read.
     """
     (rows, heads, slots, width), groups, value_width = query.shape, key.shape[1], value.shape[-1]
-    keys, queries, warps, stages, transposed = program(query.dtype, layout.width, width, value_width, *memory(query.device))
+    keys, queries, warps, stages, transposed = program(query.dtype, layout.width, width, value_width, *gpu_memory(query.device))
     subs, n_queries, device = cdiv(layout.width, keys), rows * heads * slots, query.device
     padded, value_padded = max(16, next_power_of_2(width)), max(16, next_power_of_2(value_width))
 
@@ -249,7 +249,7 @@ def one_pass_backward(
 
 def sub_blocks(query: Tensor, value: Tensor, slots: int) -> int:
     """How many programs a block of `slots` slots is cut into."""
-    keys = program(query.dtype, slots, query.shape[-1], value.shape[-1], *memory(query.device))[0]
+    keys = program(query.dtype, slots, query.shape[-1], value.shape[-1], *gpu_memory(query.device))[0]
     return cdiv(slots, keys)
 
 
@@ -288,12 +288,3 @@ def program(dtype: torch.dtype, slots: int, width: int, value_width: int, room: 
         stages -= 1
     # Transposed, the product has at least 64 rows where a turn has fewer queries, and on Blackwell all sums fit into tensor memory.
     return keys, queries, warps, stages, wgmma and size == 2 and keys >= 64 and (queries < 64 or major == 10)
-
-
-@lru_cache(maxsize=16)
-def memory(device: torch.device) -> tuple[int, int]:
-    """The bytes of shared memory that one program may have, and the GPU's major compute capability."""
-    if device.type != "cuda":  # the interpreter
-        return 1 << 20, 0
-    properties = torch.cuda.get_device_properties(device)
-    return getattr(properties, "shared_memory_per_block_optin", 64 << 10), properties.major  # HIP does not say the first

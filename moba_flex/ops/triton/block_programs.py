@@ -117,12 +117,12 @@ def _dispatch_numbers_kernel(
                 tl.store(ROW_LSE + row, lse, mask=row >= 0)
                 tl.store(ROW_DELTA + row, delta, mask=row >= 0)
     elif BACKWARD:  # the spare rows of one block
-        block, i = tl.program_id(0) - programs, tl.arange(0, TILE)
-        first, rows = tl.load(FIRST + block).to(tl.int64) * TILE, tl.load(ROWS + block)
-        row = rows + i
-        spare = row < tl.load(TILES + block) * TILE
-        tl.store(ROW_LSE + first + row, tl.full([TILE], float("inf"), tl.float32), mask=spare)
-        tl.store(ROW_DELTA + first + row, tl.zeros([TILE], tl.float32), mask=spare)
+        of_block, i = tl.program_id(0) - programs, tl.arange(0, TILE)
+        used = tl.load(ROWS + of_block)
+        spare_row = tl.load(FIRST + of_block).to(tl.int64) * TILE + used + i
+        spare = used + i < tl.load(TILES + of_block) * TILE
+        tl.store(ROW_LSE + spare_row, tl.full([TILE], float("inf"), tl.float32), mask=spare)
+        tl.store(ROW_DELTA + spare_row, tl.zeros([TILE], tl.float32), mask=spare)
 
 
 def dispatch_numbers(

@@ -19,9 +19,9 @@ from torch import Tensor
 from ...core.layout import BlockLayout
 from ...core.settings import AttentionSettings
 from ..routing import Routes
-from .backward import dot_precision, memory
+from .backward import dot_precision
 from .block_programs import columns, dispatch_numbers, own_queries, part_of_program, place_of_turn, rows_of_turn, windows
-from .sizes import next_power_of_2
+from .sizes import gpu_memory, next_power_of_2
 
 _LOG2E, _LN2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
 
@@ -118,7 +118,7 @@ def one_pass_forward(
     causal. What lies in slots without a token is not read.
     """
     (rows, heads, slots, width), groups, value_width = query.shape, key.shape[1], value.shape[-1]
-    keys, queries, warps, stages = program(query.dtype, layout.width, width, value_width, *memory(query.device))
+    keys, queries, warps, stages = program(query.dtype, layout.width, width, value_width, *gpu_memory(query.device))
     n_windows, window, tile, lists, row_out, row_lse = 0, 1, 1, (layout.own,) * 5, *into
     if routes is not None:
         n_windows, window = windows(routes.block_of_tile.numel())
@@ -139,7 +139,7 @@ def one_pass_forward(
 def fits(query: Tensor, value: Tensor, slots: int) -> bool:
     """Whether the keys and values of a block of `slots` slots fit into shared memory."""
     padded = sum(max(16, next_power_of_2(x.shape[-1])) for x in (query, value))
-    return padded * 2 * (next_power_of_2(slots) + 64) + (4 << 10) <= memory(query.device)[0]
+    return padded * 2 * (next_power_of_2(slots) + 64) + (4 << 10) <= gpu_memory(query.device)[0]
 
 
 @lru_cache(maxsize=256)
