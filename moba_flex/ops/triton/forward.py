@@ -137,9 +137,10 @@ def one_pass_forward(
 
 
 def fits(query: Tensor, value: Tensor, slots: int) -> bool:
-    """Whether the keys and values of a block of `slots` slots fit into shared memory."""
+    """Whether the keys and values of a block of `slots` slots fit into shared memory. AMD's GPUs: Triton cannot compile it."""
+    room, major = gpu_memory(query.device)
     padded = sum(max(16, next_power_of_2(x.shape[-1])) for x in (query, value))
-    return padded * 2 * (next_power_of_2(slots) + 64) + (4 << 10) <= gpu_memory(query.device)[0]
+    return major > 0 and padded * 2 * (next_power_of_2(slots) + 64) + (4 << 10) <= room
 
 
 @lru_cache(maxsize=256)
