@@ -16,7 +16,8 @@ from benchmarking.measure import milliseconds
 
 from moba_flex import moba_attention
 from moba_flex.backends import flex
-from moba_flex.core.layout import dense_layout, slots_per_block
+from moba_flex.core.layout import slots_per_block
+from moba_flex.core.layout_builders import dense_layout
 from moba_flex.core.settings import AttentionSettings
 
 
