@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from statistics import fmean, median, stdev
 
-from llama import one_line
+from shared.command_line import UserError, one_line
 
 from .runs import complete
 
@@ -20,12 +20,12 @@ _OF_A_RUN = ("run", "seed", "block_size", "top_k", "full_attention_layers", "key
 def compare(files: list[Path], plot: Path | None = None) -> None:
     """Print a table for each setting, and plot them if a file is named.
 
-    Raises SystemExit, in one line, if a log cannot be read, no run is done, or two logs are of the same run.
+    Raises UserError, in one line, if a log cannot be read, no run is done, or two logs are of the same run.
     """
     logs = [_read(file) for file in files]
     done = [log for log in logs if log["done"]]
     if not done:
-        raise SystemExit(f"none of the {len(files)} runs is done: the same command that began them goes on")
+        raise UserError(f"none of the {len(files)} runs is done: the same command that began them goes on")
     settings = group(done)
     for title, runs in settings.items():
         print(title, *table(runs), "", sep="\n")
@@ -38,7 +38,7 @@ def compare(files: list[Path], plot: Path | None = None) -> None:
 def group(logs: list[dict]) -> dict[str, dict[str, dict[int, dict]]]:
     """Title of a setting -> name of a run -> seed -> log. Full attention is the first of the runs, a sweep comes last.
 
-    Raises SystemExit if two logs are of the same run and seed, and differ.
+    Raises UserError if two logs are of the same run and seed, and differ.
     """
     settings = defaultdict(lambda: defaultdict(dict))
     for log in sorted(logs, key=_place):
@@ -46,7 +46,7 @@ def group(logs: list[dict]) -> dict[str, dict[str, dict[int, dict]]]:
         title = ", ".join(f"{name} {x}" for name, x in rule.items() if name not in _OF_A_RUN)
         name = f"{rule['run']} ({rule['block_size']}, top-{rule['top_k']})" if "block_size" in rule else rule["run"]
         if settings[title][name].setdefault(rule["seed"], log) != log:
-            raise SystemExit(f"two logs are of {name}, seed {rule['seed']}, with {title}: name one of them")
+            raise UserError(f"two logs are of {name}, seed {rule['seed']}, with {title}: name one of them")
     return settings
 
 
@@ -112,7 +112,7 @@ def draw(settings: dict[str, dict[str, dict[int, dict]]], file: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise SystemExit("--plot needs matplotlib: pip install matplotlib") from None
+        raise UserError("--plot needs matplotlib: pip install matplotlib") from None
     figure = Figure(figsize=(16, 5 * len(settings)), layout="constrained")
     names = list(dict.fromkeys(name for runs in settings.values() for name in runs if not is_sweep(name) and name != "full"))
     colors = {"full": "black", **{name: f"C{i}" for i, name in enumerate(names)}}
@@ -182,5 +182,5 @@ def _read(file: Path) -> dict:
         log = json.loads(file.read_text())
         log["settings"]["run"], log["done"]
     except (OSError, ValueError, KeyError, TypeError) as problem:
-        raise SystemExit(f"{file} is no log of pretrain.py: {problem}") from None
+        raise UserError(f"{file} is no log of pretrain.py: {problem}") from None
     return log
