@@ -40,10 +40,13 @@ def run(args: argparse.Namespace) -> None:
     with one_line("cannot look into this model"), layer_progress(model, f"Reading {prompt.shape[1]:,} tokens"):
         trace = moba_flex.trace(model, prompt, config=settings, selections=[args.layer])
     (layer,) = trace.selections
-    title = f"layer {layer}: {prompt.shape[1]:,} tokens in blocks of {settings.block_size}, top-{settings.top_k}"
+    name = "SmolLM2-135M-Instruct" if args.model is None else Path(args.model).name
+    title = f"{name}, layer {layer}: {prompt.shape[1]:,} tokens in blocks of {settings.block_size}, top-{settings.top_k}"
     with one_line("cannot write the pictures"):
         moba_flex.visualize(trace.selections[layer], title=title).savefig(args.output / "blocks.png")
-        trace.figure().savefig(args.output / "model.png")
+        figure = trace.figure()
+        figure.suptitle(f"{name}: {figure.get_suptitle()}", fontsize=12)
+        figure.savefig(args.output / "model.png")
     print(f"Wrote {args.output / 'blocks.png'} and {args.output / 'model.png'}")
     print_table(
         {

@@ -13,8 +13,8 @@ import needle
 import pytest
 import torch
 from matplotlib.image import imread
-from package_text import KINDS, collect
 from pretraining.corpus import corpus
+from shared.package_text import KINDS, collect
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import moba_flex
@@ -271,9 +271,9 @@ def test_cells_that_moba_alone_misses_are_named(capsys) -> None:
         (["--lengths", "100"], "length must be from"),
         (["--lengths", "5"], "length must be from"),
         (["--lengths", "300", "5000"], "--lengths has 5,000, but the context of --moba's model is 1,024 tokens"),
-        (["--output", __file__], f"cannot write to the folder {__file__}: Not a directory"),
+        (["--output", __file__], f"argument --output: cannot write to the folder {__file__}: Not a directory"),
         (["--text", "nowhere"], "text is read from folders, but nowhere is none"),
-        (["--top-k", "0"], "top_k"),
+        (["--top-k", "0"], "argument --top-k: must be at least 1, but is 0"),
     ],
 )
 def test_what_cannot_work_is_refused_in_one_sentence(flags: list[str], byte_llama: Path, tmp_path: Path, more, words: str, capsys) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -15,12 +16,14 @@ import pytest
 import torch
 import train
 from accelerate.state import AcceleratorState, GradientState
+from shared import training
+from shared.command_line import UserError
 from transformers import AutoModelForCausalLM
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 ROOT = Path(__file__).parents[2]
 TINY = [
-    *("--tiny", "--cpu", "--text", str(ROOT / "moba_flex/naive.py"), str(ROOT / "moba_flex/gate.py")),
+    *("--tiny", "--cpu", "--text", str(ROOT / "examples/llama.py"), str(ROOT / "examples/train.py")),
     *("--sequence-length", "200", "--block-size", "24", "--top-k", "3", "--sink-blocks", "1", "--full-attention-layers", "-1"),
     *("--batch-size", "4", "--learning-rate", "1e-3", "--warmup", "2", "--moba-share", "0.5"),
 ]
@@ -49,7 +52,7 @@ def short(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def environment() -> dict[str, str]:
     here = {name: x for name, x in os.environ.items() if not name.startswith(("ACCELERATE_", "FSDP_"))}
     loopback = {"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    path = os.pathsep.join(filter(None, [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH")]))
     return {**here, **loopback, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
@@ -109,7 +112,7 @@ def test_a_run_learns_logs_and_leaves_a_model_that_loads(short: Path) -> None:
 
 @pytest.mark.parametrize("given", ["labels", "shift_labels", "num_items_in_batch"])
 def test_the_loss_in_parts_is_that_of_transformers(monkeypatch: pytest.MonkeyPatch, given: str) -> None:
-    monkeypatch.setattr(train, "LOSSES_AT_ONCE", 7)
+    monkeypatch.setattr(training, "LOSSES_AT_ONCE", 7)
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(2, 20, 11, generator=generator, requires_grad=True)
     labels = torch.randint(11, (2, 20), generator=generator)
@@ -117,7 +120,7 @@ def test_the_loss_in_parts_is_that_of_transformers(monkeypatch: pytest.MonkeyPat
     more = {"shift_labels": {"shift_labels": labels.roll(1, 1)}, "num_items_in_batch": {"num_items_in_batch": torch.tensor(13)}}.get(
         given, {}
     )
-    actual, expected = (loss(logits, labels, vocab_size=11, **more) for loss in (train.mean_loss, ForCausalLMLoss))
+    actual, expected = (loss(logits, labels, vocab_size=11, **more) for loss in (training.mean_loss, ForCausalLMLoss))
     torch.testing.assert_close(actual, expected)
     torch.testing.assert_close(torch.autograd.grad(actual, logits), torch.autograd.grad(expected, logits))
 
@@ -153,9 +156,13 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(tmp_path: Path) -
         said, _ = process.communicate(timeout=120)
     finally:
         process.kill()
-    assert process.returncode == 0, said
+    assert process.returncode == 130, said
     steps = len(log(output))
-    assert 3 <= steps < 40 and (output / f"step-{steps:08d}").is_dir() and f"interrupted after step {steps}" in said
+    assert (
+        3 <= steps < 40
+        and (output / f"step-{steps:08d}").is_dir()
+        and f"interrupted after step {steps}, whose checkpoint is written" in said
+    )
     run([*command, str(output), "--resume"])
     assert losses(output) == losses(tmp_path / "whole")
 
@@ -173,23 +180,23 @@ def test_ctrl_c_ends_a_step_between_its_micro_batches(alone: None, short: Path, 
 
     monkeypatch.setattr(train, "forward", interrupted)
     arguments = [*SHORT, "--micro-batch-size", "2", "--output", str(tmp_path / "run")]
-    train.train(train.parse(arguments))
+    assert train.train(train.parse(arguments)) == 130
     assert len(calls) == 2 * done + 1
     checkpoints = [path.name for path in (tmp_path / "run").glob("step-*")]
     said = capsys.readouterr().out
     if not done:
-        assert not checkpoints and "interrupted within the first step" in said
+        assert not checkpoints and "interrupted before the first step was done: nothing is saved" in said
         return
     assert checkpoints == [f"step-{done:08d}"] and f"interrupted after step {done}, whose checkpoint is written" in said
     AcceleratorState._reset_state(True)
-    train.train(train.parse([*arguments, "--resume"]))
+    assert train.train(train.parse([*arguments, "--resume"])) == 0
     assert_same_losses(tmp_path / "run", short)
 
 
 @pytest.mark.parametrize("name", ["tp_size", "sp_size"])
 def test_parallelism_that_the_script_does_not_do_is_refused(name: str, tmp_path: Path) -> None:
     parallelism = SimpleNamespace(**{"tp_size": 1, "sp_size": 1, "cp_size": 1, name: 2})
-    with pytest.raises(SystemExit, match=f"configuration has {name} 2, which this script does not do"):
+    with pytest.raises(UserError, match=f"configuration has {name} 2, which this script does not do"):
         accelerator = SimpleNamespace(parallelism_config=parallelism, num_processes=2, process_index=0)
         train.Share(accelerator, train.parse([*SHORT, "--output", str(tmp_path)]))
 
@@ -220,7 +227,7 @@ def test_every_sequence_is_read_once_an_epoch_whoever_shares_the_work(tmp_path: 
     """Also where an epoch ends in the middle of a step."""
     (tmp_path / "text").write_text(" ".join(map(str, range(2100))))
     args = train.parse([*SHORT, "--text", str(tmp_path / "text"), "--output", "-"])
-    text, alone = train.Text(args, None, 256), train.Text(args, None, 256)
+    text, alone = train.Text(args, None), train.Text(args, None)
     shares = [SimpleNamespace(size=processes, rank=rank, rows=rows) for rank in range(processes)]
     n = text.fingerprint[0] // args.sequence_length
     assert n % args.batch_size == 2
@@ -243,7 +250,7 @@ def test_every_sequence_is_read_once_an_epoch_whoever_shares_the_work(tmp_path: 
     ],
 )
 def test_arguments_that_do_not_fit_are_refused_in_one_sentence(alone: None, tmp_path: Path, arguments: list[str], words: str) -> None:
-    with pytest.raises(SystemExit, match=words):
+    with pytest.raises(UserError, match=words):
         train.train(train.parse([*SHORT, *arguments, "--output", str(tmp_path / "run")]))
     assert not (tmp_path / "run").exists()
 
@@ -251,22 +258,26 @@ def test_arguments_that_do_not_fit_are_refused_in_one_sentence(alone: None, tmp_
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--text", "nowhere.txt"], "cannot read the files of --text: .*nowhere.txt"),
-        (["--block-size", "0"], "this model cannot use MoBA so: block_size must be an int of at least 1, but is 0"),
-        (["--full-attention-layers", "7"], "full_attention_layers has 7, but LlamaForCausalLM has the layers 0, 1"),
+        (["--text", "nowhere.txt"], "argument --text: cannot read the file: .*nowhere.txt"),
+        (["--top-k", "1"], "these flags do not fit together: .*--sink-blocks"),
+        (["--full-attention-layers", "7"], "argument --full-attention-layers: there is no layer 7: the model has the layers 0 to 1"),
         (["--log-with", "nosuch"], "accelerate cannot begin: .*nosuch"),
-        (["--output", __file__], "cannot write to the folder: "),
+        (["--output", __file__], "argument --output: cannot write to the folder "),
     ],
 )
-def test_what_cannot_work_is_said_in_one_line(alone: None, tmp_path: Path, arguments: list[str], words: str) -> None:
-    with pytest.raises(SystemExit, match=f"train.py: error: .*{words}") as refused:
-        train.main([*SHORT, "--output", str(tmp_path / "run"), *arguments])
-    assert "\n" not in str(refused.value) and not (tmp_path / "run").exists()
+def test_what_cannot_work_is_said_in_one_line_before_the_model_is_made(
+    alone: None, tmp_path: Path, arguments: list[str], words: str, monkeypatch, capsys
+) -> None:
+    monkeypatch.setattr(train, "load", lambda _: pytest.fail("loaded"))
+    assert train.main([*SHORT, "--output", str(tmp_path / "run"), *arguments]) == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert re.match(f"train.py: error: {words}", said) and not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        (["--block-size", "0"], "argument --block-size: must be at least 1, but is 0"),
         (["--batch-size", "0"], "argument --batch-size: must be at least 1, but is 0"),
         (["--checkpoint-every", "0"], "argument --checkpoint-every: must be at least 1, but is 0"),
         (["--sequence-length", "1"], "argument --sequence-length: a sequence of 1 token has nothing to predict"),
@@ -278,10 +289,9 @@ def test_what_cannot_work_is_said_in_one_line(alone: None, tmp_path: Path, argum
         (["--warmup", "-1"], "argument --warmup: must be at least 0, but is -1"),
     ],
 )
-def test_numbers_out_of_range_are_refused(tmp_path: Path, arguments: list[str], words: str, capsys) -> None:
-    with pytest.raises(SystemExit):
+def test_numbers_out_of_range_are_refused(tmp_path: Path, arguments: list[str], words: str) -> None:
+    with pytest.raises(UserError, match=re.escape(words)):
         train.parse([*SHORT, "--output", str(tmp_path), *arguments])
-    assert words in capsys.readouterr().err
 
 
 def test_a_line_of_the_log_that_was_cut_off_is_dropped(alone: None, short: Path, tmp_path: Path) -> None:
@@ -293,11 +303,11 @@ def test_a_line_of_the_log_that_was_cut_off_is_dropped(alone: None, short: Path,
 
 
 def test_a_run_is_not_overwritten(alone: None, short: Path) -> None:
-    with pytest.raises(SystemExit, match="has checkpoints already: go on from the last one with --resume"):
+    with pytest.raises(UserError, match="has checkpoints already: go on from the last one with --resume"):
         train.train(train.parse([*SHORT, "--output", str(short)]))
 
 
 def test_what_a_step_depends_on_must_not_change(alone: None, short: Path) -> None:
-    with pytest.raises(SystemExit, match="these must not change: seed was 0 and is 1, top_k was 3 and is 4"):
+    with pytest.raises(UserError, match="these must not change: seed was 0 and is 1, top_k was 3 and is 4"):
         train.train(train.parse([*SHORT, "--resume", "--seed", "1", "--top-k", "4", "--output", str(short)]))
     assert len(losses(short)) == 6
