@@ -26,23 +26,19 @@ if __name__ == "__main__":
 import argparse
 import contextlib
 import json
-import os
-import sys
 import time
-import traceback
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from accelerate import Accelerator
 from shared.changed_settings import changes
-from shared.command_line import Parser, UserError, config_of_flags, exit_code, one_line
+from shared.command_line import Parser, UserError, config_of_flags, one_line
 from shared.flag_types import count, count_from_0, fraction, not_negative, positive, positive_or_inf
 from shared.models import check_layers
 from shared.saved_results import check_writable
 from shared.startup import run_script
-from shared.training import Stop, done, learning_rate, mean_loss, stopped
+from shared.training import Stop, done, exit_code_of_job, learning_rate, mean_loss, stopped
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -345,19 +341,8 @@ def check(args: argparse.Namespace) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Train; the exit code. Of several processes each ends here, at once: on CPUs gloo's threads may still want Python's lock. To destroy
-    their group would hold it for ever, and if Python ends under them they abort the process.
-    """
-    try:
-        code = exit_code("train.py", lambda: train(parse(arguments)))
-    except Exception:
-        traceback.print_exc()
-        code = 1
-    if dist.is_initialized():
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    return code
+    """Train; the exit code."""
+    return exit_code_of_job("train.py", lambda: train(parse(arguments)))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Measure one attention layer whose sequence is split over several processes: time, bytes sent and peak memory of a prefill.
+"""Measure one attention layer with MoBA whose sequence is split over several processes: time, bytes sent and peak memory of a prefill.
 
     torchrun --standalone --nproc-per-node 8 examples/benchmarks/prefill_scaling.py --tokens 1048576
     torchrun --standalone --nproc-per-node 2 examples/benchmarks/prefill_scaling.py --tokens 2048 --block-size 128 --top-k 4    # on CPUs

@@ -61,7 +61,7 @@ ROWS = (*(f"{name}, untrained" for name in RUNS), *RUNS)  # of the results
 def adapt(args: argparse.Namespace) -> int:
     """Train and measure those of `--runs` that are not done, and print the results where they are complete. The exit code."""
     check_folders(args)
-    check_layers("--full-attention-layers", args.full_layers, args.model)
+    check_layers("--full-attention-layers", args.full_attention_layers or (), args.model)
     limit, output = Limit(args.minutes), Output(args)
     model, tokenizer = load(args.model, args.device, "bfloat16" if args.device.startswith("cuda") else "float32")
     fit_context(model, args)

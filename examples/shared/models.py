@@ -43,7 +43,7 @@ def check_layers(flag: str, layers: Iterable[int], model: str | None, n: int = D
 
     A GGUF file, or a model without a configuration, is left to `load`: their layers are known once it is done.
     """
-    if not (layers := list(layers)):
+    if not (layers := list(layers)) or (model or "").endswith(".gguf"):
         return
     if model is not None:
         try:

@@ -10,13 +10,36 @@ import argparse
 import math
 import os
 import signal
+import sys
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers import TrainerCallback
+
+from .command_line import exit_code
 
 LOSSES_AT_ONCE = 8192  # tokens, whose losses are worked out in float32 at a time
+
+
+def exit_code_of_job(script: str, work: Callable[[], int | None]) -> int:
+    """`exit_code` for one of several processes, which then ends here, at once. On CPUs gloo's threads may still want Python's lock: to
+    destroy their group would hold it for ever, and if Python ends under them they abort the process.
+    """
+    try:
+        code = exit_code(script, work)
+    except Exception:
+        traceback.print_exc()
+        code = 1
+    if dist.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
 class Stop:
@@ -42,6 +65,17 @@ class Stop:
         self._received = number
 
 
+class StopTrainer(TrainerCallback):
+    """Lets transformers' Trainer write a checkpoint and end after the step at which an end is wanted."""
+
+    def __init__(self, stop: Stop) -> None:
+        self._stop = stop
+
+    def on_step_end(self, args, state, control, **_) -> None:
+        if self._stop.wanted:
+            control.should_save = control.should_training_stop = True
+
+
 def stopped(reason: str, step: int, of: str = "", resume: str = " with --resume") -> str:
     """The sentence that a training script ends with before all is done. `reason`: "interrupted", or "the time is up"."""
     if not step:
@@ -49,10 +83,12 @@ def stopped(reason: str, step: int, of: str = "", resume: str = " with --resume"
     return f"{reason} after step {step:,}{of}, whose checkpoint is written: the same command{resume} goes on from there"
 
 
-def done(steps: int, loss: float, folder: Path) -> str:
+def done(steps: int, loss: float, folder: Path, adapter: bool = False) -> str:
     """The last words of a run that is done: what came out, and how to load it."""
-    load = f"moba_flex.AutoModelForCausalLM.from_pretrained({str(folder)!r})"
-    return f"done after step {steps:,}, final loss {loss:.4f}; the model is in {folder}\nload it: {load}"
+    what, load = "model", f"moba_flex.AutoModelForCausalLM.from_pretrained({str(folder)!r})"
+    if adapter:
+        what, load = "adapter", f"python examples/llama.py --model THE_MODEL --adapted {folder}"
+    return f"done after step {steps:,}, final loss {loss:.4f}; the {what} is in {folder}\nload it: {load}"
 
 
 def learning_rate(step: int, args: argparse.Namespace) -> float:

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import benchmark
 import pytest
@@ -38,9 +38,13 @@ def file(tmp_path, cpu) -> Path:
     return tmp_path / "results.json"
 
 
-def run(file: Path, *flags: str, code: int = 0, lengths: str = "40 64") -> list[dict]:
-    """The runs in the file after the benchmark."""
-    assert benchmark.main([*FLAGS, "--json", str(file), *(["--lengths", *lengths.split()] if lengths else []), *flags]) == code
+def run(file: Path, *flags: str, code: int = 0, lengths: str = "40 64", draw: bool = False) -> list[dict]:
+    """The runs in the file after the benchmark, which draws no picture unless it is asked to: that takes longer than all the rest."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measure, "gc", SimpleNamespace(collect=lambda: None))
+        if not draw:
+            patch.setattr(benchmark, "plot", lambda *_: None)
+        assert benchmark.main([*FLAGS, "--json", str(file), *(["--lengths", *lengths.split()] if lengths else []), *flags]) == code
     return json.loads(file.read_text())
 
 
@@ -66,7 +70,7 @@ def fake(monkeypatch, call, growth: int = 1) -> list[int]:
 
 
 def test_a_run_on_a_cpu_measures_everything_and_writes_it(file, capsys):
-    (only,) = run(file)
+    (only,) = run(file, draw=True)
     found = by_key(only)
     assert set(found) == {(s, p, n) for s in ("moba_flex", "dense-sdpa") for p in (FORWARD, BOTH) for n in (40, 64)}
     for key, result in found.items():
@@ -518,7 +522,7 @@ def test_plot_only_makes_table_and_plot_from_a_file(tmp_path, capsys, monkeypatc
 
 def test_without_matplotlib_there_is_a_message_and_no_plot(file, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    run(file, "--forward-only", "--systems", "moba_flex")
+    run(file, "--forward-only", "--systems", "moba_flex", draw=True)
     assert "moba_flex[viz]" in capsys.readouterr().out and not file.with_suffix(".png").exists()
 
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import struct
-import subprocess
 import sys
-from pathlib import Path
 
 import inspect_blocks
 import pytest
@@ -65,10 +63,3 @@ def test_without_matplotlib_it_says_what_to_install_before_any_work(flags, monke
     monkeypatch.setattr(inspect_blocks, "load", lambda *args: pytest.fail("the model was loaded"))
     assert inspect_blocks.main(flags) == 2
     assert 'pip install ".[demo,viz]"' in capsys.readouterr().err
-
-
-def test_it_runs_as_a_script(flags, tmp_path):
-    script = Path(inspect_blocks.__file__)
-    done = subprocess.run([sys.executable, script, *flags], capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "pictures" / "blocks.png").is_file()

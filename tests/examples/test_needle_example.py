@@ -244,14 +244,17 @@ def test_the_heat_map_has_lengths_to_the_right_and_depths_downwards_and_names_wh
         side: {needle.key(length, depth): [depth < 0.7, length == 300 or side == "full"] for length in LENGTHS for depth in DEPTHS}
         for side in needle.SIDES
     }
-    models = {side: {"model": f"run/{side}"} for side in needle.SIDES}
+    models = {"moba": {"model": "checkpoints/50M-32768-moba-last-3-full-b512k3-seed0"}, "full": {"model": "full/adapter"}}
     figure = needle.heat_map({"asked": {"lengths": LENGTHS, "depths": DEPTHS}, "models": models, "right": right})
     moba, full = figure.axes[:2]
     assert moba.images[0].get_array().tolist() == [[100.0, 50.0], [100.0, 50.0], [50.0, 0.0]]
     assert full.images[0].get_array().tolist() == [[100.0, 100.0], [100.0, 100.0], [50.0, 50.0]]
     assert [label.get_text() for label in moba.get_xticklabels()] == ["300", "400"]
     assert [label.get_text() for label in moba.get_yticklabels()] == ["0%", "50%", "100%"]
-    assert moba.get_title() == "MoBA: run/moba\n7 of 12 right" and full.get_title() == "full attention: run/full\n10 of 12 right"
+    moba_title, full_title = moba.get_title().split("\n"), full.get_title().split("\n")
+    assert " ".join(moba_title) == "MoBA 50M parameters, 32,768 tokens, moba last 3 full, block 512, top-3, seed 0 7 of 12 right"
+    assert full_title == ["full attention", "adapter of run full", "10 of 12 right"]
+    assert figure.axes[2].get_ylabel() == "trials with the right answer, %"
 
 
 def test_cells_that_moba_alone_misses_are_named(capsys) -> None:

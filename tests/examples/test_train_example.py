@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -30,9 +32,9 @@ TINY = [
 SHORT = [*TINY, "--steps", "6", "--checkpoint-every", "3"]
 
 
-@pytest.fixture
-def alone():
-    """accelerate keeps its state for the life of a process."""
+@contextlib.contextmanager
+def undone() -> Iterator[None]:
+    """What a run in this process leaves behind: handlers of signals, and accelerate's state, which it keeps for the life of a process."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
     for number, handler in handlers.items():
@@ -41,11 +43,18 @@ def alone():
     GradientState._reset_state()
 
 
+@pytest.fixture
+def alone() -> Iterator[None]:
+    with undone():
+        yield
+
+
 @pytest.fixture(scope="module")
 def short(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Six steps on one process, from beginning to end."""
     output = tmp_path_factory.mktemp("short")
-    run([sys.executable, "examples/train.py", *SHORT, "--micro-batch-size", "2", "--output", str(output)])
+    with undone():
+        assert train.train(train.parse([*SHORT, "--micro-batch-size", "2", "--output", str(output)])) == 0
     return output
 
 
@@ -74,11 +83,15 @@ def start(command: list[str]) -> subprocess.Popen:
     return subprocess.Popen(command, cwd=ROOT, env=environment(), **out)
 
 
-def launch(config: str, script: str, *arguments: str, processes: int = 2, **parallelism: int) -> str:
+def command(config: str, script: str, *arguments: str, processes: int = 2, **parallelism: int) -> list[str]:
+    """The script on several processes, by examples/launch.py."""
     options = [part for name, x in parallelism.items() for part in (f"--parallelism_config_{name}", str(x))]
-    config = str(ROOT / "examples/accelerate" / config)
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, "--mixed_precision", "no"]
-    return run([*launcher, "--num_processes", str(processes), *options, script, *arguments])
+    launcher = [sys.executable, "examples/launch.py", "--config_file", f"examples/accelerate/{config}", "--mixed_precision", "no"]
+    return [*launcher, "--num_processes", str(processes), *options, script, *arguments]
+
+
+def launch(*arguments, **options) -> str:
+    return run(command(*arguments, **options))
 
 
 def log(output: Path) -> list[dict]:
@@ -142,12 +155,10 @@ def test_one_process_checkpoint_goes_on_with_sharded_parameters_on_two(short: Pa
     assert_same_losses(output, short)
 
 
-def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(tmp_path: Path) -> None:
-    """Ctrl-C ends the run with a checkpoint. The same process count computes the same bits."""
-    command = [sys.executable, "examples/train.py", *TINY, "--steps", "40", "--output"]
-    run([*command, str(tmp_path / "whole")])
-    output = tmp_path / "interrupted"
-    process = start([*command, str(output)])
+def test_an_interrupted_job_says_so_and_goes_on_to_the_same_end(alone: None, tmp_path: Path, capsys) -> None:
+    """Ctrl-C for the launcher of two processes; one process goes on."""
+    arguments, output = [*TINY, "--steps", "40", "--output"], tmp_path / "interrupted"
+    process = start(command("cpu.yaml", "examples/train.py", *arguments, str(output)))
     try:
         while not (output / "log.jsonl").exists() or len(log(output)) < 3:
             with pytest.raises(subprocess.TimeoutExpired):  # it still runs
@@ -156,20 +167,36 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(tmp_path: Path) -
         said, _ = process.communicate(timeout=120)
     finally:
         process.kill()
-    assert process.returncode == 130, said
     steps = len(log(output))
-    assert (
-        3 <= steps < 40
-        and (output / f"step-{steps:08d}").is_dir()
-        and f"interrupted after step {steps}, whose checkpoint is written" in said
+    assert process.returncode == 130 and 3 <= steps < 40 and (output / f"step-{steps:08d}").is_dir(), said
+    last_words = f"interrupted after step {steps}, whose checkpoint is written: the same command with --resume goes on from there\n"
+    assert said.endswith(last_words)
+
+    assert train.train(train.parse([*arguments, str(tmp_path / "whole")])) == 0
+    AcceleratorState._reset_state(True)
+    capsys.readouterr()
+    assert train.train(train.parse([*arguments, str(output), "--resume"])) == 0
+    torch.testing.assert_close(losses(output), losses(tmp_path / "whole"), rtol=1e-3, atol=0.0)
+    out, err = capsys.readouterr()
+    loss, model = losses(output)[-1], output / "model"
+    assert out == (
+        f"done after step 40, final loss {loss:.4f}; the model is in {model}\n"
+        f"load it: moba_flex.AutoModelForCausalLM.from_pretrained({str(model)!r})\n"
     )
-    run([*command, str(output), "--resume"])
-    assert losses(output) == losses(tmp_path / "whole")
+    assert re.search(rf"40/40 .*loss {loss:.4f}, [\d,]+ tokens/s, full", err)
+
+
+def test_a_job_has_one_error_in_one_line(tmp_path: Path) -> None:
+    with start(command("cpu.yaml", "examples/train.py", *TINY, "--text", "nowhere.txt", "--output", str(tmp_path / "run"))) as process:
+        said, _ = process.communicate(timeout=120)
+    assert process.returncode == 2
+    (line,) = [line for line in said.splitlines() if "nowhere" in line or "rror" in line or "Traceback" in line]
+    assert line.startswith("train.py: error: argument --text: cannot read the file: ")
 
 
 @pytest.mark.parametrize("done", [0, 1, 3])  # after three steps the checkpoint is there already
-def test_ctrl_c_ends_a_step_between_its_micro_batches(alone: None, short: Path, tmp_path: Path, monkeypatch, capsys, done: int) -> None:
-    """Two a step, of two sequences. Steps that are done are kept, and the one that is not begins anew."""
+def test_ctrl_c_ends_a_step_between_its_micro_batches(alone: None, tmp_path: Path, monkeypatch, capsys, done: int) -> None:
+    """Two a step, of two sequences. Steps that are done are kept, the other one begins anew, and the bits are those of a whole run."""
     calls, forward = [], train.forward
 
     def interrupted(*args) -> torch.Tensor:
@@ -188,9 +215,12 @@ def test_ctrl_c_ends_a_step_between_its_micro_batches(alone: None, short: Path, 
         assert not checkpoints and "interrupted before the first step was done: nothing is saved" in said
         return
     assert checkpoints == [f"step-{done:08d}"] and f"interrupted after step {done}, whose checkpoint is written" in said
+    monkeypatch.undo()
     AcceleratorState._reset_state(True)
     assert train.train(train.parse([*arguments, "--resume"])) == 0
-    assert_same_losses(tmp_path / "run", short)
+    AcceleratorState._reset_state(True)
+    assert train.train(train.parse([*arguments[:-1], str(tmp_path / "whole")])) == 0
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("name", ["tp_size", "sp_size"])
