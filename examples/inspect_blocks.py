@@ -20,7 +20,7 @@ from pathlib import Path
 
 from llama import print_table, read_prompt, tokenize
 from shared.command_line import Parser, config_of_flags, exit_code, one_line
-from shared.models import check_layers, layer_progress, load
+from shared.models import check_layers, load
 from shared.startup import run_script
 
 import moba_flex
@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> None:
     model, tokenizer = load(args.model, args.device, args.dtype)
     prompt = tokenize(text, model, tokenizer, max_new_tokens=0)
 
-    with one_line("cannot look into this model"), layer_progress(model, f"Reading {prompt.shape[1]:,} tokens"):
+    with one_line("cannot look into this model"):
         trace = moba_flex.trace(model, prompt, config=settings, selections=[args.layer])
     (layer,) = trace.selections
     name = "SmolLM2-135M-Instruct" if args.model is None else Path(args.model).name

@@ -27,7 +27,6 @@ import argparse
 import hashlib
 import json
 import re
-import textwrap
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,6 +34,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 import transformers
+from pretraining.compare import WORDS
 from pretraining.corpus import HELD_OUT_OF
 from shared.changed_settings import changes
 from shared.command_line import Parser, UserError, exit_code, one_line, with_flags
@@ -272,7 +272,8 @@ def name_of(source: Path | None) -> str:
 def in_words(model: str) -> str:
     """What a picture calls a model: "moba/adapter" of adapt.py is "adapter of run moba"; a run of pretrain.py, what its name says.
 
-    50M-32768-moba-last-3-full-b512k3-seed0 -> 50M parameters, 32,768 tokens, moba last 3 full, block 512, top-3, seed 0
+    50M-32768-moba-last-3-full-b512k3-seed0 -> 50M parameters, 32,768 tokens, seed 0
+                                               MoBA, last 3 layers full (block 512, top-3)
     """
     if model.endswith("/adapter"):
         return f"adapter of run {model.removesuffix('/adapter')}"
@@ -280,8 +281,8 @@ def in_words(model: str) -> str:
     if not (run := _RUN.fullmatch(last)):
         return last
     size, context, name, blocks, top_k, seed = run.groups()
-    blocks = f", block {blocks}, top-{top_k}" if blocks else ""
-    return f"{size} parameters, {int(context):,} tokens, {name.replace('-', ' ')}{blocks}, seed {seed}"
+    blocks = f" (block {blocks}, top-{top_k})" if blocks else ""
+    return f"{size} parameters, {int(context):,} tokens, seed {seed}\n{WORDS.get(name, name.replace('-', ' '))}{blocks}"
 
 
 def shares(results: dict, side: str) -> Tensor:
@@ -301,8 +302,8 @@ def heat_map(results: dict):
     for panel, side, title in zip(panels, SIDES, ("MoBA", "full attention")):
         share, trials = shares(results, side), [right for cell in results["right"][side].values() for right in cell]
         image = panel.imshow(100 * share.numpy(), vmin=0, vmax=100, cmap="RdYlGn", aspect="auto")
-        model = textwrap.fill(in_words(results["models"][side]["model"]), 12 + 8 * len(lengths))
-        panel.set_title(f"{title}\n{model}\n{sum(trials)} of {len(trials)} right", fontsize=10)
+        model = in_words(results["models"][side]["model"])
+        panel.set_title(f"{title}: {model}\n{sum(trials)} of {len(trials)} right", fontsize=10)
         panel.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths], rotation=45)
         panel.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
         panel.set_xticks([i + 0.5 for i in range(len(lengths) - 1)], minor=True)

@@ -251,9 +251,9 @@ def test_the_heat_map_has_lengths_to_the_right_and_depths_downwards_and_names_wh
     assert full.images[0].get_array().tolist() == [[100.0, 100.0], [100.0, 100.0], [50.0, 50.0]]
     assert [label.get_text() for label in moba.get_xticklabels()] == ["300", "400"]
     assert [label.get_text() for label in moba.get_yticklabels()] == ["0%", "50%", "100%"]
-    moba_title, full_title = moba.get_title().split("\n"), full.get_title().split("\n")
-    assert " ".join(moba_title) == "MoBA 50M parameters, 32,768 tokens, moba last 3 full, block 512, top-3, seed 0 7 of 12 right"
-    assert full_title == ["full attention", "adapter of run full", "10 of 12 right"]
+    model = "50M parameters, 32,768 tokens, seed 0\nMoBA, last 3 layers full (block 512, top-3)"
+    assert moba.get_title() == f"MoBA: {model}\n7 of 12 right"
+    assert full.get_title() == "full attention: adapter of run full\n10 of 12 right"
     assert figure.axes[2].get_ylabel() == "trials with the right answer, %"
 
 
