@@ -27,7 +27,8 @@ from moba_flex import moba_attention
 
 # The steps that are measured. They are not public, and may be renamed.
 from moba_flex.backends import flex
-from moba_flex.core.layout import dense_layout, slots_per_block
+from moba_flex.core.layout import slots_per_block
+from moba_flex.core.layout_builders import dense_layout
 from moba_flex.core.settings import AttentionSettings
 
 

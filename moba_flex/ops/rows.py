@@ -2,7 +2,7 @@
 
 Nothing here adds with atomics: what comes back to a query is gathered through `row_of_pair`, so two runs give the same bits.
 
-H query heads, N query slots, S chosen blocks a query, R routed rows, D width. Rows of the batch and heads are one leading axis here.
+H query heads, N query slots, S chosen blocks per query, R routed rows, D width. Rows of the batch and heads are one leading axis here.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..core.dtypes import wide
 from .routing import Routes
 
 _QUERIES_AT_ONCE = 1 << 14
@@ -79,3 +80,9 @@ def _sum_of_rows(rows: Tensor, pair: Tensor, weight: Tensor | None = None) -> Te
     """`[R, D]`, rows of each query `[n, S]`, -1 for none -> their sum `[n, D]`, weighted by `weight [n, S]`, in float32 at least."""
     taken = _take_rows(rows, pair).to(torch.promote_types(rows.dtype, torch.float32)).masked_fill((pair < 0)[..., None], 0)
     return taken.sum(1) if weight is None else torch.bmm(weight[:, None], taken)[:, 0]
+
+
+def over_no_keys(query: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention of queries that have no own block (`causal=False`) before they are routed: zeros, and a log-sum-exp of -inf."""
+    out = query.new_zeros(*query.shape[:3], value.shape[-1], dtype=wide(query.dtype))
+    return out, torch.full_like(out[..., 0], -torch.inf)

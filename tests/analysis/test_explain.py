@@ -61,8 +61,7 @@ def test_the_path_is_the_one_that_the_operation_takes(as_if_on_cuda, monkeypatch
     found = explain(query, key, **call)
     assert found.path == path
     monkeypatch.setattr(dense_mask, "forward", lambda query, *_: taken.append("dense mask") or (query.clone(), query[..., 0].float()))
-    for step in ("local", "merge_routed"):
-        monkeypatch.setattr(flex, step, lambda query, *_: taken.append("routed") or (query, query[..., 0].float()))
+    monkeypatch.setattr(flex, "attend", lambda *_: taken.append("routed"))
     unchecked(query, key, key, **call, implementation="flex")
     assert set(taken) == ({path} - {"dense"})
 

@@ -8,7 +8,8 @@ from test_gpu import TOLERANCE, Case, blocks, distance, run
 
 from moba_flex import moba_attention
 from moba_flex.backends import dense_mask, flex
-from moba_flex.core.layout import dense_layout, slots_per_block
+from moba_flex.core.layout import slots_per_block
+from moba_flex.core.layout_builders import dense_layout
 
 if torch.cuda.is_available():
     from moba_flex.ops import triton as kernels

@@ -12,7 +12,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from moba_flex import moba_attention, moba_attention_varlen, patch, select_blocks, set_working_memory
-from moba_flex.core.layout import dense_layout
+from moba_flex.core.layout_builders import dense_layout
 from moba_flex.core.settings import AttentionSettings
 from moba_flex.ops import gate, routing
 from moba_flex.reference import reference_selection

@@ -16,7 +16,8 @@ from moba_flex import moba_attention, select_blocks, set_working_memory
 from moba_flex.backends.dense_mask import few_blocks
 from moba_flex.backends.flex import MAX_TENSOR_ELEMENTS
 from moba_flex.core.chunking import chunks
-from moba_flex.core.layout import dense_layout, slots_per_block
+from moba_flex.core.layout import slots_per_block
+from moba_flex.core.layout_builders import dense_layout
 from moba_flex.core.settings import AttentionSettings
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU: FlexAttention compiles to Triton kernels")
