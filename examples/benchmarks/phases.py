@@ -62,6 +62,7 @@ def phases(heads: int, groups: int, tokens: int, width: int, block_size: int, to
     delta = kernels.delta(out, grad, None)
     rows = kernels.dispatch_backward(q, grad, lse, delta, routes)
     merged, total = torch.empty_like(out), torch.empty_like(lse)
+    grads = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     row_dq = flex.routed_backward(*rows, k, v, routes, layout, settings)[0]
     steps = {
         "gate": lambda: kernels.choose(q, k, layout, settings),
@@ -75,6 +76,7 @@ def phases(heads: int, groups: int, tokens: int, width: int, block_size: int, to
         "routed backward": lambda: flex.routed_backward(*rows, k, v, routes, layout, settings),
         "local backward": lambda: flex.local_backward(q, k, v, grad, lse, delta, layout, settings),
         "sum gradients": lambda: kernels.sum_rows(grad, row_dq, routes, merged),
+        "backward, all of it": lambda: flex.backward(q, k, v, grad, lse, delta, routes, layout, settings, grads),
     }
     return {name: median(step) for name, step in steps.items()}
 
