@@ -12,6 +12,7 @@ import math
 import torch
 from torch import Tensor
 
+from .core.hidden import all_finite, finite, visible_product
 from .core.settings import AttentionSettings
 
 
@@ -92,14 +93,31 @@ def reference_attention(
         visible = visible.tril(n_key - n_query)
     if padding_mask is not None:
         key, value = (x.masked_fill(~real[:, None, :, None], 0) for x in (key, value))
+        query = query.masked_fill(~real[:, None, n_key - n_query :, None], 0)
 
     wide, repeats = torch.promote_types(query.dtype, torch.float32), query.shape[1] // key.shape[1]
     q, k, v = query.to(wide), key.to(wide).repeat_interleave(repeats, 1), value.to(wide).repeat_interleave(repeats, 1)
-    score = q @ k.mT * settings.scale
+    score = _inner_products(q, k) * settings.scale
     if settings.softcap is not None:
         score = settings.softcap * torch.tanh(score / settings.softcap)
-    score = score.masked_fill(~visible, -math.inf)
-    some = visible.any(-1)
-    lse = score.masked_fill(~some[..., None], 0).logsumexp(-1)  # finite where nothing is read, so that gradients are 0
-    weight = torch.exp(score - lse[..., None])
-    return torch.where(some[..., None], weight @ v, 0).to(query.dtype), torch.where(some, lse, -math.inf)
+    some = visible.any(-1, keepdim=True)
+    score = score.masked_fill(~visible, -math.inf).masked_fill(~some, 0)  # finite where nothing is read, so that gradients are 0
+    weight = score.softmax(-1).masked_fill(~visible, 0)  # which a row of NaN is not there
+    out = weight @ v if all_finite(v) else visible_product(weight, visible, v)
+    lse = torch.where(some[..., 0], _log_sum_exp(score), -math.inf)
+    return torch.where(some, out, 0).to(query.dtype), lse
+
+
+def _inner_products(query: Tensor, key: Tensor) -> Tensor:
+    """`query @ key.mT`, whose gradients keep NaN and infinity from the rows that do not see them: 0 times NaN is NaN."""
+    if all_finite(query, key):
+        return query @ key.mT
+    product = query.detach() @ key.detach().mT
+    return torch.where(product.isfinite(), finite(query) @ finite(key).mT, product)
+
+
+def _log_sum_exp(score: Tensor) -> Tensor:
+    """Like `score.logsumexp(-1)`, but that its gradient sums to 1 for large scores too: PyTorch's is `exp(score - lse)`, of a rounded `lse`."""
+    most = score.detach().amax(-1, keepdim=True)
+    most = torch.where(most.isfinite(), most, 0)
+    return (score - most).exp().sum(-1).log() + most[..., 0]
