@@ -32,4 +32,4 @@ def visible_product(weight: Tensor, visible: Tensor, x: Tensor) -> Tensor:
     above, below, nan = ((visible.to(weight.dtype) @ kinds.to(weight.dtype)) > 0).chunk(3, -1)
     reached = torch.zeros_like(above, dtype=weight.dtype)
     reached = reached.masked_fill(above, math.inf).masked_fill(below, -math.inf).masked_fill(nan | (above & below), math.nan)
-    return weight @ finite(x) + reached * weight.sum(-1, keepdim=True).abs()  # the sum, so that the gradient of `weight` is spoilt too
+    return weight @ finite(x) + reached * weight.sum(-1, keepdim=True)  # the sum, so that the gradient of `weight` is spoilt too
