@@ -117,7 +117,7 @@ def _inner_products(query: Tensor, key: Tensor) -> Tensor:
 
 
 def _log_sum_exp(score: Tensor) -> Tensor:
-    """Like `score.logsumexp(-1)`, but that its gradient sums to 1 for large scores too: PyTorch's is `exp(score - lse)`, of a rounded `lse`."""
+    """`score.logsumexp(-1)`, with a gradient that sums to 1 for large scores too: PyTorch's is `exp(score - lse)`, of a rounded `lse`."""
     most = score.detach().amax(-1, keepdim=True)
     most = torch.where(most.isfinite(), most, 0)
     return (score - most).exp().sum(-1).log() + most[..., 0]

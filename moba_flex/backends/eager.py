@@ -3,8 +3,8 @@
 Cost and memory follow the number of chosen pairs. Forward and backward are written out, because the backward pass wants one thing
 that autograd would not do: use the log-sum-exp over *all* blocks of a query, so that no partial output has to be kept.
 
-A log-sum-exp is rounded, and `exp(score - lse)` is off by as much: by 0.8 % for a score of 133,120 in float32. So log-sum-exps of large
-scores are float64 within this file, and the backward pass, which is given a rounded one, computes them again where that matters.
+A log-sum-exp is rounded, and `exp(score - lse)` is off by as much: by 0.8 % for a score of 133,120 in float32. So forward keeps those of
+large scores in float64, and backward, which is given a rounded one, computes it again in two numbers where that matters.
 
 Inputs that are not `safe`, with NaN, infinity or numbers near the end of their range, take slower products in which a weight of 0 hides
 anything: see `moba_flex/core/hidden.py`. Only the local call hides pairs; along a route a query reads all of a block.
@@ -80,7 +80,8 @@ def _attend(
 
     The output is written `into` a tensor if there is one. The log-sum-exp is float64, but for small scores.
     """
-    weight, total, lse = _weights(query, key, causal, settings, known)
+    weight, total, most = _weights(query, key, causal, settings, known)
+    lse = (total.log() if most is None else total.double().log().add_(most)).squeeze(-1)
     if known.safe:
         return torch.matmul(weight, value, out=into).div_(total), lse
     weight = weight.div_(total)  # before the product, which could overflow otherwise
@@ -88,8 +89,8 @@ def _attend(
     return out if into is None else into.copy_(out), lse
 
 
-def _weights(query: Tensor, key: Tensor, causal: bool, settings: AttentionSettings, known: _Range) -> tuple[Tensor, Tensor, Tensor]:
-    """Exponentials of scores relative to one number a query `[..., M, K]`, their sums `[..., M, 1]`, and the log-sum-exp `[..., M]`."""
+def _weights(query: Tensor, key: Tensor, causal: bool, settings: AttentionSettings, known: _Range) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Exponentials of scores `[..., M, K]`, their sums `[..., M, 1]`, and what was subtracted from a query's scores, if anything."""
     weight, most = _scores(query, key, settings, known.safe), None
     if not known.small:
         later = _later(query.shape[-2], query.device) if causal else None
@@ -102,9 +103,7 @@ def _weights(query: Tensor, key: Tensor, causal: bool, settings: AttentionSettin
     weight.exp_()
     if causal:
         weight.tril_()
-    total = weight.sum(-1, keepdim=True)
-    lse = total.log() if most is None else total.double().log().add_(most)
-    return weight, total, lse.squeeze(-1)
+    return weight, weight.sum(-1, keepdim=True), most
 
 
 def _later(width: int, device: torch.device) -> Tensor:
@@ -120,14 +119,16 @@ def _attend_backward(
     grad: Tensor,
     lse: Tensor,
     delta: Tensor,
+    rest: Tensor | None,
     hidden: Tensor | None,
     settings: AttentionSettings,
     safe: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `_attend`'s share in an output whose log-sum-exp over all blocks is `lse`; `delta` is `out . grad`."""
+    """Gradients of `_attend`'s share in an output whose log-sum-exp over all blocks is `lse`, plus `rest`; `delta` is `out . grad`."""
     score = _scores(query, key, settings, safe)
     lse = lse.masked_fill(lse == -torch.inf, torch.inf)[..., None]  # a query that reads nothing gives nothing back
-    weight = (score - lse).to(score.dtype).exp_()
+    weight = score - lse
+    weight = (weight if rest is None else weight.sub_(rest[..., None])).exp_()
     if hidden is not None:
         weight.masked_fill_(hidden, 0)
     visible = None if safe or hidden is None else ~hidden
@@ -192,6 +193,7 @@ def local_backward(
     grad: Tensor,
     lse: Tensor,
     delta: Tensor,
+    rest: Tensor | None,
     layout: BlockLayout,
     settings: AttentionSettings,
     safe: bool,
@@ -200,10 +202,11 @@ def local_backward(
     hidden = _later(layout.width, query.device)
     grad_query = torch.empty_like(query, dtype=delta.dtype)
     grad_key, grad_value = (torch.zeros_like(x, dtype=delta.dtype) for x in (key, value))
-    per_query, per_key = (query, grad, lse, delta, grad_query), (key, value, grad_key, grad_value)
-    for own, (*of_query, dq), (k, v, dk, dv) in _local_heads(layout, per_query, per_key):
-        q, *upstream = (_wide(x) for x in of_query)
-        part, part_k, part_v = _attend_backward(q, _wide(k[own]), _wide(v[own]), *upstream, hidden, settings, safe)
+    per_query = (query, grad_query, grad, lse, delta) if rest is None else (query, grad_query, grad, lse, delta, rest)
+    per_key = (key, value, grad_key, grad_value)
+    for own, (q, dq, *upstream), (k, v, dk, dv) in _local_heads(layout, per_query, per_key):
+        upstream = _upstream(*upstream)
+        part, part_k, part_v = _attend_backward(_wide(q), _wide(k[own]), _wide(v[own]), *upstream, hidden, settings, safe)
         dq.copy_(part)
         for total, added in ((dk, part_k), (dv, part_v)):
             if isinstance(own, slice):
@@ -211,6 +214,10 @@ def local_backward(
             else:
                 total.index_add_(0, own, added)
     return grad_query, grad_key, grad_value
+
+
+def _upstream(grad: Tensor, lse: Tensor, delta: Tensor, rest: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    return _wide(grad), lse, delta, rest
 
 
 @dataclass(frozen=True, eq=False)
@@ -292,7 +299,7 @@ def _sum_routed(
     q = _wide(query).flatten(0, 2)
     k, v = _tiles(_wide(key) * settings.scale, layout), _tiles(_wide(value), layout)
     relative = None if small else lse.to(dtype).flatten()
-    total = (lse if small else lse - relative.view(lse.shape)).to(dtype).exp().flatten()  # 1, but for the rounding of what it is relative to
+    total = (lse if small else lse - relative.view(lse.shape)).to(dtype).exp().flatten()  # 1, but for rounding
     share = total.view(lse.shape)[..., None]
     whole = out.mul_(share) if small else out * share
     sums = whole.flatten(0, 2)
@@ -374,21 +381,20 @@ def backward(
     into: tuple[Tensor, Tensor, Tensor],
 ) -> None:
     """Gradients of query, key and value, through the own block and along `routes`."""
-    largest = [_largest(x) for x in (query, key, value, grad, delta)]
-    safe = _backward_is_safe(*largest, query.shape[-1], value.shape[-1], settings)
-    limits = torch.aminmax(torch.where(lse.isfinite(), lse, 0)) if lse.numel() else ()
-    if not safe or max((abs(float(x)) for x in limits), default=0.0) * torch.finfo(lse.dtype).eps > _ROUNDED:
-        lse = _log_sum_exp(query, key, routes, layout, settings, safe)
+    safe = _backward_is_safe(*(_largest(x) for x in (query, key, value, grad, delta)), query.shape[-1], value.shape[-1], settings)
+    rest = None
+    if not safe or _largest(torch.where(lse.isfinite(), lse, 0)) * torch.finfo(lse.dtype).eps > _ROUNDED:
+        lse, rest = _log_sum_exp(query, key, routes, layout, settings, safe)
     if settings.causal:
-        local = local_backward(query, key, value, grad, lse, delta, layout, settings, safe)
+        local = local_backward(query, key, value, grad, lse, delta, rest, layout, settings, safe)
     else:
         local = tuple(torch.zeros_like(x, dtype=delta.dtype) for x in (query, key, value))
     if routes is not None:
-        per_query = [x.flatten(0, 2) for x in (query, grad, lse, delta)]
+        per_query = [x.flatten(0, 2) for x in (query, grad, lse, delta, rest) if x is not None]
         k, v, dq, dk, dv = (x.flatten(0, 2) for x in (key, value, *local))
         for queries, keys in _routed_keys(routes, layout, key.shape[1]):
-            q, *upstream = (_wide(x.index_select(0, queries)) for x in per_query)
-            part, part_k, part_v = _attend_backward(q, _wide(k[keys]), _wide(v[keys]), *upstream, None, settings, safe)
+            q, *upstream = (x.index_select(0, queries) for x in per_query)
+            part, part_k, part_v = _attend_backward(_wide(q), _wide(k[keys]), _wide(v[keys]), *_upstream(*upstream), None, settings, safe)
             dq.index_add_(0, queries, part)
             dk[keys] += part_k
             dv[keys] += part_v
@@ -405,15 +411,22 @@ def _backward_is_safe(
 
 def _log_sum_exp(
     query: Tensor, key: Tensor, routes: Routes | None, layout: BlockLayout, settings: AttentionSettings, safe: bool
-) -> Tensor:
-    """The log-sum-exp `[B, H, N]` over all blocks of a query in float64, of the very scores that the backward pass computes."""
+) -> tuple[Tensor, Tensor]:
+    """The log-sum-exp `[B, H, N]` over all blocks of a query as a large and a small number, of the very scores that backward computes."""
     known = _Range(False, safe)
-    lse = torch.full(query.shape[:3], -torch.inf, dtype=torch.float64, device=query.device)
-    for own, (q, l), (k,) in _local_heads(layout, (query, lse), (key,)) if settings.causal else ():
-        l.copy_(_weights(_wide(q), _wide(k[own]), True, settings, known)[2])
+    most = torch.full(query.shape[:3], -torch.inf, dtype=_wide(query[:0]).dtype, device=query.device)
+    rest = torch.zeros_like(most)
+    for own, (q, m, r), (k,) in _local_heads(layout, (query, most, rest), (key,)) if settings.causal else ():
+        _, total, part = _weights(_wide(q), _wide(k[own]), True, settings, known)
+        m.copy_(part.squeeze(-1))
+        r.copy_(total.squeeze(-1).log_())
     if routes is not None:
-        q, k, total = query.flatten(0, 2), key.flatten(0, 2), lse.flatten()
+        q, k, all_most, all_rest = query.flatten(0, 2), key.flatten(0, 2), most.flatten(), rest.flatten()
         for queries, keys in _routed_keys(routes, layout, key.shape[1]):
-            part = _weights(_wide(q.index_select(0, queries)), _wide(k[keys]), False, settings, known)[2]
-            total.index_copy_(0, queries, torch.logaddexp(total.index_select(0, queries), part.double()))
-    return lse
+            _, total, part = _weights(_wide(q.index_select(0, queries)), _wide(k[keys]), False, settings, known)
+            before, part = all_most.index_select(0, queries), part.squeeze(-1)
+            above = torch.maximum(before, part)
+            sums = (before - above) + all_rest.index_select(0, queries), (part - above) + total.squeeze(-1).log_()
+            all_most.index_copy_(0, queries, above)
+            all_rest.index_copy_(0, queries, torch.logaddexp(*sums))
+    return most, rest

@@ -95,9 +95,9 @@ def _attend(
         score = settings.softcap * torch.tanh(score / settings.softcap)
     score = score.masked_fill(~seen[:, None], -torch.inf)
     some = seen.any(-1)[:, None]
-    lse = score.masked_fill(~some[..., None], 0).logsumexp(-1)
-    out = torch.exp(score - lse[..., None]) @ v.masked_fill_(~seen[..., None], 0)
-    return torch.where(some[..., None], out, 0), torch.where(some, lse, -torch.inf)
+    score.masked_fill_(~some[..., None], 0)
+    out = score.softmax(-1) @ v.masked_fill_(~seen[..., None], 0)  # `exp(score - lse)` has the rounding of `lse`, large for large scores
+    return torch.where(some[..., None], out, 0), torch.where(some, score.logsumexp(-1), -torch.inf)
 
 
 def _take(x: Tensor, row: Tensor, group: Tensor, at: Tensor) -> Tensor:
