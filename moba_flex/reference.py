@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .core.hidden import all_finite, finite, visible_product
 from .core.settings import AttentionSettings
+from .ops.gate import first_of_equals, means_of
 
 
 def block_of_key(key: Tensor, padding_mask: Tensor | None, block_size: int) -> Tensor:
@@ -23,14 +24,24 @@ def block_of_key(key: Tensor, padding_mask: Tensor | None, block_size: int) -> T
     return torch.where(real, position // block_size, -1)
 
 
-def gate_scores(query: Tensor, key: Tensor, of_key: Tensor, n_blocks: int) -> Tensor:
-    """`[B, H, Nq, C]`: the inner product of each query with the mean key of each block, in float32 (equation 6)."""
-    wide = torch.promote_types(query.dtype, torch.float32)
-    of_key = torch.where(of_key < 0, n_blocks, of_key)[:, None, :, None].expand_as(key)  # padding to a block that is cut off
-    zeros = key.new_zeros(*key.shape[:2], n_blocks + 1, key.shape[3], dtype=wide)
-    total, count = zeros.scatter_add(2, of_key, key.to(wide)), zeros.scatter_add(2, of_key, torch.ones_like(key, dtype=wide))
-    mean = (total / count.clamp(min=1))[:, :, :n_blocks].repeat_interleave(query.shape[1] // key.shape[1], 1)
-    return query.to(wide) @ mean.mT
+def gate_scores(query: Tensor, key: Tensor, of_key: Tensor, block_size: int) -> Tensor:
+    """`[B, H, Nq, C]`: the inner product of each query with the mean key of each block, in float32 (equation 6).
+
+    Blocks with the same mean have the same score, however products are rounded.
+    """
+    repeats, n_key = query.shape[1] // key.shape[1], key.shape[2]
+    mean = _block_means(key, of_key, -(-n_key // block_size), min(block_size, n_key))
+    score = query.to(mean.dtype) @ mean.repeat_interleave(repeats, 1).mT
+    return score.gather(-1, first_of_equals(mean).repeat_interleave(repeats, 1)[:, :, None].expand_as(score))
+
+
+def _block_means(key: Tensor, of_key: Tensor, n_blocks: int, block_size: int) -> Tensor:
+    """`[B, G, C, D]`, in float32 at least."""
+    place = torch.arange(n_blocks * block_size, device=key.device) + (of_key >= 0).int().argmax(1, keepdim=True)  # [B, C * P]
+    real = (place < key.shape[2]) & (of_key.gather(1, place.clamp(max=key.shape[2] - 1)) >= 0)
+    index = torch.where(real, place, 0)[:, None, :, None].expand(-1, key.shape[1], -1, key.shape[3])
+    blocks = key.gather(2, index).masked_fill(~real[:, None, :, None], 0).unflatten(2, (n_blocks, block_size))
+    return means_of(blocks, real.unflatten(1, (n_blocks, block_size)).sum(2).clamp(min=1)[:, None, :, None])
 
 
 def best(score: Tensor, candidate: Tensor, count: int) -> Tensor:
@@ -48,7 +59,7 @@ def reference_selection(
     n_blocks = -(-n_key // settings.block_size)
     of_key = block_of_key(key, padding_mask, settings.block_size)
     block = torch.arange(n_blocks, device=key.device)
-    score = gate_scores(query, key, of_key, n_blocks)
+    score = gate_scores(query, key, of_key, settings.block_size)
     if settings.share_selection:  # the heads of a group choose together, by the sum of their scores
         repeats = query.shape[1] // key.shape[1]
         score = score.unflatten(1, (-1, repeats)).sum(2).repeat_interleave(repeats, 1)

@@ -384,7 +384,7 @@ def _smallest_gap(case: Case, tensors: dict[str, torch.Tensor]) -> float:
     query, key = tensors["query"].detach(), tensors["key"].detach()
     selected, of_key = reference_selection(query, key, case.attention_settings())
     block = torch.arange(case.n_blocks)
-    score = gate_scores(query, key, of_key, case.n_blocks)
+    score = gate_scores(query, key, of_key, case.block_size)
     if case.share_selection:
         score = score.unflatten(1, (case.groups, case.repeats)).sum(2).repeat_interleave(case.repeats, 1)
     own = positions(case)[0] // case.block_size
