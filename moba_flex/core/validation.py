@@ -8,7 +8,7 @@ import reprlib
 import torch
 from torch import Tensor
 
-from .upstream import FakeTensor, functorch_transform, has_tangent, is_vmapped
+from .upstream import FakeTensor, assert_in_graph, functorch_transform, has_tangent, is_vmapped
 
 IMPLEMENTATIONS = ("auto", "flex", "eager", "naive")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -146,13 +146,21 @@ def check_padding_mask(padding_mask: Tensor | None, query: Tensor, key: Tensor) 
     if tuple(padding_mask.shape) != wanted:
         raise ValueError(f"padding_mask must have shape {wanted} (batch, keys), but has shape {tuple(padding_mask.shape)}")
     _check_devices(query=query, padding_mask=padding_mask)
-    if padding_mask.numel() and readable(padding_mask):
+    if not padding_mask.numel():
+        return
+    must = "real tokens must be one run, with padding on the left or right only"
+    if readable(padding_mask):
         check_not_mapped("moba_flex", padding_mask=padding_mask)
-        starts = padding_mask[:, 1:] & ~padding_mask[:, :-1]
-        runs = starts.sum(1) + padding_mask[:, 0]
-        if (runs > 1).any():
-            row = int((runs > 1).nonzero()[0])
-            raise ValueError(f"padding_mask has a hole in row {row}: real tokens must be one run, with padding on the left or right only")
+        holes = _runs(padding_mask) > 1
+        if holes.any():
+            raise ValueError(f"padding_mask has a hole in row {int(holes.nonzero()[0])}: {must}")
+    elif torch.compiler.is_compiling():
+        assert_in_graph((_runs(padding_mask) <= 1).all(), f"padding_mask has a hole: {must}")
+
+
+def _runs(padding_mask: Tensor) -> Tensor:
+    """`[B]`: how many runs of real tokens each row has."""
+    return (padding_mask[:, 1:] & ~padding_mask[:, :-1]).sum(1) + padding_mask[:, 0]
 
 
 def check_packed(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor) -> int | None:
@@ -182,7 +190,8 @@ def check_packed_operands(query: Tensor, key: Tensor, value: Tensor) -> None:
 def check_cu_seqlens(name: str, cu_seqlens: Tensor, query: Tensor, tokens: int) -> int | None:
     """The argument `name`: whole numbers that rise from 0 to `tokens`, on the query's device.
 
-    Returns the length of the longest sequence, or None where values may not be looked at, which go unchecked then.
+    Returns the length of the longest sequence, or None where values may not be looked at. A traced graph checks them when it runs; while
+    a CUDA graph is captured they go unchecked.
     """
     _check_tensor(name, cu_seqlens)
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
@@ -190,14 +199,18 @@ def check_cu_seqlens(name: str, cu_seqlens: Tensor, query: Tensor, tokens: int) 
     if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1:
         raise ValueError(f"{name} must have one dimension and at least one entry, but has shape {tuple(cu_seqlens.shape)}")
     _check_devices(query=query, **{name: cu_seqlens})
+    must = f"{name} must start at 0, never fall and end at"
     if not readable(cu_seqlens):
+        if torch.compiler.is_compiling():
+            rises = (cu_seqlens.diff() >= 0).all()
+            assert_in_graph((cu_seqlens[0] == 0) & (cu_seqlens[-1] == tokens) & rises, f"{must} the number of tokens")
         return None
     check_not_mapped("moba_flex", **{name: cu_seqlens})
     bounds = cu_seqlens.tolist()
     lengths = [b - a for a, b in itertools.pairwise(bounds)]
     if bounds[0] != 0 or bounds[-1] != tokens or min(lengths, default=0) < 0:
         shown = bounds if len(bounds) <= 8 else [*bounds[:4], "...", *bounds[-3:]]
-        raise ValueError(f"{name} must start at 0, never fall and end at {tokens} (the number of tokens), but is {shown}")
+        raise ValueError(f"{must} {tokens} (the number of tokens), but is {shown}")
     return max(lengths, default=0)
 
 
