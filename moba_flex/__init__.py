@@ -4,6 +4,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 from . import compat
+from .analysis.explain import Explanation, explain
 from .analysis.figures import visualize
 from .analysis.trace import Trace, trace
 from .backends.flash import set_flex_backend
@@ -19,12 +20,14 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AutoModelForCausalLM",
+    "Explanation",
     "MobaConfig",
     "MobaSchedule",
     "Selection",
     "Trace",
     "compat",
     "distributed",
+    "explain",
     "full_attention",
     "moba_attention",
     "moba_attention_varlen",

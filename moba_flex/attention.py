@@ -3,13 +3,13 @@
 Queries are sent to key blocks as a mixture of experts sends tokens to experts, in four steps:
 
 1. gate    which past blocks each query reads (mean of a block's keys, inner product, top-k);
-2. local   causal attention to the query's own block, which is known without looking at data;
-3. route   every (query, chosen block) pair is a row; rows are ordered by block, so that each tile of them meets one whole block;
-4. merge   attention of the rows; a query's output is the softmax-weighted sum of its partial outputs, by their log-sum-exps.
+2. route   every (query, chosen block) pair is a row; rows are ordered by block, so that each tile of them meets one whole block;
+3. attend  causal attention of queries to their own block, which is known without looking at data, and of rows to their block;
+4. merge   a query's output is the softmax-weighted sum of its partial outputs, by their log-sum-exps.
 
 The steps come from a backend, `backends/eager.py` (any device) or `backends/flex.py` (CUDA); `backends/protocol.py` says what each must
-do. Here they are put together and worked through in chunks of a bounded size. `operator.py` makes one differentiable operator of them.
-`backends/paths.py` decides which calls come here at all.
+do, and steps 3 and 4 are its `attend`. Here they are put together and worked through in chunks of a bounded size. `operator.py` makes
+one differentiable operator of them; `backends/paths.py` decides which calls come here at all.
 
 B rows, H query heads, G key heads, N tokens, Q query blocks, C key blocks, P slots per block, S chosen blocks per query, D width.
 """
@@ -38,7 +38,7 @@ def forward(query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, sett
         chosen = gate(layout.query_slots(query), layout.key_slots(key), layout, settings, backend)
         return *dense_mask.forward(query, key, value, chosen, layout, settings), chosen
 
-    q = keep_strides(layout.query_slots(query, keep_strides=True)) if backend.READS_STRIDES else layout.query_slots(query).contiguous()
+    q = query_slots(query, layout, backend)
     k, v = layout.key_slots(key).contiguous(), layout.key_slots(value).contiguous()
     plan = planned_chunks(q, k, v, layout, settings, backend)
 
@@ -48,12 +48,8 @@ def forward(query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, sett
         for heads, blocks in parts:
             part, at = layout.part(rows, blocks), (rows, heads, layout.slots(blocks))
             operands, into = (q[at], k[rows, groups], v[rows, groups]), (out[at], lse[at])
-            partial = backend.local(*operands, part, settings, into) if settings.causal else attention_to_nothing(*operands)
             routes = route(chosen[at], operands[1], blocks, layout, settings, backend)
-            if routes is None:
-                write(partial, into)
-            else:
-                backend.merge_routed(*partial, *operands, routes, part, settings, into)
+            backend.attend(*operands, routes, part, settings, into)
     return layout.query_tokens(out), layout.query_tokens(lse, fill=-torch.inf), chosen
 
 
@@ -72,15 +68,15 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value. Rows are routed again, chunk by chunk, and come back by gathering too."""
     backend = backend_of(settings)
-    grad = grad.contiguous()
+    grad = keep_strides(grad) if backend.READS_STRIDES else grad.contiguous()
     delta = backend.delta(out, grad, grad_lse)
     if paths.dense_mask_obstacle(query, key, value, settings, layout.dense) is None:
-        query, key, value = (x.contiguous() for x in (query, key, value))
+        query, key, value, grad = (x.contiguous() for x in (query, key, value, grad))
         return dense_mask.backward(query, key, value, grad, lse, delta, chosen, layout, settings)
 
-    q, k, v = (x.contiguous() for x in (layout.query_slots(query), layout.key_slots(key), layout.key_slots(value)))
-    grad, lse, delta = (layout.query_slots(x).contiguous() for x in (grad, lse, delta))
-    grad_q, grad_k, grad_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    q, grad = (query_slots(x, layout, backend) for x in (query, grad))
+    k, v, lse, delta = (x.contiguous() for x in (layout.key_slots(key), layout.key_slots(value), *map(layout.query_slots, (lse, delta))))
+    grad_q, grad_k, grad_v = (x.new_empty(x.shape) for x in (q, k, v))
     for rows, groups, parts in planned_chunks(q, k, v, layout, settings, backend):
         of_keys, totals = (grad_k[rows, groups], grad_v[rows, groups]), None
         if len(parts) > 1:  # the gradients of a key are then a sum over parts, in float32 at least
@@ -95,6 +91,11 @@ def backward(
         if totals is not None:
             write(totals, of_keys)
     return layout.query_tokens(grad_q), layout.key_tokens(grad_k), layout.key_tokens(grad_v)
+
+
+def query_slots(x: Tensor, layout: BlockLayout, backend: Backend) -> Tensor:
+    """`[B, H, Nq, D]` -> `[B, H, Q * P, D]`, not copied where the backend can read it as it is."""
+    return keep_strides(layout.query_slots(x, keep_strides=True)) if backend.READS_STRIDES else layout.query_slots(x).contiguous()
 
 
 def gate(query: Tensor, key: Tensor, layout: BlockLayout, settings: AttentionSettings, backend: Backend) -> Tensor:
@@ -114,15 +115,9 @@ def gate(query: Tensor, key: Tensor, layout: BlockLayout, settings: AttentionSet
 
 
 def route(chosen: Tensor, key: Tensor, blocks: slice, layout: BlockLayout, settings: AttentionSettings, backend: Backend) -> Routes | None:
-    """Step 3: a row for each pair of `chosen [B, H, *, S]`, which are those of the query blocks `blocks`; None if there can be no pair."""
+    """Step 2: a row for each pair of `chosen [B, H, *, S]`, which are those of the query blocks `blocks`; None if there can be no pair."""
     pairs = chosen.shape[0] * chosen.shape[1] * layout.max_pairs(settings.n_routed, settings.causal, blocks)
     return backend.route(chosen, key.shape[1], layout.n_key_blocks, pairs) if pairs else None
-
-
-def attention_to_nothing(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """Step 2 when no block is a query's own (`causal=False`): an output over no keys."""
-    out = query.new_zeros(*query.shape[:3], value.shape[-1], dtype=wide(query.dtype))
-    return out, torch.full_like(out[..., 0], -torch.inf)
 
 
 def planned_chunks(

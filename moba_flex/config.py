@@ -34,8 +34,8 @@ class MobaConfig(dict):
             report keeps the last three (section 2.2, layer-wise hybrid).
         decode: "full" lets tokens that are generated one by one read all keys, as in the report; "sparse" only their
             `top_k` blocks.
-        implementation: "flex", "eager", "naive" or "auto", see `moba_flex.moba_attention`. With "flex" and "auto" a prompt of at most
-            `top_k` blocks is read with the attention that the model had before.
+        implementation: "flex", "triton", "eager", "naive" or "auto", see `moba_flex.moba_attention`. Except with "eager" and "naive" a
+            prompt of at most `top_k` blocks is read with the attention that the model had before.
 
     Raises:
         ValueError: a setting is out of range; the message says which, what it was and what it must be.

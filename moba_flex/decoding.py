@@ -58,7 +58,7 @@ def decode_operator(
     """`decode` for PyTorch, which knows no settings objects."""
     settings = AttentionSettings.from_arguments(sizes, causal, share_selection, scale, softcap, implementation)
     with without_autocast(query), torch.cuda.device_of(query):
-        if settings.implementation == "flex":
+        if settings.implementation in ("flex", "triton"):
             return _launched_by_rows(query, key, value, means, length, start, settings)
         return decode_plain(query, key, value, means, length, start, settings)
 

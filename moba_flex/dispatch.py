@@ -12,16 +12,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import operator
-from .backends.paths import Path, path_of
+from .backends.paths import Path, one_pass_obstacle, path_of
 from .core.autocast import without_autocast
 from .core.dtypes import wide
-from .core.layout import one_block
+from .core.layout import one_block, slots_per_block
 from .core.settings import AttentionSettings
 from .core.validation import check_not_transformed
 from .decoding import decode
 from .reference import reference_attention
 
-_LEAST_WIDTH = {"flex": 16, "eager": 1}  # of a GPU's tiles; values without a width have a log-sum-exp all the same
+_LEAST_WIDTH = {"flex": 16, "triton": 16, "eager": 1}  # of a GPU's tiles; values without a width have a log-sum-exp all the same
 _LARGE_TOP_K = 64  # a larger `top_k` is compared with the number of blocks
 
 
@@ -94,11 +94,17 @@ def _operator(
     check_not_transformed(query, key, value)
     if longest is not None:  # short sequences are then not padded to a long block each
         settings = replace(settings, block_size=one_block(settings.block_size, longest))
+    block_size = one_block(settings.block_size, key.shape[2])
     settings = _with_bounded_top_k(settings, -(-key.shape[2] // settings.block_size))
     width, least = value.shape[-1], _LEAST_WIDTH[settings.implementation]
     narrow = min(query.shape[-1], width) < least
     if narrow:  # zeros change neither scores nor outputs
         query, key, value = (F.pad(x, (0, max(0, least - x.shape[-1]))) for x in (query, key, value))
+    if settings.implementation == "triton" and (reason := one_pass_obstacle(query, value, slots_per_block(block_size))):
+        raise ValueError(
+            f'implementation="triton" cannot take query {tuple(query.shape)} of {query.dtype} with block_size={block_size}: {reason}; '
+            'use "flex" or "auto"'
+        )
     out, lse, _ = operator.attention(query, key, value, padding_mask, cu_seqlens, *settings.to_arguments())
     return out[..., :width] if narrow else out, lse
 

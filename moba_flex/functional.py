@@ -105,8 +105,9 @@ def moba_attention(
         softcap: scores become `softcap * tanh(score / softcap)`. The gate is not capped.
         sinks: `[H]`, one extra logit a head in the softmax's denominator.
         return_lse: also return the log-sum-exp.
-        implementation: "flex" (compiled FlexAttention, CUDA), "eager" (plain PyTorch, any device), "naive" (dense mask, the
-            specification), "auto" (flex on CUDA, else eager). All give the same answer and gradients.
+        implementation: "flex" (compiled FlexAttention, CUDA), "triton" (CUDA, a forward pass of one kernel for blocks of up to 256 tokens
+            in half precision), "eager" (plain PyTorch, any device), "naive" (dense mask, the specification), "auto" (flex on CUDA, else
+            eager). All give the same answer and gradients; "flex" and "triton" have one backward pass.
 
     Returns:
         `[B, H, Nq, Dv]` in the query's dtype; with `return_lse` also float32 `[B, H, Nq]`, the natural logarithm of the softmax's

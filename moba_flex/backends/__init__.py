@@ -1,12 +1,15 @@
-"""Implementations of the steps in `moba_flex/attention.py`: `eager` for any device, `flex` for CUDA. `protocol.py` says what they share."""
+"""Implementations of the steps in `moba_flex/attention.py`: `eager` for any device, `flex` and `triton` for CUDA.
+
+`protocol.py` says what they have in common.
+"""
 
 from __future__ import annotations
 
 from ..core.settings import AttentionSettings
-from . import eager, flex
+from . import eager, flex, triton
 from .protocol import Backend
 
-BACKENDS: dict[str, Backend] = {"eager": eager, "flex": flex}
+BACKENDS: dict[str, Backend] = {"eager": eager, "flex": flex, "triton": triton}
 
 
 def backend_of(settings: AttentionSettings) -> Backend:

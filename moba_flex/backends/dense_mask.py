@@ -14,7 +14,7 @@ from ..core.layout import BlockLayout
 from ..core.settings import AttentionSettings
 from ..ops import steps_for
 from .block_masks import Mask, bits_mask
-from .flex_calls import attend, attend_backward, by_group
+from .flex_calls import by_group, flex_backward, flex_forward
 
 
 def forward(
@@ -22,7 +22,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """All of attention in one dense call, for few blocks: tokens `[B, H, Nq, D]` -> `[B, H, Nq, Dv]`, log-sum-exp `[B, H, Nq]`."""
     mask = _mask_of(chosen, layout, key.shape[1])
-    out, lse = attend(*(by_group(x, key.shape[1]) for x in (query, key, value)), mask, settings)
+    out, lse = flex_forward(*(by_group(x, key.shape[1]) for x in (query, key, value)), mask, settings)
     return out.reshape(*query.shape[:3], -1), lse.view(query.shape[:3])
 
 
@@ -39,7 +39,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value through `masked`."""
     mask = _mask_of(chosen, layout, key.shape[1])
-    dq, dk, dv = attend_backward(*(by_group(x, key.shape[1]) for x in (query, key, value, grad, lse, delta)), mask, settings)
+    dq, dk, dv = flex_backward(*(by_group(x, key.shape[1]) for x in (query, key, value, grad, lse, delta)), mask, settings)
     return dq.view(query.shape), dk.view(key.shape), dv.view(value.shape)
 
 

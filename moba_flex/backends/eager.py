@@ -28,9 +28,9 @@ from ..core.layout import BlockLayout
 from ..core.settings import AttentionSettings
 from ..ops.gate import choose
 from ..ops.routing import order_pairs
-from ..ops.rows import delta, write
+from ..ops.rows import delta, over_no_keys, write
 
-__all__ = ["MAX_TENSOR_ELEMENTS", "READS_STRIDES", "backward", "choose", "delta", "local", "merge_routed", "route", "slots_per_block"]
+__all__ = ["MAX_TENSOR_ELEMENTS", "READS_STRIDES", "attend", "backward", "choose", "delta", "route", "slots_per_block"]
 
 MAX_TENSOR_ELEMENTS = sys.maxsize
 READS_STRIDES = False
@@ -169,6 +169,23 @@ def _local_heads(
                 part = slice(start, start + step)
                 blocks = slice(first + part.start, min(first + part.stop, last + 1)) if follow else own[part]
                 yield blocks, [x[part] for x in of_query], of_key
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    routes: Routes | None,
+    layout: BlockLayout,
+    settings: AttentionSettings,
+    into: tuple[Tensor, Tensor],
+) -> None:
+    """Attention to the own block and along `routes`, merged by log-sum-exps; output and log-sum-exp go to `into`."""
+    out, lse = local(query, key, value, layout, settings, into) if settings.causal else over_no_keys(query, value)
+    if routes is None:
+        write((out, lse), into)
+    else:
+        merge_routed(out, lse, query, key, value, routes, layout, settings, into)
 
 
 def local(

@@ -16,14 +16,14 @@ from ..core.dtypes import wide
 from ..core.layout import BlockLayout, slots_per_block
 from ..core.settings import AttentionSettings
 from ..core.strides import keep_strides
-from ..ops import steps_for
+from ..ops import kernels, steps_for
 from ..ops.routing import Routes
-from ..ops.rows import write
-from . import flash
+from ..ops.rows import over_no_keys, write
+from . import flash, paths
 from .block_masks import local_mask, routed_mask
-from .flex_calls import attend, attend_backward, by_group
+from .flex_calls import by_group, flex_backward, flex_forward
 
-__all__ = ["MAX_TENSOR_ELEMENTS", "READS_STRIDES", "backward", "choose", "delta", "local", "merge_routed", "route", "slots_per_block"]
+__all__ = ["MAX_TENSOR_ELEMENTS", "READS_STRIDES", "attend", "backward", "choose", "delta", "route", "slots_per_block"]
 
 # FlexAttention's kernels take the number of a key, and backward that of a row, times the width in 32 bits.
 MAX_TENSOR_ELEMENTS = 2**31 - 1
@@ -40,34 +40,31 @@ def choose(query: Tensor, key: Tensor, layout: BlockLayout, settings: AttentionS
     return steps_for(query).choose(query, key, layout, settings)
 
 
-def local(query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, settings: AttentionSettings, *_) -> tuple[Tensor, Tensor]:
-    """Causal attention of each query to its own block. Returns `[B, H, Q * P, Dv]` and the log-sum-exp `[B, H, Q * P]`."""
-    mask = local_mask(layout, query.shape[1], key.shape[1])
-    operands = by_group(query, key.shape[1]), by_group(key, key.shape[1]), by_group(value, key.shape[1])
-    out, lse = attend(*operands, mask, settings)
-    return out.reshape(*query.shape[:3], -1), lse.view(query.shape[:3])
-
-
-def merge_routed(
-    out: Tensor,
-    lse: Tensor,
+def attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    routes: Routes,
+    routes: Routes | None,
     layout: BlockLayout,
     settings: AttentionSettings,
     into: tuple[Tensor, Tensor],
 ) -> None:
-    """What queries read along `routes`, added to an output `[B, H, N, Dv]` and its log-sum-exp `[B, H, N]`, written `into` such."""
+    """Attention to the own block and along `routes`, merged by log-sum-exps; output and log-sum-exp go to `into`."""
+    out, lse = local(query, key, value, layout, settings) if settings.causal else over_no_keys(query, value)
+    if routes is None:
+        write((out, lse), into)
+        return
     steps = steps_for(query)
     row_out, row_lse = routed(steps.dispatch(query, routes), key, value, routes, layout, settings)
     steps.merge(out, lse, row_out, row_lse, routes, into)
 
 
-def delta(out: Tensor, grad: Tensor, grad_lse: Tensor | None) -> Tensor:
-    """`out . grad - grad_lse`: see `moba_flex.ops.rows.delta`."""
-    return steps_for(out).delta(keep_strides(out), grad, grad_lse)
+def local(query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, settings: AttentionSettings) -> tuple[Tensor, Tensor]:
+    """Causal attention of each query to its own block. Returns `[B, H, Q * P, Dv]` and the log-sum-exp `[B, H, Q * P]`."""
+    mask = local_mask(layout, query.shape[1], key.shape[1])
+    operands = by_group(query, key.shape[1]), by_group(key, key.shape[1]), by_group(value, key.shape[1])
+    out, lse = flex_forward(*operands, mask, settings)
+    return out.reshape(*query.shape[:3], -1), lse.view(query.shape[:3])
 
 
 def routed(
@@ -78,8 +75,13 @@ def routed(
     if kernel := flash.kernel_for(row_query, value, layout, settings):
         out, lse = kernel(*operands, routes)
     else:
-        out, lse = attend(*operands, routed_mask(routes, layout, key.shape[1], settings.causal), settings)
+        out, lse = flex_forward(*operands, routed_mask(routes, layout, key.shape[1], settings.causal), settings)
     return out[0, 0], lse[0, 0]
+
+
+def delta(out: Tensor, grad: Tensor, grad_lse: Tensor | None) -> Tensor:
+    """`out . grad - grad_lse`: see `moba_flex.ops.rows.delta`."""
+    return steps_for(out).delta(keep_strides(out), grad, grad_lse)
 
 
 def backward(
@@ -95,6 +97,10 @@ def backward(
     into: tuple[Tensor, Tensor, Tensor],
 ) -> None:
     """Gradients of query, key and value, through the own block and along `routes`."""
+    if paths.one_pass_backward_obstacle(query, value, layout.width) is None:
+        kernels.one_pass_backward(query, key, value, grad, lse, delta, routes, layout, settings, into)
+        return
+    query, grad = query.contiguous(), grad.contiguous()
     operands = query, key, value, grad, lse, delta
     if settings.causal:
         partial = local_backward(*operands, layout, settings)
@@ -116,7 +122,7 @@ def local_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value that come through the local call."""
     mask = local_mask(layout, query.shape[1], key.shape[1])
-    dq, dk, dv = attend_backward(*(by_group(x, key.shape[1]) for x in (query, key, value, grad, lse, delta)), mask, settings)
+    dq, dk, dv = flex_backward(*(by_group(x, key.shape[1]) for x in (query, key, value, grad, lse, delta)), mask, settings)
     return dq.view(query.shape), dk.view(key.shape), dv.view(value.shape)
 
 
@@ -134,7 +140,7 @@ def routed_backward(
     """Gradients of the rows `[R, D]`, of key and of value that come through the routed call."""
     mask = routed_mask(routes, layout, key.shape[1], settings.causal)
     query, grad, lse, delta = (x[None, None] for x in (row_query, row_grad, row_lse, row_delta))
-    dq, dk, dv = attend_backward(query, _in_line(key), _in_line(value), grad, lse, delta, mask, settings)
+    dq, dk, dv = flex_backward(query, _in_line(key), _in_line(value), grad, lse, delta, mask, settings)
     return dq[0, 0], dk.view(key.shape), dv.view(value.shape)
 
 

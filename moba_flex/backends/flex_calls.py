@@ -26,16 +26,16 @@ def by_group(x: Tensor, groups: int) -> Tensor:
     return x.reshape(x.shape[0] * groups, x.shape[1] // groups, *x.shape[2:])
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask, settings: AttentionSettings) -> tuple[Tensor, Tensor]:
+def flex_forward(query: Tensor, key: Tensor, value: Tensor, mask: Mask, settings: AttentionSettings) -> tuple[Tensor, Tensor]:
     """`flex_attention` under `mask`: the output and its log-sum-exp."""
     call = _forward_call(*_kernel_key(query, value, mask, settings))
     return call(*any_length(query, key, value, *mask.lists, *mask.buffers))
 
 
-def attend_backward(
+def flex_backward(
     query: Tensor, key: Tensor, value: Tensor, grad: Tensor, lse: Tensor, delta: Tensor, mask: Mask, settings: AttentionSettings
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of `attend`'s share in an output whose log-sum-exp over all blocks is `lse`.
+    """The gradients of `flex_forward`'s share in an output whose log-sum-exp over all blocks is `lse`.
 
     FlexAttention's backward operator takes any log-sum-exp, so it is given that of the whole output and not the partial one, and
     `delta` (`out . grad`) as a gradient of it. Nothing of the partial outputs has to be known, neither kept nor computed again.

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ..core.chunking import MAX_HEADS
 from ..core.settings import AttentionSettings
+from ..ops import kernels
 from . import flash
 
 
@@ -42,7 +43,9 @@ MAX_MASK_BLOCKS = 32  # the bits of an int32
 MAX_MASK_OPERATIONS = 1 << 36
 # Of one tensor of a captured call: 8,192 tokens of 32 heads of width 128. Copies of larger ones cost the GPU more than launches the host.
 MAX_CAPTURED_ELEMENTS = 1 << 25
-_CAPTURED_DTYPES = (torch.bfloat16, torch.float16)  # what float32 means on a GPU follows from settings that may change
+MAX_ONE_PASS_BLOCK, MAX_ONE_PASS_WIDTH = 256, 256
+_CUDA = ("flex", "triton")
+_HALF = (torch.bfloat16, torch.float16)  # what float32 means on a GPU follows from settings that may change
 
 
 def path_of(
@@ -74,8 +77,8 @@ def dense_obstacle(
     query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings, sequences: bool, sinks: bool, return_lse: bool
 ) -> str | None:
     """What keeps a call from PyTorch's fused attention."""
-    if settings.implementation != "flex":
-        return f"implementation={settings.implementation!r} was asked for"
+    if settings.implementation not in _CUDA:
+        return 'only "flex" takes it, the implementation for CUDA'
     if return_lse:
         return "it returns the log-sum-exp"
     if not reads_all_keys(key.shape[2], settings):
@@ -97,7 +100,7 @@ def dense_mask_obstacle(query: Tensor, key: Tensor, value: Tensor, settings: Att
     """
     n_query, n_key = query.shape[2], key.shape[2]
     if settings.implementation != "flex" or not dense_layout:
-        return "it is for CUDA, without padding or packed sequences"
+        return 'only "flex" takes it, without padding or packed sequences'
     if not settings.causal or not settings.n_routed:
         return "no block is chosen by causal queries"
     if not 1 < -(-n_key // settings.block_size) <= MAX_MASK_BLOCKS:
@@ -112,13 +115,39 @@ def dense_mask_obstacle(query: Tensor, key: Tensor, value: Tensor, settings: Att
     return None
 
 
+def one_pass_obstacle(query: Tensor, value: Tensor, slots: int) -> str | None:
+    """What keeps blocks of `slots` slots from a forward pass of one kernel, `implementation="triton"`."""
+    if not query.is_cuda or kernels is None:
+        return "it is for CUDA"
+    if query.dtype not in _HALF:
+        return "it computes in bfloat16 and float16"
+    if slots > MAX_ONE_PASS_BLOCK or max(query.shape[-1], value.shape[-1]) > MAX_ONE_PASS_WIDTH:
+        return "it takes blocks of up to 256 tokens and widths of up to 256"
+    return None if kernels.forward.fits(query, value, slots) else "a block's keys and values do not fit into this GPU's shared memory"
+
+
+def one_pass_backward_obstacle(query: Tensor, value: Tensor, slots: int) -> str | None:
+    """What keeps blocks of `slots` slots from a backward pass of one kernel, which is else FlexAttention's.
+
+    A block of many keys is cut into sub-blocks, each of which writes rows of its own: up to three need no more memory than the copied
+    rows of FlexAttention's would.
+    """
+    if not query.is_cuda or kernels is None:
+        return "it is for CUDA"
+    if query.dtype not in _HALF:
+        return "it computes in bfloat16 and float16"
+    if slots > MAX_ONE_PASS_BLOCK or max(query.shape[-1], value.shape[-1]) > MAX_ONE_PASS_WIDTH:
+        return "it takes blocks of up to 256 tokens and widths of up to 256"
+    return None if kernels.backward.sub_blocks(query, value, slots) <= 3 else "it would need more than three sub-blocks"
+
+
 def capture_obstacle(tensors: tuple[Tensor | None, ...], settings: AttentionSettings, dense_layout: bool) -> str | None:
     """What keeps a call from a CUDA graph. `tensors` are its operands, the query or its gradient first."""
     first = tensors[0]
     assert first is not None
-    if settings.implementation != "flex" or not first.is_cuda:
+    if settings.implementation not in _CUDA or not first.is_cuda:
         return "it is not on a GPU"
-    if first.dtype not in _CAPTURED_DTYPES:
+    if first.dtype not in _HALF:
         return "it is neither in bfloat16 nor in float16"
     if not dense_layout:  # such layouts follow from data, so that no graph can hold them
         return "it has padding or packed sequences"

@@ -36,33 +36,25 @@ class Backend(Protocol):
         """The gate: `[B, H, Q * P, D]`, `[B, G, C * P, D]` -> the chosen blocks `[B, H, Q * P, S]` int32, -1 where there are fewer."""
         ...
 
-    def local(
-        self, query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, settings: AttentionSettings, into: tuple[Tensor, Tensor], /
-    ) -> tuple[Tensor, Tensor]:
-        """Causal attention of each query to its own block: output `[B, H, Q * P, Dv]` and log-sum-exp `[B, H, Q * P]`.
-
-        `into` is where the merged result goes: a backend may use that memory for its own result.
-        """
-        ...
-
     def route(self, chosen: Tensor, groups: int, n_blocks: int, max_pairs: int, /) -> Routes:
         """The (query, block) pairs of `chosen`, at most `max_pairs`, in the order of blocks."""
         ...
 
-    def merge_routed(
+    def attend(
         self,
-        out: Tensor,
-        lse: Tensor,
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        routes: Routes,
+        routes: Routes | None,
         layout: BlockLayout,
         settings: AttentionSettings,
         into: tuple[Tensor, Tensor],
         /,
     ) -> None:
-        """Attention of queries to their chosen blocks, merged with `out` and `lse` of their own block; the result goes to `into`."""
+        """Causal attention to the own block, attention to the blocks of `routes`, and their sum by log-sum-exps.
+
+        The output `[B, H, Q * P, Dv]` and the log-sum-exp `[B, H, Q * P]` go to `into`. Without a causal mask no block is a query's own.
+        """
         ...
 
     def delta(self, out: Tensor, grad: Tensor, grad_lse: Tensor | None, /) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .upstream import FakeTensor, assert_in_graph, functorch_transform, has_tangent, is_vmapped
 
-IMPLEMENTATIONS = ("auto", "flex", "eager", "naive")
+IMPLEMENTATIONS = ("auto", "flex", "triton", "eager", "naive")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _FLOAT32 = torch.finfo(torch.float32)
 
@@ -242,8 +242,10 @@ def resolve_implementation(implementation: str, query: Tensor) -> str:
         raise ValueError(f"implementation must be one of {', '.join(IMPLEMENTATIONS)}, but is {implementation!r}")
     if implementation == "auto":
         return "flex" if query.is_cuda and query.dtype != torch.float64 else "eager"
-    if implementation == "flex" and not query.is_cuda:
-        raise ValueError(f'implementation="flex" needs CUDA tensors, but query is on {query.device}: use "eager" or "auto" there')
+    if implementation in ("flex", "triton") and not query.is_cuda:
+        raise ValueError(
+            f'implementation="{implementation}" needs CUDA tensors, but query is on {query.device}: use "eager" or "auto" there'
+        )
     if implementation == "flex" and query.dtype == torch.float64:
         raise ValueError('implementation="flex" computes in float32 at most: use "eager" for float64')
     return implementation

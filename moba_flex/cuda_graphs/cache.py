@@ -84,6 +84,11 @@ def run(function: Function, tensors: tuple[Tensor | None, ...], layout: BlockLay
     return _graphs(place, (function.__name__, settings, *signature(tensors)), call, tensors, settings.working_memory)
 
 
+def cuda_graphs_enabled() -> bool:
+    """What `set_cuda_graphs` has set."""
+    return _graphs.enabled
+
+
 def signature(tensors: tuple[Tensor | None, ...]) -> tuple[Hashable, ...]:
     """All that a graph depends on but settings of the call."""
     modes = torch.is_inference_mode_enabled(), torch.are_deterministic_algorithms_enabled()

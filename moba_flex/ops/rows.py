@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..core.dtypes import wide
 from .routing import Routes
 
 _QUERIES_AT_ONCE = 1 << 14
@@ -79,3 +80,9 @@ def _sum_of_rows(rows: Tensor, pair: Tensor, weight: Tensor | None = None) -> Te
     """`[R, D]`, rows of each query `[n, S]`, -1 for none -> their sum `[n, D]`, weighted by `weight [n, S]`, in float32 at least."""
     taken = _take_rows(rows, pair).to(torch.promote_types(rows.dtype, torch.float32)).masked_fill((pair < 0)[..., None], 0)
     return taken.sum(1) if weight is None else torch.bmm(weight[:, None], taken)[:, 0]
+
+
+def over_no_keys(query: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention of queries that have no own block (`causal=False`) before they are routed: zeros, and a log-sum-exp of -inf."""
+    out = query.new_zeros(*query.shape[:3], value.shape[-1], dtype=wide(query.dtype))
+    return out, torch.full_like(out[..., 0], -torch.inf)

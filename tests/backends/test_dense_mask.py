@@ -75,7 +75,7 @@ def test_masked_equals_the_specification_values_and_gradients(case):
 def test_few_blocks_are_one_call_and_many_are_routed(monkeypatch):
     calls = []
     steps = {"masked": (dense_mask, "forward"), "masked backward": (dense_mask, "backward")}
-    steps |= {name: (flex, name) for name in ("local", "merge_routed", "local_backward", "routed_backward")}
+    steps |= {name: (flex, name) for name in ("local", "routed", "local_backward", "routed_backward")}
     for name, (module, function) in steps.items():
         step = getattr(module, function)
         monkeypatch.setattr(module, function, lambda *given, name=name, step=step: calls.append(name) or step(*given))
@@ -86,11 +86,11 @@ def test_few_blocks_are_one_call_and_many_are_routed(monkeypatch):
         unchecked(x, x, x, block_size=16, padding_mask=padding_mask, implementation="flex", **settings).sum().backward()
         return list(calls)
 
-    routed = ["local", "merge_routed", "local_backward", "routed_backward"]
+    routed = ["local", "routed", "local_backward", "routed_backward"]
     assert called(16 * MAX_MASK_BLOCKS, top_k=3) == ["masked", "masked backward"]
     assert called(16 * MAX_MASK_BLOCKS + 1, top_k=3) == routed
     assert called(100, torch.ones(1, 100).bool(), top_k=3) == routed
-    assert called(100, top_k=3, causal=False) == ["merge_routed", "routed_backward"]
+    assert called(100, top_k=3, causal=False) == ["routed", "routed_backward"]
     assert called(16, top_k=3) == called(100, top_k=1) == ["local", "local_backward"]  # nothing to choose
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from ...core.layout import BlockLayout
 from ...core.settings import AttentionSettings
 from ..gate import candidates
-from .sizes import cdiv, next_power_of_2
+from .sizes import cdiv, gpu_memory, next_power_of_2
 
 # With more blocks to choose five of them too often share a lane, and with fewer bits too many scores look equal.
 _MOST_IN_LANES, _MOST_BITS = 16, 8
@@ -314,14 +314,6 @@ def _program(dtype: torch.dtype, free: int, slots: int, width: int, room: int, i
     return queries, lanes, turns, options
 
 
-@lru_cache(maxsize=16)
-def _memory(device: torch.device) -> tuple[int, int]:
-    """The bytes of shared memory that one program may have, and how many stages of a loop have what they multiply in registers."""
-    properties = torch.cuda.get_device_properties(device)
-    room = getattr(properties, "shared_memory_per_block_optin", 64 << 10)  # which HIP does not say
-    return room, 0 if properties.major >= 9 else 1  # Hopper multiplies out of shared memory
-
-
 def choose(query: Tensor, key: Tensor, layout: BlockLayout, settings: AttentionSettings) -> Tensor:
     """`[B, H, Q * P, D]`, `[B, G, C * P, D]` -> `[B, H, Q * P, S]` int32, the chosen blocks, -1 where there are fewer."""
     rows, heads, slots, width = query.shape
@@ -336,7 +328,9 @@ def choose(query: Tensor, key: Tensor, layout: BlockLayout, settings: AttentionS
     operands = query, *means, chosen
     places = *candidates(layout, settings), layout.query_start, layout.query_stop, *query.stride()[:3], *shape
 
-    tile, lanes, turns, options = _program(query.dtype, free, layout.width, sizes["DP"], *_memory(query.device))
+    room, major = gpu_memory(query.device)
+    in_registers = 0 if major >= 9 else 1  # stages of a loop whose means are in registers: Hopper multiplies out of shared memory
+    tile, lanes, turns, options = _program(query.dtype, free, layout.width, sizes["DP"], room, in_registers)
     searched = min(tile, 64)
     bits = (cdiv(layout.n_key_blocks, lanes) - 1).bit_length()
     tiles, redo = cdiv(slots, tile), None

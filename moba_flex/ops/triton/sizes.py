@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
+import torch
+
 
 def cdiv(x: int, y: int) -> int:
     return -(-x // y)
@@ -10,3 +14,12 @@ def cdiv(x: int, y: int) -> int:
 def next_power_of_2(n: int) -> int:
     """The least power of two that is at least `n`, which is 1 or more."""
     return 1 << (n - 1).bit_length()
+
+
+@lru_cache(maxsize=16)
+def gpu_memory(device: torch.device) -> tuple[int, int]:
+    """The bytes of shared memory that one program may have, and the GPU's major compute capability."""
+    if device.type != "cuda":  # Triton's interpreter, which has no bound
+        return 1 << 20, 0
+    properties = torch.cuda.get_device_properties(device)
+    return getattr(properties, "shared_memory_per_block_optin", 64 << 10), properties.major  # HIP does not say the first

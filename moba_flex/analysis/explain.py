@@ -1,0 +1,150 @@
+"""Which path a call takes, and why: `explain`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..backends import paths
+from ..core import validation
+from ..core.layout import one_block
+from ..cuda_graphs.cache import EAGER_CALLS, cuda_graphs_enabled
+from ..functional import checked_settings
+
+_MEANING = {
+    paths.Path.EMPTY: "there is nothing to compute",
+    paths.Path.REFERENCE: "the specification, a dense mask in plain PyTorch",
+    paths.Path.DENSE: "every query reads all keys: PyTorch's fused attention",
+    paths.Path.DENSE_MASK: "few blocks: one dense FlexAttention call under a mask",
+    paths.Path.ROUTED: "queries are routed to their blocks",
+}
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """How a call is computed; what `explain` returns. Printed, it is a few sentences.
+
+    Attributes:
+        call: the call in words: tokens, block size and `top_k`.
+        path: "empty", "reference", "dense", "dense mask" or "routed".
+        implementation: what `implementation="auto"` became: "flex", "eager" or "naive".
+        cuda_graph: whether calls of this shape are replayed from a CUDA graph, from the third one on.
+        share_of_keys: the keys that queries read at most, over those of full attention.
+        reasons: why it is not another path, and not a CUDA graph.
+    """
+
+    call: str
+    path: str
+    implementation: str
+    cuda_graph: bool
+    share_of_keys: float
+    reasons: dict[str, str] = field(default_factory=dict)
+
+    def to_dict(self) -> dict:
+        """A plain dict of plain values."""
+        return dict(vars(self))
+
+    def __str__(self) -> str:
+        graph = f", from a CUDA graph from call {EAGER_CALLS + 1} on" if self.cuda_graph else ""
+        meaning = _MEANING[paths.Path(self.path)]
+        lines = [f"{self.call}: {self.path} ({self.implementation}){graph}; {meaning}; {self.share_of_keys:.1%} of the keys are read"]
+        return "\n".join([*lines, *(f"  no {name}: {reason}" for name, reason in self.reasons.items())])
+
+
+@torch.no_grad()
+def explain(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None = None,
+    *,
+    block_size: int,
+    top_k: int,
+    sink_blocks: int = 0,
+    recent_blocks: int = 0,
+    share_selection: bool = False,
+    causal: bool = True,
+    scale: float | None = None,
+    padding_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    return_lse: bool = False,
+    implementation: str = "auto",
+) -> Explanation:
+    """Say which path `moba_attention` takes with these arguments, and why: what to ask when a call is slow. Nothing is computed.
+
+    Args:
+        query, key, value: those of `moba_attention`, or with `cu_seqlens` those of `moba_attention_varlen`. Only shapes, dtypes and
+            devices matter: tensors on the device "meta" do, but are no tensors on CUDA. `value=None`: as wide as `key`.
+
+    The other arguments and what is raised are those of `moba_attention`.
+
+    >>> import torch
+    >>> from moba_flex import explain
+    >>> query, key = torch.randn(1, 8, 1000, 64), torch.randn(1, 2, 1000, 64)
+    >>> print(explain(query, key, block_size=64, top_k=4))
+    1,000 tokens, block 64, top-4: routed (eager); queries are routed to their blocks; 39.8% of the keys are read
+      no dense attention: only "flex" takes it, the implementation for CUDA
+      no dense mask: only "flex" takes it, without padding or packed sequences
+      no CUDA graph: it is not on a GPU
+    """
+    value = key if value is None else value
+    longest = None
+    if cu_seqlens is None:
+        validation.check_query_key(query=query, key=key, value=value)
+        validation.check_padding_mask(padding_mask, query, key)
+    else:
+        longest = validation.check_packed(query, key, value, cu_seqlens)
+    validation.check_flag("return_lse", return_lse)
+    settings = checked_settings(
+        query,
+        query.shape[-2] if cu_seqlens is not None else query.shape[1],
+        block_size=block_size,
+        top_k=top_k,
+        sink_blocks=sink_blocks,
+        recent_blocks=recent_blocks,
+        share_selection=share_selection,
+        causal=causal,
+        scale=scale,
+        softcap=softcap,
+        sinks=sinks,
+        implementation=implementation,
+    )
+    if cu_seqlens is not None:
+        query, key, value = (x.transpose(0, 1)[None] for x in (query, key, value))
+    sequences = padding_mask is not None or cu_seqlens is not None
+    has_sinks, return_lse = sinks is not None, return_lse or cu_seqlens is not None
+    path = paths.path_of(query, key, value, settings, sequences=sequences, sinks=has_sinks, return_lse=return_lse)
+    obstacles = {
+        "dense attention": paths.dense_obstacle(query, key, value, settings, sequences, has_sinks, return_lse),
+        "dense mask": paths.dense_mask_obstacle(query, key, value, settings, not sequences),
+        "CUDA graph": paths.capture_obstacle((query, key, value), settings, not sequences),
+    }
+    if obstacles["CUDA graph"] is None and not cuda_graphs_enabled():
+        obstacles["CUDA graph"] = "set_cuda_graphs(False) is in force"
+    uses_operator = path in (paths.Path.ROUTED, paths.Path.DENSE_MASK)
+    wanted = {paths.Path.ROUTED: 3, paths.Path.DENSE_MASK: 1}.get(path, 0)
+    names = ["dense attention", "dense mask", "CUDA graph"] if wanted == 3 else ["dense attention", "CUDA graph"][: 2 * wanted]
+    n_key = key.shape[2] if longest is None else longest
+    what = f"{query.shape[2]:,} tokens" if query.shape[2] == key.shape[2] else f"{query.shape[2]:,} queries on {key.shape[2]:,} tokens"
+    return Explanation(
+        f"{what}, block {one_block(settings.block_size, n_key)}, top-{settings.top_k}",
+        path.value,
+        settings.implementation,
+        uses_operator and obstacles["CUDA graph"] is None,
+        share_of_keys(query.shape[2] if longest is None else longest, n_key, block_size, top_k, causal),
+        {name: reason for name in names if (reason := obstacles[name])},
+    )
+
+
+def share_of_keys(n_query: int, n_key: int, block_size: int, top_k: int, causal: bool = True) -> float:
+    """The keys that the last `n_query` of `n_key` tokens read at most, over those of full attention; exact for whole blocks."""
+    if not n_query:
+        return 1.0
+    position = torch.arange(n_key - n_query, n_key, dtype=torch.float64)
+    if not causal:
+        return min(1.0, top_k * block_size / n_key)
+    read = torch.minimum(position + 1, (top_k - 1) * block_size + position % block_size + 1)
+    return float(read.sum() / (position + 1).sum())

@@ -1,0 +1,159 @@
+"""The forward pass in one kernel: the own block and all routed rows, queries read where they are in memory.
+
+The program of a block holds its keys and values and makes the partial output of every query that reads it, with its log-sum-exp.
+A query reads a block whole, so that no running softmax is needed. `merge` then adds up the partial outputs of each query.
+
+B rows of the batch, H query heads, G key heads, Q query blocks, C key blocks, P slots per block, K keys of a program, M queries of
+a turn, N query slots, R routed rows, D and Dv widths.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...core.layout import BlockLayout
+from ...core.settings import AttentionSettings
+from ..routing import Routes
+from .backward import dot_precision
+from .block_programs import columns, dispatch_numbers, own_queries, part_of_program, place_of_turn, rows_of_turn, windows
+from .sizes import gpu_memory, next_power_of_2
+
+_LOG2E, _LN2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
+
+
+@triton.jit(do_not_specialize=["N", "N_WINDOWS", "WINDOW", "C", "Q"])
+def _forward_kernel(
+    QUERY, KEY, VALUE, ROW_QUERY, FIRST, TILES, ROWS, BLOCK_OF_TILE, OWN, QUERY_START, QUERY_STOP, BLOCK_KEYS,
+    OUT, LSE, ROW_OUT, ROW_LSE,
+    query_b, query_h, query_n, key_b, key_g, key_n, value_b, value_g, value_n, out_b, out_h, out_n,
+    scale, softcap, G, C, Q, N, N_WINDOWS, WINDOW,
+    CAUSAL: tl.constexpr, CAPPED: tl.constexpr, ROUTED: tl.constexpr, PRECISION: tl.constexpr, REPEATS: tl.constexpr,
+    TILE: tl.constexpr, P: tl.constexpr, K: tl.constexpr, M: tl.constexpr, STAGES: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
+):  # fmt: skip
+    # One program: the keys of a block, and a part of the queries that read it.
+    block, begin, stop = tl.program_id(0), 0, 0
+    if ROUTED:
+        block, begin, stop, _ = part_of_program(block, FIRST, TILES, ROWS, BLOCK_OF_TILE, N_WINDOWS, WINDOW, TILE)
+        if begin < 0:
+            return
+    group, c = block // C, block % C
+    b, g = group // G, group % G
+    d, dv, j, m = tl.arange(0, DP), tl.arange(0, DVP), tl.arange(0, K), tl.arange(0, M)
+    n_keys = tl.load(BLOCK_KEYS + b * C + c)
+    slot = (c * P + j).to(tl.int64)
+    k = KEY + b.to(tl.int64) * key_b + g.to(tl.int64) * key_g + slot * key_n
+    k = tl.load(k[:, None] + d[None, :], mask=columns(j < n_keys, d, D, DP), other=0.0)
+    v = VALUE + b.to(tl.int64) * value_b + g.to(tl.int64) * value_g + slot * value_n
+    v = tl.load(v[:, None] + dv[None, :], mask=columns(j < n_keys, dv, DV, DVP), other=0.0)
+
+    own_turns, query_block, query_start, query_stop = 0, c, 0, 0
+    turns_per_head: tl.constexpr = (P + M - 1) // M
+    if CAUSAL:
+        query_block, there, query_start, query_stop = own_queries(OWN, QUERY_START, QUERY_STOP, b, c, Q)
+        own_turns = tl.where(there & (begin == 0), turns_per_head * REPEATS, 0)
+    turns, first_row = own_turns, tl.full([], 0, tl.int64)
+    if ROUTED:
+        first_row = tl.load(FIRST + block).to(tl.int64) * TILE
+        turns += tl.cdiv(stop - begin, M)
+    first_query = query_block * P
+    heads = (b * G + g).to(tl.int64) * REPEATS
+    queries = QUERY + b.to(tl.int64) * query_b + (g * REPEATS).to(tl.int64) * query_h
+    outs = OUT + b.to(tl.int64) * out_b + (g * REPEATS).to(tl.int64) * out_h
+
+    routed = rows_of_turn(0, own_turns, ROW_QUERY, first_row, begin, stop, M, ROUTED)
+    late = 0  # the same as `turn`: see the backward kernel
+    for turn in tl.range(0, turns, num_stages=STAGES):
+        own, repeat, slot0, i = place_of_turn(turn, own_turns, turns_per_head, 0, begin, M, REPEATS)
+        real = (m >= tl.where(own, query_start - slot0, 0)) & (m < tl.where(own, query_stop - slot0, stop - i))
+        n, r = tl.where(own, first_query + slot0 + m, routed // REPEATS).to(tl.int64), tl.where(own, repeat, routed % REPEATS)
+        routed = rows_of_turn(turn + 1, own_turns, ROW_QUERY, first_row, begin, stop, M, ROUTED)
+        at = r.to(tl.int64) * query_h + n * query_n
+        q = tl.load(queries + at[:, None] + d[None, :], mask=columns(real, d, D, DP), other=0.0)
+
+        score = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * _LOG2E)  # [M, K], in base 2
+        if CAPPED:
+            tanh = 1.0 - 2.0 / (1.0 + tl.exp2(score * (2.0 / softcap)))
+            score = tanh * (softcap * _LOG2E)
+        own, repeat, slot0, i = place_of_turn(late, own_turns, turns_per_head, 0, begin, M, REPEATS)
+        real = (m >= tl.where(own, query_start - slot0, 0)) & (m < tl.where(own, query_stop - slot0, stop - i))
+        last = tl.where(real, tl.where(own, slot0 + m, n_keys - 1), -1)
+        score = tl.where(j[None, :] <= last[:, None], score, float("-inf"))
+        most = tl.max(score, 1)
+        most = tl.where(most == float("-inf"), 0.0, most)  # a query that reads nothing
+        weight = tl.exp2(score - most[:, None])
+        total = tl.sum(weight, 1)
+        out = tl.dot(weight.to(v.dtype), v, input_precision=PRECISION) * (1.0 / tl.where(total == 0, 1.0, total))[:, None]
+
+        written = m < tl.where(own, P - slot0, stop - i)
+        query = (heads + repeat) * N + first_query + slot0
+        to = outs + tl.cast(repeat, tl.int64) * out_h + (first_query + slot0).to(tl.int64) * out_n
+        to_lse, step = LSE + query, tl.cast(out_n, tl.int64)
+        if ROUTED:
+            to, to_lse = tl.where(own, to, ROW_OUT + (first_row + i) * DV), tl.where(own, to_lse, ROW_LSE + (first_row + i))
+            step = tl.where(own, step, DV)
+        tl.store((to + m * step)[:, None] + dv[None, :], out.to(v.dtype), mask=columns(written, dv, DV, DVP))
+        tl.store(to_lse + m, (most + tl.log2(total)) * _LN2, mask=written)
+        late += 1  # noqa: SIM113
+
+
+def one_pass_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    routes: Routes | None,
+    layout: BlockLayout,
+    settings: AttentionSettings,
+    into: tuple[Tensor, Tensor],
+) -> tuple[Tensor, Tensor] | None:
+    """Partial outputs: of own blocks `into` `[B, H, N, Dv]` and the log-sum-exp `[B, H, N]`, of routed rows returned, for `merge`.
+
+    `query [B, H, N, D]`, `key [B, G, C * P, D]`, `value [B, G, C * P, Dv]`: any strides, last dimension contiguous, and so is the
+    output. Returns `[R, Dv]` and float32 `[R]`, or None where there are no `routes`. Nothing is written `into` unless attention is
+    causal. What lies in slots without a token is not read.
+    """
+    (rows, heads, slots, width), groups, value_width = query.shape, key.shape[1], value.shape[-1]
+    keys, queries, warps, stages = program(query.dtype, layout.width, width, value_width, *gpu_memory(query.device))
+    n_windows, window, tile, lists, row_out, row_lse = 0, 1, 1, (layout.own,) * 5, *into
+    if routes is not None:
+        n_windows, window = windows(routes.block_of_tile.numel())
+        row_query, tile = dispatch_numbers(routes, layout, query.shape, groups)[0], routes.tile
+        lists = (row_query, routes.first_tile, routes.tiles_of_block, routes.rows_of_block, routes.block_of_tile)
+        row_out, row_lse = value.new_empty(routes.n_rows, value_width), into[1].new_empty(routes.n_rows)
+    strides = [s for x in (query, key, value, into[0]) for s in x.stride()[:3]]
+    _forward_kernel[(n_windows + rows * groups * layout.n_key_blocks,)](
+        query, key, value, *lists, layout.own, layout.query_start, layout.query_stop, layout.block_keys, *into, row_out, row_lse,
+        *strides, settings.scale, settings.softcap or 0.0, groups, layout.n_key_blocks, layout.n_query_blocks, slots, n_windows, window,
+        CAUSAL=settings.causal, CAPPED=settings.softcap is not None, ROUTED=routes is not None, PRECISION=dot_precision(query.dtype),
+        REPEATS=heads // groups, TILE=tile, P=layout.width, K=keys, M=queries, STAGES=stages,
+        D=width, DP=max(16, next_power_of_2(width)), DV=value_width, DVP=max(16, next_power_of_2(value_width)), num_warps=warps,
+    )  # fmt: skip
+    return None if routes is None else (row_out, row_lse)
+
+
+def fits(query: Tensor, value: Tensor, slots: int) -> bool:
+    """Whether the keys and values of a block of `slots` slots fit into shared memory."""
+    padded = sum(max(16, next_power_of_2(x.shape[-1])) for x in (query, value))
+    return padded * 2 * (next_power_of_2(slots) + 64) + (4 << 10) <= gpu_memory(query.device)[0]
+
+
+@lru_cache(maxsize=256)
+def program(dtype: torch.dtype, slots: int, width: int, value_width: int, room: int, major: int) -> tuple[int, int, int, int]:
+    """Keys of a program, queries of a turn, warps and pipeline stages: see `backward.program`."""
+    padded, value_padded = (max(16, next_power_of_2(x)) for x in (width, value_width))
+    keys, size = next_power_of_2(slots), dtype.itemsize
+    queries = 64 if slots >= 64 else 32
+    warps = 8 if keys * queries > 64 * 128 or value_padded > 128 else 4
+    stages = 3
+
+    def shared(stages: int) -> int:
+        return size * ((padded + value_padded) * keys + stages * queries * padded + queries * max(keys, value_padded)) + (1 << 10)
+
+    while stages > 1 and shared(stages) * (2 if warps == 4 else 1) > room:  # two programs of four warps share a multiprocessor
+        stages -= 1
+    return keys, queries, warps, stages

@@ -1,0 +1,119 @@
+"""`explain` names the path that a call really takes, and why it takes no other."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from support.cases import unchecked
+
+import moba_flex
+from moba_flex import explain, moba_attention
+from moba_flex.analysis.explain import share_of_keys
+from moba_flex.backends import dense_mask, flex, paths
+
+CALL = {"block_size": 16, "top_k": 3}
+
+
+def tensors(n_query: int = 100, n_key: int = 100, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.randn(1, 4, n_query, 16).to(dtype), torch.randn(1, 2, n_key, 16).to(dtype)
+
+
+@pytest.fixture
+def as_if_on_cuda(monkeypatch):
+    """The decisions of a GPU for tensors on a CPU."""
+    monkeypatch.setattr("moba_flex.core.validation.resolve_implementation", lambda *_: "flex")
+
+
+def test_on_a_cpu_a_call_is_routed():
+    found = explain(*tensors(), **CALL)
+    assert (found.path, found.implementation, found.cuda_graph) == ("routed", "eager", False)
+    assert str(found).startswith("100 tokens, block 16, top-3: routed (eager)")
+
+
+@pytest.mark.parametrize(("implementation", "path"), [("naive", "reference"), ("eager", "routed")])
+def test_an_implementation_that_is_asked_for_is_named(implementation, path):
+    found = explain(*tensors(), **CALL, implementation=implementation)
+    assert (found.path, found.implementation) == (path, implementation)
+
+
+def test_no_queries_are_an_empty_call():
+    assert explain(*tensors(n_query=0), **CALL).path == "empty"
+
+
+@pytest.mark.parametrize(
+    ("given", "path"),
+    [
+        ({"block_size": 64}, "dense"),
+        ({}, "dense mask"),
+        ({"block_size": 2}, "routed"),
+        ({"top_k": 1}, "routed"),
+        ({"causal": False}, "routed"),
+        ({"padding_mask": torch.ones(1, 100).bool()}, "routed"),
+        ({"block_size": 64, "return_lse": True}, "dense mask"),
+    ],
+    ids=str,
+)
+def test_the_path_is_the_one_that_the_operation_takes(as_if_on_cuda, monkeypatch, given, path):
+    query, key = tensors(dtype=torch.bfloat16)
+    call, taken = {**CALL, **given}, []
+    found = explain(query, key, **call)
+    assert found.path == path
+    monkeypatch.setattr(dense_mask, "forward", lambda query, *_: taken.append("dense mask") or (query.clone(), query[..., 0].float()))
+    monkeypatch.setattr(flex, "attend", lambda *_: taken.append("routed"))
+    unchecked(query, key, key, **call, implementation="flex")
+    assert set(taken) == ({path} - {"dense"})
+
+
+def test_packed_sequences_are_explained_as_packed():
+    query, key = (x[0].transpose(0, 1) for x in tensors())
+    found = explain(query, key, **CALL, cu_seqlens=torch.tensor([0, 40, 100], dtype=torch.int32))
+    assert found.path == "routed" and "packed" in found.reasons["dense mask"]
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_cuda_graphs_are_named(as_if_on_cuda, monkeypatch, enabled):
+    monkeypatch.setattr(paths, "capture_obstacle", lambda *_: None)
+    before = moba_flex.set_cuda_graphs(enabled)
+    try:
+        found = explain(*tensors(), **CALL)
+    finally:
+        moba_flex.set_cuda_graphs(before)
+    assert found.cuda_graph is enabled
+    assert ("from a CUDA graph from call 3 on" in str(found)) is enabled
+    assert ("CUDA graph" in found.reasons) is not enabled
+
+
+def test_what_keeps_a_call_from_a_cuda_graph_is_said(monkeypatch):
+    def obstacle(settings: dict, dense_layout: bool = True) -> str | None:
+        x = SimpleNamespace(**{"is_cuda": True, "dtype": torch.bfloat16, "numel": lambda: 8, **settings})
+        return paths.capture_obstacle((x,), SimpleNamespace(implementation="flex"), dense_layout)
+
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    assert obstacle({}) is None
+    assert "bfloat16" in obstacle({"dtype": torch.float32})
+    assert "packed" in obstacle({}, dense_layout=False)
+    assert "2**25" in obstacle({"numel": lambda: 1 << 26})
+    assert "GPU" in obstacle({"is_cuda": False})
+
+
+@pytest.mark.parametrize(("n_query", "block_size", "top_k"), [(100, 16, 3), (37, 16, 2), (100, 1, 5), (100, 16, 7), (1, 9, 4)])
+def test_the_share_of_keys_is_what_queries_read(n_query, block_size, top_k):
+    query, key = tensors(n_query)
+    dense = moba_flex.select_blocks(query, key, block_size=block_size, top_k=top_k).to_dense()
+    token = torch.arange(100)
+    read = dense[..., token // block_size] & (token <= torch.arange(100 - n_query, 100)[:, None])
+    wanted = read[0, 0].sum() / (torch.arange(100 - n_query, 100) + 1).sum()
+    assert share_of_keys(n_query, 100, block_size, top_k) == pytest.approx(float(wanted))
+
+
+def test_bad_input_is_refused_as_the_operation_refuses_it():
+    query, key = tensors()
+    for call in (explain, lambda *args, **given: moba_attention(*args, key, **given)):
+        with pytest.raises(ValueError, match="block_size must be an int of at least 1, but is 0"):
+            call(query, key, block_size=0, top_k=3)
+
+
+def test_it_is_data_too():
+    assert explain(*tensors(), **CALL).to_dict()["path"] == "routed"
