@@ -559,31 +559,33 @@ def test_what_later_tokens_hold_reaches_no_earlier_one_of_its_block(implementati
 @each_implementation
 @pytest.mark.parametrize("size", [4.0, 182.5, 2.0**9, 2.0**12])  # scores of 64 to 2**26, all exact; 182.5 gives 133,225
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_weights_sum_to_1_however_large_the_scores(implementation: str, size: float, dtype: torch.dtype):
+@pytest.mark.parametrize("causal", [True, False])
+def test_weights_sum_to_1_however_large_the_scores(implementation: str, size: float, dtype: torch.dtype, causal: bool):
     """All keys are equal: an output is the mean of the values that its query reads, and each query hands out weights that sum to 1."""
     n = 40
     query = torch.full((1, 2, n, 16), size, dtype=dtype)
     key = query[:, :1].clone()
     value = random(1, 1, n, 8, seed=1).to(dtype)
     tensors = {name: x.requires_grad_() for name, x in {"query": query, "key": key, "value": value}.items()}
-    case = Case(1, 2, 1, n, n, 16, 8, block_size=7, top_k=3, causal=True)
+    case = Case(1, 2, 1, n, n, 16, 8, block_size=7, top_k=3, causal=causal)
     visible = visible_keys(case, tensors)
-    out, lse = moba_attention(**tensors, block_size=7, top_k=3, return_lse=True, implementation=implementation)
+    settings = {"block_size": 7, "top_k": 3, "causal": causal, "return_lse": True, "implementation": implementation}
+    out, lse = moba_attention(**tensors, **settings)
     weight = visible.double() / visible.sum(-1, keepdim=True)
     assert_same(out, weight @ value.double(), "output", rtol=HALF[dtype], atol=HALF[dtype])
     grad_value, grad_key = torch.autograd.grad([out.sum() + lse.sum()], [value, key])
     per_key = weight.sum((1, 2))[0]
     assert_same(grad_value[0, 0], per_key[:, None].expand(-1, 8), "gradient of value", rtol=2 * HALF[dtype], atol=0)
     # The log-sum-exp's gradient is the weights; with values of 1 the output's own is 0.
-    with_ones = moba_attention(query, key, torch.ones_like(value), block_size=7, top_k=3, return_lse=True, implementation=implementation)
-    (grad_key,) = torch.autograd.grad(with_ones[1].sum(), [key])
+    (grad_key,) = torch.autograd.grad(moba_attention(query, key, torch.ones_like(value), **settings)[1].sum(), [key])
     expected = per_key[:, None] * size / 4
     assert_same(grad_key[0, 0], expected.expand(-1, 16), "gradient of key", rtol=2 * HALF[dtype], atol=0)
 
 
 @each_implementation
 @pytest.mark.parametrize("size", [1e3, 1e5, 1e7])
-def test_blocks_of_large_scores_are_mixed_in_the_right_shares(implementation: str, size: float):
+@pytest.mark.parametrize("causal", [True, False])
+def test_blocks_of_large_scores_are_mixed_in_the_right_shares(implementation: str, size: float, causal: bool):
     """Scores that float32 holds exactly: all that could be wrong is how partial results are put together."""
     n, width = 48, 4
     query, key = torch.zeros(1, 1, n, width), torch.zeros(1, 1, n, width)
@@ -594,7 +596,8 @@ def test_blocks_of_large_scores_are_mixed_in_the_right_shares(implementation: st
     results = []
     for dtype, name in ((torch.float32, implementation), (torch.float64, "naive")):
         tensors = [x.to(dtype).requires_grad_() for x in (query, key, value)]
-        out = moba_attention(*tensors, block_size=8, top_k=6, scale=1.0, implementation=name)  # all blocks, whatever the gate's rounding
+        settings = {"block_size": 8, "top_k": 6, "causal": causal, "scale": 1.0}  # all blocks, whatever the gate's rounding
+        out = moba_attention(*tensors, **settings, implementation=name)
         results.append((out, *torch.autograd.grad((out * random(1, 1, n, 8, seed=2, dtype=dtype)).sum(), tensors[1:])))
     for x, y in zip(*results):
         error = (x.double() - y).norm() / y.norm()
@@ -675,6 +678,41 @@ def test_torch_compile_sees_one_graph_for_packed_sequences():
     tensors = [x[0].transpose(0, 1) for x in operands(packed.case).values()]
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
     assert_same(compiled(*tensors, packed.cu_seqlens()), run(*tensors, packed.cu_seqlens()))
+
+
+WRONG_BOUNDS = [(0, 10, 30), (5, 37), (0, 20, 10, 37), (0, 10, 40), (0,), (-1, 37)]
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_wrong_packed_bounds_and_masks_are_noticed_under_torch_compile(backend: str):
+    torch.compiler.reset()
+    x, y = torch.randn(37, 2, 8), torch.randn(2, 2, 9, 8)
+    packed = torch.compile(lambda x, bounds: moba_attention_varlen(x, x, x, bounds, block_size=5, top_k=2), backend=backend, fullgraph=True)
+    padded = torch.compile(
+        lambda y, mask: moba_attention(y, y, y, block_size=4, top_k=2, padding_mask=mask), backend=backend, fullgraph=True
+    )
+    for bounds in WRONG_BOUNDS if backend == "aot_eager" else WRONG_BOUNDS[:2]:
+        for grad in (False, True):
+            with pytest.raises(RuntimeError, match="cu_seqlens must start at 0, never fall and end at the number of tokens"):
+                packed(x.clone().requires_grad_(grad), torch.tensor(bounds, dtype=torch.int32))
+    right = torch.tensor([0, 10, 37], dtype=torch.int32)
+    assert_same(packed(x, right), moba_attention_varlen(x, x, x, right, block_size=5, top_k=2), rtol=1e-5, atol=1e-6)
+    mask = torch.ones(2, 9, dtype=torch.bool)
+    padded(y, mask)
+    mask[1, 4] = False
+    with pytest.raises(RuntimeError, match="padding_mask has a hole"):
+        padded(y, mask)
+
+
+def test_an_exported_program_notices_wrong_packed_bounds():
+    class Packing(torch.nn.Module):
+        def forward(self, x, bounds):
+            return moba_attention_varlen(x, x, x, bounds, block_size=5, top_k=2)
+
+    x = torch.randn(37, 2, 8)
+    program = torch.export.export(Packing(), (x, torch.tensor([0, 10, 37], dtype=torch.int32))).module()
+    with pytest.raises(RuntimeError, match="cu_seqlens must start at 0"):
+        program(x, torch.tensor([0, 10, 36], dtype=torch.int32))
 
 
 @pytest.mark.parametrize("height", [1.0, 30.0, 1e4], ids=["small", "too large to add up", "huge"])

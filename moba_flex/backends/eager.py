@@ -372,6 +372,7 @@ def _merge_one_by_one(
     into: tuple[Tensor, Tensor],
 ) -> None:
     """The same for any scores: each block's output is a softmax of its own, merged with what came before it."""
+    lse = lse.double()
     q, total, sums = query.flatten(0, 2), lse.flatten(), out.flatten(0, 2)
     k, v, known = key.flatten(0, 2), value.flatten(0, 2), _Range(False, _range_of(query, key, value, settings).safe)
     for queries, keys in _routed_keys(routes, layout, key.shape[1]):
