@@ -83,6 +83,7 @@ def reference_attention(
     *,
     padding_mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention over the chosen blocks alone (equations 2 and 3). Returns the output and its log-sum-exp.
 
@@ -92,7 +93,7 @@ def reference_attention(
     if cu_seqlens is not None:
         sizes = cu_seqlens.diff().tolist()
         sequences = zip(*(x.split(sizes, dim=2) for x in (query, key, value)))
-        parts = [reference_attention(q, k, v, settings) for q, k, v in sequences if q.shape[2]]
+        parts = [reference_attention(q, k, v, settings, sinks=sinks) for q, k, v in sequences if q.shape[2]]
         return torch.cat([out for out, _ in parts], 2), torch.cat([lse for _, lse in parts], 2)
 
     selected, of_key = reference_selection(query.detach(), key.detach(), settings, padding_mask=padding_mask)
@@ -113,7 +114,9 @@ def reference_attention(
         score = settings.softcap * torch.tanh(score / settings.softcap)
     some = visible.any(-1, keepdim=True)
     score = score.masked_fill(~visible, -math.inf).masked_fill(~some, 0)  # finite where nothing is read, so that gradients are 0
-    weight = score.softmax(-1).masked_fill(~visible, 0)  # which a row of NaN is not there
+    if sinks is not None:  # one more key for each head, with a value of 0
+        score = torch.cat([score, sinks.to(wide)[:, None, None].expand(*score.shape[:3], 1)], -1)
+    weight = score.softmax(-1)[..., :n_key].masked_fill(~visible, 0)  # which a row of NaN is not there
     out = weight @ v if all_finite(v) else visible_product(weight, visible, v)
     lse = torch.where(some[..., 0], _log_sum_exp(score), -math.inf)
     return torch.where(some, out, 0).to(query.dtype), lse
