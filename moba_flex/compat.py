@@ -106,7 +106,8 @@ def flash_moba_varlen_func(
     torch.Size([4, 2, 16])
     """
     _check_blocks(moba_chunk_size, moba_topk)
-    blocks = {"block_size": moba_chunk_size, "top_k": moba_topk, "causal": bool(causal)}
+    validation.check_flag("causal", causal)
+    blocks = {"block_size": moba_chunk_size, "top_k": moba_topk, "causal": causal}
     validation.check_packed_operands(q, k, v)
     validation.check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, q, q.shape[0])
     validation.check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, k, k.shape[0])

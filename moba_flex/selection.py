@@ -102,6 +102,7 @@ def select_blocks(
     validation.check_query_key(query=query, key=key)
     validation.check_not_mapped("select_blocks", query=query, key=key)
     validation.check_padding_mask(padding_mask, query, key)
+    validation.check_values("select_blocks", query=query, key=key)
     settings = checked_settings(
         query,
         query.shape[1],

@@ -21,6 +21,7 @@ from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attent
 from ..core.chunking import QUERY_TILE
 from ..core.layout import BlockLayout
 from ..core.settings import AttentionSettings
+from ..core.validation import check_choice
 from ..ops.routing import Routes
 from .compilation import any_length, compiled
 
@@ -55,8 +56,7 @@ def set_flex_backend(name: str = "triton") -> str:
     'triton'
     """
     global _backend
-    if name not in BACKENDS:
-        raise ValueError(f"name must be one of {', '.join(BACKENDS)}, but is {name!r}")
+    check_choice("name", name, BACKENDS)
     if name == "flash" and not _installed():
         raise ImportError('set_flex_backend("flash") needs the package flash-attn-4, which is not here: pip install "moba_flex[flash]"')
     before, _backend = _backend, name

@@ -32,6 +32,7 @@ from ..core.layout import BlockLayout
 from ..core.settings import AttentionSettings
 from ..core.strides import empty_with_strides_of
 from ..core.upstream import copy_all
+from ..core.validation import check_flag
 from .capture import CudaGraph, CudaMarks, Function
 
 EAGER_CALLS = 2  # of a shape, before it is captured
@@ -63,8 +64,7 @@ def set_cuda_graphs(enabled: bool = True) -> bool:
     >>> set_cuda_graphs(before)
     False
     """
-    if not isinstance(enabled, bool):
-        raise ValueError(f"enabled must be True or False, but is {enabled!r}")
+    check_flag("enabled", enabled)
     return _graphs.enable(enabled)
 
 

@@ -167,8 +167,7 @@ def _heads(query: Tensor, key: Tensor, value: Tensor, group: dist.ProcessGroup, 
 
 def check_exchange(exchange: str, n_heads: int, n_key_heads: int, n_processes: int, share_selection: bool = False) -> None:
     """ValueError if there is no such exchange, or if heads cannot be dealt out to the processes."""
-    if exchange not in EXCHANGES:
-        raise ValueError(f"exchange must be one of {', '.join(EXCHANGES)}, but is {exchange!r}")
+    validation.check_choice("exchange", exchange, EXCHANGES)
     if exchange == "heads" and (n_heads % n_processes or (n_key_heads % n_processes and n_processes % n_key_heads)):
         raise ValueError(
             f'exchange="heads" deals {n_heads} query heads and {n_key_heads} key heads out to {n_processes} processes: query heads must be '
