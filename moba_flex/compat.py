@@ -42,6 +42,8 @@ def moba_attn_varlen(
     Raises:
         ValueError, TypeError: the arguments do not fit; the message says which, what it was and what it must be.
 
+    >>> import torch
+    >>> from moba_flex.compat import moba_attn_varlen
     >>> x, bounds = torch.randn(50, 2, 16), torch.tensor([0, 20, 50], dtype=torch.int32)
     >>> moba_attn_varlen(x, x, x, bounds, 30, moba_chunk_size=8, moba_topk=2).shape
     torch.Size([50, 2, 16])
@@ -60,6 +62,8 @@ def moba_attn_varlen_naive(
 
     The same as `moba_attn_varlen`, but that `moba_topk=1` is the own block alone. Its memory grows with the square of a sequence's length.
 
+    >>> import torch
+    >>> from moba_flex.compat import moba_attn_varlen_naive
     >>> x, bounds = torch.randn(50, 2, 16), torch.tensor([0, 20, 50], dtype=torch.int32)
     >>> moba_attn_varlen_naive(x, x, x, bounds, 30, moba_chunk_size=8, moba_topk=2).shape
     torch.Size([50, 2, 16])
@@ -100,6 +104,8 @@ def flash_moba_varlen_func(
     Raises:
         ValueError, TypeError: the arguments do not fit; the message says which, what it was and what it must be.
 
+    >>> import torch
+    >>> from moba_flex.compat import flash_moba_varlen_func
     >>> q, k = torch.randn(4, 2, 16), torch.randn(50, 2, 16)
     >>> bounds_q, bounds_k = torch.tensor([0, 1, 4], dtype=torch.int32), torch.tensor([0, 20, 50], dtype=torch.int32)
     >>> flash_moba_varlen_func(q, k, k, bounds_q, bounds_k, 3, 30, moba_chunk_size=8, moba_topk=2).shape

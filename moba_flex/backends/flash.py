@@ -51,6 +51,7 @@ def set_flex_backend(name: str = "triton") -> str:
         ValueError: another name.
         ImportError: "flash" without the package.
 
+    >>> from moba_flex import set_flex_backend
     >>> set_flex_backend("triton")
     'triton'
     """
