@@ -66,7 +66,7 @@ class Selection:
         n_key = of_key.shape[1]
         ahead = n_key - n_query
 
-        def mask_mod(b, h, q, kv):
+        def mask_mod(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
             block = of_key[b, kv]
             seen = dense[b, h, q, block.clamp(min=0)] & (block >= 0)
             return seen & (kv <= q + ahead) if causal else seen

@@ -64,9 +64,9 @@ def _attend(
     weight, most = _scores(query, key, settings), None
     if not small:
         later = _later(query.shape[-2], query.device) if causal else None
-        most = (weight.masked_fill_(later, -torch.inf) if causal else weight).amax(-1, keepdim=True)
+        most = (weight if later is None else weight.masked_fill_(later, -torch.inf)).amax(-1, keepdim=True)
         weight -= most
-        if causal:
+        if later is not None:
             weight.masked_fill_(later, 0)  # the exponential of -inf takes many times as long as that of 0
     weight.exp_()
     if causal:
@@ -163,8 +163,8 @@ def local_backward(
     grad_key, grad_value = (torch.zeros_like(x, dtype=lse.dtype) for x in (key, value))
     per_query, per_key = (query, grad, lse, delta, grad_query), (key, value, grad_key, grad_value)
     for own, (*of_query, dq), (k, v, dk, dv) in _local_heads(layout, per_query, per_key):
-        q, *upstream = (_wide(x) for x in of_query)
-        part, part_k, part_v = _attend_backward(q, _wide(k[own]), _wide(v[own]), *upstream, hidden, settings)
+        q, g, l, d = (_wide(x) for x in of_query)
+        part, part_k, part_v = _attend_backward(q, _wide(k[own]), _wide(v[own]), g, l, d, hidden, settings)
         dq.copy_(part)
         for total, added in ((dk, part_k), (dv, part_v)):
             if isinstance(own, slice):
@@ -190,8 +190,8 @@ class Routes:
 def route(chosen: Tensor, groups: int, n_blocks: int, max_pairs: int) -> Routes:
     """The pairs of `chosen [B, H, N, S]`, ordered by block. How many they are is read from the device, so no bound is needed."""
     _, order, first = order_pairs(chosen, groups, n_blocks)
-    first = first.tolist()
-    return Routes(order[: first[-1]] // chosen.shape[-1], first)
+    starts = first.tolist()
+    return Routes(order[: starts[-1]] // chosen.shape[-1], starts)
 
 
 def _routed_parts(routes: Routes) -> Iterator[tuple[int, Tensor]]:
@@ -327,13 +327,14 @@ def backward(
     if settings.causal:
         local = local_backward(query, key, value, grad, lse, delta, layout, settings)
     else:
-        local = tuple(torch.zeros_like(x, dtype=lse.dtype) for x in (query, key, value))
+        grad_query, grad_key, grad_value = (torch.zeros_like(x, dtype=lse.dtype) for x in (query, key, value))
+        local = grad_query, grad_key, grad_value
     if routes is not None:
         per_query = [x.flatten(0, 2) for x in (query, grad, lse, delta)]
         k, v, dq, dk, dv = (x.flatten(0, 2) for x in (key, value, *local))
         for queries, keys in _routed_keys(routes, layout, key.shape[1]):
-            q, *upstream = (_wide(x.index_select(0, queries)) for x in per_query)
-            part, part_k, part_v = _attend_backward(q, _wide(k[keys]), _wide(v[keys]), *upstream, None, settings)
+            q, g, l, d = (_wide(x.index_select(0, queries)) for x in per_query)
+            part, part_k, part_v = _attend_backward(q, _wide(k[keys]), _wide(v[keys]), g, l, d, None, settings)
             dq.index_add_(0, queries, part)
             dk[keys] += part_k
             dv[keys] += part_v

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import cache
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +21,8 @@ from .block_masks import Mask, block_mask
 from .compilation import any_length, compiled
 from .flex_options import OPERATOR_OPTIONS, kernel_options
 
+T = TypeVar("T")
+
 
 def by_group(x: Tensor, groups: int) -> Tensor:
     """`[B, H, ...]` -> `[B * G, H / G, ...]`: one key head is one element of the batch."""
@@ -28,7 +31,7 @@ def by_group(x: Tensor, groups: int) -> Tensor:
 
 def flex_forward(query: Tensor, key: Tensor, value: Tensor, mask: Mask, settings: AttentionSettings) -> tuple[Tensor, Tensor]:
     """`flex_attention` under `mask`: the output and its log-sum-exp."""
-    call = _forward_call(*_kernel_key(query, value, mask, settings))
+    call: Callable[..., tuple[Tensor, Tensor]] = _forward_call(*_kernel_key(query, value, mask, settings))
     return call(*any_length(query, key, value, *mask.lists, *mask.buffers))
 
 
@@ -40,18 +43,18 @@ def flex_backward(
     FlexAttention's backward operator takes any log-sum-exp, so it is given that of the whole output and not the partial one, and
     `delta` (`out . grad`) as a gradient of it. Nothing of the partial outputs has to be known, neither kept nor computed again.
     """
-    call = _backward_call(*_kernel_key(query, value, mask, settings))
+    call: Callable[..., tuple[Tensor, Tensor, Tensor]] = _backward_call(*_kernel_key(query, value, mask, settings))
     return call(*any_length(query, key, value, grad, lse, delta, *mask.lists, *mask.buffers))
 
 
-def _kernel_key(query: Tensor, value: Tensor, mask: Mask, settings: AttentionSettings) -> tuple:
+def _kernel_key(query: Tensor, value: Tensor, mask: Mask, settings: AttentionSettings) -> tuple[Any, ...]:
     """All that a kernel is compiled for. Only lengths and data vary between calls that share it."""
     widths = query.shape[-1], value.shape[-1]
     return mask.kernel_key, mask.tiles, mask.divisible, mask.rule, widths, query.dtype, settings.scale, settings.softcap, query.is_cuda
 
 
-def _compile(call: Callable, key: tuple, is_cuda: bool) -> Callable:
-    if not is_cuda:  # there only tests come here: they hold the masks against the settingsification, on dense scores
+def _compile(call: Callable[..., T], key: tuple[Any, ...], is_cuda: bool) -> Callable[..., T]:
+    if not is_cuda:  # there only tests come here: they hold the masks against the specification, on dense scores
         return call
     return compiled(call, key)
 

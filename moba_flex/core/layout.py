@@ -65,7 +65,7 @@ class BlockLayout:
     token_of_query_slot: Tensor | None = None
     slot_of_query: Tensor | None = None
     outlives: bool = False  # whether it is kept for later calls, and so what it keeps
-    _cache: dict = field(default_factory=dict)
+    _cache: dict[Hashable, Any] = field(default_factory=dict)
 
     @property
     def n_query_blocks(self) -> int:
@@ -81,7 +81,7 @@ class BlockLayout:
         """Whether tokens lie in order, without padding and as one sequence a row."""
         return self.token_of_key_slot is None
 
-    def cached(self, name: tuple, make: Callable[[], T]) -> T:
+    def cached(self, name: tuple[Hashable, ...], make: Callable[[], T]) -> T:
         """What `make` returns, kept with the layout: it must follow from the layout and `name` alone."""
         if name not in self._cache:
             if self.outlives:
@@ -227,7 +227,7 @@ def dense_layout(rows: int, n_query: int, n_key: int, block_size: int, width: in
 
 
 @lru_cache(maxsize=64)
-def _persistent_layout(stream: int | None, *settings) -> BlockLayout:
+def _persistent_layout(stream: int | None, *settings: Any) -> BlockLayout:
     return replace(allocate_persistent(lambda: _dense_layout(*settings), settings[-1]), outlives=True)
 
 
