@@ -12,7 +12,7 @@ from .attention import gate
 from .backends import backend_of
 from .core import validation
 from .core.autocast import without_autocast
-from .core.layout import layout_of
+from .core.layout_builders import layout_of
 from .functional import checked_settings
 from .reference import block_of_key
 
@@ -113,6 +113,7 @@ def select_blocks(
     validation.check_query_key(query=query, key=key)
     validation.check_not_mapped("select_blocks", query=query, key=key)
     validation.check_padding_mask(padding_mask, query, key)
+    validation.check_values("select_blocks", query=query, key=key)
     settings = checked_settings(
         query,
         query.shape[1],

@@ -4,7 +4,7 @@ The package is young: versions differ in what they accept, in the unit of the lo
 first use with a width, dtype and block size, output and log-sum-exp are held against plain PyTorch on the same GPU; where they differ,
 or anything is raised, a warning says so once and Triton's kernel is used. The backward pass is always Triton's.
 
-R routed rows, T tiles of rows, C blocks, P slots a block, D and Dv widths.
+R routed rows, T tiles of rows, C blocks, P slots per block, D and Dv widths.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attent
 from ..core.chunking import QUERY_TILE
 from ..core.layout import BlockLayout
 from ..core.settings import AttentionSettings
+from ..core.validation import check_choice
 from ..ops.routing import Routes
 from .compilation import any_length, compiled
 
@@ -57,8 +58,7 @@ def set_flex_backend(name: str = "triton") -> str:
     'triton'
     """
     global _backend
-    if name not in BACKENDS:
-        raise ValueError(f"name must be one of {', '.join(BACKENDS)}, but is {name!r}")
+    check_choice("name", name, BACKENDS)
     if name == "flash" and not _installed():
         raise ImportError('set_flex_backend("flash") needs the package flash-attn-4, which is not here: pip install "moba_flex[flash]"')
     before, _backend = _backend, name

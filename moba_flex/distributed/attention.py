@@ -1,4 +1,4 @@
-"""Attention of sequences that are cut into slices, one a process.
+"""Attention of sequences that are cut into slices, one per process.
 
 Causal attention of a slice's queries reads the keys up to the slice's end and none behind, and `moba_attention` takes queries that are the
 last of the keys. So each process makes an ordinary call on its own queries and the keys so far, and the gate, blocks that cross a slice's
@@ -178,8 +178,7 @@ def _heads(query: Tensor, key: Tensor, value: Tensor, group: dist.ProcessGroup, 
 
 def check_exchange(exchange: str, n_heads: int, n_key_heads: int, n_processes: int, share_selection: bool = False) -> None:
     """ValueError if there is no such exchange, or if heads cannot be dealt out to the processes."""
-    if exchange not in EXCHANGES:
-        raise ValueError(f"exchange must be one of {', '.join(EXCHANGES)}, but is {exchange!r}")
+    validation.check_choice("exchange", exchange, EXCHANGES)
     if exchange == "heads" and (n_heads % n_processes or (n_key_heads % n_processes and n_processes % n_key_heads)):
         raise ValueError(
             f'exchange="heads" deals {n_heads} query heads and {n_key_heads} key heads out to {n_processes} processes: query heads must be '

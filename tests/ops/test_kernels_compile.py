@@ -6,7 +6,8 @@ import pytest
 import torch
 from support.gpu_compiler import GPUS, Gpu, compiling_for
 
-from moba_flex.core.layout import dense_layout, slots_per_block
+from moba_flex.core.layout import slots_per_block
+from moba_flex.core.layout_builders import dense_layout
 from moba_flex.core.settings import AttentionSettings
 from moba_flex.ops import plain
 

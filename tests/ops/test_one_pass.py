@@ -19,7 +19,8 @@ pytest.importorskip("triton", reason="needs Triton, which the extra `kernels` br
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("interprets Triton kernels: set TRITON_INTERPRET=1", allow_module_level=True)
 
-from moba_flex.core.layout import BlockLayout, dense_layout, packed_layout, padded_layout, slots_per_block
+from moba_flex.core.layout import BlockLayout, slots_per_block
+from moba_flex.core.layout_builders import dense_layout, packed_layout, padded_layout
 from moba_flex.core.settings import AttentionSettings
 from moba_flex.ops import gate, routing, rows
 from moba_flex.ops.routing import Routes
