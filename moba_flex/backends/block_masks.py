@@ -27,7 +27,6 @@ from ..core.chunking import QUERY_TILE
 from ..core.layout import BlockLayout
 from ..ops.routing import Routes
 
-
 # Counts and indices of: partial key tiles, full key tiles, partial query tiles, full query tiles. None where no tile is full.
 Lists: TypeAlias = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor, Tensor, Tensor | None, Tensor | None]
 

@@ -12,11 +12,12 @@ from __future__ import annotations
 import importlib.util
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, FlexKernelOptions, flex_attention
 
 from ..core.chunking import QUERY_TILE
 from ..core.layout import BlockLayout
@@ -120,13 +121,17 @@ def _checked(width: int, query_width: int, value_width: int, dtype: torch.dtype,
 def _compiled(settings: tuple[int, int, int, torch.dtype, float]) -> Call:
     scale = settings[-1]
 
-    def moba_flex_flash(query: Tensor, key: Tensor, value: Tensor, *lists: Any) -> tuple[Tensor, Tensor | None]:
-        def mask_mod(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:  # never evaluated, since no tile is listed as partial; without one the lists would be ignored
+    def moba_flex_flash(
+        query: Tensor, key: Tensor, value: Tensor, counts: Tensor, indices: Tensor, full_counts: Tensor, full_indices: Tensor
+    ) -> Any:
+        # Never evaluated, since no tile is listed as partial; without one the lists would be ignored.
+        def mask_mod(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
             return kv >= 0
 
-        no_lists = (None,) * 4  # by key tile: they are for a backward pass
+        lists = counts, indices, full_counts, full_indices
+        no_lists = (None, None, None, None)  # by key tile: they are for a backward pass
         mask = BlockMask((query.shape[2], key.shape[2]), *lists, *no_lists, BLOCK_SIZE=(QUERY_TILE, _KEY_TILE), mask_mod=mask_mod)
-        options = {"BACKEND": "FLASH"}
+        options: FlexKernelOptions = {"BACKEND": "FLASH"}
         out, aux = flex_attention(query, key, value, None, mask, scale, kernel_options=options, return_aux=AuxRequest(lse=True))
         return out, aux.lse
 

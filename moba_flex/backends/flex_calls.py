@@ -60,7 +60,7 @@ def _compile(call: Callable[..., T], key: tuple[Any, ...], is_cuda: bool) -> Cal
 
 
 @cache
-def _forward_call(mask_key, tiles, divisible, rule, widths, dtype, scale, softcap, is_cuda) -> Callable:
+def _forward_call(mask_key, tiles, divisible, rule, widths, dtype, scale, softcap, is_cuda) -> Callable[..., Any]:
     options = kernel_options(mask_key[0] == "routed", tiles, divisible, widths, dtype)
     score_mod = None if softcap is None else _softcap(softcap)
 
@@ -79,7 +79,7 @@ def _forward_call(mask_key, tiles, divisible, rule, widths, dtype, scale, softca
 
 
 @cache
-def _backward_call(mask_key, tiles, divisible, rule, widths, dtype, scale, softcap, is_cuda) -> Callable:
+def _backward_call(mask_key, tiles, divisible, rule, widths, dtype, scale, softcap, is_cuda) -> Callable[..., Any]:
     # The lowering drops a configuration whose default tiles do not divide these, before it reads our smaller tiles from the
     # options. So the options carry the true sizes.
     sizes = tuple(math.lcm(tile, QUERY_TILE) for tile in tiles)
@@ -111,14 +111,14 @@ def _same_joint(score, b, h, q, kv, grad):
     return [grad.clone(), None, None, None, None]
 
 
-def _softcap(softcap: float) -> Callable:
+def _softcap(softcap: float) -> Callable[..., Any]:
     def score_mod(score, b, h, q, kv):
         return softcap * torch.tanh(score / softcap)
 
     return score_mod
 
 
-def _softcap_joint(softcap: float) -> Callable:
+def _softcap_joint(softcap: float) -> Callable[..., Any]:
     """The derivative of `_softcap`: that of the score, and none for the indices."""
 
     def joint(score, b, h, q, kv, grad):
