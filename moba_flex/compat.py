@@ -32,7 +32,7 @@ def moba_attn_varlen(
         v: `[T, G, Dv]`.
         cu_seqlens: `[n + 1]` int32, rising from 0 to T.
         max_seqlen: the longest sequence's length. It is not needed, and not looked at.
-        moba_chunk_size: tokens a block.
+        moba_chunk_size: tokens per block.
         moba_topk: how many blocks a query reads, its own one included. With 1, a query reads every key up to itself, not its own block
             alone: the original leaves MoBA out when there is nothing to choose. `moba_attn_varlen_naive` does not.
 
@@ -89,7 +89,7 @@ def flash_moba_varlen_func(
         cu_seqlens_q: `[n + 1]` int32, rising from 0 to T.
         cu_seqlens_k: `[n + 1]` int32, rising from 0 to Tk. Where it differs from `cu_seqlens_q`, sequences are worked through one by one.
         max_seqlen_q, max_seqlen_k: the longest sequences' lengths. They are not needed, and not looked at.
-        moba_chunk_size: tokens a block, counted from the sequence's first key.
+        moba_chunk_size: tokens per block, counted from the sequence's first key.
         moba_topk: how many blocks a query reads, its own one included if `causal`. With 1 that is the own block alone.
         causal: a sequence's last query lies at its last key, and each sees the keys up to its own place; one that has no key there gets
             0. With False, each reads the best of all blocks, the last, partial one among them, and every key in those.

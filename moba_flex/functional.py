@@ -91,7 +91,7 @@ def moba_attention(
         query: `[B, H, Nq, D]`, float32, bfloat16 or float16; the last `Nq` of the `Nk` positions.
         key: `[B, G, Nk, D]`; H a multiple of G, `Nq <= Nk`.
         value: `[B, G, Nk, Dv]`.
-        block_size: tokens a block, at least 1.
+        block_size: tokens per block, at least 1.
         top_k: how many blocks a query reads, its own one included. The others are the `top_k - 1` wholly past blocks whose mean key has
             the highest inner product with the query (in float32; among equals the earlier one); all of them when there are fewer.
         sink_blocks: how many blocks at the start of the sequence are always among the `top_k`.
@@ -104,7 +104,7 @@ def moba_attention(
             first real token. Outputs at padded queries are 0, and nothing that stands at padding has any effect. A hole between real
             tokens is an error; in a graph of torch.compile or torch.export it is a RuntimeError when the graph runs.
         softcap: scores become `softcap * tanh(score / softcap)`. The gate is not capped.
-        sinks: `[H]`, one extra logit a head in the softmax's denominator.
+        sinks: `[H]`, one extra logit per head in the softmax's denominator.
         return_lse: also return the log-sum-exp.
         implementation: "flex" (compiled FlexAttention, CUDA), "triton" (CUDA, a forward pass of one kernel for blocks of up to 256 tokens
             in half precision), "eager" (plain PyTorch, any device), "naive" (dense mask, the specification), "auto" (flex on CUDA, else

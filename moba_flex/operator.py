@@ -14,7 +14,8 @@ from .attention import backward, forward
 from .backends import backend_of, paths
 from .core.autocast import without_autocast
 from .core.dtypes import wide
-from .core.layout import BlockLayout, block_sizes, layout_of, n_query_blocks
+from .core.layout import BlockLayout
+from .core.layout_builders import block_sizes, layout_of, n_query_blocks
 from .core.settings import AttentionSettings
 from .core.strides import empty_with_strides_of
 from .cuda_graphs import cache

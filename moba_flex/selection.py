@@ -12,7 +12,7 @@ from .attention import gate
 from .backends import backend_of
 from .core import validation
 from .core.autocast import without_autocast
-from .core.layout import layout_of
+from .core.layout_builders import layout_of
 from .functional import checked_settings
 from .reference import block_of_key
 

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-# Beside other busy programs PyTorch's threads lose minutes waiting for each other in a busy loop, see examples/llama.py. Only
+# Beside other busy programs PyTorch's threads lose minutes waiting for each other in a busy loop, see examples/shared/startup.py. Only
 # possible before PyTorch is imported.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
@@ -21,9 +21,11 @@ from tokenizers.models import BPE, WordLevel
 from tokenizers.pre_tokenizers import ByteLevel, Whitespace
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples/benchmarks"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples/experiments"))
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
-import demo_weights as demo
+from shared import demo_weights as demo
 
 from moba_flex import set_cuda_graphs
 

@@ -8,7 +8,7 @@ with the strides of one.
 The lists rule on the GPU. `rule`, the `mask_mod` apart from the tensors that it reads (`buffers`), is evaluated on partial tiles
 alone, yet says the whole truth, since uncompiled FlexAttention asks nothing else.
 
-B rows, H query heads, G key heads, Q query blocks, C key blocks, P slots a block, T tiles of queries.
+B rows, H query heads, G key heads, Q query blocks, C key blocks, P slots per block, T tiles of queries.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ def _bits_rule(block_size: int) -> Callable[..., Tensor]:
 def bits_mask(bits: Tensor, layout: BlockLayout) -> Mask:
     """Causal attention to the blocks whose bits are set: `bits [B * G, H / G, Nq]`, queries and keys are tokens as they come.
 
-    Tiles have nothing to do with blocks: each tile of queries meets in part all tiles of keys that do not lie behind it.
+    Tiles have nothing to do with blocks: each tile of queries meets in part all tiles of keys that are not after it.
     """
     skipped, lists = layout.cached(("bits mask",), lambda: _causal_lists(layout))
     kernel_key = "bits", layout.block_size, bits.shape[1]

@@ -4,7 +4,7 @@ The package is young: versions differ in what they accept, in the unit of the lo
 first use with a width, dtype and block size, output and log-sum-exp are held against plain PyTorch on the same GPU; where they differ,
 or anything is raised, a warning says so once and Triton's kernel is used. The backward pass is always Triton's.
 
-R routed rows, T tiles of rows, C blocks, P slots a block, D and Dv widths.
+R routed rows, T tiles of rows, C blocks, P slots per block, D and Dv widths.
 """
 
 from __future__ import annotations

@@ -123,7 +123,9 @@ def one_pass_obstacle(query: Tensor, value: Tensor, slots: int) -> str | None:
         return "it computes in bfloat16 and float16"
     if slots > MAX_ONE_PASS_BLOCK or max(query.shape[-1], value.shape[-1]) > MAX_ONE_PASS_WIDTH:
         return "it takes blocks of up to 256 tokens and widths of up to 256"
-    return None if kernels.forward.fits(query, value, slots) else "a block's keys and values do not fit into this GPU's shared memory"
+    return (
+        None if kernels.forward.fits(query, value, slots) else "it needs an NVIDIA GPU whose shared memory holds a block's keys and values"
+    )
 
 
 def one_pass_backward_obstacle(query: Tensor, value: Tensor, slots: int) -> str | None:

@@ -39,7 +39,7 @@ EAGER_CALLS = 2  # of a shape, before it is captured
 MAX_GRAPHS = 16  # of a GPU
 MAX_SHAPES = 256  # whose calls are counted
 # A query of 2,048 tokens of 32 heads of width 128 is copied in some 27 us with its key, value and output, 1 % of a layer of such a model.
-# Four calls of this size and what lies between them keep a GPU busy for longer than the host needs to launch one kernel by kernel.
+# Four calls of this size and what is between them keep a GPU busy for longer than the host needs to launch one kernel by kernel.
 LARGE, CALLS_AHEAD = 1 << 23, 4
 
 
@@ -48,9 +48,9 @@ def set_cuda_graphs(enabled: bool = True) -> bool:
 
     On a GPU the host takes longer to launch a short call than the GPU to do it. So from the third call of the same shapes, strides, dtype
     and settings on the same stream, forward and backward passes are replayed from a CUDA graph, with the same results to the bit. That is
-    for bfloat16 and float16, without `padding_mask` and `cu_seqlens`, for tensors of at most 2**25 numbers (8,192 tokens of 32 heads of
+    for bfloat16 and float16, without `padding_mask` and `cu_seqlens`, for tensors of at most 2**25 elements (8,192 tokens of 32 heads of
     width 128), and neither within a capture of one's own nor with `set_flex_backend("flash")`; all other calls are as without graphs. So
-    are those of 2**23 numbers or more while the GPU is some calls behind: then the host has the time, and a graph's copies are saved.
+    are those of 2**23 elements or more while the GPU is some calls behind: then the host has the time, and a graph's copies are saved.
 
     It costs memory: on each GPU up to as many bytes as `set_working_memory` says, for inputs, outputs and working memory of at most 16
     graphs, those used last. A call of ours that has too little memory takes it back. What turning graphs off frees goes back to PyTorch's
@@ -110,7 +110,7 @@ class Pool(Protocol):
 
 
 class Graph(Protocol):
-    """A captured function: `replay` computes `outputs` from what lies in the inputs."""
+    """A captured function: `replay` computes `outputs` from the contents of the inputs."""
 
     outputs: tuple[Tensor, ...]
     pool: Pool
@@ -128,7 +128,7 @@ Capture = Callable[[Function, tuple[Tensor | None, ...], Pool | None], Graph]
 
 
 class Captured:
-    """A graph and its inputs, which it reads where they lie."""
+    """A graph and the buffers of its inputs."""
 
     def __init__(self, capture: Capture, function: Function, inputs: tuple[Tensor | None, ...], pool: Pool | None) -> None:
         self.graph = capture(function, inputs, pool)
@@ -166,7 +166,7 @@ def copy(tensors: tuple[Tensor | None, ...], into: tuple[Tensor | None, ...]) ->
 
 
 def buffer_like(x: Tensor | None) -> Tensor | None:
-    """A tensor like `x` that lies as the call would bring it to lie: copying in is then all that moves it."""
+    """A buffer for `x` with the strides that the call would give it, so that copying into it is all that moves `x`."""
     if x is None:
         return None
     return empty_with_strides_of(x, *x.shape[2:]) if x.dim() == 4 else torch.empty_like(x, memory_format=torch.contiguous_format)

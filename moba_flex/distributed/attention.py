@@ -1,4 +1,4 @@
-"""Attention of sequences that are cut into slices, one a process.
+"""Attention of sequences that are cut into slices, one per process.
 
 Causal attention of a slice's queries reads the keys up to the slice's end and none behind, and `moba_attention` takes queries that are the
 last of the keys. So each process makes an ordinary call on its own queries and the keys so far, and the gate, blocks that cross a slice's

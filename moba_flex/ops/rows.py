@@ -2,7 +2,7 @@
 
 Nothing here adds with atomics: what comes back to a query is gathered through `row_of_pair`, so two runs give the same bits.
 
-H query heads, N query slots, S chosen blocks a query, R routed rows, D width. Rows of the batch and heads are one leading axis here.
+H query heads, N query slots, S chosen blocks per query, R routed rows, D width. Rows of the batch and heads are one leading axis here.
 """
 
 from __future__ import annotations

@@ -13,7 +13,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from moba_flex.backends import dense_mask, flex
 from moba_flex.backends.block_masks import bits_mask
 from moba_flex.backends.paths import MAX_MASK_BLOCKS, dense_mask_obstacle
-from moba_flex.core.layout import BlockLayout, dense_layout, slots_per_block
+from moba_flex.core.layout import BlockLayout, slots_per_block
+from moba_flex.core.layout_builders import dense_layout
 from moba_flex.core.settings import AttentionSettings
 from moba_flex.operator import attention
 from moba_flex.ops import gate

@@ -19,7 +19,8 @@ from moba_flex.backends import flex
 from moba_flex.backends.block_masks import local_mask, routed_mask
 from moba_flex.core import chunking as chunks_module
 from moba_flex.core.chunking import QUERY_TILE, chunks, max_elements
-from moba_flex.core.layout import _persistent_layout, dense_layout, packed_layout, padded_layout, slots_per_block
+from moba_flex.core.layout import slots_per_block
+from moba_flex.core.layout_builders import _persistent_layout, dense_layout, packed_layout, padded_layout
 from moba_flex.core.settings import AttentionSettings
 from moba_flex.operator import attention
 from moba_flex.ops import gate

@@ -21,7 +21,7 @@ from torch import Tensor
 from moba_flex import moba_attention, operator, set_cuda_graphs
 from moba_flex.backends import flash, paths
 from moba_flex.backends.paths import MAX_CAPTURED_ELEMENTS, capture_obstacle
-from moba_flex.core.layout import _persistent_layout, dense_layout
+from moba_flex.core.layout_builders import _persistent_layout, dense_layout
 from moba_flex.core.settings import AttentionSettings
 from moba_flex.cuda_graphs import cache
 from moba_flex.cuda_graphs.cache import CALLS_AHEAD, EAGER_CALLS, MAX_GRAPHS, MAX_SHAPES, GraphCache, Place, buffer_like

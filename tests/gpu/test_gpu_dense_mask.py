@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_gpu import TOLERANCE, Case, blocks, distance, run
+from support.gpu import TOLERANCE, Case, blocks, distance, run
 
 from moba_flex import moba_attention
-from moba_flex.backends import dense_mask, flex
-from moba_flex.core.layout import dense_layout, slots_per_block
+from moba_flex.backends import flex
+from moba_flex.core.layout import slots_per_block
+from moba_flex.core.layout_builders import dense_layout
+from moba_flex.ops.bits import block_bits
 
 if torch.cuda.is_available():
     from moba_flex.ops import triton as kernels
@@ -32,8 +34,8 @@ CASES = [
 
 @pytest.fixture(autouse=True)
 def never_routed(monkeypatch):
-    monkeypatch.setattr(flex, "local", lambda *_: pytest.fail("routed"))
-    monkeypatch.setattr(flex, "local_backward", lambda *_: pytest.fail("routed"))
+    monkeypatch.setattr(flex, "attend", lambda *_: pytest.fail("routed"))
+    monkeypatch.setattr(flex, "backward", lambda *_: pytest.fail("routed"))
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -51,7 +53,7 @@ def test_the_bits_are_those_of_plain_pytorch(block_size, n_query, n_key):
     block = torch.rand(2, 3, slots, layout.n_key_blocks, device="cuda").argsort(-1).int()
     past = block < layout.own.repeat_interleave(layout.width, 1)[:, None, :, None]
     chosen = torch.where(past, block, -1)[..., :3].contiguous()
-    assert torch.equal(kernels.block_bits(chosen, layout), dense_mask.block_bits(chosen, layout))
+    assert torch.equal(kernels.block_bits(chosen, layout), block_bits(chosen, layout))
 
 
 def test_two_runs_give_the_same_bits():

@@ -35,7 +35,7 @@ def way(request, monkeypatch) -> str:
     if request.param == "routed":
         monkeypatch.setattr("moba_flex.backends.paths.MAX_MASK_OPERATIONS", -1)
     else:
-        monkeypatch.setattr(flex, "local", lambda *_: pytest.fail("routed"))
+        monkeypatch.setattr(flex, "attend", lambda *_: pytest.fail("routed"))
     return request.param
 
 

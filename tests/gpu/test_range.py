@@ -6,17 +6,18 @@ equations. The gradient given to the output is 0 elsewhere, so that the sample a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 from torch import Tensor
 
 from moba_flex import moba_attention, select_blocks, set_working_memory
-from moba_flex.backends.dense_mask import few_blocks
 from moba_flex.backends.flex import MAX_TENSOR_ELEMENTS
+from moba_flex.backends.paths import dense_mask_obstacle
 from moba_flex.core.chunking import chunks
-from moba_flex.core.layout import dense_layout, slots_per_block
+from moba_flex.core.layout import slots_per_block
+from moba_flex.core.layout_builders import dense_layout
 from moba_flex.core.settings import AttentionSettings
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU: FlexAttention compiles to Triton kernels")
@@ -191,23 +192,23 @@ def check_a_sample(case: Case, device: str) -> None:
         assert distance(a, b) < TOLERANCE[case.dtype], (name, distance(a, b), case)
 
 
-def shapes_and_spec(case: Case) -> tuple[list[Tensor], AttentionSettings]:
+def shapes_and_settings(case: Case) -> tuple[list[Tensor], AttentionSettings]:
     """Query, key and value without data, and what is computed."""
     shapes = (case.heads, case.width), (case.groups, case.width), (case.groups, case.value_width)
     tensors = [torch.empty(case.batch, n, case.tokens, width, dtype=case.dtype, device="meta") for n, width in shapes]
-    return tensors, AttentionSettings(case.block_size, case.top_k, 0, 0, True, 1.0)
+    return tensors, AttentionSettings(case.block_size, case.top_k, implementation="flex")
 
 
 def masked(case: Case) -> bool:
-    tensors, spec = shapes_and_spec(case)
-    return few_blocks(*tensors, spec)
+    tensors, settings = shapes_and_settings(case)
+    return dense_mask_obstacle(*tensors, settings, dense_layout=True) is None
 
 
 def parts_of(case: Case, budget: int) -> tuple[int, int]:
     """How many chunks the case is worked through in, and how many parts each has."""
-    tensors, spec = shapes_and_spec(case)
+    tensors, settings = shapes_and_settings(case)
     layout = dense_layout(case.batch, case.tokens, case.tokens, case.block_size, slots_per_block(case.block_size), torch.device("cpu"))
-    plan = [parts for _, _, parts in chunks(*tensors, layout, spec, budget, MAX_TENSOR_ELEMENTS)]
+    plan = [parts for _, _, parts in chunks(*tensors, layout, replace(settings, working_memory=budget), MAX_TENSOR_ELEMENTS)]
     return len(plan), len(plan[0])
 
 

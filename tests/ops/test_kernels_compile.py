@@ -6,14 +6,15 @@ import pytest
 import torch
 from support.gpu_compiler import GPUS, Gpu, compiling_for
 
-from moba_flex.core.layout import dense_layout, slots_per_block
+from moba_flex.core.layout import slots_per_block
+from moba_flex.core.layout_builders import dense_layout
 from moba_flex.core.settings import AttentionSettings
 from moba_flex.ops import plain
 
 pytest.importorskip("triton", reason="needs Triton, which the extra `kernels` brings: pip install '.[kernels]'")
 
 from moba_flex.ops import triton as kernels
-from moba_flex.ops.triton import backward, forward, gate, sizes
+from moba_flex.ops.triton import backward, decoding, forward, gate
 
 # Block size, width, value width, top_k, dtype.
 SHAPES = {
@@ -24,6 +25,7 @@ SHAPES = {
     "block 48, narrow values": (48, 96, 64, 4, torch.bfloat16),
     "width 256": (128, 256, 256, 4, torch.bfloat16),
     "float32": (128, 128, 128, 4, torch.float32),
+    "float32, width 256": (64, 256, 256, 4, torch.float32),
 }
 
 
@@ -61,7 +63,7 @@ def launch(block_size: int, width: int, value_width: int, top_k: int, dtype: tor
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("gpu", GPUS, ids=str)
 def test_kernels_compile_and_fit(gpu: Gpu, shape: str, monkeypatch):
-    for module in (gate, backward, forward, sizes):
+    for module in (gate, backward, forward, decoding):
         monkeypatch.setattr(module, "gpu_memory", lambda _: (gpu.shared_bytes, gpu.major))
     with compiling_for(gpu) as compiled:
         launch(*SHAPES[shape])
@@ -74,7 +76,7 @@ def test_kernels_compile_and_fit(gpu: Gpu, shape: str, monkeypatch):
 
 def test_softcaps_compile_too(monkeypatch):
     gpu = next(gpu for gpu in GPUS if gpu.name == "sm_90")
-    for module in (gate, backward, forward, sizes):
+    for module in (gate, backward, forward, decoding):
         monkeypatch.setattr(module, "gpu_memory", lambda _: (gpu.shared_bytes, gpu.major))
     with compiling_for(gpu) as compiled:
         launch(128, 64, 64, 4, torch.bfloat16, softcap=3.0)

@@ -23,7 +23,7 @@ class Gpu:
     backend: str  # "cuda" or "hip"
     arch: int | str
     shared_bytes: int
-    major: int
+    major: int  # compute capability; 0 for others than NVIDIA's
     warp: int = 32
 
     def __str__(self) -> str:
@@ -37,7 +37,7 @@ GPUS = [
     Gpu("sm_90", "cuda", 90, 232_448, 9),
     Gpu("sm_100", "cuda", 100, 232_448, 10),
     Gpu("sm_120", "cuda", 120, 101_376, 12),
-    Gpu("gfx942", "hip", "gfx942", 65_536, 9, 64),
+    Gpu("gfx942", "hip", "gfx942", 65_536, 0, 64),
 ]
 
 

@@ -22,7 +22,8 @@ from torch.testing import assert_close
 
 from moba_flex.backends import flex
 from moba_flex.backends.dense_mask import MOST_BLOCKS, block_bits
-from moba_flex.core.layout import BlockLayout, dense_layout, packed_layout, padded_layout, slots_per_block
+from moba_flex.core.layout import BlockLayout, slots_per_block
+from moba_flex.core.layout_builders import dense_layout, packed_layout, padded_layout
 from moba_flex.core.settings import AttentionSettings
 from moba_flex.ops import gate, rows
 from moba_flex.ops import triton as kernels

@@ -4,7 +4,7 @@ All of it is spread over blocks, because the few new tokens alone would leave a 
 numbers that the kernels read themselves, so a CUDA graph of a call serves all tokens to come.
 
 B rows, H query heads, G key heads, R = H / G, F heads a group that choose for themselves (R, or 1 if they share a selection), n new
-tokens, C blocks, P tokens a block, D and Dv widths.
+tokens, C blocks, P tokens per block, D and Dv widths.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ import triton.language as tl
 from torch import Tensor
 
 from ...core.settings import AttentionSettings
-from .sizes import cdiv, next_power_of_2
+from .sizes import cdiv, gpu_memory, next_power_of_2
 
 _NONE = tl.constexpr(-(1 << 63))  # below every score
 _TILE = 64  # means that one program scores, keys that one reads at a time: 16 of them where heads are wide
 _PROGRAMS = 1024  # enough to fill a GPU several times
-_SHARED_BYTES = 150_000  # of keys and values on their way, in a multiprocessor
+_SHARED_BYTES = 150_000  # of keys and values on their way, at most
 
 
 @triton.jit
@@ -197,11 +197,14 @@ def decode(
     )  # fmt: skip
 
     blocks, readers, found = settings.top_k, best.shape[0], best.shape[1]
+    room, token_bytes = min(_SHARED_BYTES, gpu_memory(query.device)[0] - (8 << 10)), (padded + value_padded) * key.element_size()
+    while tile > 16 and tile * token_bytes > room:
+        tile //= 2
     per = max(1, min(_PROGRAMS // (blocks * readers), cdiv(settings.block_size, tile)))
     part = cdiv(cdiv(settings.block_size, per), tile) * tile
     part_out = torch.empty(rows, heads, new, blocks * per, value_width, dtype=torch.float32, device=query.device)
     part_lse = torch.empty(rows, heads, new, blocks * per, dtype=torch.float32, device=query.device)
-    stages = max(1, min(3, _SHARED_BYTES // (tile * (padded + value_padded) * key.element_size())))
+    stages = max(1, min(3, room // (tile * token_bytes)))
     _attend_kernel[(blocks * per, readers)](
         query, key, value, best, part_out, part_lse, length, start, *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
         key.shape[2], groups, found, settings.scale, settings.softcap or 0.0, *shared,

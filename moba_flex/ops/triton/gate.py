@@ -331,6 +331,8 @@ def choose(query: Tensor, key: Tensor, layout: BlockLayout, settings: AttentionS
     room, major = gpu_memory(query.device)
     in_registers = 0 if major >= 9 else 1  # stages of a loop whose means are in registers: Hopper multiplies out of shared memory
     tile, lanes, turns, options = _program(query.dtype, free, layout.width, sizes["DP"], room, in_registers)
+    if not major:  # an option of NVIDIA's compiler alone
+        options = {name: value for name, value in options.items() if name != "maxnreg"}
     searched = min(tile, 64)
     bits = (cdiv(layout.n_key_blocks, lanes) - 1).bit_length()
     tiles, redo = cdiv(slots, tile), None

@@ -18,8 +18,10 @@ def next_power_of_2(n: int) -> int:
 
 @lru_cache(maxsize=16)
 def gpu_memory(device: torch.device) -> tuple[int, int]:
-    """The bytes of shared memory that one program may have, and the GPU's major compute capability."""
+    """The bytes of shared memory that one program may have, and the major compute capability of an NVIDIA GPU, 0 for others."""
     if device.type != "cuda":  # Triton's interpreter, which has no bound
         return 1 << 20, 0
     properties = torch.cuda.get_device_properties(device)
-    return getattr(properties, "shared_memory_per_block_optin", 64 << 10), properties.major  # HIP does not say the first
+    if torch.version.hip:  # which does not say the first
+        return 64 << 10, 0
+    return properties.shared_memory_per_block_optin, properties.major

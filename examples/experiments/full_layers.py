@@ -1,36 +1,38 @@
-"""Which layers of a pretrained model need full attention? Often one of them does most of what MoBA misses.
+"""Find the layers of a pretrained model that should keep full attention while the others use MoBA. Often one layer does most.
 
     pip install ".[demo]"
-    python examples/full_layers.py                          # SmolLM2-135M on the text of installed packages; 13 minutes on two CPU cores
-    python examples/full_layers.py --layers 2 --resume      # goes on: which layer beside the first
-    python examples/full_layers.py --model HuggingFaceTB/SmolLM2-360M --sequence-length 8192 --output smol360.json
+    python examples/experiments/full_layers.py                      # SmolLM2-135M on text of installed packages; 13 minutes on two cores
+    python examples/experiments/full_layers.py --layers 2 --resume  # goes on: which layer beside the first
+    python examples/experiments/full_layers.py --model HuggingFaceTB/SmolLM2-360M --sequence-length 8192 --output smol360.json
 
 A few heads look for passages that a text repeats, and lose them where the gate does not choose their blocks. The loss of the model is
 measured with full attention, with MoBA, and with MoBA where one layer keeps full attention, for each layer in turn. The best one is
-kept, and so on for `--layers`. What comes out is what `MobaConfig(full_attention_layers=...)` and `adapt.py --full-layers` take. Nothing
-is trained.
+kept, and so on for `--layers`. What comes out is what `MobaConfig(full_attention_layers=...)` and `adapt.py --full-attention-layers` take.
+Nothing is trained.
 """
 
 from __future__ import annotations
 
-import os
-import signal
 import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # examples/, where the package `shared` is
 
 if __name__ == "__main__":
-    # See examples/llama.py.
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    from shared.startup import prepare
+
+    prepare()  # before PyTorch is imported
 
 import argparse
-from pathlib import Path
 
 import torch
 from adapt import loss_of
-from adapting.text import add_held_out_flags, check_length, held_out
-from demo_weights import DemoError
-from kept_results import KeptResults
-from llama import Parser, exit_code, load, one_line
+from adapting.text import add_held_out_flags, check_folders, check_length, held_out
+from shared.command_line import Parser, UserError, config_of_flags, exit_code, one_line
+from shared.flag_types import count
+from shared.models import load
+from shared.saved_results import SavedResults, check_writable
+from shared.startup import run_script
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
@@ -45,10 +47,11 @@ Layers = tuple[int, ...]
 
 def find(args: argparse.Namespace) -> Layers:
     """Measure what `--output` lacks, and print the layers that were found."""
-    with one_line("these flags do not fit together"):
-        blocks = moba_flex.MobaConfig(block_size=args.block_size, top_k=args.top_k, sink_blocks=args.sink_blocks)
+    blocks = config_of_flags({name: getattr(args, name) for name in ("block_size", "top_k", "sink_blocks")})
+    check_folders(args)
+    check_writable(args.output.parent)
     if args.sequence_length - 1 <= (read := args.block_size * args.top_k):
-        raise DemoError(
+        raise UserError(
             f"--sequence-length is {args.sequence_length:,}, of which MoBA reads every key: give more than --block-size times --top-k, "
             f"{read:,}"
         )
@@ -58,7 +61,7 @@ def find(args: argparse.Namespace) -> Layers:
         moba_flex.patch(model, blocks)
     candidates = list(moba_layers(model))
     if not 0 < args.layers < len(candidates):
-        raise DemoError(f"--layers must be from 1 to {len(candidates) - 1}, one less than layers use MoBA, but is {args.layers}")
+        raise UserError(f"--layers must be from 1 to {len(candidates) - 1}, one less than layers use MoBA, but is {args.layers}")
     text = torch.cat(list(held_out(args, tokenizer).values())).to(model.device)
     measured = Measured(args, text)
 
@@ -77,14 +80,14 @@ def find(args: argparse.Namespace) -> Layers:
 
 
 class Measured:
-    """Losses, each kept in `--output` as soon as it is known."""
+    """Losses, each saved in `--output` as soon as it is known."""
 
     def __init__(self, args: argparse.Namespace, text: Tensor) -> None:
         settings = {name: getattr(args, name) for name in SETTINGS} | {"model": args.model, "text": int(text.sum())}
-        self._kept, self._text = KeptResults(args.output, args.resume, "loss", settings), text
+        self._saved, self._text = SavedResults(args.output, args.resume, "loss", settings), text
 
     def loss(self, name: str, model: PreTrainedModel, config: moba_flex.MobaConfig | None) -> float:
-        """Mean negative log-likelihood of the text, nats a token, with MoBA's settings `config`, or with full attention."""
+        """Mean negative log-likelihood of the text, nats per token, with MoBA's settings `config`, or with full attention."""
 
         def measured() -> float:
             if config is None:
@@ -93,7 +96,7 @@ class Measured:
                 moba_flex.patch(model, config)
             return sum(loss_of(model, ids) for ids in self._text) / len(self._text)
 
-        return self._kept.get(name, measured)
+        return self._saved.get(name, measured)
 
 
 def name_of(layers: Layers) -> str:
@@ -102,31 +105,28 @@ def name_of(layers: Layers) -> str:
 
 def print_losses(losses: dict[str, float]) -> None:
     width = max(map(len, losses))
-    print(f"\n{'nats a token':<{width}}{'':>10}{'to full':>10}")
+    print(f"\n{'nats per token':<{width}}{'':>10}{'to full':>10}")
     for name, loss in losses.items():
         print(f"{name:<{width}}{loss:>10.4f}{loss - losses[FULL]:>+10.4f}", flush=True)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     flag = parser.add_argument
-    flag("--model", help="a GGUF file, a local folder or a model on the hub (default: SmolLM2-135M-Instruct, from PyPI)")
-    flag("--layers", type=int, default=1, metavar="N", help="how many are looked for, one after another (default: 1)")
-    flag("--output", type=Path, default=Path("full_layers.json"), metavar="FILE", help="what was measured (default: full_layers.json)")
+    parser.add_model_flag()
+    flag("--layers", type=count, default=1, metavar="N", help="how many are looked for, one after another")
+    flag("--output", type=Path, default=Path("full_layers.json"), metavar="FILE", help="for what was measured")
     flag("--resume", action="store_true", help="go on with what is in --output")
     add_held_out_flags(parser, 2, 4096)
-    flag("--block-size", type=int, default=128)
-    flag("--top-k", type=int, default=8)
-    flag("--sink-blocks", type=int, default=1)
+    parser.add_block_flags(block_size=128, top_k=8, sink_blocks=1)
     parser.add_device_flags()
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measure; the exit code: 0, or 2 for something that whoever runs it can mend."""
-    return exit_code("full_layers.py", lambda: find(parse(argv)))
+    """Measure; the exit code: 0, or 2 for something that the user can mend."""
+    return exit_code("full_layers.py", lambda: find(parse(argv)) and 0)
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
-    sys.exit(main())
+    run_script(main)

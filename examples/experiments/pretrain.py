@@ -1,44 +1,41 @@
-"""Trains small Llamas from scratch on source code, with full attention and with MoBA, and compares them.
+"""Train small Llamas from scratch with full attention and with MoBA, on the same text, and compare their losses.
 
-    python examples/pretrain.py --size 50M --context 8192 --tokens 100e6 --output results
-    python examples/pretrain.py --size 10M --context 32768 --runs full --blocks 8 16 32 64 128 --output results
-    python examples/pretrain.py --compare results/*.json --plot results/losses.png
-    python examples/pretrain.py --size 50M --context 32768 --needle-share 0.3 --output results --checkpoints checkpoints
-    python examples/needle.py --moba checkpoints/50M-32768-moba-last-3-full-... --full checkpoints/50M-32768-full-seed0 --output needle
+    python examples/experiments/pretrain.py --size 50M --context 8192 --tokens 100e6 --output results
+    python examples/experiments/pretrain.py --size 10M --context 32768 --runs full --blocks 8 16 32 64 128 --output results
+    python examples/experiments/pretrain.py --compare results/*.json --plot results/losses.png
+    python examples/experiments/pretrain.py --size 50M --context 32768 --needle-share 0.3 --output results --checkpoints checkpoints
+    python examples/experiments/needle.py --moba checkpoints/50M-32768-moba-... --full checkpoints/50M-32768-full-seed0 --output needle
 
 Needs no data set: it reads the source files of Python and of the installed packages (`pretraining/corpus.py`). Runs follow one another,
 and all of a seed begin with the same weights and read the same tokens in the same order; steps that two runs share are trained once.
 Ctrl-C, or the end of `--budget-seconds`, writes a checkpoint at the end of a step; the same command goes on from it to the same losses, and
-leaves out the runs that are done.
+leaves out the runs that are done. Exit code: 0 when all runs are done or the time is up, 2 and one line for something that you can mend,
+130 after Ctrl-C.
 """
 
 from __future__ import annotations
 
-import os
-import signal
 import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # examples/, where the package `shared` is
 
 if __name__ == "__main__":
-    # See examples/llama.py.
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    from shared.startup import prepare
+
+    prepare()  # before PyTorch is imported
 
 import argparse
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from datetime import date
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from benchmarking.results import environment
-from changed_settings import changes
-from compiled_layers import compile_layers, mask_of
-from demo_weights import DemoError
-from flag_types import count, count_from_0, duration, fraction, not_negative, positive, positive_or_inf
-from llama import one_line
 from needle import QUESTIONS
 from pretraining.batches import Batches, Upload
 from pretraining.captured import Passes
@@ -46,10 +43,16 @@ from pretraining.compare import compare
 from pretraining.corpus import Corpus, corpus, windows
 from pretraining.optimizer import MuonAndAdamW
 from pretraining.runs import NAMES, SIZES, Run, complete, named, new_model, of_blocks
+from shared.changed_settings import changes
+from shared.command_line import Parser, UserError, config_of_flags, exit_code, one_line
+from shared.compiled_layers import compile_layers, mask_of
+from shared.environment import environment
+from shared.flag_types import count, count_from_0, duration, fraction, not_negative, positive, positive_or_inf
+from shared.startup import run_script
+from shared.training import Stop, learning_rate, stopped
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
-from train import Stop, learning_rate
 
 import moba_flex
 
@@ -66,23 +69,22 @@ DENSE = [  # full attention's kernels, best first
 NEEDLE_CONTEXT = 512  # tokens: three times those of a fact, its question and its answer, if each letter is one
 
 
-def pretrain(args: argparse.Namespace) -> bool:
-    """Whether all runs are done."""
+def pretrain(args: argparse.Namespace) -> int:
+    """Train those of the runs that are not done. The exit code."""
     stop, ends = Stop(), time.monotonic() + args.budget_seconds
     device = torch.device("cuda" if torch.cuda.is_available() and not args.cpu else "cpu")
     torch.set_float32_matmul_precision("high")
     if device.type == "cuda":  # a batch is little work, and the threads of several runs on one host wait for each other in a busy loop
         torch.set_num_threads(min(torch.get_num_threads(), 4))
     runs = [named(name, args.block_size, args.top_k) for name in args.runs] + [of_blocks(n, args.context) for n in args.blocks]
-    with one_line("these flags do not fit together"):
-        for run in runs:
-            moba_flex.MobaConfig.from_dict(run.settings)
+    for run in runs:
+        config_of_flags(run.settings)
     with one_line("cannot write to the folder"):
         for folder in (args.output, args.checkpoints):
             folder.mkdir(parents=True, exist_ok=True)
     text = corpus(args.corpus, args.sources, args.most_bytes)
     if (least := min(len(text.train), len(text.held_out))) <= args.context:
-        raise SystemExit(
+        raise UserError(
             f"--context is {args.context}, but a half of the text in {args.corpus} has only {least} tokens: give more --sources"
         )
 
@@ -99,10 +101,12 @@ def pretrain(args: argparse.Namespace) -> bool:
         for i, training in enumerate(pending):
             if (i and enough()) or not training.go_on(enough):  # a step at least, however little time there is
                 why, left = "interrupted" if stop.wanted else "the time is up", len(pending) - i
-                print(f"{why} after step {training.step} of {training.name}, {left} runs left: the same command goes on from there")
-                return False
+                print(f"{stopped(why, training.step, f' of {training.name}', resume='')}; runs left: {left}")
+                return stop.exit_code
             training.release()
-    return True
+    if pending:
+        print(f"done; the models are in {args.checkpoints}\ncompare the runs: --compare {args.output / '*.json'}")
+    return 0
 
 
 class Training:
@@ -160,13 +164,16 @@ class Training:
         self.passes = Passes(self._passes, self.model) if on_gpu and not args.no_step_graphs else None
         batches, saved, since = Batches(self.text, args, self.settings["seed"]), time.monotonic(), None
 
-        for step in tqdm(range(self.step, args.steps), desc=self.name, initial=self.step, total=args.steps, mininterval=5):
+        bar = tqdm(range(self.step, args.steps), desc=self.name, initial=self.step, total=args.steps, unit="step", mininterval=5)
+        for step in bar:
             moba_flex.MobaSchedule(switch_at=self.run.switch_at).apply(self.model, step, args.steps)
             self.recent.append(self._train(batches.batch(step), learning_rate(step, args)))
             self.step = step + 1
-            stopped, last = enough(), self.step == args.steps
+            ends, last = enough(), self.step == args.steps
             if self.step % LOG_EVERY == 0 or last:
                 since = self._note(since)
+                speed = f", {self.log['tokens_per_second'][-1]:,} tokens/s" if self.log["tokens_per_second"] else ""
+                bar.set_postfix_str(f"loss {self.log['train'][-1][1]:.4f}{speed}", refresh=False)
             if self.step % max(1, args.steps // EVALUATIONS) == 0 or last:
                 self.evaluate()
                 since = None
@@ -174,10 +181,11 @@ class Training:
                 if self.step == other.first_of_its_own and not other.checkpoint.exists():
                     self._save(other)  # which need not train these steps once more
                     since = None
-            if stopped or time.monotonic() - saved > 60 * args.checkpoint_minutes:
+            if ends or time.monotonic() - saved > 60 * args.checkpoint_minutes:
                 self._save()
                 saved, since = time.monotonic(), None
-            if stopped and not last:
+            if ends and not last:
+                bar.close()
                 return False
         self._finish()
         return True
@@ -225,7 +233,7 @@ class Training:
         loss = torch.stack(self.recent).mean().item()
         self.recent = []
         if not math.isfinite(loss):
-            raise SystemExit(f"{self.name}: the loss at step {self.step} is {loss}: lower --learning-rate")
+            raise UserError(f"{self.name}: the loss at step {self.step} is {loss}: lower --learning-rate")
         self.log["train"].append([self.step, round(loss, 5)])
         now = time.perf_counter()
         if since is not None:
@@ -240,7 +248,7 @@ class Training:
 
     def _check(self, settings: dict, file: Path) -> None:
         if changed := changes(complete(settings), self.settings):
-            raise SystemExit(f"{file} is of a run with other settings: {changed}. Choose another --output and --checkpoints, or delete it")
+            raise UserError(f"{file} is of a run with other settings: {changed}. Choose another --output and --checkpoints, or delete it")
 
     def _resume(self) -> None:
         if not self.checkpoint.exists():
@@ -308,46 +316,38 @@ def rows_together(args: argparse.Namespace) -> int:
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--compare", type=Path, nargs="+", metavar="LOG", help="print the table of these logs, and train nothing")
-    parser.add_argument("--plot", type=Path, help="with --compare: write a plot to this file")
-    parser.add_argument("--size", choices=SIZES, default="50M", help="parameters (default: 50M)")
-    parser.add_argument("--context", type=count, default=8192, help="tokens (default: 8192)")
-    parser.add_argument("--tokens", type=positive, default=100e6, help="that a run reads (default: 100e6)")
-    parser.add_argument("--batch-tokens", type=count, default=65536, help="a step: few, so that few tokens are many steps (default: 65536)")
-    parser.add_argument("--micro-tokens", type=count, default=65536, help="tokens that the device works on at a time")
-    parser.add_argument("--runs", nargs="*", choices=NAMES, default=list(NAMES[:4]), help=f"default: {' '.join(NAMES[:4])}")
-    parser.add_argument(
-        "--blocks", type=count, nargs="*", default=[], help="also MoBA with so many blocks, of which a query reads a quarter"
-    )
-    parser.add_argument("--block-size", type=count, default=512, help="tokens (default: 512)")
-    parser.add_argument("--top-k", type=count, default=3, help="blocks (default: 3)")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument(
-        "--needle-share", type=fraction, default=0.0, help="of the windows with facts and questions, see needle.py; default: 0"
-    )
-    parser.add_argument("--needle-facts", type=count, default=32, help="at most in such a window; default: 32")
-    parser.add_argument(
-        "--needle-questions", choices=QUESTIONS, default="anywhere", help="each anywhere after its fact (the default), or all at the end"
-    )
-    parser.add_argument("--learning-rate", type=positive, default=4e-3)
-    parser.add_argument("--warmup", type=count_from_0, help="steps; default: a twentieth")
-    parser.add_argument("--weight-decay", type=not_negative, default=0.1)
-    parser.add_argument("--clip", type=positive_or_inf, default=1.0, help="norm of the gradient")
-    parser.add_argument("--held-out-tokens", type=count, default=1 << 20, help="that a held-out loss is of, if there are so many")
-    parser.add_argument("--output", type=Path, default=Path("pretraining-results"), help="for the logs (default: pretraining-results)")
+    parser = Parser(__doc__)
+    flag = parser.add_argument
+    flag("--compare", type=Path, nargs="+", metavar="LOG", help="print the table of these logs, and train nothing (default: train)")
+    flag("--plot", type=Path, metavar="FILE", help="with --compare: write a plot to this file (default: no plot)")
+    flag("--size", choices=SIZES, default="50M", help="parameters")
+    flag("--context", type=count, default=8192, metavar="N", help="tokens per sequence")
+    flag("--tokens", type=positive, default=100e6, metavar="N", help="that a run reads (default: 100e6)")
+    flag("--batch-tokens", type=count, default=65536, metavar="N", help="per step: few, so that few tokens are many steps")
+    flag("--micro-tokens", type=count, default=65536, metavar="N", help="tokens that the device works on at a time")
+    flag("--runs", nargs="*", choices=NAMES, default=list(NAMES[:4]), help="what is trained")
+    flag("--blocks", type=count, nargs="*", default=[], metavar="N", help="also MoBA with so many blocks, of which a query reads a quarter")
+    parser.add_block_flags(block_size=512, top_k=3)
+    flag("--seeds", type=int, nargs="+", default=[0], metavar="N", help="each run is trained once for each of them")
+    flag("--needle-share", type=fraction, default=0.0, metavar="X", help="of the windows with facts and questions, see needle.py")
+    flag("--needle-facts", type=count, default=32, metavar="N", help="at most in such a window")
+    flag("--needle-questions", choices=QUESTIONS, default="anywhere", help="each anywhere after its fact, or all at the end")
+    flag("--learning-rate", type=positive, default=4e-3, metavar="X", help="after the warm-up")
+    flag("--warmup", type=count_from_0, metavar="N", help="steps in which the learning rate rises (default: a twentieth of all)")
+    flag("--weight-decay", type=not_negative, default=0.1, metavar="X", help="of matrices")
+    flag("--clip", type=positive_or_inf, default=1.0, metavar="X", help="largest norm of the gradient")
+    flag("--held-out-tokens", type=count, default=1 << 20, metavar="N", help="that a held-out loss is of, if there are so many")
+    flag("--output", type=Path, default=Path("pretraining-results"), metavar="FOLDER", help="for the logs")
     checkpoints = os.environ.get("CHECKPOINT", "pretraining-checkpoints")
-    parser.add_argument("--checkpoints", type=Path, default=Path(checkpoints), help="folder for them and for models (default: %(default)s)")
-    parser.add_argument("--checkpoint-minutes", type=duration, default=3)
-    parser.add_argument(
-        "--budget-seconds", type=duration, default=float("inf"), help="after which a checkpoint is written and the program ends"
-    )
-    parser.add_argument("--corpus", type=Path, help="folder for the tokens; default: in --checkpoints")
-    parser.add_argument("--sources", type=Path, nargs="+", help="folders of source files; default: those of Python and its packages")
-    parser.add_argument("--most-bytes", type=count, help="of the sources")
-    parser.add_argument("--cpu", action="store_true", help="also where there is a GPU")
-    parser.add_argument("--no-compile", action="store_true", help="do not compile the layers")
-    parser.add_argument("--no-step-graphs", action="store_true", help="do not capture the two passes of a step in a CUDA graph")
+    flag("--checkpoints", type=Path, default=Path(checkpoints), metavar="FOLDER", help="for checkpoints and finished models")
+    flag("--checkpoint-minutes", type=duration, default=3, metavar="X", help="time between checkpoints")
+    flag("--budget-seconds", type=duration, default=float("inf"), metavar="X", help="write a checkpoint and end after that time")
+    flag("--corpus", type=Path, metavar="FOLDER", help="for the tokens (default: in --checkpoints)")
+    flag("--sources", type=Path, nargs="+", metavar="FOLDER", help="of source files (default: those of Python and its packages)")
+    flag("--most-bytes", type=count, metavar="N", help="of the sources (default: all)")
+    flag("--cpu", action="store_true", help="on the CPU, also where there is a GPU")
+    flag("--no-compile", action="store_true", help="do not compile the layers")
+    flag("--no-step-graphs", action="store_true", help="do not capture the two passes of a step in a CUDA graph")
     args = parser.parse_args(arguments)
     rows, together = args.batch_tokens // args.context, rows_together(args)
     if args.batch_tokens % args.context or rows % together:
@@ -367,10 +367,15 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def main(arguments: list[str] | None = None) -> int:
+    """Train, or compare; the exit code."""
+
+    def work() -> int:
+        args = parse(arguments)
+        return compare(args.compare, args.plot) or 0 if args.compare else pretrain(args)
+
+    return exit_code("pretrain.py", work)
+
+
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
-    given = parse()
-    try:
-        compare(given.compare, given.plot) if given.compare else pretrain(given)
-    except DemoError as error:
-        sys.exit(f"pretrain.py: error: {error}")
+    run_script(main)

@@ -13,20 +13,20 @@ from pathlib import Path
 
 import torch
 import transformers
-from changed_settings import changes
-from demo_weights import DemoError
 from filelock import FileLock, Timeout
-from llama import context_of, one_line
-from needle import check_writable, write
 from peft import set_peft_model_state_dict
 from safetensors.torch import save_file
+from shared.changed_settings import changes
+from shared.command_line import UserError, one_line
+from shared.models import context_of
+from shared.saved_results import check_writable, write
 from transformers import PreTrainedModel
 
 from adapting.runs import BLOCKS, attend, moba_config, new_adapter, trained, weights
 from adapting.text import Text
 
 SETTINGS = ("steps", "batch_size", "sequence_length", "rope_theta", "learning_rate", "warmup", "weight_decay", "clip", "rank")
-SETTINGS += ("needle_share", "held_out", "seed", *BLOCKS, "full_layers")
+SETTINGS += ("needle_share", "held_out", "seed", *BLOCKS, "full_layers")  # as results.json has always called them
 
 
 class Output:
@@ -41,7 +41,7 @@ class Output:
         check_writable(self._folder)
         begun = [name for name in args.runs if (self._folder / name).exists()]
         if begun and not args.resume:
-            raise DemoError(f"--output {self._folder} has {', '.join(begun)} already: go on with --resume, or choose another folder")
+            raise UserError(f"--output {self._folder} has {', '.join(begun)} already: go on with --resume, or choose another folder")
 
     def start(self, text: Text) -> None:
         """Begin results.json; where it is there, check that this is the same text and what else decides the losses."""
@@ -50,12 +50,12 @@ class Output:
         device = torch.cuda.get_device_name(self._args.device) if self._args.device.startswith("cuda") else platform.machine()
         versions = {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
         about = {"device": device, "versions": versions, "date": time.strftime("%Y-%m-%d")}
-        with one_line("cannot write to the folder"):
+        with one_line("argument --output: cannot write to the folder"):
             self._folder.mkdir(parents=True, exist_ok=True)
         with self.results() as results:
             saved = results.setdefault("settings", settings)
             if changed := changes(saved, settings):
-                raise DemoError(f"--output {self._folder} has runs with other settings; these must not change: {changed}")
+                raise UserError(f"--output {self._folder} has runs with other settings; these must not change: {changed}")
             results["held_out_files"] = text.held_out_files
             for name in self._args.runs:
                 results["runs"].setdefault(name, about)
@@ -71,12 +71,12 @@ class Output:
 
     def hold(self, name: str) -> AbstractContextManager:
         """Keep other processes from working on the run, for a `with`."""
-        with one_line("cannot write to the folder"):
+        with one_line("argument --output: cannot write to the folder"):
             (self._folder / name).mkdir(exist_ok=True)
         try:
             return FileLock(self._folder / name / "run.lock").acquire(timeout=0)
         except Timeout:
-            raise DemoError(f"another process is at work on {self._folder / name}: leave {name} out of --runs, or wait") from None
+            raise UserError(f"another process is at work on {self._folder / name}: leave {name} out of --runs, or wait") from None
 
     @property
     def _base(self) -> str:

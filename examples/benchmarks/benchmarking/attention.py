@@ -24,6 +24,12 @@ from .results import OURS
 FORWARD, BOTH = "forward", "forward + backward"
 
 
+KEYS = {
+    "uniform": "uniform keys (random, so that no block is read more often than others)",
+    "skewed": "skewed keys (every query wants the same tenth of the blocks)",
+}
+
+
 @dataclass(frozen=True)
 class Settings:
     """One row of the comparison."""
@@ -36,7 +42,7 @@ class Settings:
     top_k: int
     dtype: str
     repeats: int
-    keys: str = "uniform"  # or "skewed": a tenth of the blocks is wanted by every query
+    keys: str = "uniform"  # one of KEYS
     one_group: bool = False  # measure one key head with its query heads, and multiply times by the number of such groups
 
     @property
@@ -52,7 +58,7 @@ class Settings:
 
     def title(self) -> str:
         title = f"batch {self.batch}, {self.heads} query heads on {self.key_heads}, D {self.width}, block {self.block_size}, "
-        title += f"top-{self.top_k}, {self.dtype}, {self.keys} keys"
+        title += f"top-{self.top_k}, {self.dtype}, {KEYS[self.keys]}"
         return title + (f"; one of {self.groups} groups measured, times multiplied, memory of one" if self.groups > 1 else "")
 
 

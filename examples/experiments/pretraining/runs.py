@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
+from shared.command_line import UserError
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import moba_flex
@@ -68,7 +69,7 @@ def complete(settings: dict) -> dict:
 def of_blocks(n_blocks: int, context: int) -> Run:
     """MoBA that cuts the context into so many blocks, of which a query reads the same share whatever their number."""
     if context % n_blocks or n_blocks % SPARSITY:
-        raise SystemExit(f"--blocks must be multiples of {SPARSITY} that divide the context, {context}, but {n_blocks} is not")
+        raise UserError(f"--blocks must be multiples of {SPARSITY} that divide the context, {context}, but {n_blocks} is not")
     return Run(f"moba-{n_blocks}-blocks", settings={"block_size": context // n_blocks, "top_k": n_blocks // SPARSITY})
 
 

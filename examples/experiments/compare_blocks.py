@@ -1,36 +1,38 @@
-"""What do blocks of other sizes cost a model? Held-out loss with each of them, beside that of full attention.
+"""Measure what other block sizes of MoBA cost a pretrained model: the loss with each of them, beside that of full attention.
 
     pip install ".[demo]"
-    python examples/compare_blocks.py                                   # SmolLM2-135M as it is; three minutes a setting on two CPU cores
-    python examples/compare_blocks.py --blocks 64x16 64x16+18 --resume  # goes on in that file; layer 18 is full in the second
-    python examples/compare_blocks.py --adapter adapted/moba/adapter --control adapted/full/adapter --blocks 64x24 32x48 --output 32x48.json
+    cd examples/experiments
+    python compare_blocks.py                                   # SmolLM2-135M as it is; three minutes per setting on two CPU cores
+    python compare_blocks.py --blocks 64x16 64x16+18 --resume  # goes on in that file; layer 18 is full in the second
+    python compare_blocks.py --adapter adapted/moba/adapter --control adapted/full/adapter --blocks 64x24 32x48 --output 32x48.json
 
-A setting is BLOCKxTOPK, tokens a block and blocks read, and after a + the layers that keep full attention. With an adapter of
-`examples/adapt.py` all settings read with it, whatever blocks it was trained with, and full attention with `--control`. Nothing is trained.
+A setting is BLOCKxTOPK, tokens per block and blocks read, and after a + the layers that keep full attention. With an adapter of
+`adapt.py` all settings read with it, whatever blocks it was trained with, and full attention with `--control`. Nothing is trained.
 """
 
 from __future__ import annotations
 
-import os
-import signal
 import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # examples/, where the package `shared` is
 
 if __name__ == "__main__":
-    # See examples/llama.py.
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    from shared.startup import prepare
+
+    prepare()  # before PyTorch is imported
 
 import argparse
 import copy
 import hashlib
 import re
-from pathlib import Path
 
 from adapt import losses, print_results
-from adapting.text import add_held_out_flags, check_length, held_out
-from demo_weights import DemoError
-from kept_results import KeptResults
-from llama import Parser, exit_code, load, one_line, with_adapter
+from adapting.text import add_held_out_flags, check_folders, check_length, held_out
+from shared.command_line import Parser, UserError, exit_code, one_line
+from shared.models import check_adapter, check_layers, load, with_adapter
+from shared.saved_results import SavedResults, check_writable
+from shared.startup import run_script
 
 import moba_flex
 
@@ -41,6 +43,12 @@ SETTINGS = ("sequences", "sequence_length", "sink_blocks", "model")
 def compare(args: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
     """Measure what `--output` lacks, and print. Losses by setting and kind of text."""
     configs = {text: config_of(text, args.sink_blocks) for text in args.blocks}
+    check_folders(args)
+    check_writable(args.output.parent)
+    for name in ("adapter", "control"):
+        check_adapter(f"--{name}", getattr(args, name))
+    for text, config in configs.items():
+        check_layers(f"--blocks {text}", config.full_attention_layers, args.model)
     base, tokenizer = load(args.model, args.device, args.dtype)
     check_length(args, base)
     with one_line("this model cannot use MoBA"):
@@ -52,14 +60,14 @@ def compare(args: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
     text = held_out(args, tokenizer)
     settings = {name: getattr(args, name) for name in SETTINGS} | {"text": [int(ids.sum()) for ids in text.values()]}
     settings |= {"adapter": fingerprint(args.adapter), "control": fingerprint(args.control)}
-    kept = KeptResults(args.output, args.resume, "loss", settings)
+    saved = SavedResults(args.output, args.resume, "loss", settings)
 
     def measured(name: str) -> dict[str, list[float]]:
         model = models[sides[name]]
         model = moba_flex.patch(model, configs[name]) if name != FULL else moba_flex.unpatch(model)
         return {kind: losses(model, ids, f"{name}, {kind}") for kind, ids in text.items()}
 
-    found = {name: kept.get(name, lambda name=name: measured(name)) for name in sides}
+    found = {name: saved.get(name, lambda name=name: measured(name)) for name in sides}
     print_results(found, tuple(found))
     return found
 
@@ -72,7 +80,7 @@ def fingerprint(adapter: Path | None) -> str | None:
 def config_of(text: str, sink_blocks: int) -> moba_flex.MobaConfig:
     """That of "64x24", or "64x24+17,18,20" with full attention in some layers."""
     if not (parts := re.fullmatch(r"(\d+)x(\d+)(?:\+(-?\d+(?:,-?\d+)*))?", text)):
-        raise DemoError(
+        raise UserError(
             f"--blocks takes BLOCKxTOPK, such as 64x24, or with full attention in some layers 64x24+17,18, but is given {text!r}"
         )
     layers = tuple(int(n) for n in parts[3].split(",")) if parts[3] else ()
@@ -81,25 +89,24 @@ def config_of(text: str, sink_blocks: int) -> moba_flex.MobaConfig:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     flag = parser.add_argument
-    flag("--blocks", nargs="+", default=["128x8", "64x16", "32x32"], metavar="BLOCKxTOPK", help="settings (default: 128x8 64x16 32x32)")
-    flag("--model", help="a GGUF file, a local folder or a model on the hub (default: SmolLM2-135M-Instruct, from PyPI)")
-    flag("--adapter", type=Path, metavar="FOLDER", help="of examples/adapt.py, for all settings (default: the model as it is)")
+    flag("--blocks", nargs="+", default=["128x8", "64x16", "32x32"], metavar="BLOCKxTOPK", help="settings to compare")
+    parser.add_model_flag()
+    flag("--adapter", type=Path, metavar="FOLDER", help="an adapter of adapt.py, for all settings (default: the model as it is)")
     flag("--control", type=Path, metavar="FOLDER", help="an adapter for full attention (default: the model as it is)")
-    flag("--output", type=Path, default=Path("compare_blocks.json"), metavar="FILE", help="losses (default: compare_blocks.json)")
+    flag("--output", type=Path, default=Path("compare_blocks.json"), metavar="FILE", help="for the losses")
     flag("--resume", action="store_true", help="go on with what is in --output")
     add_held_out_flags(parser, 4, 8192)
-    flag("--sink-blocks", type=int, default=1)
+    parser.add_block_flags(sink_blocks=1)
     parser.add_device_flags()
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measure; the exit code: 0, or 2 for something that whoever runs it can mend."""
-    return exit_code("compare_blocks.py", lambda: compare(parse(argv)))
+    """Measure; the exit code: 0, or 2 for something that the user can mend."""
+    return exit_code("compare_blocks.py", lambda: compare(parse(argv)) and 0)
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
-    sys.exit(main())
+    run_script(main)

@@ -7,11 +7,11 @@ import sys
 from pathlib import Path
 
 import torch
-from demo_weights import DemoError
-from flag_types import count
-from llama import Parser, context_of, one_line
 from needle import training_sequence
-from package_text import KINDS, Document, collect, default_roots
+from shared.command_line import Parser, UserError, one_line
+from shared.flag_types import count, positive
+from shared.models import context_of
+from shared.package_text import KINDS, Document, collect, default_roots
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -25,7 +25,7 @@ class Text:
         if args.needle_share:
             with one_line("--sequence-length is too short for --needle-share"):
                 training_sequence(torch.zeros(args.sequence_length, dtype=torch.long), tokenizer, torch.Generator())
-        with one_line("cannot read the text to train on"):
+        with one_line("argument --text: cannot read the text to train on"):
             documents = collect(args.text or default_roots(), args.megabytes)
         self.held_out, self.held_out_files = {}, {}
         cut = tokenizer, args.sequence_length
@@ -51,21 +51,32 @@ class Text:
 def add_held_out_flags(parser: Parser, n: int, length: int) -> None:
     """Those that `held_out` reads, with defaults for how many sequences of each kind there are, and how long they are."""
     flag = parser.add_argument
+    add_text_flags(parser, 20)
+    flag("--sequences", type=count, default=n, metavar="N", help="of prose, and as many of code, to measure on")
+    flag("--sequence-length", type=count, default=length, metavar="N", help="tokens")
+
+
+def add_text_flags(parser: Parser, megabytes: float) -> None:
+    flag = parser.add_argument
     flag("--text", type=Path, nargs="+", metavar="FOLDER", help="where text is looked for (default: all installed packages)")
-    flag("--megabytes", type=float, default=20, help="most text of each kind that is looked at (default: 20)")
-    flag("--sequences", type=count, default=n, metavar="N", help=f"of prose, and as many of code, to measure on (default: {n})")
-    flag("--sequence-length", type=count, default=length, help=f"tokens (default: {length})")
+    flag("--megabytes", type=positive, default=megabytes, metavar="X", help="most text of each kind, prose and code, that is looked at")
+
+
+def check_folders(args: argparse.Namespace) -> None:
+    """Raises UserError if --text names what is no folder."""
+    if missing := [folder for folder in args.text or () if not folder.is_dir()]:
+        raise UserError(f"argument --text: text is read from folders, but {missing[0]} is none")
 
 
 def check_length(args: argparse.Namespace, model: PreTrainedModel) -> None:
-    """Raises DemoError if the model's context is shorter than the sequences."""
+    """Raises UserError if the model's context is shorter than the sequences."""
     if args.sequence_length > context_of(model):
-        raise DemoError(f"--sequence-length is {args.sequence_length:,}, but the model's context is {context_of(model):,} tokens")
+        raise UserError(f"--sequence-length is {args.sequence_length:,}, but the model's context is {context_of(model):,} tokens")
 
 
 def held_out(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> dict[str, Tensor]:
-    """Of each kind of text the first sequences `[n, N]` of files that no run of `adapt.py` has read. Raises DemoError."""
-    with one_line("cannot read the text"):
+    """Of each kind of text the first sequences `[n, N]` of files that no run of `adapt.py` has read. Raises UserError."""
+    with one_line("argument --text: cannot read the text"):
         documents = collect(args.text or default_roots(), args.megabytes)
     cut = tokenizer, args.sequence_length
     return {kind: sequences(documents[kind].held_out, *cut, f"held-out {kind}", args.sequences)[0] for kind in KINDS}
@@ -85,5 +96,5 @@ def sequences(
             ids += [*tokens, tokenizer.eos_token_id]
     n = min(most, len(ids) // length)
     if n == 0:
-        raise DemoError(f"there is too little text: its {what} has {len(ids):,} tokens, but one sequence has {length:,}")
+        raise UserError(f"there is too little text: its {what} has {len(ids):,} tokens, but one sequence has {length:,}")
     return torch.tensor(ids[: n * length]).view(n, length), names

@@ -1,10 +1,10 @@
-"""MoBA against dense attention and other implementations of MoBA, in one run on the same random tensors.
+"""Measure the speed and memory of MoBA against dense attention and other implementations of MoBA, in one run on the same tensors.
 
-    python examples/benchmark.py                     # on a GPU FlashMoBA's own setting, on a CPU a smaller one
-    python examples/benchmark.py --quick             # within a minute
-    python examples/benchmark.py --preset report     # other settings that have been published
-    python examples/benchmark.py --model llama-8b    # the prefill of a whole model
-    python examples/benchmark.py --plot-only benchmark.json
+    python examples/benchmarks/benchmark.py                     # on a GPU FlashMoBA's own setting, on a CPU a smaller one
+    python examples/benchmarks/benchmark.py --quick             # within a minute
+    python examples/benchmarks/benchmark.py --preset report     # other settings that have been published
+    python examples/benchmarks/benchmark.py --model llama-8b    # the prefill of a whole model
+    python examples/benchmarks/benchmark.py --plot-only benchmark.json
 
 Prints tables and writes `benchmark.json` and, with matplotlib, `benchmark.png`. After Ctrl-C the same command goes on where it was.
 
@@ -13,28 +13,31 @@ Prints tables and writes `benchmark.json` and, with matplotlib, `benchmark.png`.
 
 from __future__ import annotations
 
-import os
-import signal
 import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # examples/, where the package `shared` is
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # Ctrl-C during the imports ends quietly
+    from shared.startup import prepare
+
+    prepare()  # before PyTorch is imported
 
 import argparse
+import signal
 import time
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 from typing import Protocol
-
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as in llama.py, and before PyTorch is imported
 
 import torch
 from benchmarking.attention import SYSTEMS, Attention, Settings, available
 from benchmarking.measure import Call, attempt, over_limit
 from benchmarking.model import MODELS, ModelPrefill
-from benchmarking.results import TIME_UP, Results, ResultsError, check_writable, environment, find, load, plot, skewed_over_uniform, tables
-from flag_types import count
+from benchmarking.results import TIME_UP, Results, check_writable, find, load, plot, skewed_over_uniform, tables
+from shared.command_line import Parser, exit_code
+from shared.environment import environment
+from shared.flag_types import count, not_negative
 from tqdm import tqdm
 
 ROW = {"batch": 2, "heads": 16, "key_heads": 16, "width": 128, "block_size": 128, "top_k": 8, "dtype": "bfloat16"}
@@ -101,20 +104,19 @@ def expected_over_limit(workload: Workload, found: dict, system: str, pass_: str
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the benchmark; the exit code: 0, 1 if it had to stop, 2 for something that whoever runs it can mend, 130 after Ctrl-C."""
+    """Run the benchmark; the exit code: 0, 1 if it had to stop, 2 for something that the user can mend, 130 after Ctrl-C."""
     start = time.monotonic()
-    args = parse(argv)
-    try:
-        if args.plot_only:
-            runs = load(args.plot_only)
-            print(report(runs))
-            draw(runs, args.plot or args.plot_only.with_suffix(".png"))
-            return 0
-        check_writable(args.json, args.plot)
-        results = Results(args.json)
-    except ResultsError as error:
-        print(f"benchmark.py: error: {error}", file=sys.stderr)
-        return 2
+    return exit_code("benchmark.py", lambda: benchmark(parse(argv), start))
+
+
+def benchmark(args: argparse.Namespace, start: float) -> int:
+    if args.plot_only:
+        runs = load(args.plot_only)
+        print(report(runs))
+        draw(runs, args.plot or args.plot_only.with_suffix(".png"))
+        return 0
+    check_writable(**{"--json": args.json, "--plot": args.plot})
+    results = Results(args.json)
     deadline = start + QUICK_SECONDS if args.quick else float("inf")
     runs, code = [], 0
     try:
@@ -165,23 +167,29 @@ def workloads(args: argparse.Namespace) -> Iterator[Workload]:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     flag = parser.add_argument
-    flag("--preset", choices=PRESETS, help="a published setting (default: flashmoba on a GPU, else cpu); other flags change it")
+    usual = "flashmoba" if device == "cuda" else "cpu"
+    flag("--preset", choices=PRESETS, help=f"a published setting, which other flags change (default: {usual}, on this machine)")
     flag("--quick", action="store_true", help="two short lengths, within a minute")
-    flag("--model", choices=MODELS, help="prefill of one prompt by a whole model of this shape, random weights, against sdpa")
-    for name in ("batch", "heads", "key-heads", "width", "block-size", "top-k"):
-        flag(f"--{name}", type=count, metavar="N")
-    flag("--lengths", type=count, nargs="+", metavar="N", help="tokens")
-    flag("--dtype", choices=["float32", "bfloat16", "float16"])
-    flag("--systems", nargs="+", metavar="NAME", help=f"of {', '.join(SYSTEMS)}; with --model of {', '.join(ModelPrefill.SYSTEMS)}")
-    flag("--forward-only", action="store_true", default=None)
-    flag("--one-group", action="store_true", default=None, help="measure one key head of one sequence and multiply its times")
-    flag("--repeats", type=count, default=5, metavar="N", help="timings, of which the median counts (default: 5)")
-    flag("--limit", type=float, default=300.0, metavar="SECONDS", help="skip a measurement that would take longer (default: 300)")
-    flag("--json", type=Path, default=Path("benchmark.json"), help="results, continued if there are some (default: benchmark.json)")
-    flag("--plot", type=Path, help="default: the JSON file's name with .png")
-    flag("--plot-only", type=Path, metavar="JSON", help="print and plot the results in a file; measure nothing")
+    flag("--model", choices=MODELS, help="prefill by a whole model of this shape, random weights, against sdpa (default: attention alone)")
+    of_preset = "(default: the preset's)"
+    flag("--batch", type=count, metavar="N", help=f"sequences {of_preset}")
+    flag("--heads", type=count, metavar="N", help=f"query heads {of_preset}")
+    flag("--key-heads", type=count, metavar="N", help=f"key and value heads {of_preset}")
+    flag("--width", type=count, metavar="N", help=f"dimension of a head {of_preset}")
+    parser.add_block_flags(block_size="the preset's", top_k="the preset's")
+    flag("--lengths", type=count, nargs="+", metavar="N", help=f"tokens {of_preset}")
+    flag("--dtype", choices=["float32", "bfloat16", "float16"], help=f"of the tensors {of_preset}")
+    names = f"of {', '.join(SYSTEMS)}; with --model of {', '.join(ModelPrefill.SYSTEMS)} (default: all that the device has)"
+    flag("--systems", nargs="+", metavar="NAME", help=names)
+    flag("--forward-only", action="store_true", default=None, help=f"no backward pass {of_preset}")
+    flag("--one-group", action="store_true", default=None, help="measure one key head, and multiply its times (default: no)")
+    flag("--repeats", type=count, default=5, metavar="N", help="timings, of which the median counts")
+    flag("--limit", type=not_negative, default=300.0, metavar="SECONDS", help="skip a measurement that would take longer")
+    flag("--json", type=Path, default=Path("benchmark.json"), metavar="FILE", help="results, continued if there are some")
+    flag("--plot", type=Path, metavar="FILE", help="a picture of them (default: the JSON file's name with .png)")
+    flag("--plot-only", type=Path, metavar="JSON", help="print and plot the results in a file; measure nothing (default: measure)")
     args = parser.parse_args(argv)
 
     preset = dict(PRESETS[args.preset or ("flashmoba" if device == "cuda" else "cpu")])
@@ -206,5 +214,5 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # Ctrl-C keeps and prints what is measured
     sys.exit(main())

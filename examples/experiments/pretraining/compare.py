@@ -8,11 +8,22 @@ from collections.abc import Iterable
 from pathlib import Path
 from statistics import fmean, median, stdev
 
-from llama import one_line
+from shared.command_line import UserError, one_line
 
 from .runs import complete
 
 COLUMNS = ("held-out", "minus full", "trailing", "minus full", "tokens/s", "device", "seeds")
+LESS_FULL = "loss minus that of full attention, nats per token"
+WORDS = {
+    "full": "full attention",
+    "moba": "MoBA",
+    "moba-then-full": "MoBA, then full attention",
+    "moba-last-3-full": "MoBA, last 3 layers full",
+    "moba-conv-3": "MoBA, key convolution of 3",
+    "moba-conv-5": "MoBA, key convolution of 5",
+    "full-conv-3": "full attention, key convolution of 3",
+    "full-conv-5": "full attention, key convolution of 5",
+}
 # Runs are compared if all else is equal.
 _OF_A_RUN = ("run", "seed", "block_size", "top_k", "full_attention_layers", "key_conv")
 
@@ -20,12 +31,12 @@ _OF_A_RUN = ("run", "seed", "block_size", "top_k", "full_attention_layers", "key
 def compare(files: list[Path], plot: Path | None = None) -> None:
     """Print a table for each setting, and plot them if a file is named.
 
-    Raises SystemExit, in one line, if a log cannot be read, no run is done, or two logs are of the same run.
+    Raises UserError, in one line, if a log cannot be read, no run is done, or two logs are of the same run.
     """
     logs = [_read(file) for file in files]
     done = [log for log in logs if log["done"]]
     if not done:
-        raise SystemExit(f"none of the {len(files)} runs is done: the same command that began them goes on")
+        raise UserError(f"none of the {len(files)} runs is done: the same command that began them goes on")
     settings = group(done)
     for title, runs in settings.items():
         print(title, *table(runs), "", sep="\n")
@@ -38,7 +49,7 @@ def compare(files: list[Path], plot: Path | None = None) -> None:
 def group(logs: list[dict]) -> dict[str, dict[str, dict[int, dict]]]:
     """Title of a setting -> name of a run -> seed -> log. Full attention is the first of the runs, a sweep comes last.
 
-    Raises SystemExit if two logs are of the same run and seed, and differ.
+    Raises UserError if two logs are of the same run and seed, and differ.
     """
     settings = defaultdict(lambda: defaultdict(dict))
     for log in sorted(logs, key=_place):
@@ -46,7 +57,7 @@ def group(logs: list[dict]) -> dict[str, dict[str, dict[int, dict]]]:
         title = ", ".join(f"{name} {x}" for name, x in rule.items() if name not in _OF_A_RUN)
         name = f"{rule['run']} ({rule['block_size']}, top-{rule['top_k']})" if "block_size" in rule else rule["run"]
         if settings[title][name].setdefault(rule["seed"], log) != log:
-            raise SystemExit(f"two logs are of {name}, seed {rule['seed']}, with {title}: name one of them")
+            raise UserError(f"two logs are of {name}, seed {rule['seed']}, with {title}: name one of them")
     return settings
 
 
@@ -112,7 +123,7 @@ def draw(settings: dict[str, dict[str, dict[int, dict]]], file: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise SystemExit("--plot needs matplotlib: pip install matplotlib") from None
+        raise UserError("--plot needs matplotlib: pip install matplotlib") from None
     figure = Figure(figsize=(16, 5 * len(settings)), layout="constrained")
     names = list(dict.fromkeys(name for runs in settings.values() for name in runs if not is_sweep(name) and name != "full"))
     colors = {"full": "black", **{name: f"C{i}" for i, name in enumerate(names)}}
@@ -127,10 +138,26 @@ def draw(settings: dict[str, dict[str, dict[int, dict]]], file: Path) -> None:
             draw_positions(others[0], named, colors)
         if sweep:
             draw_sweep(others[-1], sweep)
-        row.suptitle(", ".join(part for part in title.split(", ") if part.startswith(("size", "context", "steps", "needle_share"))))
+        row.suptitle(title_in_words(title, {seed for by_seed in runs.values() for seed in by_seed}))
         row.legend(*training.get_legend_handles_labels(), loc="outside lower center", ncols=4)
     with one_line(f"cannot draw {file}"):
         figure.savefig(file, dpi=120)
+
+
+def title_in_words(title: str, seeds: set[int]) -> str:
+    """What is trained, on what and how often, of the title of a setting."""
+    rule = dict(part.split(" ", 1) for part in title.split(", "))
+    words = [f"Llama of {rule['size']} parameters, {int(rule['context']):,} tokens"]
+    words += [f"{int(rule['steps']):,} steps"] if "steps" in rule else []
+    words += [f"{float(rule['needle_share']):.0%} of the text with facts"] if float(rule.get("needle_share", 0)) else []
+    return ", ".join(words) + (f"; bands: one standard deviation over {len(seeds)} seeds" if len(seeds) > 1 else "; one seed")
+
+
+def in_words(name: str) -> str:
+    """moba-last-3-full (512, top-3) -> MoBA, last 3 layers full (block 512, top-3)"""
+    run, _, blocks = name.partition(" (")
+    words = WORDS.get(run, run)
+    return f"{words} (block {blocks}" if blocks else words
 
 
 def draw_training(axes, runs: dict[str, dict[int, dict]], colors: dict[str, str]) -> None:
@@ -138,10 +165,10 @@ def draw_training(axes, runs: dict[str, dict[int, dict]], colors: dict[str, str]
     lowest, highest = float("inf"), 0.0
     for name, by_seed in runs.items():
         steps, losses = zip(*by_seed[min(by_seed)]["train"])
-        axes.plot(steps, losses, label=name, color=colors[name], linewidth=1)
+        axes.plot(steps, losses, label=in_words(name), color=colors[name], linewidth=1)
         lowest, highest = min(lowest, *losses), max(highest, losses[len(losses) // 10])
     margin = 0.05 * (highest - lowest)
-    axes.set(xlabel="step", ylabel="loss in training, nats a token")
+    axes.set(title="training", xlabel="step", ylabel="loss, nats per token")
     if runs and margin:
         axes.set_ylim(lowest - margin, highest + margin)
 
@@ -161,7 +188,7 @@ def draw_positions(axes, runs: dict[str, dict[int, dict]], colors: dict[str, str
                 low, high = zip(*((x - y, x + y) for x, y in zip(mean, apart)))
                 axes.fill_between(places, low, high, color=colors[name], alpha=0.12, linewidth=0)
     axes.axhline(0, color=colors["full"], linestyle="--", linewidth=1)
-    axes.set(xlabel="position, tokens", ylabel="held-out loss minus that of full attention")
+    axes.set(title="held-out text, by position", xlabel="position, tokens", ylabel=LESS_FULL)
 
 
 def draw_sweep(axes, runs: dict[str, tuple[dict[int, dict], list[float]]]) -> None:
@@ -174,7 +201,7 @@ def draw_sweep(axes, runs: dict[str, tuple[dict[int, dict], list[float]]]) -> No
     axes.axhline(0, color="black", linestyle="--", linewidth=1)
     axes.set_xscale("log", base=2)
     axes.set_xticks(numbers, list(map(str, numbers)))
-    axes.set(xlabel="blocks in a context, of which a query reads a quarter", ylabel="held-out loss minus that of full attention")
+    axes.set(title="held-out text, by number of blocks", xlabel="blocks in a context, of which a query reads a quarter", ylabel=LESS_FULL)
 
 
 def _read(file: Path) -> dict:
@@ -182,5 +209,5 @@ def _read(file: Path) -> dict:
         log = json.loads(file.read_text())
         log["settings"]["run"], log["done"]
     except (OSError, ValueError, KeyError, TypeError) as problem:
-        raise SystemExit(f"{file} is no log of pretrain.py: {problem}") from None
+        raise UserError(f"{file} is no log of pretrain.py: {problem}") from None
     return log

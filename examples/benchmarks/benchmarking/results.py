@@ -10,58 +10,31 @@ A result has `milliseconds` (the median; `least`, `most`, `repeats`) and `peak_g
 
 from __future__ import annotations
 
-import hashlib
-import importlib.metadata
 import json
 import os
-import platform
 import textwrap
 from datetime import datetime, timezone
 from pathlib import Path
 
-import torch
-
-import moba_flex
+from shared.command_line import UserError
 
 OURS = "moba_flex"
 FULL, TOO_LONG, TIME_UP = "out of memory", "too long", "time is up"
 AGAIN = TOO_LONG, TIME_UP  # another limit may let them be measured
 
 
-class ResultsError(Exception):
-    """A results file that cannot be read, in one line."""
-
-
-def environment(device: torch.device) -> dict[str, str]:
-    """The device and all versions that a time depends on; of this package the source files too, as its version stays while they change."""
-    found = {"device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{cpu_name()}, threads: {torch.get_num_threads()}"}
-    found |= {"python": platform.python_version(), "torch": torch.__version__}
-    for name in ("triton", "transformers", "flash_moba", "moba"):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
+def check_writable(**files: Path | None) -> None:
+    """Raises UserError now, not after everything was measured. Files by the flags that name them."""
+    for flag, file in files.items():
+        if file is None:
             continue
-    folder = Path(moba_flex.__file__).parent
-    source = hashlib.sha256(b"".join(file.read_bytes() for file in sorted(folder.rglob("*.py"))))
-    return found | {OURS: f"{moba_flex.__version__}, source {source.hexdigest()[:8]}"}
-
-
-def cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor() or "CPU")
-
-
-def check_writable(*files: Path | None) -> None:
-    """Raises ResultsError now, not after everything was measured."""
-    for file in filter(None, files):
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             writable = os.access(file if file.exists() else file.parent, os.W_OK) and not file.is_dir()
         except OSError:
             writable = False
         if not writable:
-            raise ResultsError(f"cannot write to {file}")
+            raise UserError(f"argument {flag}: cannot write to {file}")
 
 
 class Results:
@@ -99,7 +72,7 @@ def load(file: Path) -> list[dict]:
             for result in run["results"]:
                 result["system"], result["pass"], result["tokens"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ResultsError(f"cannot read {file} as results of this benchmark: {type(error).__name__}: {error}") from error
+        raise UserError(f"cannot read {file} as results of this benchmark: {type(error).__name__}: {error}") from error
     return runs
 
 

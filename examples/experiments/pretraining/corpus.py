@@ -15,8 +15,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from changed_settings import changes
-from llama import one_line
+from shared.changed_settings import changes
+from shared.command_line import UserError, one_line
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from tqdm import tqdm
@@ -64,19 +64,19 @@ def windows(tokens: Tensor, which: Tensor, context: int) -> Tensor:
 def corpus(folder: Path, sources: list[Path] | None = None, most_bytes: int | None = None) -> Corpus:
     """What `folder` holds, made first if it holds nothing. `sources` are folders of source files, by default Python's own.
 
-    Raises SystemExit if the sources are not there, have too little text to hold some out, or are not those that the folder was made of,
-    and DemoError if the folder cannot be read or written.
+    Raises UserError if the sources are not there, have too little text to hold some out, or are not those that the folder was made of,
+    or if the folder cannot be read or written.
     """
     asked = {"sources": sources and [str(source.resolve()) for source in sources], "most_bytes": most_bytes}
     if not (folder / DESCRIPTION).exists():
         if missing := [source for source in sources or () if not source.is_dir()]:
-            raise SystemExit(f"--sources: there is no folder {missing[0]}")
+            raise UserError(f"--sources: there is no folder {missing[0]}")
         _make(folder, sources or _of_python(), most_bytes, asked)
     with one_line(f"{folder} has no whole text: delete it, and it is collected again"):
         found = Corpus(folder)
     given = {name: x for name, x in asked.items() if x is not None}
     if changed := changes(found.description.get("asked", given), given):
-        raise SystemExit(f"the text in {folder} was collected otherwise: {changed}. Choose another --corpus, or delete it")
+        raise UserError(f"the text in {folder} was collected otherwise: {changed}. Choose another --corpus, or delete it")
     return found
 
 
@@ -102,7 +102,7 @@ def _make(folder: Path, sources: list[Path], most_bytes: int | None, asked: dict
     train = [name for name in files if int(name[:8], 16) % HELD_OUT_OF]
     if not held_out or not train:
         where = ", ".join(map(str, sources))
-        raise SystemExit(f"only {len(files)} different source files below {where}: none to train on, or none to hold out")
+        raise UserError(f"only {len(files)} different source files below {where}: none to train on, or none to hold out")
 
     tokenizer = _trained([files[name] for name in train])
     with one_line("cannot write to the folder"):

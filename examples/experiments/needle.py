@@ -1,44 +1,48 @@
-"""Needle in a haystack: one fact in a long text, at every length and depth, asked for at the end. MoBA and full attention side by side.
+"""Test whether a model finds one fact in a long text (needle in a haystack), with MoBA and with full attention side by side.
 
-    python examples/needle.py --moba adapted/moba/adapter --full adapted/full/adapter --output needle    # what examples/adapt.py trained
-    python examples/needle.py --moba checkpoints/50M-... --full checkpoints/50M-... --output needle      # what examples/pretrain.py trained
-    python examples/needle.py --output needle                                                            # the demo's model, untrained
+    python examples/experiments/needle.py --moba adapted/moba/adapter --full adapted/full/adapter --output needle    # of adapt.py
+    python examples/experiments/needle.py --moba checkpoints/50M-... --full checkpoints/50M-... --output needle      # of pretrain.py
+    python examples/experiments/needle.py --block-size 128 --top-k 8 --output needle                                 # the demo's model
 
-A cell is right where greedy decoding gives the value of the fact, token for token. `--output` gets needle.json and needle.png, a heat
-map in the report's form; `--resume` goes on after the last cell. `training_sequence` makes the text from which a small model learns to
-do it.
+The fact lies at every depth of texts of every length, and is asked for at the end. A cell, one depth and length, is right where greedy
+decoding gives the value of the fact, token for token. `--output` gets needle.json and needle.png, a heat map in the report's form;
+`--resume` goes on after the last cell. `training_sequence` makes the text from which a small model learns to do it.
 
 N tokens of a sequence, F tokens of the text around the facts.
 """
 
 from __future__ import annotations
 
-import os
-import signal
 import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # examples/, where the package `shared` is
 
 if __name__ == "__main__":
-    # See examples/llama.py.
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    from shared.startup import prepare
+
+    prepare()  # before PyTorch is imported
 
 import argparse
 import hashlib
 import json
-import tempfile
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 import transformers
-from changed_settings import changes
-from demo_weights import DemoError
-from flag_types import count, count_from_0, fraction
-from llama import Parser, context_of, exit_code, load, one_line, trained_with, with_adapter
-from package_text import KINDS, Document, collect, default_roots
+from pretraining.compare import WORDS
 from pretraining.corpus import HELD_OUT_OF
+from shared.changed_settings import changes
+from shared.command_line import Parser, UserError, exit_code, one_line, with_flags
+from shared.flag_types import count, count_from_0, fraction
+from shared.models import check_adapter, context_of, load, trained_with, with_adapter
+from shared.package_text import KINDS, Document, collect, default_roots
+from shared.saved_results import check_writable, write
+from shared.startup import run_script
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -49,6 +53,7 @@ SIDES = ("moba", "full")
 MOST_FACTS = 8  # in one training sequence, unless more are asked for
 LEAST_BYTES = 100_000  # of text that is looked for: among fewer there may be no held-out file
 QUESTIONS = ("end", "anywhere")  # where a training sequence asks for its facts
+_RUN = re.compile(r"(\w+)-(\d+)-(.+?)(?:-b(\d+)k(\d+))?-seed(\d+)")  # what pretrain.py calls a run
 
 
 @dataclass(frozen=True)
@@ -155,25 +160,25 @@ def needle(args: argparse.Namespace) -> dict:
     file = args.output / "needle.json"
     check_writable(args.output)
     if file.exists() and not args.resume:
-        raise DemoError(f"{file} is there already: go on with --resume, or choose another --output")
+        raise UserError(f"{file} is there already: go on with --resume, or choose another --output")
     for side in SIDES:
         model, tokenizer, moba = load_side(side, args)
         lengths = args.lengths or default_lengths(model)
         if max(lengths) > context_of(model):
-            raise DemoError(f"--lengths has {max(lengths):,}, but the context of --{side}'s model is {context_of(model):,} tokens")
+            raise UserError(f"--lengths has {max(lengths):,}, but the context of --{side}'s model is {context_of(model):,} tokens")
         asked = {"lengths": lengths, "depths": args.depths, "trials": args.trials, "seed": args.seed}
         asked |= {"full_tail": args.full_tail} if args.full_tail else {}
         results = begin(file, asked)
         read_by = {"model": name_of(getattr(args, side)), "moba": moba, "weights": fingerprint(model)}
         before = results["models"].setdefault(side, read_by)
         if changed := changes(before, {name: read_by[name] for name in before}):
-            raise DemoError(f"{file} cannot be continued: of {side}, {changed}")
+            raise UserError(f"{file} cannot be continued: of {side}, {changed}")
         text = held_out_text(tokenizer, 2 * max(lengths), args)
         cells = [(length, depth) for length in lengths for depth in args.depths if key(length, depth) not in results["right"][side]]
         for length, depth in tqdm(cells, desc=side):
             with one_line("a cell cannot be made"):
                 results["right"][side][key(length, depth)] = score(model, tokenizer, text, length, depth, args)
-            with one_line("cannot write to the folder"):
+            with one_line("argument --output: cannot write to the folder"):
                 args.output.mkdir(parents=True, exist_ok=True)
                 write(file, results)
     heat_map(results).savefig(args.output / "needle.png", dpi=120)
@@ -184,7 +189,7 @@ def needle(args: argparse.Namespace) -> dict:
 def load_side(side: str, args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, dict | None]:
     """The model, its tokenizer, and MoBA's settings where it uses MoBA: those saved with it, and those given as flags."""
     source: Path | None = getattr(args, side)
-    adapter = source is not None and (source / "adapter_config.json").is_file()
+    adapter = is_adapter(source)
     model, tokenizer = load(args.base if adapter or source is None else str(source), args.device, args.dtype)
     if adapter:
         model = with_adapter(model, source)
@@ -195,10 +200,16 @@ def load_side(side: str, args: argparse.Namespace) -> tuple[PreTrainedModel, Pre
         saved = trained_with(source) or saved
     given = {name: getattr(args, name) for name in ("block_size", "top_k", "sink_blocks") if getattr(args, name) is not None}
     if not saved and not {"block_size", "top_k"} <= given.keys():
-        raise DemoError("this model has no settings of MoBA saved with it: give --block-size and --top-k")
-    with one_line("this model cannot use MoBA"):
+        raise UserError("the model of --moba has no settings of MoBA saved with it: give --block-size and --top-k")
+    try:
         moba_flex.patch(model, {**saved, **given})
+    except (TypeError, ValueError) as error:
+        raise UserError(f"the model of --moba cannot use MoBA: {with_flags(str(error).splitlines()[0])}") from error
     return model.eval(), tokenizer, json.loads(json.dumps(dict(model.config.moba)))
+
+
+def is_adapter(source: Path | None) -> bool:
+    return source is not None and (source / "adapter_config.json").is_file()
 
 
 def default_lengths(model: PreTrainedModel) -> list[int]:
@@ -212,11 +223,11 @@ def default_lengths(model: PreTrainedModel) -> list[int]:
 
 def held_out_text(tokenizer: PreTrainedTokenizerBase, n: int, args: argparse.Namespace) -> Tensor:
     """`[F]`: prose and code from `held_out_files`, n tokens or, from the beginning again, as many."""
-    with one_line("cannot read the text around the needle"):
+    with one_line("argument --text: cannot read the text around the needle"):
         documents = held_out_files(args.text or default_roots(), max(10 * n, LEAST_BYTES))  # a token has up to 10 bytes
     found = torch.cat([tokens(document.text, tokenizer) for document in documents] or [torch.empty(0)])
     if len(found) == 0:
-        raise DemoError("there is no held-out text to hide the needle in: name larger folders with --text")
+        raise UserError("there is no held-out text to hide the needle in: name larger folders with --text")
     return found.long().repeat(-(-n // len(found)))[:n]
 
 
@@ -238,23 +249,8 @@ def begin(file: Path, asked: dict) -> dict:
         results = json.loads(file.read_text())
         results["models"], results["right"], results["asked"]
     if changed := changes(results["asked"], asked):
-        raise DemoError(f"{file} cannot be continued: {changed}")
+        raise UserError(f"{file} cannot be continued: {changed}")
     return results
-
-
-def check_writable(folder: Path) -> None:
-    """Raises DemoError if the folder cannot be made, or nothing be made in it. Leaves nothing behind."""
-    try:
-        there = next(part for part in (folder, *folder.parents) if part.exists())
-        tempfile.TemporaryDirectory(dir=there).cleanup()
-    except OSError as error:  # which names a file that nobody asked for
-        raise DemoError(f"cannot write to the folder {folder}: {error.strerror}") from error
-
-
-def write(file: Path, results: dict) -> None:
-    partial = file.with_suffix(".partial")
-    partial.write_text(json.dumps(results, indent=1))
-    partial.replace(file)
 
 
 def key(length: int, depth: float) -> str:
@@ -271,6 +267,22 @@ def fingerprint(model: PreTrainedModel) -> str:
 
 def name_of(source: Path | None) -> str:
     return "SmolLM2-135M-Instruct" if source is None else "/".join(source.parts[-2:])
+
+
+def in_words(model: str) -> str:
+    """What a picture calls a model: "moba/adapter" of adapt.py is "adapter of run moba"; a run of pretrain.py, what its name says.
+
+    50M-32768-moba-last-3-full-b512k3-seed0 -> 50M parameters, 32,768 tokens, seed 0
+                                               MoBA, last 3 layers full (block 512, top-3)
+    """
+    if model.endswith("/adapter"):
+        return f"adapter of run {model.removesuffix('/adapter')}"
+    last = model.rpartition("/")[2]
+    if not (run := _RUN.fullmatch(last)):
+        return last
+    size, context, name, blocks, top_k, seed = run.groups()
+    blocks = f" (block {blocks}, top-{top_k})" if blocks else ""
+    return f"{size} parameters, {int(context):,} tokens, seed {seed}\n{WORDS.get(name, name.replace('-', ' '))}{blocks}"
 
 
 def shares(results: dict, side: str) -> Tensor:
@@ -290,16 +302,17 @@ def heat_map(results: dict):
     for panel, side, title in zip(panels, SIDES, ("MoBA", "full attention")):
         share, trials = shares(results, side), [right for cell in results["right"][side].values() for right in cell]
         image = panel.imshow(100 * share.numpy(), vmin=0, vmax=100, cmap="RdYlGn", aspect="auto")
-        panel.set_title(f"{title}: {results['models'][side]['model']}\n{sum(trials)} of {len(trials)} right", fontsize=10)
+        model = in_words(results["models"][side]["model"])
+        panel.set_title(f"{title}: {model}\n{sum(trials)} of {len(trials)} right", fontsize=10)
         panel.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths], rotation=45)
         panel.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
         panel.set_xticks([i + 0.5 for i in range(len(lengths) - 1)], minor=True)
         panel.set_yticks([i + 0.5 for i in range(len(depths) - 1)], minor=True)
         panel.grid(which="minor", color="white", linewidth=1)
         panel.tick_params(which="minor", length=0)
-    figure.supxlabel("length, tokens", fontsize=10)
-    panels[0].set_ylabel("depth of the needle")
-    figure.colorbar(image, ax=panels, label="% of trials right")
+    figure.supxlabel("length of the text, tokens", fontsize=10)
+    panels[0].set_ylabel("depth of the fact in the text")
+    figure.colorbar(image, ax=panels, label="trials with the right answer, %")
     return figure
 
 
@@ -315,33 +328,41 @@ def report(results: dict) -> None:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     flag = parser.add_argument
-    flag("--moba", type=Path, metavar="FOLDER", help="what reads with MoBA: an adapter of examples/adapt.py or a saved model")
-    flag("--full", type=Path, metavar="FOLDER", help="what reads with full attention (default of both: the demo's model)")
-    flag("--base", help="the model of the adapters: a GGUF file, a folder or a model on the hub (default: the demo's)")
-    flag("--output", type=Path, required=True, help="folder for needle.json and needle.png")
-    flag("--resume", action="store_true", help="go on with what is in --output")
-    flag("--lengths", type=count, nargs="+", help="tokens (default: powers of two to the model's context)")
-    flag("--depths", type=fraction, nargs="+", default=[i / 10 for i in range(11)], help="shares of the text (default: 0 0.1 ... 1)")
-    flag("--trials", type=count, default=5, help="needles a cell (default: 5)")
-    flag("--block-size", type=int, help="default: what was saved with the model")
-    flag("--top-k", type=int, help="default: what was saved with the model")
-    flag("--sink-blocks", type=int, help="default: what was saved with the model")
     flag(
-        "--full-tail", type=count_from_0, default=0, metavar="N", help="a prompt's last N tokens, its question, read all keys (default: 0)"
+        "--moba",
+        type=Path,
+        metavar="FOLDER",
+        help="what reads with MoBA: an adapter of adapt.py or a saved model (default: the demo's model)",
     )
+    flag("--full", type=Path, metavar="FOLDER", help="what reads with full attention, likewise (default: the demo's model)")
+    flag("--base", metavar="MODEL", help="the model of the adapters: a GGUF file, a folder or a model on the hub (default: the demo's)")
+    flag("--output", type=Path, required=True, metavar="FOLDER", help="for needle.json and needle.png (required)")
+    flag("--resume", action="store_true", help="go on with what is in --output")
+    flag("--lengths", type=count, nargs="+", metavar="N", help="tokens (default: powers of two to the model's context)")
+    depths = [i / 10 for i in range(11)]
+    flag("--depths", type=fraction, nargs="+", default=depths, metavar="X", help="shares of the text (default: 0 0.1 ... 1)")
+    flag("--trials", type=count, default=5, metavar="N", help="needles per cell")
+    parser.add_block_flags(**dict.fromkeys(("block_size", "top_k", "sink_blocks"), "what was saved with the model"))
+    flag("--full-tail", type=count_from_0, default=0, metavar="N", help="a prompt's last N tokens, its question, read all keys")
     flag("--text", type=Path, nargs="+", metavar="FOLDER", help="where text is looked for (default: all installed packages)")
-    flag("--seed", type=int, default=0)
+    flag("--seed", type=int, default=0, metavar="N", help="of the facts and of where the text begins")
     parser.add_device_flags()
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    for side in SIDES:
+        source = getattr(args, side)
+        if source is not None and not source.exists():
+            parser.error(f"argument --{side}: there is no folder {source}")
+        if is_adapter(source):
+            check_adapter(f"--{side}", source)
+    return args
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure and draw; the exit code: 0, or 2 for something that whoever runs it can mend."""
-    return exit_code("needle.py", lambda: needle(parse(argv)))
+    """Measure and draw; the exit code: 0, or 2 for something that the user can mend."""
+    return exit_code("needle.py", lambda: needle(parse(argv)) and 0)
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
-    sys.exit(main())
+    run_script(main)
