@@ -183,9 +183,9 @@ def _sizes(draw: Draw, tensors: dict[str, Tensor], visible: Tensor) -> _Sizes:
     most = float(product.masked_fill(~visible, 0).max()) if visible.any() else 0.0
     score = most * abs(case.real_scale)
     eps = torch.finfo(wide).eps
-    if case.softcap is not None:  # `tanh` is 1 from 20 on, and its own rounding is of the size of the softcap
-        score = min(score, 20 * case.softcap) if case.softcap < 1e30 else score
     error = eps * (case.width + 8) * score
+    if case.softcap is not None:  # the rounding of a product may turn its sign, and a capped score from one end to the other
+        error = min(error, 2 * case.softcap) + 8 * eps * min(score, case.softcap)
     return _Sizes(error, eps, torch.finfo(dtype).eps, most * max(1.0, abs(case.real_scale)))
 
 
