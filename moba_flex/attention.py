@@ -19,7 +19,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .backends import Backend, backend_of, dense_mask, paths
+from .backends import backend_of, dense_mask, paths
+from .backends.protocol import Backend
 from .core.chunking import Chunk, chunks, launches
 from .core.dtypes import wide
 from .core.layout import BlockLayout

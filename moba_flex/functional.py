@@ -20,6 +20,7 @@ def set_working_memory(n_bytes: int = DEFAULT_WORKING_MEMORY) -> int:
 
     Raises ValueError if `n_bytes` is no int of at least 1.
 
+    >>> from moba_flex import set_working_memory
     >>> before = set_working_memory(1 << 30)
     >>> set_working_memory(before)
     1073741824
@@ -117,6 +118,8 @@ def moba_attention(
     Raises:
         ValueError, TypeError: the arguments do not fit; the message says which, what it was and what it must be.
 
+    >>> import torch
+    >>> from moba_flex import moba_attention
     >>> query, key, value = torch.randn(1, 4, 100, 16), torch.randn(1, 2, 100, 16), torch.randn(1, 2, 100, 16)
     >>> moba_attention(query, key, value, block_size=16, top_k=3).shape
     torch.Size([1, 4, 100, 16])
@@ -175,6 +178,8 @@ def moba_attention_varlen(
     Returns:
         `[T, H, Dv]`, and with `return_lse` also float32 `[T, H]`.
 
+    >>> import torch
+    >>> from moba_flex import moba_attention_varlen
     >>> x, bounds = torch.randn(50, 2, 16), torch.tensor([0, 20, 20, 50], dtype=torch.int32)
     >>> moba_attention_varlen(x, x, x, bounds, block_size=8, top_k=2).shape
     torch.Size([50, 2, 16])

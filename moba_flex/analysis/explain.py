@@ -33,6 +33,13 @@ class Explanation:
         cuda_graph: whether calls of this shape are replayed from a CUDA graph, from the third one on.
         share_of_keys: the keys that queries read at most, over those of full attention.
         reasons: why it is not another path, and not a CUDA graph.
+
+    >>> import torch
+    >>> from moba_flex import explain
+    >>> query, key = torch.randn(1, 8, 1000, 64), torch.randn(1, 2, 1000, 64)
+    >>> explanation = explain(query, key, block_size=64, top_k=4)
+    >>> explanation.path, explanation.implementation, round(explanation.share_of_keys, 3)
+    ('routed', 'eager', 0.398)
     """
 
     call: str

@@ -22,7 +22,8 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """All of attention in one dense call, for few blocks: tokens `[B, H, Nq, D]` -> `[B, H, Nq, Dv]`, log-sum-exp `[B, H, Nq]`."""
     mask = _mask_of(chosen, layout, key.shape[1])
-    out, lse = flex_forward(*(by_group(x, key.shape[1]) for x in (query, key, value)), mask, settings)
+    groups = key.shape[1]
+    out, lse = flex_forward(by_group(query, groups), by_group(key, groups), by_group(value, groups), mask, settings)
     return out.reshape(*query.shape[:3], -1), lse.view(query.shape[:3])
 
 
@@ -39,7 +40,8 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value through `masked`."""
     mask = _mask_of(chosen, layout, key.shape[1])
-    dq, dk, dv = flex_backward(*(by_group(x, key.shape[1]) for x in (query, key, value, grad, lse, delta)), mask, settings)
+    q, k, v, g, l, d = (by_group(x, key.shape[1]) for x in (query, key, value, grad, lse, delta))
+    dq, dk, dv = flex_backward(q, k, v, g, l, d, mask, settings)
     return dq.view(query.shape), dk.view(key.shape), dv.view(value.shape)
 
 

@@ -12,11 +12,12 @@ from __future__ import annotations
 import importlib.util
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, FlexKernelOptions, flex_attention
 
 from ..core.chunking import QUERY_TILE
 from ..core.layout import BlockLayout
@@ -25,6 +26,7 @@ from ..core.validation import check_choice
 from ..ops.routing import Routes
 from .compilation import any_length, compiled
 
+Call = Callable[..., tuple[Tensor, Tensor]]
 Kernel = Callable[[Tensor, Tensor, Tensor, Routes], tuple[Tensor, Tensor]]
 
 BACKENDS = ("triton", "flash")
@@ -36,7 +38,7 @@ _OUTPUT_TOLERANCE, _LSE_TOLERANCE = 0.02, 0.01
 _DTYPES = (torch.bfloat16, torch.float16)
 
 _backend = "triton"
-_kernels: dict[tuple, Kernel | None] = {}  # by all that a kernel is compiled for; None: not to be used
+_kernels: dict[tuple[Hashable, ...], Kernel | None] = {}  # by all that a kernel is compiled for; None: not to be used
 
 
 def set_flex_backend(name: str = "triton") -> str:
@@ -52,6 +54,7 @@ def set_flex_backend(name: str = "triton") -> str:
         ValueError: another name.
         ImportError: "flash" without the package.
 
+    >>> from moba_flex import set_flex_backend
     >>> set_flex_backend("triton")
     'triton'
     """
@@ -79,12 +82,12 @@ def kernel_for(query: Tensor, value: Tensor, layout: BlockLayout, settings: Atte
     """What computes rows like `query [R, D]`, or None where that is Triton's kernel."""
     if not enabled() or not _suits(query, value, layout, settings):
         return None
-    settings = layout.width, query.shape[-1], value.shape[-1], query.dtype, settings.scale, query.device
-    if settings not in _kernels:
+    compiled_for = layout.width, query.shape[-1], value.shape[-1], query.dtype, settings.scale, query.device
+    if compiled_for not in _kernels:
         if query.is_cuda and torch.cuda.is_current_stream_capturing():
             return None  # nothing can be compared while a CUDA graph is captured
-        _kernels[settings] = _checked(*settings)
-    return _kernels[settings]
+        _kernels[compiled_for] = _checked(*compiled_for)
+    return _kernels[compiled_for]
 
 
 def _suits(query: Tensor, value: Tensor, layout: BlockLayout, settings: AttentionSettings) -> bool:
@@ -115,16 +118,20 @@ def _checked(width: int, query_width: int, value_width: int, dtype: torch.dtype,
     return kernel
 
 
-def _compiled(settings: tuple) -> Callable:
+def _compiled(settings: tuple[int, int, int, torch.dtype, float]) -> Call:
     scale = settings[-1]
 
-    def moba_flex_flash(query, key, value, *lists):
-        def mask_mod(b, h, q, kv):  # never evaluated, since no tile is listed as partial; without one the lists would be ignored
+    def moba_flex_flash(
+        query: Tensor, key: Tensor, value: Tensor, counts: Tensor, indices: Tensor, full_counts: Tensor, full_indices: Tensor
+    ) -> Any:
+        # Never evaluated, since no tile is listed as partial; without one the lists would be ignored.
+        def mask_mod(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
             return kv >= 0
 
-        no_lists = (None,) * 4  # by key tile: they are for a backward pass
+        lists = counts, indices, full_counts, full_indices
+        no_lists = (None, None, None, None)  # by key tile: they are for a backward pass
         mask = BlockMask((query.shape[2], key.shape[2]), *lists, *no_lists, BLOCK_SIZE=(QUERY_TILE, _KEY_TILE), mask_mod=mask_mod)
-        options = {"BACKEND": "FLASH"}
+        options: FlexKernelOptions = {"BACKEND": "FLASH"}
         out, aux = flex_attention(query, key, value, None, mask, scale, kernel_options=options, return_aux=AuxRequest(lse=True))
         return out, aux.lse
 
@@ -136,11 +143,11 @@ def _lists(block_of_tile: Tensor, tile_in_use: Tensor, width: int) -> tuple[Tens
     per = width // _KEY_TILE
     index = block_of_tile[:, None] * per + torch.arange(per, device=block_of_tile.device, dtype=torch.int32)
     count = tile_in_use * per
-    return tuple(x[None, None] for x in (torch.zeros_like(count), torch.zeros_like(index), count, index))
+    return torch.zeros_like(count)[None, None], torch.zeros_like(index)[None, None], count[None, None], index[None, None]
 
 
 def _unit_of_lse(
-    call: Callable, width: int, query_width: int, value_width: int, dtype: torch.dtype, scale: float, device: torch.device
+    call: Call, width: int, query_width: int, value_width: int, dtype: torch.dtype, scale: float, device: torch.device
 ) -> float:
     """What the kernel's log-sum-exp is a multiple of: 1, or ln 2 where PyTorch takes it for a logarithm to base 2.
 

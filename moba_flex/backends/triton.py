@@ -30,7 +30,7 @@ def attend(
     """Attention to the own block and along `routes`, merged by log-sum-exps; output and log-sum-exp go to `into`."""
     rows = kernels.one_pass_forward(query, key, value, routes, layout, settings, into)
     own = into if settings.causal else over_no_keys(query, value)
-    if rows is not None:
+    if rows is not None and routes is not None:
         kernels.merge(*own, *rows, routes, into)
     elif not settings.causal:
         write(own, into)

@@ -10,9 +10,9 @@ B rows, C key blocks per row, Q query blocks per row, P slots per block (`width`
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -63,7 +63,7 @@ class BlockLayout:
     token_of_query_slot: Tensor | None = None
     slot_of_query: Tensor | None = None
     persistent: bool = False  # whether later calls use it too, and so what it caches
-    _cache: dict = field(default_factory=dict)
+    _cache: dict[Hashable, Any] = field(default_factory=dict)
 
     @property
     def n_query_blocks(self) -> int:
@@ -79,7 +79,7 @@ class BlockLayout:
         """Whether tokens are in order, without padding and as one sequence per row."""
         return self.token_of_key_slot is None
 
-    def cached(self, name: tuple, make: Callable[[], T]) -> T:
+    def cached(self, name: tuple[Hashable, ...], make: Callable[[], T]) -> T:
         """What `make` returns, cached with the layout: it must follow from the layout and `name` alone."""
         if name not in self._cache:
             if self.persistent:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,7 +60,7 @@ def dense_layout(rows: int, n_query: int, n_key: int, block_size: int, width: in
 
 
 @lru_cache(maxsize=64)
-def _persistent_layout(stream: int | None, *settings) -> BlockLayout:
+def _persistent_layout(stream: int | None, *settings: Any) -> BlockLayout:
     return replace(allocate_persistent(lambda: _dense_layout(*settings), settings[-1]), persistent=True)
 
 

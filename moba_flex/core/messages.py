@@ -35,7 +35,7 @@ def to_int(value: object) -> str:
     if isinstance(value, float):
         return ": convert it with int()" if value.is_integer() else ""
     try:
-        operator.index(value)
+        operator.index(value)  # type: ignore[arg-type]  # it raises for what is no int
     except Exception:
         return ""
     return "" if isinstance(value, int) else ": convert it with int()"

@@ -60,6 +60,7 @@ def set_cuda_graphs(enabled: bool = True) -> bool:
 
     Raises ValueError if `enabled` is neither True nor False.
 
+    >>> from moba_flex import set_cuda_graphs
     >>> before = set_cuda_graphs(False)
     >>> set_cuda_graphs(before)
     False

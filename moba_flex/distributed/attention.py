@@ -72,6 +72,17 @@ def moba_attention_cp(
     Raises:
         ValueError, TypeError: as `moba_attention`; a mesh without a dimension for it; heads that do not fit the processes.
         RuntimeError: another process has ended.
+
+    One process, which needs no launcher; under torchrun leave out the arguments of `init_process_group`.
+
+    >>> import torch
+    >>> import torch.distributed as dist
+    >>> from moba_flex.distributed import moba_attention_cp
+    >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    >>> query, key = torch.randn(1, 4, 100, 16), torch.randn(1, 2, 100, 16)
+    >>> moba_attention_cp(query, key, key, dist.group.WORLD, block_size=16, top_k=3).shape
+    torch.Size([1, 4, 100, 16])
+    >>> dist.destroy_process_group()
     """
     validation.check_query_key(query=query, key=key, value=value)
     validation.check_flag("return_lse", return_lse)

@@ -48,9 +48,21 @@ def context_parallel(model: nn.Module, mesh: DeviceMesh | dist.ProcessGroup, *, 
             mesh has no dimension for it; `exchange` does not exist or its heads do not fit the processes. The model is left as it was.
         TypeError: `mesh` is no mesh.
 
-    >>> cp = context_parallel(model, accelerator.torch_device_mesh)  # doctest: +SKIP
-    >>> for batch in batches:  # doctest: +SKIP
-    ...     loss = model(**cp.shard(batch)).loss
+    One process, which needs no launcher; under torchrun leave out the arguments of `init_process_group`.
+
+    >>> import moba_flex, torch
+    >>> import torch.distributed as dist
+    >>> from moba_flex.distributed import context_parallel
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    >>> tiny = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4)
+    >>> model = moba_flex.patch(LlamaForCausalLM(tiny), block_size=16, top_k=2)
+    >>> cp = context_parallel(model, dist.group.WORLD)
+    >>> tokens = torch.arange(100)[None] % 64
+    >>> loss = model(**cp.shard({"input_ids": tokens, "labels": tokens})).loss
+    >>> loss.backward()
+    >>> cp.remove()
+    >>> dist.destroy_process_group()
     """
     layers = attention_layers(model)
     patched = [layer for layer in layers if layer.config._attn_implementation in MOBA]

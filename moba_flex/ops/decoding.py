@@ -69,8 +69,8 @@ def decode_plain(
     at_once = max(1, _ELEMENTS_AT_ONCE // (blocks.shape[-1] * settings.block_size * (key.shape[-1] + value.shape[-1])))
     parts = zip(*(x.split(at_once) for x in (together.flatten(0, 3), blocks.flatten(0, 3), row, group, token[last])))
     out, lse = zip(*(_attend(q, key, value, chosen, b, g, start[b], t, settings) for q, chosen, b, g, t in parts))
-    out = torch.cat(out).view(*shape[:-1], -1).movedim(4, 3).flatten(1, 3)
-    return out.to(query.dtype), torch.cat(lse).view(shape[:-1]).movedim(4, 3).flatten(1, 3)
+    whole = torch.cat(out).view(*shape[:-1], -1).movedim(4, 3).flatten(1, 3)
+    return whole.to(query.dtype), torch.cat(lse).view(shape[:-1]).movedim(4, 3).flatten(1, 3)
 
 
 def _attend(
