@@ -66,8 +66,12 @@ class Settings:
 # packed one takes and returns `[B * N, H, D]`.
 
 
-def moba(query: Tensor, key: Tensor, value: Tensor, settings: Settings, implementation: str = "auto") -> Tensor:
-    return moba_attention(query, key, value, block_size=settings.block_size, top_k=settings.top_k, implementation=implementation)
+def moba(query: Tensor, key: Tensor, value: Tensor, settings: Settings) -> Tensor:
+    return moba_attention(query, key, value, block_size=settings.block_size, top_k=settings.top_k)
+
+
+def moba_triton(query: Tensor, key: Tensor, value: Tensor, settings: Settings) -> Tensor:
+    return moba_attention(query, key, value, block_size=settings.block_size, top_k=settings.top_k, implementation="triton")
 
 
 def moba_flash(query: Tensor, key: Tensor, value: Tensor, settings: Settings) -> Tensor:
@@ -156,7 +160,7 @@ class System:
 
 SYSTEMS = {
     OURS: System(moba, 1, ("cuda", "cpu")),
-    f"{OURS}-triton": System(partial(moba, implementation="triton"), 1, largest_block=256, dtypes=("bfloat16", "float16")),
+    f"{OURS}-triton": System(moba_triton, 1, largest_block=256, dtypes=("bfloat16", "float16")),
     f"{OURS}-flash": System(moba_flash, 1, (), needs="flash_attn.cute"),  # large blocks, forward
     "dense-fa2": System(partial(sdpa, SDPBackend.FLASH_ATTENTION), 2),
     "dense-cudnn": System(partial(sdpa, SDPBackend.CUDNN_ATTENTION), 2),
