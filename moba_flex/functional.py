@@ -102,7 +102,8 @@ def moba_attention(
         causal: with False, a query reads the `top_k` best of all blocks, none of them forced, and every key in them.
         scale: factor on the scores, `D ** -0.5` by default. The gate's order does not depend on it.
         padding_mask: `[B, Nk]` bool, True for real tokens; padding on the left or the right of a row. Blocks are counted from the
-            first real token. Outputs at padded queries are 0.
+            first real token. Outputs at padded queries are 0, and nothing that stands at padding has any effect. A hole between real
+            tokens is an error; in a graph of torch.compile or torch.export it is a RuntimeError when the graph runs.
         softcap: scores become `softcap * tanh(score / softcap)`. The gate is not capped.
         sinks: `[H]`, one extra logit per head in the softmax's denominator.
         return_lse: also return the log-sum-exp.
@@ -169,7 +170,8 @@ def moba_attention_varlen(
         key: `[T, G, D]`.
         value: `[T, G, Dv]`.
         cu_seqlens: `[n + 1]` int32, rising from 0 to T: sequence i is the tokens `cu_seqlens[i]` to `cu_seqlens[i + 1] - 1`. Empty
-            sequences are allowed.
+            sequences are allowed. In a graph of torch.compile or torch.export wrong ones are a RuntimeError when the graph runs; on a
+            GPU that is an assertion of the device, which ends the process. While a CUDA graph is captured by hand they are not checked.
 
     The other arguments, what is raised and the dtypes are those of `moba_attention`.
 

@@ -732,3 +732,20 @@ def test_a_past_block_may_outweigh_the_own_one_by_any_amount(height: float, monk
     for got, wanted in zip(*results):
         torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
     assert added_up == [height == 1.0]
+
+
+@each_implementation
+@pytest.mark.parametrize("padding", [((0, 19),), ((25, 0),), None], ids=str)
+def test_nan_in_a_value_gives_no_gradient_to_queries_that_are_not_there(implementation: str, padding):
+    """A slot of a block without a query has a gradient of 0, which must not meet the NaN."""
+    case = Case(1, 2, 1, 3, 29, 4, 5, block_size=29, top_k=1, padding=padding, seed=1)
+    tensors = operands(case)
+    tensors["value"][0, 0, 4] = torch.nan
+    visible, tensors = visible_keys(case, tensors), {name: x.requires_grad_() for name, x in tensors.items()}
+    out, lse = attend(case, tensors, implementation)
+    upstream = upstream_for(out, lse, 0)
+    wanted = expected_of(case, tensors, visible, upstream)
+    grads = torch.autograd.grad([out, lse], list(tensors.values()), list(upstream.values()))
+    for name, grad in zip(tensors, grads):
+        clean = wanted.clean[f"gradient of {name}"]
+        assert_same(grad[clean], wanted.results[f"gradient of {name}"][clean], f"gradient of {name}")

@@ -126,10 +126,12 @@ def _attend_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `_attend`'s share in an output whose log-sum-exp over all blocks is `lse`, plus `rest`; `delta` is `out . grad`."""
     score = _scores(query, key, settings, safe)
-    lse = lse.masked_fill(lse == -torch.inf, torch.inf)[..., None]  # a query that reads nothing gives nothing back
+    nothing = (lse == -torch.inf)[..., None]
+    lse = lse[..., None].masked_fill(nothing, torch.inf)  # a query that reads nothing gives nothing back
     weight = score - lse
     weight = (weight if rest is None else weight.sub_(rest[..., None])).exp_()
     if hidden is not None:
+        hidden = hidden if safe else hidden | nothing
         weight.masked_fill_(hidden, 0)
     visible = None if safe or hidden is None else ~hidden
     grad_value = _product(weight.mT, grad, None if visible is None else visible.mT)
@@ -403,6 +405,8 @@ def backward(
     rest = None
     if not safe or _largest(torch.where(lse.isfinite(), lse, 0)) * torch.finfo(lse.dtype).eps > _ROUNDED:
         lse, rest = _log_sum_exp(query, key, routes, layout, settings, safe)
+    if not safe:
+        lse = lse.masked_fill(_slots_without_a_query(layout), -torch.inf)
     if settings.causal:
         local = local_backward(query, key, value, grad, lse, delta, rest, layout, settings, safe)
     else:
@@ -417,6 +421,12 @@ def backward(
             dk[keys] += part_k
             dv[keys] += part_v
     write(local, into)
+
+
+def _slots_without_a_query(layout: BlockLayout) -> Tensor:
+    """`[B, 1, Q * P]`. Their gradients are 0, which times NaN is NaN."""
+    slot = torch.arange(layout.width, device=layout.own.device)
+    return ((slot < layout.query_start[..., None]) | (slot >= layout.query_stop[..., None])).flatten(1)[:, None]
 
 
 def _backward_is_safe(

@@ -32,9 +32,9 @@ def means_of(blocks: Tensor, count: Tensor | int) -> Tensor:
 
 def some_are_equal(mean: Tensor, exists: Tensor) -> bool:
     """Whether two of the means `[B, G, C, D]` of blocks that `exists [B, C]` may be equal. Asked of two numbers of each, to cost little."""
-    bits = _bits(mean[..., :2])
-    key = torch.where(exists[:, None], _mixed(bits[..., 0]) + bits[..., -1], torch.arange(mean.shape[2], device=mean.device))
-    key = key.sort(-1).values
+    two = (mean[..., :2] + 0.0).contiguous()
+    key = (two.view(torch.int64) if two.shape[-1] == 2 else two)[..., 0]
+    key = torch.where(exists[:, None], key, torch.arange(mean.shape[2], device=mean.device)).sort(-1).values
     return bool((key[..., 1:] == key[..., :-1]).any())
 
 

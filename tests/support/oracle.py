@@ -14,7 +14,7 @@ import torch
 from support.cases import Case, positions, random, softmax_attention
 from torch import Tensor
 
-from moba_flex.reference import reference_selection
+from moba_flex.reference import block_of_key, reference_selection
 
 
 @dataclass(frozen=True)
@@ -27,11 +27,10 @@ class Expected:
 
 def visible_keys(case: Case, tensors: dict[str, Tensor], selected: Tensor | None = None) -> Tensor:
     """`[B, H, Nq, Nk]`: the keys that each query sees, by `selected [B, H, Nq, C]` or by the specification's own choice."""
-    mask = case.padding_mask()
-    chosen, of_key = reference_selection(
-        tensors["query"].detach(), tensors["key"].detach(), case.attention_settings("naive"), padding_mask=mask
-    )
-    selected = chosen if selected is None else selected
+    mask, query, key = case.padding_mask(), tensors["query"].detach(), tensors["key"].detach()
+    if selected is None:
+        selected, _ = reference_selection(query, key, case.attention_settings("naive"), padding_mask=mask)
+    of_key = block_of_key(key, mask, case.block_size)
     visible = selected.gather(-1, of_key.clamp(min=0)[:, None, None].expand(*selected.shape[:3], case.n_key))
     visible = visible & (of_key >= 0)[:, None, None] & case.real_queries()[:, None, :, None]
     query, key = positions(case)
