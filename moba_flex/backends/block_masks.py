@@ -40,7 +40,6 @@ class Mask:
     rule: Callable[..., Tensor]  # (b, h, q, kv, *buffers) -> whether query q sees key kv
     buffers: tuple[Tensor, ...]
     lists: Lists
-    divisible: bool = True  # whether tiles divide the lengths
 
 
 def _listed(counts: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
@@ -118,36 +117,3 @@ def routed_mask(routes: Routes, layout: BlockLayout, groups: int, causal: bool) 
     (kv, q), (full_kv, full_q) = (empty, listed) if full else (listed, empty)
     lists = *kv, *full_kv, *q, *full_q
     return Mask(("routed", tile, width, full), (tile, width), _routed_rule(tile, width), (block, n_keys), lists)
-
-
-@cache
-def _bits_rule(block_size: int) -> Callable[..., Tensor]:
-    def rule(b: Tensor, h: Tensor, q: Tensor, kv: Tensor, bits: Tensor, skipped: Tensor) -> Tensor:
-        return ((bits[b, h, q] & (1 << (kv // block_size))) != 0) & (kv <= q + skipped)
-
-    return rule
-
-
-def bits_mask(bits: Tensor, layout: BlockLayout) -> Mask:
-    """Causal attention to the blocks whose bits are set: `bits [B * G, H / G, Nq]`, queries and keys are tokens as they come.
-
-    Tiles have nothing to do with blocks: each tile of queries meets in part all tiles of keys that are not after it.
-    """
-    skipped, lists = layout.cached(("bits mask",), lambda: _causal_lists(layout))
-    kernel_key = "bits", layout.block_size, bits.shape[1]
-    return Mask(kernel_key, (QUERY_TILE, QUERY_TILE), _bits_rule(layout.block_size), (bits, skipped), lists, divisible=False)
-
-
-def _causal_lists(layout: BlockLayout) -> tuple[Tensor, Lists]:
-    """How many keys precede the first query, and lists of all tiles that hold a causal pair, the same for all rows.
-
-    No list is shorter than two: torch.compile would take a length of one for a constant, and compile again for others.
-    """
-    device, tile, skipped = layout.own.device, QUERY_TILE, layout.n_key - layout.n_query
-    query_tiles, key_tiles = -(-layout.n_query // tile), -(-layout.n_key // tile)
-    start, key_start = (tile * torch.arange(max(2, n), device=device, dtype=torch.int32) for n in (query_tiles, key_tiles))
-    last_key = (start + tile).clamp(max=layout.n_query) + (skipped - 1)
-    first = (key_start - skipped).clamp(min=0) // tile
-    of_queries, of_keys = (last_key // tile + 1, torch.zeros_like(start)), (query_tiles - first, first)
-    by_query, by_key = (_listed(n[None], i[None]) for n, i in (of_queries, of_keys))
-    return torch.full((), skipped, device=device, dtype=torch.int32), (*by_query, None, None, *by_key, None, None)

@@ -50,7 +50,7 @@ def flex_backward(
 def _kernel_key(query: Tensor, value: Tensor, mask: Mask, settings: AttentionSettings) -> tuple[Any, ...]:
     """All that a kernel is compiled for. Only lengths and data vary between calls that share it."""
     widths = query.shape[-1], value.shape[-1]
-    return mask.kernel_key, mask.tiles, mask.divisible, mask.rule, widths, query.dtype, settings.scale, settings.softcap, query.is_cuda
+    return mask.kernel_key, mask.tiles, mask.rule, widths, query.dtype, settings.scale, settings.softcap, query.is_cuda
 
 
 def _compile(call: Callable[..., T], key: tuple[Any, ...], is_cuda: bool) -> Callable[..., T]:
@@ -60,8 +60,8 @@ def _compile(call: Callable[..., T], key: tuple[Any, ...], is_cuda: bool) -> Cal
 
 
 @cache
-def _forward_call(mask_key, tiles, divisible, rule, widths, dtype, scale, softcap, is_cuda) -> Callable[..., Any]:
-    options = kernel_options(mask_key[0] == "routed", tiles, divisible, widths, dtype)
+def _forward_call(mask_key, tiles, rule, widths, dtype, scale, softcap, is_cuda) -> Callable[..., Any]:
+    options = kernel_options(mask_key[0] == "routed", tiles, widths, dtype)
     score_mod = None if softcap is None else _softcap(softcap)
 
     def moba_flex_forward(query, key, value, *tensors):
@@ -79,11 +79,11 @@ def _forward_call(mask_key, tiles, divisible, rule, widths, dtype, scale, softca
 
 
 @cache
-def _backward_call(mask_key, tiles, divisible, rule, widths, dtype, scale, softcap, is_cuda) -> Callable[..., Any]:
+def _backward_call(mask_key, tiles, rule, widths, dtype, scale, softcap, is_cuda) -> Callable[..., Any]:
     # The lowering drops a configuration whose default tiles do not divide these, before it reads our smaller tiles from the
     # options. So the options carry the true sizes.
     sizes = tuple(math.lcm(tile, QUERY_TILE) for tile in tiles)
-    options = kernel_options(mask_key[0] == "routed", tiles, divisible, widths, dtype) | OPERATOR_OPTIONS
+    options = kernel_options(mask_key[0] == "routed", tiles, widths, dtype) | OPERATOR_OPTIONS
     options |= {"SPARSE_Q_BLOCK_SIZE": tiles[0], "SPARSE_KV_BLOCK_SIZE": tiles[1]}
     score_mod = _same if softcap is None else _softcap(softcap)
     joint = _same_joint if softcap is None else _softcap_joint(softcap)

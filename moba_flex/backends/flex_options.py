@@ -21,9 +21,9 @@ OPERATOR_OPTIONS: Options = {
 }
 
 
-def kernel_options(routed: bool, tiles: tuple[int, int], divisible: bool, widths: tuple[int, int], dtype: torch.dtype) -> Options:
+def kernel_options(routed: bool, tiles: tuple[int, int], widths: tuple[int, int], dtype: torch.dtype) -> Options:
     """PyTorch's own choice where its tile sizes, which divide 128, divide ours; smaller blocks need smaller ones."""
-    options: Options = {"BACKEND": "TRITON", "IS_DIVISIBLE": divisible, "BLOCKS_ARE_CONTIGUOUS": True}
+    options: Options = {"BACKEND": "TRITON", "IS_DIVISIBLE": True, "BLOCKS_ARE_CONTIGUOUS": True}
     q, kv = (math.gcd(tile, QUERY_TILE) for tile in tiles)
     half, narrow = dtype != torch.float32, max(widths) <= 64
     # A tile of rows meets so few keys that loading dominates: with four warps two tiles share a multiprocessor. On an H100 23 % faster at

@@ -29,9 +29,8 @@ from moba_flex.ops.routing import route
 
 @pytest.fixture(autouse=True)
 def plain_flex_attention(monkeypatch):
-    """Uncompiled, and routed however few blocks there are: `test_dense_mask.py` is about those."""
+    """Uncompiled."""
     monkeypatch.setattr(flex_module, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
-    monkeypatch.setattr("moba_flex.backends.paths.MAX_MASK_OPERATIONS", -1)
 
 
 @st.composite

@@ -529,6 +529,14 @@ def test_without_matplotlib_there_is_a_message_and_no_plot(file, capsys, monkeyp
 # On a GPU
 
 
+@pytest.mark.parametrize(
+    ("block_size", "dtype", "taken"), [(128, "bfloat16", True), (256, "float16", True), (512, "bfloat16", False), (128, "float32", False)]
+)
+def test_settings_that_a_system_is_not_made_for_are_left_out(block_size, dtype, taken):
+    row = Settings(1, 2, 1, 8, block_size, 2, dtype)
+    assert Attention(row, CPU, ["moba_flex", "moba_flex-triton"], True).systems == ["moba_flex", "moba_flex-triton"][: 1 + taken]
+
+
 @gpu
 @pytest.mark.gpu
 def test_dense_systems_agree_on_a_gpu():

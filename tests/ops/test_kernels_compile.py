@@ -54,8 +54,6 @@ def launch(block_size: int, width: int, value_width: int, top_k: int, dtype: tor
             kernels.one_pass_forward(query, key, value, routes, layout, settings, (out, lse))
         if kernels.backward.sub_blocks(query, value, layout.width) <= 3:
             kernels.one_pass_backward(query, key, value, out, lse, lse, routes, layout, settings, (query, key, value))
-    if n_tokens <= 32 * block_size and not more:
-        kernels.block_bits(chosen, layout)
     means = torch.zeros(1, groups, layout.n_key_blocks, width)
     kernels.decode(query[:, :, :1], key, value, means, None, None, settings)
 

@@ -66,8 +66,8 @@ class Settings:
 # packed one takes and returns `[B * N, H, D]`.
 
 
-def moba(query: Tensor, key: Tensor, value: Tensor, settings: Settings) -> Tensor:
-    return moba_attention(query, key, value, block_size=settings.block_size, top_k=settings.top_k)
+def moba(query: Tensor, key: Tensor, value: Tensor, settings: Settings, implementation: str = "auto") -> Tensor:
+    return moba_attention(query, key, value, block_size=settings.block_size, top_k=settings.top_k, implementation=implementation)
 
 
 def moba_flash(query: Tensor, key: Tensor, value: Tensor, settings: Settings) -> Tensor:
@@ -146,10 +146,17 @@ class System:
     devices: tuple[str, ...] = ("cuda",)  # where it is compared unless others are named
     needs: str | None = None  # a module
     packed: bool = False
+    largest_block: int | None = None
+    dtypes: tuple[str, ...] = ()  # none: all
+
+    def takes(self, row: Settings) -> bool:
+        """Whether the system is made for these settings."""
+        return (self.largest_block is None or row.block_size <= self.largest_block) and (not self.dtypes or row.dtype in self.dtypes)
 
 
 SYSTEMS = {
     OURS: System(moba, 1, ("cuda", "cpu")),
+    f"{OURS}-triton": System(partial(moba, implementation="triton"), 1, largest_block=256, dtypes=("bfloat16", "float16")),
     f"{OURS}-flash": System(moba_flash, 1, (), needs="flash_attn.cute"),  # large blocks, forward
     "dense-fa2": System(partial(sdpa, SDPBackend.FLASH_ATTENTION), 2),
     "dense-cudnn": System(partial(sdpa, SDPBackend.CUDNN_ATTENTION), 2),
@@ -162,7 +169,7 @@ SYSTEMS = {
 
 class Attention:
     def __init__(self, row: Settings, device: torch.device, systems: list[str], forward_only: bool) -> None:
-        self.row, self.device, self.systems = row, device, systems
+        self.row, self.device, self.systems = row, device, [name for name in systems if SYSTEMS[name].takes(row)]
         self.passes = [FORWARD] if forward_only else [FORWARD, BOTH]
         self.scale = row.groups
 
