@@ -80,7 +80,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_replays_give_the_bits_of_eager_calls(name, way, replays):
+def test_replays_give_the_bits_of_eager_calls(name, replays):
     shape, more = CASES[name]
     wanted = without_graphs(lambda: [results(leaves(seed, **shape), **more) for seed in range(6)])
     for seed in range(6):
