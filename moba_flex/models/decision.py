@@ -26,11 +26,9 @@ from transformers import Cache
 from ..backends.paths import reads_all_keys
 from ..config import MobaConfig
 from ..core.settings import AttentionSettings
+from .layers import UNKNOWN_TO_MOBA
 from .masks import MobaMask, Places, Visible
 from .state import context_of
-
-# Arguments of some models that change who sees whom, or the scores, in ways that MoBA has no form of.
-_UNKNOWN_TO_MOBA = ("position_bias", "cache", "indices", "block_indices", "sinks")
 
 
 class LayerPath(Enum):
@@ -167,7 +165,7 @@ def n_decoded(call: LayerCall) -> int:
 
 def check_supported(call: LayerCall) -> None:
     """ValueError if a layer asks for what MoBA cannot do."""
-    for name in _UNKNOWN_TO_MOBA:
+    for name in UNKNOWN_TO_MOBA:
         if call.kwargs.get(name) is not None:
             raise ValueError(f'{call.name} passes {name}, which MoBA cannot follow: use set_attention(model, "full")')
     if call.dropout and not call.naive:

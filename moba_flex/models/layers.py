@@ -25,11 +25,14 @@ from .upstream import (
     implementation_of,
     looks_up_attention,
     mask_use,
+    passes_to_attention,
     set_implementation,
     supports_sdpa,
 )
 
 MOBA = ("moba", "moba_naive")
+# Arguments of attention that change who sees whom, or the scores, in ways that MoBA has no form of.
+UNKNOWN_TO_MOBA = ("position_bias", "cache", "indices", "block_indices", "sinks")
 T = TypeVar("T")
 
 
@@ -222,7 +225,8 @@ def takes_more(module_class: type) -> bool:
 def _is_foreign(layer_class: type) -> bool:
     """Whether a number for each query and key is added to the scores, as in T5 and its kin, or keys are those of other states (Mllama)."""
     names = {*inspect.signature(layer_class.forward).parameters, *inspect.signature(layer_class.__init__).parameters}
-    return not names.isdisjoint({"position_bias", "has_relative_attention_bias", "cross_attention_states"})
+    foreign = {"position_bias", "has_relative_attention_bias", "cross_attention_states"}
+    return not names.isdisjoint(foreign) or not passes_to_attention(layer_class).isdisjoint(UNKNOWN_TO_MOBA)
 
 
 @_of_a_class

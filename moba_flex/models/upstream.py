@@ -43,6 +43,7 @@ __all__ = [
     "mask_use",
     "model_class_of",
     "mtp_offset",
+    "passes_to_attention",
     "prefixes_of_peft",
     "reads_as_it_lies",
     "set_implementation",
@@ -97,14 +98,28 @@ OPTIONAL_CODE = {"reorder_and_upcast_attn": "_upcast_and_reordered_attn"}
 
 def mask_use(layer_class: type) -> MaskUse:
     """What the `forward` of a layer does with its mask, by its source: a layer says it nowhere else."""
+    tree = _forward_tree(layer_class)
+    uses = [] if tree is None else [_use_of(node, tree) for node in ast.walk(tree)]
+    return max(uses, key=lambda use: use.value, default=MaskUse.NOTHING)
+
+
+def passes_to_attention(layer_class: type) -> frozenset[str]:
+    """The names of the arguments that a layer's `forward` hands to its attention function, beside those that all have."""
+    tree = _forward_tree(layer_class)
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)] if tree is not None else []
+    return frozenset(
+        word.arg for call in calls if ast.unparse(call.func).endswith("attention_interface") for word in call.keywords if word.arg
+    )
+
+
+def _forward_tree(layer_class: type) -> ast.AST | None:
     for cls in layer_class.__mro__:
         if "forward" in cls.__dict__:
             try:
-                tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(cls.__dict__["forward"]))))
+                return ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(cls.__dict__["forward"]))))
             except (OSError, TypeError, SyntaxError):
-                return MaskUse.NOTHING
-            return max((_use_of(node, tree) for node in ast.walk(tree)), key=lambda use: use.value)
-    return MaskUse.NOTHING
+                return None
+    return None
 
 
 def _use_of(node: ast.AST, tree: ast.AST) -> MaskUse:
