@@ -21,6 +21,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from ..config import MobaConfig
 from ..core.settings import AttentionSettings
 from ..models.layers import MOBA, attention_layers, show, takes_moba
+from ..models.state import context_of, set_context
+from ..models.upstream import implementation_of
 from .attention import across, check_exchange, full, group_of, sparse
 from .collectives import gathered
 
@@ -48,24 +50,22 @@ def context_parallel(model: nn.Module, mesh: DeviceMesh | dist.ProcessGroup, *, 
             mesh has no dimension for it; `exchange` does not exist or its heads do not fit the processes. The model is left as it was.
         TypeError: `mesh` is no mesh.
 
-    One process, which needs no launcher; under torchrun leave out the arguments of `init_process_group`.
-
-    >>> import moba_flex, torch
+    >>> import torch
     >>> import torch.distributed as dist
-    >>> from moba_flex.distributed import context_parallel
     >>> from transformers import LlamaConfig, LlamaForCausalLM
-    >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    >>> tiny = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4)
-    >>> model = moba_flex.patch(LlamaForCausalLM(tiny), block_size=16, top_k=2)
+    >>> from moba_flex import patch
+    >>> from moba_flex.distributed import context_parallel
+    >>> tiny = LlamaConfig(vocab_size=32, hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
+    >>> model = patch(LlamaForCausalLM(tiny), block_size=4, top_k=2)
+    >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # torchrun: init_process_group()
     >>> cp = context_parallel(model, dist.group.WORLD)
-    >>> tokens = torch.arange(100)[None] % 64
-    >>> loss = model(**cp.shard({"input_ids": tokens, "labels": tokens})).loss
-    >>> loss.backward()
+    >>> ids = torch.arange(32)[None]
+    >>> loss = model(**cp.shard({"input_ids": ids, "labels": ids})).loss
     >>> cp.remove()
     >>> dist.destroy_process_group()
     """
     layers = attention_layers(model)
-    patched = [layer for layer in layers if layer.config._attn_implementation in MOBA]
+    patched = [layer for layer in layers if implementation_of(layer.config) in MOBA]
     if not patched:
         raise ValueError(
             f"{type(model).__name__} does not use MoBA, whose attention layers context parallelism works through: patch it first"
@@ -78,11 +78,11 @@ def context_parallel(model: nn.Module, mesh: DeviceMesh | dist.ProcessGroup, *, 
         n_heads = config.num_attention_heads
         n_key_heads, shared = getattr(config, "num_key_value_heads", None) or n_heads, MobaConfig.of(config).share_selection
         check_exchange(exchange, n_heads, n_key_heads, group.size(), shared)
-    for before in {layer._context_parallel for layer in patched if "_context_parallel" in layer.__dict__}:
+    for before in {context for layer in patched if (context := context_of(layer)) is not None}:
         before.remove()
     context = ContextParallel(group, exchange, patched)
     for layer in patched:
-        layer._context_parallel = context
+        set_context(layer, context)
     context.see_whole_length(model)
     return context
 
@@ -121,8 +121,8 @@ class ContextParallel:
     def remove(self) -> None:
         """End context parallelism of the model: it works on whole sequences again."""
         for layer in self._layers:
-            if layer.__dict__.get("_context_parallel") is self:
-                del layer._context_parallel
+            if context_of(layer) is self:
+                set_context(layer, None)
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
