@@ -32,8 +32,9 @@ def attend(
         kernels.one_pass_forward(query, key, value, None, layout, settings, into)
         return
     # Not `into` itself: warps that share a query's log-sum-exp would read it after another one has written the merged one.
-    own = (into[0].new_empty(into[0].shape), into[1].new_empty(into[1].shape)) if settings.causal else over_no_keys(query, value)
-    rows = kernels.one_pass_forward(query, key, value, routes, layout, settings, own)
+    apart = into[0].new_empty(into[0].shape), into[1].new_empty(into[1].shape)
+    rows = kernels.one_pass_forward(query, key, value, routes, layout, settings, apart)
+    own = apart if settings.causal else over_no_keys(query, value)
     if rows is None or routes is None:
         write(own, into)
     else:
