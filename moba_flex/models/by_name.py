@@ -16,6 +16,7 @@ from ..config import DEFAULT, MobaConfig
 from .upstream import implementation_of
 
 _PATCHED: dict[type[PreTrainedConfig], list[weakref.ref]] = {}  # by class, the configurations that `patch` wrote settings into
+_TRACED: dict[type[PreTrainedConfig], MobaConfig] = {}  # by class, what a graph that is traced takes
 
 
 def remember(config: PreTrainedConfig) -> None:
@@ -31,10 +32,17 @@ def settings_by_name(config: PreTrainedConfig, implementations: tuple[str, ...])
     """
     if getattr(config, "moba", None) is not None:
         return MobaConfig.of(config)
-    settings = _constant(type(config), implementations) if torch.compiler.is_compiling() else _found(type(config), implementations)
-    if not torch.compiler.is_compiling():
-        config.moba = settings
-    return settings
+    if torch.compiler.is_compiling():  # in a graph nothing can be searched for or written
+        return _TRACED[type(config)] if _trace(type(config), implementations) else DEFAULT
+    config.moba = _found(type(config), implementations)
+    return config.moba
+
+
+@torch.compiler.assume_constant_result
+def _trace(kind: type[PreTrainedConfig], implementations: tuple[str, ...]) -> bool:
+    """Called while a graph is traced: leaves the settings in `_TRACED`."""
+    _TRACED[kind] = _found(kind, implementations)
+    return True
 
 
 def _found(kind: type[PreTrainedConfig], implementations: tuple[str, ...]) -> MobaConfig:
@@ -51,6 +59,3 @@ def _found(kind: type[PreTrainedConfig], implementations: tuple[str, ...]) -> Mo
     whose = "those of this process's patched model of that kind" if patched else "the defaults"
     warnings.warn(f"{loaded}: it takes {whose}, {settings}. moba_flex.patch(model, ...) sets others", stacklevel=2)
     return settings
-
-
-_constant = torch.compiler.assume_constant_result(_found)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -103,6 +104,13 @@ class MobaMask(BlockMask):
     @property
     def shape(self) -> tuple[int, int, int, int]:
         return self._request["batch_size"], 1, *self._lengths
+
+    @property
+    def ndim(self) -> int:
+        return 4
+
+    def dim(self) -> int:
+        return 4
 
     @property
     def is_local(self) -> bool:
@@ -204,12 +212,25 @@ class MobaMask(BlockMask):
 
     __str__ = __repr__
 
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        raise_switched()
+
     def __getattr__(self, name: str):
         raise self._unknown(repr(name))
 
     @staticmethod
     def _unknown(what: str) -> AttributeError:
-        return AttributeError(f"the model's code reads {what} of its attention mask, which MoBA does not build: it cannot use MoBA")
+        return AttributeError(f"the model's code reads {what} of its attention mask, which MoBA does not build: the model cannot use MoBA")
+
+
+def raise_switched() -> NoReturn:
+    """Attention other than MoBA got MoBA's mask: so it is where a forward pass is computed again after a switch."""
+    raise ValueError(  # not TypeError, which operators of tensors would swallow
+        "attention other than MoBA got a mask of MoBA: either layers were switched within a pass, and under gradient checkpointing "
+        "backward must come before set_attention, full_attention or unpatch change what the forward pass used; or the model's code "
+        "computes with its mask, and cannot use MoBA"
+    )
 
 
 def _may_keep() -> bool:

@@ -20,8 +20,11 @@ from .layers import (
     attention_layers,
     attention_of,
     full_layers,
+    is_patched,
     keeps_full,
+    mask_use_of,
     n_layers,
+    name_attention,
     named_full,
     original_implementation,
     resolve_layers,
@@ -29,7 +32,7 @@ from .layers import (
     takes_moba,
 )
 from .state import Choice, choice_of, context_of, set_choice
-from .upstream import implementation_of, set_implementation
+from .upstream import MaskUse, implementation_of, set_implementation
 
 ATTENTION = (*MOBA, "full")
 
@@ -108,11 +111,12 @@ def patch(
 
     for layer, choice in zip(every, choices):
         set_choice(layer, choice)
-    add_hooks(model, _with_own_cache_layer(replaceable) if config.decode == "sparse" else [])
+    add_hooks(model, every, _with_own_cache_layer(replaceable) if config.decode == "sparse" else [])
     for model_config in _configs(replaceable):
         model_config.moba = config
         remember(model_config)
         set_implementation(model_config, "moba")
+    name_attention(every)
     return model
 
 
@@ -198,7 +202,7 @@ def set_attention(model: nn.Module, attention: str, layers: Iterable[int] | None
     """
     if attention not in ATTENTION:
         raise ValueError(f"attention must be one of {', '.join(ATTENTION)}, but is {attention!r}")
-    _, replaceable = find_layers(model)
+    every, replaceable = find_layers(model)
     chosen = replaceable
     if layers is not None:
         found = sorted({layer.layer_idx for layer in replaceable})
@@ -219,6 +223,7 @@ def set_attention(model: nn.Module, attention: str, layers: Iterable[int] | None
         _use(chosen, None)
     else:
         _use(chosen, attention)
+    name_attention(every)
     return model
 
 
@@ -235,10 +240,12 @@ def full_attention(model: nn.Module) -> Iterator[nn.Module]:
     >>> with full_attention(model):
     ...     logits = model(torch.arange(32)[None]).logits
     """
-    _, replaceable = find_layers(model)
+    every, replaceable = find_layers(model)
     before = [choice_of(layer) for layer in replaceable]
+    named = next((name for layer in replaceable if (name := implementation_of(layer.config)) in MOBA), "moba")
     if is_patched(replaceable):
         _use(replaceable, "full")
+        name_attention(every)
     within = [choice_of(layer) for layer in replaceable]
     try:
         yield model
@@ -246,6 +253,7 @@ def full_attention(model: nn.Module) -> Iterator[nn.Module]:
         for layer, choice, full in zip(replaceable, before, within):
             if choice_of(layer) is full:
                 set_choice(layer, choice)
+        name_attention(every, named)
 
 
 def moba_layers(model: nn.Module) -> dict[int, str]:
@@ -281,7 +289,13 @@ def find_layers(model: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
             f"{layers}{_windows(every)}"
         )
     shared = {id(layer.config) for layer in replaceable}
-    return [layer for layer in every if id(layer.config) in shared], replaceable
+    every = [layer for layer in every if id(layer.config) in shared]
+    if by_name := [layer for layer in every if mask_use_of(layer) is MaskUse.NAMES]:
+        raise ValueError(
+            f"{type(model).__name__} cannot use MoBA: the code of its {type(by_name[0]).__name__} depends on the name of the attention "
+            "implementation, and would do something else under MoBA's"
+        )
+    return every, replaceable
 
 
 def _windows(layers: list[nn.Module]) -> str:
@@ -311,10 +325,6 @@ def _own_configs(model: nn.Module, layers: list[nn.Module]) -> None:
 
     for module in holders:
         module.config = own(module.config)
-
-
-def is_patched(replaceable: list[nn.Module]) -> bool:
-    return all(implementation_of(config) in MOBA for config in _configs(replaceable))
 
 
 def _use(layers: list[nn.Module], attention: str | None) -> None:

@@ -6,9 +6,12 @@ changes it.
 
 from __future__ import annotations
 
+import ast
 import inspect
 import sys
+import textwrap
 from collections.abc import Callable, Iterable
+from enum import Enum
 from types import ModuleType
 
 from torch import Tensor, nn
@@ -27,6 +30,7 @@ __all__ = [
     "FULL_LAYER_TYPES",
     "GROWING_LAYERS",
     "MASK_REQUEST",
+    "MaskUse",
     "adapter_file",
     "attention_by_name",
     "bidirectional_mask_function",
@@ -36,6 +40,7 @@ __all__ = [
     "is_offloaded",
     "looks_up_attention",
     "mask_builder",
+    "mask_use",
     "model_class_of",
     "mtp_offset",
     "prefixes_of_peft",
@@ -75,6 +80,52 @@ def looks_up_attention(layer_class: type) -> ModuleType | None:
         if code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names:
             return sys.modules.get(cls.__module__)
     return None
+
+
+class MaskUse(Enum):
+    """What the code of an attention layer does with its mask, beside handing it to the attention function."""
+
+    NOTHING = 0
+    LOOKS = 1  # whether there is one, or of what class it is
+    CHANGES = 2  # it reads values, or makes another mask
+    NAMES = 3  # it asks for the name of its implementation, which is MoBA's as long as any layer uses that
+
+
+# Code that runs only if the layer has an attribute of this name that is true: GPT-2's own attention, which upcasts.
+OPTIONAL_CODE = {"reorder_and_upcast_attn": "_upcast_and_reordered_attn"}
+
+
+def mask_use(layer_class: type) -> MaskUse:
+    """What the `forward` of a layer does with its mask, by its source: a layer says it nowhere else."""
+    for cls in layer_class.__mro__:
+        if "forward" in cls.__dict__:
+            try:
+                tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(cls.__dict__["forward"]))))
+            except (OSError, TypeError, SyntaxError):
+                return MaskUse.NOTHING
+            return max((_use_of(node, tree) for node in ast.walk(tree)), key=lambda use: use.value)
+    return MaskUse.NOTHING
+
+
+def _use_of(node: ast.AST, tree: ast.AST) -> MaskUse:
+    """What one expression does with the mask, or with the name of the implementation."""
+    children = [child.value if isinstance(child, ast.keyword) else child for child in ast.iter_child_nodes(node)]
+    inside = [child.id for child in children if isinstance(child, ast.Name) and isinstance(child.ctx, ast.Load)]
+    if isinstance(node, ast.Compare) and "_attn_implementation" in ast.unparse(node):
+        optional = any(f"self.{name}" in ast.unparse(tree) for name in OPTIONAL_CODE)
+        return MaskUse.NOTHING if optional else MaskUse.NAMES
+    if "attention_mask" not in inside:
+        return MaskUse.NOTHING
+    if isinstance(node, ast.Compare):
+        plain = all(isinstance(operator, (ast.Is, ast.IsNot)) for operator in node.ops)
+        return MaskUse.LOOKS if plain else MaskUse.CHANGES
+    if isinstance(node, (ast.BoolOp, ast.If)) or (isinstance(node, ast.Call) and ast.unparse(node.func) == "isinstance"):
+        return MaskUse.LOOKS
+    if isinstance(node, ast.Call):
+        name = ast.unparse(node.func)
+        handed_on = name.endswith("attention_interface") or name.removeprefix("self.") in OPTIONAL_CODE.values()
+        return MaskUse.NOTHING if handed_on else MaskUse.CHANGES
+    return MaskUse.CHANGES if isinstance(node, (ast.Attribute, ast.Subscript, ast.BinOp, ast.UnaryOp)) else MaskUse.NOTHING
 
 
 def attention_by_name(source: ModuleType | None, implementation: str) -> Callable | None:

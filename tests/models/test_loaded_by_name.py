@@ -1,0 +1,102 @@
+"""A model that is loaded with `attn_implementation="moba"` and has no saved settings never computes something else in silence."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+from support.families import SPARSE, build, logits, tokens
+from transformers import AutoModelForCausalLM, BloomConfig, BloomForCausalLM, PreTrainedModel
+
+from moba_flex.models import patch, set_attention
+
+
+@pytest.fixture
+def folder(tmp_path) -> str:
+    gc.collect()  # models of other tests
+    build().save_pretrained(tmp_path)
+    return str(tmp_path)
+
+
+def load(folder: str, name: str = "moba") -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(folder, attn_implementation=name)
+
+
+def test_it_takes_the_settings_of_the_patched_model_and_says_so(folder):
+    policy = patch(build(), **SPARSE, full_attention_layers=[-1])
+    reference, ids = load(folder, policy.config._attn_implementation), tokens()
+    with pytest.warns(UserWarning, match=r"patched model of that kind, MobaConfig\(block_size=8, top_k=2"):
+        found = logits(reference, ids)
+    assert torch.equal(found, logits(policy, ids))
+    assert reference.config.moba == policy.config.moba
+
+
+def test_it_keeps_them(folder, recwarn):
+    policy = patch(build(), **SPARSE)
+    reference, ids = load(folder), tokens()
+    before = logits(reference, ids)
+    patch(policy, block_size=4, top_k=3)
+    recwarn.clear()
+    assert torch.equal(logits(reference, ids), before)
+    assert not [w for w in recwarn if "no settings of MoBA" in str(w.message)], "it warns once"
+
+
+def test_patched_models_that_differ_are_an_error(folder):
+    models = patch(build(), **SPARSE), patch(build(), block_size=16, top_k=2)
+    with pytest.raises(ValueError, match=r"different settings: MobaConfig.*Call moba_flex.patch\(model, ...\) on the loaded model"):
+        load(folder)(tokens())
+    del models
+
+
+def test_without_a_patched_model_it_warns_of_the_defaults(folder):
+    model, ids = load(folder), tokens()
+    with pytest.warns(UserWarning, match=r"it takes the defaults, MobaConfig\(block_size=4096, top_k=12"):
+        found = logits(model, ids)
+    assert torch.equal(found, logits(build(), ids)), "prompts of a block read every key"
+
+
+def test_full_attention_of_the_policy_is_that_of_the_reference(folder):
+    policy = set_attention(patch(build(), **SPARSE), "full")
+    reference, ids = load(folder, policy.config._attn_implementation), tokens()
+    assert torch.equal(logits(reference, ids), logits(policy, ids))
+
+
+def test_a_compiled_model_takes_them_too(folder):
+    policy = patch(build(), **SPARSE)
+    model, ids = load(folder).eval(), tokens()
+    compiled = torch.compile(model, backend="eager")
+    torch.testing.assert_close(logits(compiled, ids, use_cache=False), logits(policy, ids, use_cache=False))
+
+
+def test_a_refused_model_loaded_by_name_says_that_it_cannot_use_moba():
+    config = BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=4)
+    with pytest.raises(ValueError, match="the model's code computes with its mask, and cannot use MoBA"):
+        BloomForCausalLM._from_config(config, attn_implementation="moba")(tokens())
+
+
+@pytest.mark.parametrize("trainer", ["DPO", "KTO"])
+def test_trl_trains_against_a_reference_of_the_same_settings(tiny, tmp_path, trainer):
+    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+    from transformers import AutoTokenizer
+
+    prompts = [" ".join(f"w{(7 * i + j) % 50}" for j in range(30)) for i in range(8)]
+    if trainer == "KTO":
+        texts = [{"prompt": x, "completion": f" w{i} w1 w2 w3", "label": i % 2 == 0} for i, x in enumerate(prompts)]
+    else:
+        texts = [{"prompt": x, "chosen": f" w{i} w1 w2 w3", "rejected": f" w{i + 1} w4 w5"} for i, x in enumerate(prompts)]
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    tokenizer.eos_token = tokenizer.pad_token = tokenizer.convert_ids_to_tokens(0)
+    model = patch(AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32), **SPARSE)
+    args = {"max_steps": 1, "logging_steps": 1, "per_device_train_batch_size": 4, "use_cpu": True, "bf16": False, "disable_tqdm": True}
+    args |= {"report_to": "none", "save_strategy": "no", "output_dir": str(tmp_path)}
+    run = getattr(trl, f"{trainer}Trainer")(
+        model,
+        args=getattr(trl, f"{trainer}Config")(**args),
+        train_dataset=datasets.Dataset.from_list(texts),
+        processing_class=tokenizer,
+    )
+    run.train()
+    assert run.ref_model.config.moba == model.config.moba
+    expected = 0.6931 if trainer == "DPO" else 0.5
+    assert run.state.log_history[0]["loss"] == pytest.approx(expected, abs=1e-3), "policy and reference are one model before the first step"
