@@ -270,6 +270,6 @@ def resolve_implementation(implementation: str, query: Tensor) -> str:
         raise ValueError(
             f'implementation="{implementation}" needs CUDA tensors, but query is on {query.device}: use "eager" or "auto" there'
         )
-    if implementation == "flex" and query.dtype == torch.float64:
-        raise ValueError('implementation="flex" computes in float32 at most: use "eager" for float64')
+    if implementation in ("flex", "triton") and query.dtype == torch.float64:
+        raise ValueError(f'implementation="{implementation}" computes in float32 at most: use "eager" for float64')
     return implementation

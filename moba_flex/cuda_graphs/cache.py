@@ -10,7 +10,7 @@ What makes that safe:
 - Before a capture the function runs on the graph's own inputs. So whatever is compiled, loaded or kept for later calls is there by then,
   and the call has its result whether or not the capture succeeds.
 - After a capture its memory pool must hold the outputs and nothing more: a tensor kept from within a capture would have no contents.
-- GraphCache are used under one lock, and a graph only on the stream that it was made for. Work on a stream is done in order, so that memory
+- Graphs are used under one lock, and a graph only on the stream that it was made for. Work on a stream is done in order, so that memory
   may be used again as soon as the host has launched what needed it: by the next graph in the pool, or by anyone once a graph is dropped.
 """
 

@@ -18,6 +18,18 @@ from moba_flex.core import upstream
 PACKAGE = Path(moba_flex.__file__).parent
 
 
+def assert_in_graph() -> None:
+    def checked(x):
+        upstream.assert_in_graph((x > 0).all(), "x must be positive")
+        return x + 1
+
+    compiled = torch.compile(checked, backend="aot_eager", fullgraph=True)
+    for function in (checked, compiled):
+        assert function(torch.ones(3)).tolist() == [2, 2, 2], "a check that holds changes the result"
+        with pytest.raises(RuntimeError, match="x must be positive"):
+            function(torch.zeros(3))
+
+
 def functorch_transform() -> None:
     said = []
 
@@ -157,6 +169,7 @@ def release_broken_pool() -> None:
 
 CANARIES: dict[str, Callable[[], None]] = {
     "FakeTensor": fake_tensor,
+    "assert_in_graph": assert_in_graph,
     "copy_all": copy_all,
     "flex_attention_backward": flex_attention_backward,
     "functorch_transform": functorch_transform,
