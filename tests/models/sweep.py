@@ -22,7 +22,7 @@ import torch
 import transformers
 from support.small_models import MAPPINGS, TOKENS, NotBuilt, classes, inputs_of, small_model, tokens
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from moba_flex import full_attention, patch, set_attention, unpatch
 from moba_flex.models.patch import find_layers
@@ -235,11 +235,11 @@ def in_steps(model: PreTrainedModel, ids: Tensor, lengths: tuple[int, ...]) -> T
     return torch.cat(said, 1)
 
 
-def sweep(kind: str, model_class: type[PreTrainedModel], config_class: type) -> Report:
+def sweep(kind: str, model_class: type[PreTrainedModel], config_class: type[PreTrainedConfig], attention: str | None = None) -> Report:
     """Every promise for one class."""
     report = Report(kind, model_class.__name__, "accepted")
     try:
-        model = small_model(model_class, config_class)
+        model = small_model(model_class, config_class, attention)
     except NotBuilt as error:
         report.state, report.reason = "not built", str(error)
         return report
@@ -275,22 +275,23 @@ def table(reports: list[Report]) -> str:
     return "\n".join(lines)
 
 
-def run(only: list[str]) -> Iterator[Report]:
+def run(only: list[str], attention: str | None) -> Iterator[Report]:
     for kind, model_class, config_class in classes():
         if not only or model_class.__name__ in only:
-            yield sweep(kind, model_class, config_class)
+            yield sweep(kind, model_class, config_class, attention)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("only", nargs="*", help="names of classes; all by default")
+    parser.add_argument("--attention", help='what models use before they are patched, "eager" say; by default transformers\' choice')
     parser.add_argument("--write", type=Path, help="write the list of classes into this page")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
     transformers.utils.logging.set_verbosity(transformers.utils.logging.CRITICAL)
     torch.set_num_threads(1)
     reports = []
-    for report in run(arguments.only):
+    for report in run(arguments.only, arguments.attention):
         reports.append(report)
         print(f"{report.state:9} {report.name}", *([report.reason] if report.state != "accepted" else []), flush=True)
         for promise, error in report.broken.items():

@@ -194,8 +194,11 @@ def _layer_types(types: list[str], n_layers: int) -> list[str]:
     return (([kind for kind in kinds if kind not in full] + full) * n_layers)[-n_layers:]
 
 
-def small_model(model_class: type[PreTrainedModel], config_class: type[PreTrainedConfig]) -> PreTrainedModel:
-    """A model in evaluation mode, of which it is known that it reads 40 tokens. Raises NotBuilt, with the first reason."""
+def small_model(model_class: type[PreTrainedModel], config_class: type[PreTrainedConfig], attention: str | None = None) -> PreTrainedModel:
+    """A model in evaluation mode, of which it is known that it reads 40 tokens. Raises NotBuilt, with the first reason.
+
+    `attention` is the name of its implementation; None: transformers' choice.
+    """
     reason = None
     for variant in VARIANTS:
         try:
@@ -205,7 +208,7 @@ def small_model(model_class: type[PreTrainedModel], config_class: type[PreTraine
             if size > MOST_WEIGHTS:
                 raise NotBuilt(f"it has {size:,} weights")
             torch.manual_seed(0)
-            model = model_class._from_config(config).eval()
+            model = model_class._from_config(config, attn_implementation=attention).eval()
             with torch.no_grad():
                 logits = model(**inputs_of(model, tokens())).logits
             if logits.shape[1] != TOKENS or not logits.isfinite().all():
