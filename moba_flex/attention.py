@@ -19,7 +19,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .backends import Backend, backend_of, dense_mask, paths
+from .backends import backend_of
+from .backends.protocol import Backend
 from .core.chunking import Chunk, chunks, launches
 from .core.dtypes import wide
 from .core.layout import BlockLayout
@@ -33,11 +34,6 @@ from .ops.rows import write
 def forward(query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, settings: AttentionSettings) -> tuple[Tensor, Tensor, Tensor]:
     """Output `[B, H, Nq, Dv]`, log-sum-exp `[B, H, Nq]` and the chosen blocks `[B, H, Q * P, S]`."""
     backend = backend_of(settings)
-    if paths.dense_mask_obstacle(query, key, value, settings, layout.dense) is None:
-        query, key, value = (keep_strides(x) for x in (query, key, value))
-        chosen = gate(layout.query_slots(query), layout.key_slots(key), layout, settings, backend)
-        return *dense_mask.forward(query, key, value, chosen, layout, settings), chosen
-
     q = query_slots(query, layout, backend)
     k, v = layout.key_slots(key).contiguous(), layout.key_slots(value).contiguous()
     plan = planned_chunks(q, k, v, layout, settings, backend)
@@ -70,10 +66,6 @@ def backward(
     backend = backend_of(settings)
     grad = keep_strides(grad) if backend.READS_STRIDES else grad.contiguous()
     delta = backend.delta(out, grad, grad_lse)
-    if paths.dense_mask_obstacle(query, key, value, settings, layout.dense) is None:
-        query, key, value, grad = (x.contiguous() for x in (query, key, value, grad))
-        return dense_mask.backward(query, key, value, grad, lse, delta, chosen, layout, settings)
-
     q, grad = (query_slots(x, layout, backend) for x in (query, grad))
     k, v, lse, delta = (x.contiguous() for x in (layout.key_slots(key), layout.key_slots(value), *map(layout.query_slots, (lse, delta))))
     grad_q, grad_k, grad_v = (x.new_empty(x.shape) for x in (q, k, v))

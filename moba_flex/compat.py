@@ -12,6 +12,8 @@ T tokens of all sequences one after another, H query heads, G key heads, D width
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -32,7 +34,7 @@ def moba_attn_varlen(
         v: `[T, G, Dv]`.
         cu_seqlens: `[n + 1]` int32, rising from 0 to T.
         max_seqlen: the longest sequence's length. It is not needed, and not looked at.
-        moba_chunk_size: tokens a block.
+        moba_chunk_size: tokens per block.
         moba_topk: how many blocks a query reads, its own one included. With 1, a query reads every key up to itself, not its own block
             alone: the original leaves MoBA out when there is nothing to choose. `moba_attn_varlen_naive` does not.
 
@@ -42,13 +44,15 @@ def moba_attn_varlen(
     Raises:
         ValueError, TypeError: the arguments do not fit; the message says which, what it was and what it must be.
 
+    >>> import torch
+    >>> from moba_flex.compat import moba_attn_varlen
     >>> x, bounds = torch.randn(50, 2, 16), torch.tensor([0, 20, 50], dtype=torch.int32)
     >>> moba_attn_varlen(x, x, x, bounds, 30, moba_chunk_size=8, moba_topk=2).shape
     torch.Size([50, 2, 16])
     """
     _check_blocks(moba_chunk_size, moba_topk)
     if moba_topk > 1:
-        return moba_attention_varlen(q, k, v, cu_seqlens, block_size=moba_chunk_size, top_k=moba_topk)
+        return _out(moba_attention_varlen(q, k, v, cu_seqlens, block_size=moba_chunk_size, top_k=moba_topk))
     validation.check_packed(q, k, v, cu_seqlens)
     return _dense_varlen(q, k, v, cu_seqlens)
 
@@ -60,12 +64,14 @@ def moba_attn_varlen_naive(
 
     The same as `moba_attn_varlen`, but that `moba_topk=1` is the own block alone. Its memory grows with the square of a sequence's length.
 
+    >>> import torch
+    >>> from moba_flex.compat import moba_attn_varlen_naive
     >>> x, bounds = torch.randn(50, 2, 16), torch.tensor([0, 20, 50], dtype=torch.int32)
     >>> moba_attn_varlen_naive(x, x, x, bounds, 30, moba_chunk_size=8, moba_topk=2).shape
     torch.Size([50, 2, 16])
     """
     _check_blocks(moba_chunk_size, moba_topk)
-    return moba_attention_varlen(q, k, v, cu_seqlens, block_size=moba_chunk_size, top_k=moba_topk, implementation="naive")
+    return _out(moba_attention_varlen(q, k, v, cu_seqlens, block_size=moba_chunk_size, top_k=moba_topk, implementation="naive"))
 
 
 def flash_moba_varlen_func(
@@ -89,7 +95,7 @@ def flash_moba_varlen_func(
         cu_seqlens_q: `[n + 1]` int32, rising from 0 to T.
         cu_seqlens_k: `[n + 1]` int32, rising from 0 to Tk. Where it differs from `cu_seqlens_q`, sequences are worked through one by one.
         max_seqlen_q, max_seqlen_k: the longest sequences' lengths. They are not needed, and not looked at.
-        moba_chunk_size: tokens a block, counted from the sequence's first key.
+        moba_chunk_size: tokens per block, counted from the sequence's first key.
         moba_topk: how many blocks a query reads, its own one included if `causal`. With 1 that is the own block alone.
         causal: a sequence's last query lies at its last key, and each sees the keys up to its own place; one that has no key there gets
             0. With False, each reads the best of all blocks, the last, partial one among them, and every key in those.
@@ -100,13 +106,16 @@ def flash_moba_varlen_func(
     Raises:
         ValueError, TypeError: the arguments do not fit; the message says which, what it was and what it must be.
 
+    >>> import torch
+    >>> from moba_flex.compat import flash_moba_varlen_func
     >>> q, k = torch.randn(4, 2, 16), torch.randn(50, 2, 16)
     >>> bounds_q, bounds_k = torch.tensor([0, 1, 4], dtype=torch.int32), torch.tensor([0, 20, 50], dtype=torch.int32)
     >>> flash_moba_varlen_func(q, k, k, bounds_q, bounds_k, 3, 30, moba_chunk_size=8, moba_topk=2).shape
     torch.Size([4, 2, 16])
     """
     _check_blocks(moba_chunk_size, moba_topk)
-    blocks = {"block_size": moba_chunk_size, "top_k": moba_topk, "causal": bool(causal)}
+    validation.check_flag("causal", causal)
+    blocks: dict[str, Any] = {"block_size": moba_chunk_size, "top_k": moba_topk, "causal": causal}
     validation.check_packed_operands(q, k, v)
     validation.check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, q, q.shape[0])
     validation.check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, k, k.shape[0])
@@ -114,9 +123,15 @@ def flash_moba_varlen_func(
         count = f"{len(cu_seqlens_q) - 1} and {len(cu_seqlens_k) - 1}"
         raise ValueError(f"cu_seqlens_q and cu_seqlens_k must be of equally many sequences, but are of {count}")
     if cu_seqlens_q is cu_seqlens_k or torch.equal(cu_seqlens_q, cu_seqlens_k):
-        return moba_attention_varlen(q, k, v, cu_seqlens_q, **blocks)
+        return _out(moba_attention_varlen(q, k, v, cu_seqlens_q, **blocks))
     parts = [_one_sequence(*qkv, **blocks) for qkv in _sequences(q, cu_seqlens_q, k, v, cu_seqlens_k)]
     return torch.cat(parts)
+
+
+def _out(result: Tensor | tuple[Tensor, Tensor]) -> Tensor:
+    """The output alone, which is all there is without `return_lse`."""
+    assert isinstance(result, Tensor)
+    return result
 
 
 def _check_blocks(moba_chunk_size: int, moba_topk: int) -> None:
@@ -124,20 +139,20 @@ def _check_blocks(moba_chunk_size: int, moba_topk: int) -> None:
     validation.check_count("moba_topk", moba_topk, 1)
 
 
-def _sequences(q: Tensor, cu_seqlens_q: Tensor, k: Tensor, v: Tensor, cu_seqlens_k: Tensor) -> zip:
+def _sequences(q: Tensor, cu_seqlens_q: Tensor, k: Tensor, v: Tensor, cu_seqlens_k: Tensor) -> zip[tuple[Tensor, Tensor, Tensor]]:
     """`q`, `k` and `v` of each sequence."""
     q_sizes, k_sizes = cu_seqlens_q.diff().tolist(), cu_seqlens_k.diff().tolist()
     return zip(q.split(q_sizes), k.split(k_sizes), v.split(k_sizes))
 
 
-def _one_sequence(q: Tensor, k: Tensor, v: Tensor, **blocks) -> Tensor:
+def _one_sequence(q: Tensor, k: Tensor, v: Tensor, **blocks: Any) -> Tensor:
     """`[Nq, H, D]`, `[Nk, G, D]`, `[Nk, G, Dv]` -> `[Nq, H, Dv]`. `moba_attention` takes no more queries than keys at a time."""
     n_query, n_key = q.shape[0], k.shape[0]
     blind = max(0, n_query - n_key) if blocks["causal"] or n_key == 0 else 0  # queries before the first key
     out = [q.new_zeros(blind, q.shape[1], v.shape[2])]
     for part in q[blind:].split(max(1, n_key)):
         part, key, value = (x.transpose(0, 1)[None] for x in (part, k, v))
-        out.append(moba_attention(part, key, value, **blocks)[0].transpose(0, 1))
+        out.append(_out(moba_attention(part, key, value, **blocks))[0].transpose(0, 1))
     return torch.cat(out)
 
 

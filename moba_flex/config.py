@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from .core import validation
+from .core.messages import shown
 
 DECODING = ("full", "sparse")
 KERNEL_SIZES = (0, 3, 5)
@@ -77,11 +78,11 @@ class MobaConfig(dict):
         Raises ValueError for a name that is no setting, and for values as the class itself does.
         """
         if not isinstance(settings, Mapping):
-            raise ValueError(f"settings of MoBA must be a dict of them by name, as in config.json, but are {settings!r}")
+            raise ValueError(f"settings of MoBA must be a dict of them by name, as in config.json, but are {shown(settings)}")
         names = [field.name for field in fields(cls)]
         for name in settings:
             if name not in names:
-                raise ValueError(f"{name!r} is no setting of MoBA: there are {', '.join(names)}")
+                raise ValueError(f"{shown(name)} is no setting of MoBA: there are {', '.join(names)}")
         return cls(**settings)
 
     @classmethod
@@ -116,9 +117,10 @@ torch.serialization.add_safe_globals([_from_dict])
 
 def layer_indices(name: str, layers: object) -> tuple[int, ...]:
     """`layers` as a tuple of ints; ValueError if the argument `name` is anything but several of them."""
-    listed = tuple(layers) if isinstance(layers, Iterable) and not isinstance(layers, (str, Mapping)) else None
+    several = isinstance(layers, Iterable) and not isinstance(layers, (str, bytes, Mapping)) and getattr(layers, "ndim", 1)
+    listed = tuple(layers) if several else None
     if listed is None or any(isinstance(layer, bool) or not isinstance(layer, int) for layer in listed):
-        raise ValueError(f"{name} must be a list or tuple of ints, but is {layers!r}")
+        raise ValueError(f"{name} must be a list or tuple of ints, but is {shown(layers)}")
     return listed
 
 
@@ -136,7 +138,7 @@ class _Unset:
 
 def _check_choice(name: str, value: object, choices: tuple) -> None:
     if type(value) not in (int, str) or value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, but is {value!r}")
+        raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, but is {shown(value)}")
 
 
 DEFAULT = MobaConfig()

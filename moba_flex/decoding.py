@@ -8,6 +8,7 @@ B rows, H query heads, G key heads, N tokens the cache has room for, n new token
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,7 +65,7 @@ def decode_operator(
 
 
 @decode_operator.register_fake
-def _(query, key, value, means, *_):
+def _(query: Tensor, key: Tensor, value: Tensor, means: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return query.new_empty(*query.shape[:3], value.shape[-1]), query.new_empty(query.shape[:3], dtype=wide(query.dtype))
 
 
@@ -75,7 +76,7 @@ def _launched_by_rows(
     some = launches(query.shape[0], query.shape[1] * query.shape[2])
     if len(some) == 1:
         return kernels.decode(query, key, value, means, length, start, settings)
-    tensors = ([x[rows] for x in (query, key, value, means)] for rows in some)
+    tensors = ((query[rows], key[rows], value[rows], means[rows]) for rows in some)
     starts = (None if start is None else start[rows] for rows in some)
     out, lse = zip(*(kernels.decode(*of_rows, length, first, settings) for of_rows, first in zip(tensors, starts)))
     return torch.cat(out), torch.cat(lse)

@@ -51,10 +51,10 @@ def attend(
         out, lse = _nothing(query, key, value)
     elif path is Path.REFERENCE:
         with without_autocast(query):
-            out, lse = reference_attention(query, key, value, settings, padding_mask=padding_mask, cu_seqlens=cu_seqlens)
+            out, lse = reference_attention(query, key, value, settings, padding_mask=padding_mask, cu_seqlens=cu_seqlens, sinks=sinks)
     else:
         out, lse = _operator(query, key, value, settings, padding_mask, cu_seqlens, longest)
-    if sinks is not None:
+    if sinks is not None and path is not Path.REFERENCE:  # where they are one more key
         out, lse = _with_sinks(out, lse, sinks)
     return out, lse if return_lse else None
 

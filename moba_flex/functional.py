@@ -20,6 +20,7 @@ def set_working_memory(n_bytes: int = DEFAULT_WORKING_MEMORY) -> int:
 
     Raises ValueError if `n_bytes` is no int of at least 1.
 
+    >>> from moba_flex import set_working_memory
     >>> before = set_working_memory(1 << 30)
     >>> set_working_memory(before)
     1073741824
@@ -91,7 +92,7 @@ def moba_attention(
         query: `[B, H, Nq, D]`, float32, bfloat16 or float16; the last `Nq` of the `Nk` positions.
         key: `[B, G, Nk, D]`; H a multiple of G, `Nq <= Nk`.
         value: `[B, G, Nk, Dv]`.
-        block_size: tokens a block, at least 1.
+        block_size: tokens per block, at least 1.
         top_k: how many blocks a query reads, its own one included. The others are the `top_k - 1` wholly past blocks whose mean key has
             the highest inner product with the query (in float32; among equals the earlier one); all of them when there are fewer.
         sink_blocks: how many blocks at the start of the sequence are always among the `top_k`.
@@ -101,9 +102,10 @@ def moba_attention(
         causal: with False, a query reads the `top_k` best of all blocks, none of them forced, and every key in them.
         scale: factor on the scores, `D ** -0.5` by default. The gate's order does not depend on it.
         padding_mask: `[B, Nk]` bool, True for real tokens; padding on the left or the right of a row. Blocks are counted from the
-            first real token. Outputs at padded queries are 0.
+            first real token. Outputs at padded queries are 0, and nothing that stands at padding has any effect. A hole between real
+            tokens is an error; in a graph of torch.compile or torch.export it is a RuntimeError when the graph runs.
         softcap: scores become `softcap * tanh(score / softcap)`. The gate is not capped.
-        sinks: `[H]`, one extra logit a head in the softmax's denominator.
+        sinks: `[H]`, one extra logit per head in the softmax's denominator.
         return_lse: also return the log-sum-exp.
         implementation: "flex" (compiled FlexAttention, CUDA), "triton" (CUDA, a forward pass of one kernel for blocks of up to 256 tokens
             in half precision), "eager" (plain PyTorch, any device), "naive" (dense mask, the specification), "auto" (flex on CUDA, else
@@ -116,6 +118,8 @@ def moba_attention(
     Raises:
         ValueError, TypeError: the arguments do not fit; the message says which, what it was and what it must be.
 
+    >>> import torch
+    >>> from moba_flex import moba_attention
     >>> query, key, value = torch.randn(1, 4, 100, 16), torch.randn(1, 2, 100, 16), torch.randn(1, 2, 100, 16)
     >>> moba_attention(query, key, value, block_size=16, top_k=3).shape
     torch.Size([1, 4, 100, 16])
@@ -166,13 +170,16 @@ def moba_attention_varlen(
         key: `[T, G, D]`.
         value: `[T, G, Dv]`.
         cu_seqlens: `[n + 1]` int32, rising from 0 to T: sequence i is the tokens `cu_seqlens[i]` to `cu_seqlens[i + 1] - 1`. Empty
-            sequences are allowed.
+            sequences are allowed. In a graph of torch.compile or torch.export wrong ones are a RuntimeError when the graph runs; on a
+            GPU that is an assertion of the device, which ends the process. While a CUDA graph is captured by hand they are not checked.
 
     The other arguments, what is raised and the dtypes are those of `moba_attention`.
 
     Returns:
         `[T, H, Dv]`, and with `return_lse` also float32 `[T, H]`.
 
+    >>> import torch
+    >>> from moba_flex import moba_attention_varlen
     >>> x, bounds = torch.randn(50, 2, 16), torch.tensor([0, 20, 20, 50], dtype=torch.int32)
     >>> moba_attention_varlen(x, x, x, bounds, block_size=8, top_k=2).shape
     torch.Size([50, 2, 16])

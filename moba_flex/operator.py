@@ -5,7 +5,8 @@ To autograd and torch.compile a call is one node, so that the steps in `attentio
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,13 +15,15 @@ from .attention import backward, forward
 from .backends import backend_of, paths
 from .core.autocast import without_autocast
 from .core.dtypes import wide
-from .core.layout import BlockLayout, block_sizes, layout_of, n_query_blocks
+from .core.layout import BlockLayout
+from .core.layout_builders import block_sizes, layout_of, n_query_blocks
 from .core.settings import AttentionSettings
 from .core.strides import empty_with_strides_of
 from .cuda_graphs import cache
+from .cuda_graphs.capture import Function
 
 
-def _run(function: Callable, tensors: tuple[Tensor | None, ...], layout: BlockLayout, settings: AttentionSettings) -> tuple[Tensor, ...]:
+def _run(function: Function, tensors: tuple[Tensor | None, ...], layout: BlockLayout, settings: AttentionSettings) -> tuple[Tensor, ...]:
     """`function(*tensors, layout, settings)`, replayed from a CUDA graph where that is faster."""
     if paths.capture_obstacle(tensors, settings, layout.dense) is None:
         return cache.run(function, tensors, layout, settings)
@@ -47,11 +50,14 @@ def attention(
     layout = layout_of(query, key, padding_mask, cu_seqlens, settings.block_size, backend_of(settings).slots_per_block)
     # The gate compares float32 scores. Triton launches on the current GPU, which need not be the one that holds this layer.
     with without_autocast(query), torch.cuda.device_of(query):
-        return _run(forward, (query, key, value), layout, settings)
+        out, lse, chosen = _run(forward, (query, key, value), layout, settings)
+        return out, lse, chosen
 
 
 @attention.register_fake
-def _(query, key, value, padding_mask, cu_seqlens, *arguments):
+def _(
+    query: Tensor, key: Tensor, value: Tensor, padding_mask: Tensor | None, cu_seqlens: Tensor | None, *arguments: Any
+) -> tuple[Tensor, Tensor, Tensor]:
     settings = AttentionSettings.from_arguments(*arguments)
     block_size, width = block_sizes(settings.block_size, key.shape[2], backend_of(settings).slots_per_block)
     sequences = None if cu_seqlens is None else cu_seqlens.shape[0] - 1
@@ -88,21 +94,22 @@ def attention_backward(
     grad, query, key, value, out, lse = (x.detach() for x in (grad, query, key, value, out, lse))
     layout = layout_of(query, key, padding_mask, cu_seqlens, settings.block_size, backend_of(settings).slots_per_block)
     with without_autocast(query), torch.cuda.device_of(query):
-        return _run(backward, (grad, grad_lse, query, key, value, out, lse, chosen), layout, settings)
+        dq, dk, dv = _run(backward, (grad, grad_lse, query, key, value, out, lse, chosen), layout, settings)
+        return dq, dk, dv
 
 
 @attention_backward.register_fake
-def _(grad, grad_lse, query, key, value, *_):
-    return tuple(x.new_empty(x.shape) for x in (query, key, value))
+def _(grad: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     query, key, value, padding_mask, cu_seqlens, *ctx.settings = inputs
     ctx.save_for_backward(query, key, value, *output, padding_mask, cu_seqlens)
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, grad, grad_lse, _):
+def _backward(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None, _: object) -> tuple[Tensor | None, ...]:
     query, key, value, out, lse, chosen, padding_mask, cu_seqlens = ctx.saved_tensors
     if grad is None:
         grad = torch.zeros_like(out)

@@ -12,7 +12,9 @@ import math
 import torch
 from torch import Tensor
 
+from .core.hidden import all_finite, finite, visible_product
 from .core.settings import AttentionSettings
+from .ops.gate import first_of_equals, means_of
 
 
 def block_of_key(key: Tensor, padding_mask: Tensor | None, block_size: int) -> Tensor:
@@ -22,14 +24,24 @@ def block_of_key(key: Tensor, padding_mask: Tensor | None, block_size: int) -> T
     return torch.where(real, position // block_size, -1)
 
 
-def gate_scores(query: Tensor, key: Tensor, of_key: Tensor, n_blocks: int) -> Tensor:
-    """`[B, H, Nq, C]`: the inner product of each query with the mean key of each block, in float32 (equation 6)."""
-    wide = torch.promote_types(query.dtype, torch.float32)
-    of_key = torch.where(of_key < 0, n_blocks, of_key)[:, None, :, None].expand_as(key)  # padding to a block that is cut off
-    zeros = key.new_zeros(*key.shape[:2], n_blocks + 1, key.shape[3], dtype=wide)
-    total, count = zeros.scatter_add(2, of_key, key.to(wide)), zeros.scatter_add(2, of_key, torch.ones_like(key, dtype=wide))
-    mean = (total / count.clamp(min=1))[:, :, :n_blocks].repeat_interleave(query.shape[1] // key.shape[1], 1)
-    return query.to(wide) @ mean.mT
+def gate_scores(query: Tensor, key: Tensor, of_key: Tensor, block_size: int) -> Tensor:
+    """`[B, H, Nq, C]`: the inner product of each query with the mean key of each block, in float32 (equation 6).
+
+    Blocks with the same mean have the same score, however products are rounded.
+    """
+    repeats, n_key = query.shape[1] // key.shape[1], key.shape[2]
+    mean = _block_means(key, of_key, -(-n_key // block_size), min(block_size, n_key))
+    score = query.to(mean.dtype) @ mean.repeat_interleave(repeats, 1).mT
+    return score.gather(-1, first_of_equals(mean).repeat_interleave(repeats, 1)[:, :, None].expand_as(score))
+
+
+def _block_means(key: Tensor, of_key: Tensor, n_blocks: int, block_size: int) -> Tensor:
+    """`[B, G, C, D]`, in float32 at least."""
+    place = torch.arange(n_blocks * block_size, device=key.device) + (of_key >= 0).int().argmax(1, keepdim=True)  # [B, C * P]
+    real = (place < key.shape[2]) & (of_key.gather(1, place.clamp(max=key.shape[2] - 1)) >= 0)
+    index = torch.where(real, place, 0)[:, None, :, None].expand(-1, key.shape[1], -1, key.shape[3])
+    blocks = key.gather(2, index).masked_fill(~real[:, None, :, None], 0).unflatten(2, (n_blocks, block_size))
+    return means_of(blocks, real.unflatten(1, (n_blocks, block_size)).sum(2).clamp(min=1)[:, None, :, None])
 
 
 def best(score: Tensor, candidate: Tensor, count: int) -> Tensor:
@@ -47,7 +59,7 @@ def reference_selection(
     n_blocks = -(-n_key // settings.block_size)
     of_key = block_of_key(key, padding_mask, settings.block_size)
     block = torch.arange(n_blocks, device=key.device)
-    score = gate_scores(query, key, of_key, n_blocks)
+    score = gate_scores(query, key, of_key, settings.block_size)
     if settings.share_selection:  # the heads of a group choose together, by the sum of their scores
         repeats = query.shape[1] // key.shape[1]
         score = score.unflatten(1, (-1, repeats)).sum(2).repeat_interleave(repeats, 1)
@@ -71,6 +83,7 @@ def reference_attention(
     *,
     padding_mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention over the chosen blocks alone (equations 2 and 3). Returns the output and its log-sum-exp.
 
@@ -80,7 +93,7 @@ def reference_attention(
     if cu_seqlens is not None:
         sizes = cu_seqlens.diff().tolist()
         sequences = zip(*(x.split(sizes, dim=2) for x in (query, key, value)))
-        parts = [reference_attention(q, k, v, settings) for q, k, v in sequences if q.shape[2]]
+        parts = [reference_attention(q, k, v, settings, sinks=sinks) for q, k, v in sequences if q.shape[2]]
         return torch.cat([out for out, _ in parts], 2), torch.cat([lse for _, lse in parts], 2)
 
     selected, of_key = reference_selection(query.detach(), key.detach(), settings, padding_mask=padding_mask)
@@ -92,14 +105,33 @@ def reference_attention(
         visible = visible.tril(n_key - n_query)
     if padding_mask is not None:
         key, value = (x.masked_fill(~real[:, None, :, None], 0) for x in (key, value))
+        query = query.masked_fill(~real[:, None, n_key - n_query :, None], 0)
 
     wide, repeats = torch.promote_types(query.dtype, torch.float32), query.shape[1] // key.shape[1]
     q, k, v = query.to(wide), key.to(wide).repeat_interleave(repeats, 1), value.to(wide).repeat_interleave(repeats, 1)
-    score = q @ k.mT * settings.scale
+    score = _inner_products(q, k) * settings.scale
     if settings.softcap is not None:
         score = settings.softcap * torch.tanh(score / settings.softcap)
-    score = score.masked_fill(~visible, -math.inf)
-    some = visible.any(-1)
-    lse = score.masked_fill(~some[..., None], 0).logsumexp(-1)  # finite where nothing is read, so that gradients are 0
-    weight = torch.exp(score - lse[..., None])
-    return torch.where(some[..., None], weight @ v, 0).to(query.dtype), torch.where(some, lse, -math.inf)
+    some = visible.any(-1, keepdim=True)
+    score = score.masked_fill(~visible, -math.inf).masked_fill(~some, 0)  # finite where nothing is read, so that gradients are 0
+    if sinks is not None:  # one more key for each head, with a value of 0
+        score = torch.cat([score, sinks.to(wide)[:, None, None].expand(*score.shape[:3], 1)], -1)
+    weight = score.softmax(-1)[..., :n_key].masked_fill(~visible, 0)  # which a row of NaN is not there
+    out = weight @ v if all_finite(v) else visible_product(weight, visible, v)
+    lse = torch.where(some[..., 0], _log_sum_exp(score), -math.inf)
+    return torch.where(some, out, 0).to(query.dtype), lse
+
+
+def _inner_products(query: Tensor, key: Tensor) -> Tensor:
+    """`query @ key.mT`, whose gradients keep NaN and infinity from the rows that do not see them: 0 times NaN is NaN."""
+    if all_finite(query, key):
+        return query @ key.mT
+    product = query.detach() @ key.detach().mT
+    return torch.where(product.isfinite(), finite(query) @ finite(key).mT, product)
+
+
+def _log_sum_exp(score: Tensor) -> Tensor:
+    """`score.logsumexp(-1)`, with a gradient that sums to 1 for large scores too: PyTorch's is `exp(score - lse)`, of a rounded `lse`."""
+    most = score.detach().amax(-1, keepdim=True)
+    most = torch.where(most.isfinite(), most, 0)
+    return (score - most).exp().sum(-1).log() + most[..., 0]

@@ -12,7 +12,7 @@ from .attention import gate
 from .backends import backend_of
 from .core import validation
 from .core.autocast import without_autocast
-from .core.layout import layout_of
+from .core.layout_builders import layout_of
 from .functional import checked_settings
 from .reference import block_of_key
 
@@ -29,6 +29,15 @@ class Selection:
         block_of_key: `[B, Nk]` int64, the block of each key, -1 for padding. The queries are the last Nq of these positions.
         n_blocks: how many blocks a row has at most.
         causal: whether queries see only the keys up to their own position.
+
+    >>> import torch
+    >>> from moba_flex import select_blocks
+    >>> query, key = torch.randn(1, 4, 100, 16), torch.randn(1, 2, 100, 16)
+    >>> selection = select_blocks(query, key, block_size=16, top_k=3)
+    >>> selection.to_dense()[0, 0, -1].sum()  # the last query reads three of seven blocks
+    tensor(3)
+    >>> selection.to_block_mask().shape
+    (1, 4, 100, 100)
     """
 
     indices: Tensor
@@ -57,7 +66,7 @@ class Selection:
         n_key = of_key.shape[1]
         ahead = n_key - n_query
 
-        def mask_mod(b, h, q, kv):
+        def mask_mod(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
             block = of_key[b, kv]
             seen = dense[b, h, q, block.clamp(min=0)] & (block >= 0)
             return seen & (kv <= q + ahead) if causal else seen
@@ -94,6 +103,8 @@ def select_blocks(
 
     Arguments, dtypes and errors are those of `moba_attention`. The choice itself has no gradient.
 
+    >>> import torch
+    >>> from moba_flex import select_blocks
     >>> query, key = torch.randn(1, 4, 100, 16), torch.randn(1, 2, 100, 16)
     >>> selection = select_blocks(query, key, block_size=16, top_k=3)
     >>> selection.indices.shape, selection.to_dense().shape
@@ -102,6 +113,7 @@ def select_blocks(
     validation.check_query_key(query=query, key=key)
     validation.check_not_mapped("select_blocks", query=query, key=key)
     validation.check_padding_mask(padding_mask, query, key)
+    validation.check_values("select_blocks", query=query, key=key)
     settings = checked_settings(
         query,
         query.shape[1],

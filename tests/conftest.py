@@ -8,9 +8,13 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-# Beside other busy programs PyTorch's threads lose minutes waiting for each other in a busy loop, see examples/llama.py. Only
+# Beside other busy programs PyTorch's threads lose minutes waiting for each other in a busy loop, see examples/shared/startup.py. Only
 # possible before PyTorch is imported.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+# Tests run side by side, a process for each core. Threads in each of them, and in what they start, would only take turns.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    for library in ("OMP", "MKL", "OPENBLAS"):
+        os.environ.setdefault(f"{library}_NUM_THREADS", "1")
 
 import pytest
 import torch
@@ -21,14 +25,24 @@ from tokenizers.models import BPE, WordLevel
 from tokenizers.pre_tokenizers import ByteLevel, Whitespace
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples/benchmarks"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples/experiments"))
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
-import demo_weights as demo
+from shared import demo_weights as demo
 
 from moba_flex import set_cuda_graphs
 
 settings.register_profile("same cases in every run", derandomize=True, deadline=None)
 settings.load_profile("same cases in every run")
+
+MOST_PROCESSES = 8  # each takes a gigabyte or more, and imports PyTorch and transformers anew
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """How many processes `-n auto`, the default, starts: one for each core that this process may use, up to eight."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, MOST_PROCESSES)
 
 
 @pytest.fixture(autouse=True)

@@ -169,3 +169,44 @@ def test_only_the_chosen_blocks_are_read():
     spoilt = {name: x if name == "query" else x.masked_fill(unread, torch.nan) for name, x in tensors.items()}
     for actual, wanted in zip(decoded(case, spoilt, means, None), expected):
         assert_same(actual, wanted)
+
+
+@pytest.mark.parametrize("width", [1, 3, 8, 64, 128])
+def test_equal_blocks_are_a_tie_that_the_earlier_ones_win(width: int):
+    """Whoever wrote a mean, and however products are rounded: of equal blocks the queries read the first ones."""
+    n_key, block_size, room = 85, 8, 24
+    key = torch.randn(2, 2, 1, block_size, width).expand(-1, -1, 11, -1, -1).flatten(2, 3)[:, :, :n_key].contiguous()
+    key = torch.nn.functional.pad(key, (0, 0, 0, room), value=torch.nan)
+    settings, value = AttentionSettings(block_size, 4), torch.randn(2, 2, n_key + room, 5)
+    means = write_means(means_for(key, (n_key + room) // block_size), key[:, :, :40], None, block_size)
+    for length in range(41, n_key + 1):  # later means are written by decoding
+        query = torch.randn(2, 4, 1, width)
+        decode(query, key, value, means, torch.tensor(length), None, settings)
+        blocks = plain._blocks_to_read(query.unflatten(1, (2, 2)), means, torch.full((2, 1), length - 1), settings)
+        assert torch.equal(blocks[..., 1:].sort(-1).values, torch.arange(3).expand(2, 2, 2, 1, -1)), f"{length} tokens"
+
+
+@pytest.mark.parametrize("size", [4.0, 182.5, 2.0**12, 2.0**30])
+def test_weights_sum_to_1_however_large_the_scores(size: float):
+    """All keys are equal, so that the output is the mean of the values that are read: `exp(score - lse)` would be off with `lse`."""
+    key = torch.full((1, 1, 40, 16), size)
+    value = torch.randn(1, 1, 40, 8)
+    means = write_means(means_for(key, 5), key, None, 8)
+    out, _ = decode(key[:, :, -1:], key, value, means, None, None, AttentionSettings(8, 5, scale=0.25))
+    torch.testing.assert_close(out[0, 0, 0], value[0, 0].mean(0))
+
+
+def test_nan_that_a_token_cannot_see_reaches_nothing():
+    case = Case(2, 4, 2, 4, 30, 8, 6, block_size=7, top_k=2, padding=((3, 0), (0, 0)))
+    tensors = operands(case)
+    means = means_before(case, tensors["key"], 4)
+    expected = decoded(case, tensors, means, None)
+    for name in ("query", "key", "value"):
+        for bad in (torch.nan, torch.inf):
+            spoilt = {other: x.clone() for other, x in tensors.items()}
+            spoilt[name][:, :, -1] = bad
+            if name != "query":
+                spoilt[name][0, :, :3] = bad  # padding
+            before = means_before(case, spoilt["key"], 4)
+            for actual, wanted in zip(decoded(case, spoilt, before, None), expected):
+                assert_same(actual[:, :, :3], wanted[:, :, :3], f"{bad} in {name}")

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from support.cases import Case, assert_same, attend, cases, examples, generator, operands, positions
 from torch.nn.attention.flex_attention import flex_attention
 
-from moba_flex import select_blocks
-from moba_flex.ops.gate import best_blocks
+from moba_flex import moba_attention, select_blocks
+from moba_flex.core.settings import AttentionSettings
+from moba_flex.ops.gate import best_blocks, first_of_equals, means_of, some_are_equal
 from moba_flex.reference import reference_selection
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
@@ -242,3 +243,99 @@ def test_the_block_mask_leaves_out_what_nobody_reads():
     own = (torch.arange(rows) * 1024 // rows // 128)[:, None]
     block = (torch.arange(columns) * 1024 // columns // 128)[None]
     assert torch.equal(dense, (block == own) | (block == 0))
+
+
+# Blocks with the same keys
+
+WIDTHS = [1, 3, 8, 64, 128]
+
+
+def _repeated_blocks(n: int, width: int, block_size: int, kinds: int, groups: int = 2) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`[1, G, n, D]` keys in blocks of a few kinds, the kind of each block `[G, C]`, and the float64 mean of each kind `[G, kinds, D]`."""
+    kind = torch.randint(kinds, (groups, -(-n // block_size)), generator=torch.Generator().manual_seed(n + width))
+    blocks = torch.randn(groups, kinds, block_size, width, generator=torch.Generator().manual_seed(width))
+    keys = torch.stack([of_group[of_block].flatten(0, 1)[:n] for of_group, of_block in zip(blocks, kind)])[None]
+    return keys, kind, blocks.double().mean(2)
+
+
+def _earliest_best(query: torch.Tensor, kind: torch.Tensor, mean: torch.Tensor, block_size: int, top_k: int) -> torch.Tensor:
+    """`[1, H, N, top_k - 1]`: by float64 scores, among equals the earlier block."""
+    n, n_blocks, repeats = query.shape[2], kind.shape[1], query.shape[1] // kind.shape[0]
+    score = torch.einsum("bhnd,hkd->bhnk", query.double(), mean.repeat_interleave(repeats, 0))
+    score = score.gather(-1, kind.repeat_interleave(repeats, 0)[None, :, None].expand(*score.shape[:3], -1))
+    past = torch.arange(n_blocks) < torch.arange(n)[:, None] // block_size
+    order = score.masked_fill(~past, -torch.inf).argsort(dim=-1, descending=True, stable=True)[..., : top_k - 1]
+    order = torch.where(past.expand_as(score).gather(-1, order), order, n_blocks).sort(-1).values
+    return torch.where(order == n_blocks, -1, order).int()
+
+
+def _laid_out(x: torch.Tensor, how: str) -> torch.Tensor:
+    if how == "tokens first":
+        return x.transpose(1, 2).contiguous().transpose(1, 2)
+    if how == "width first":
+        return x.movedim(-1, 0).contiguous().movedim(0, -1)
+    if how == "sliced":
+        return torch.cat([x, x], 3)[..., : x.shape[3]]
+    return x
+
+
+@pytest.mark.parametrize("kinds", [1, 3])
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("how", ["plain", "tokens first", "width first", "sliced"])
+def test_equal_blocks_are_a_tie_however_products_are_rounded(how: str, width: int, kinds: int):
+    """The score of one block is rounded otherwise in another column of a product, or among fewer queries."""
+    block_size, top_k, n = 8, 4, 120
+    key, kind, mean = _repeated_blocks(n, width, block_size, kinds)
+    query = torch.randn(1, 4, n, width, generator=torch.Generator().manual_seed(kinds))
+    expected = _earliest_best(query, kind, mean, block_size, top_k)
+    settings = {"block_size": block_size, "top_k": top_k}
+    q, k = _laid_out(query, how), _laid_out(key, how)
+    assert torch.equal(select_blocks(q, k, **settings).indices, expected)
+    for at in (40, 77, n):  # alone
+        alone = select_blocks(q[:, :, at - 1 : at], k[:, :, :at], **settings).indices
+        assert torch.equal(alone[:, :, 0], expected[:, :, at - 1]), f"query {at - 1} alone"
+    padded = torch.nn.functional.pad(k, (0, 0, 3, 0))
+    real = torch.arange(n + 3)[None] >= 3
+    shifted = select_blocks(torch.nn.functional.pad(q, (0, 0, 3, 0)), padded, **settings, padding_mask=real)
+    assert torch.equal(shifted.indices[:, :, 3:], expected), "behind padding"
+    selected, _ = reference_selection(q, k, AttentionSettings(**settings))
+    assert torch.equal(selected, select_blocks(q, k, **settings).to_dense()), "the specification"
+
+    value = torch.randn(1, 2, n, 4)
+    outputs = [moba_attention(q, k, value, **settings, implementation=name) for name in ("eager", "naive")]
+    visible = selected.repeat_interleave(block_size, -1)[..., :n].tril()
+    outputs.append(torch.nn.functional.scaled_dot_product_attention(q, k, value, attn_mask=visible, enable_gqa=True))
+    torch.testing.assert_close(outputs[0], outputs[2])
+    torch.testing.assert_close(outputs[1], outputs[2])
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_equal_blocks_have_equal_means_on_any_number_of_threads(threads: int):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for width in (1, 5, 37, 64, 100):
+            blocks = torch.randn(1, 1, 1, 33, width).expand(2, 3, 40, -1, -1)
+            mean = means_of(blocks, 33)
+            assert torch.equal(first_of_equals(mean), torch.zeros(2, 3, 40, dtype=torch.int64))
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_the_first_of_equal_means_is_found(dtype: torch.dtype):
+    generator = torch.Generator().manual_seed(0)
+    for width in (1, 2, 3, 65):
+        mean = torch.randint(-1, 2, (2, 3, 30, width), generator=generator).to(dtype)
+        mean *= torch.where(torch.rand(mean.shape, generator=generator) < 0.5, -1.0, 1.0)  # zeros of both signs
+        if width > 2:
+            mean[..., :2] = 0  # what some_are_equal looks at
+            mean[..., 3:] = 0.3
+        first = (mean[:, :, :, None] == mean[:, :, None]).all(-1).int().argmax(-1)
+        assert torch.equal(first_of_equals(mean), first)
+        assert some_are_equal(mean, torch.ones(2, 30, dtype=torch.bool))
+    distinct = torch.randn(2, 3, 30, 5, dtype=dtype)
+    assert not some_are_equal(distinct, torch.ones(2, 30, dtype=torch.bool))
+    distinct[:, :, 20:] = 0
+    assert not some_are_equal(distinct, torch.arange(30).expand(2, -1) < 20), "empty blocks are no matter"
+    assert torch.equal(first_of_equals(torch.full((1, 1, 3, 2), torch.nan, dtype=dtype))[0, 0], torch.arange(3)), "NaN equals nothing"

@@ -17,7 +17,6 @@ _MEANING = {
     paths.Path.EMPTY: "there is nothing to compute",
     paths.Path.REFERENCE: "the specification, a dense mask in plain PyTorch",
     paths.Path.DENSE: "every query reads all keys: PyTorch's fused attention",
-    paths.Path.DENSE_MASK: "few blocks: one dense FlexAttention call under a mask",
     paths.Path.ROUTED: "queries are routed to their blocks",
 }
 
@@ -28,11 +27,18 @@ class Explanation:
 
     Attributes:
         call: the call in words: tokens, block size and `top_k`.
-        path: "empty", "reference", "dense", "dense mask" or "routed".
+        path: "empty", "reference", "dense" or "routed".
         implementation: what `implementation="auto"` became: "flex", "eager" or "naive".
         cuda_graph: whether calls of this shape are replayed from a CUDA graph, from the third one on.
         share_of_keys: the keys that queries read at most, over those of full attention.
         reasons: why it is not another path, and not a CUDA graph.
+
+    >>> import torch
+    >>> from moba_flex import explain
+    >>> query, key = torch.randn(1, 8, 1000, 64), torch.randn(1, 2, 1000, 64)
+    >>> explanation = explain(query, key, block_size=64, top_k=4)
+    >>> explanation.path, explanation.implementation, round(explanation.share_of_keys, 3)
+    ('routed', 'eager', 0.398)
     """
 
     call: str
@@ -87,7 +93,6 @@ def explain(
     >>> print(explain(query, key, block_size=64, top_k=4))
     1,000 tokens, block 64, top-4: routed (eager); queries are routed to their blocks; 39.8% of the keys are read
       no dense attention: only "flex" takes it, the implementation for CUDA
-      no dense mask: only "flex" takes it, without padding or packed sequences
       no CUDA graph: it is not on a GPU
     """
     value = key if value is None else value
@@ -119,23 +124,20 @@ def explain(
     path = paths.path_of(query, key, value, settings, sequences=sequences, sinks=has_sinks, return_lse=return_lse)
     obstacles = {
         "dense attention": paths.dense_obstacle(query, key, value, settings, sequences, has_sinks, return_lse),
-        "dense mask": paths.dense_mask_obstacle(query, key, value, settings, not sequences),
         "CUDA graph": paths.capture_obstacle((query, key, value), settings, not sequences),
     }
     if obstacles["CUDA graph"] is None and not cuda_graphs_enabled():
         obstacles["CUDA graph"] = "set_cuda_graphs(False) is in force"
-    uses_operator = path in (paths.Path.ROUTED, paths.Path.DENSE_MASK)
-    wanted = {paths.Path.ROUTED: 3, paths.Path.DENSE_MASK: 1}.get(path, 0)
-    names = ["dense attention", "dense mask", "CUDA graph"] if wanted == 3 else ["dense attention", "CUDA graph"][: 2 * wanted]
+    routed = path is paths.Path.ROUTED
     n_key = key.shape[2] if longest is None else longest
     what = f"{query.shape[2]:,} tokens" if query.shape[2] == key.shape[2] else f"{query.shape[2]:,} queries on {key.shape[2]:,} tokens"
     return Explanation(
         f"{what}, block {one_block(settings.block_size, n_key)}, top-{settings.top_k}",
         path.value,
         settings.implementation,
-        uses_operator and obstacles["CUDA graph"] is None,
+        routed and obstacles["CUDA graph"] is None,
         share_of_keys(query.shape[2] if longest is None else longest, n_key, block_size, top_k, causal),
-        {name: reason for name in names if (reason := obstacles[name])},
+        {name: reason for name, reason in obstacles.items() if routed and reason},
     )
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..config import layer_indices
+from ..core.messages import shown
 from ..selection import Selection
 
 if TYPE_CHECKING:
@@ -119,7 +120,7 @@ def _check_selection(selection: Selection, row: int, heads: Iterable[int] | None
         raise ValueError("selection has no queries, so that there is nothing to draw")
     heads = tuple(range(n_heads)) if heads is None else layer_indices("heads", heads)
     if isinstance(row, bool) or not isinstance(row, int) or not 0 <= row < n_rows:
-        raise ValueError(f"row must be an int from 0 to {n_rows - 1}, but is {row!r}")
+        raise ValueError(f"row must be an int from 0 to {n_rows - 1}, but is {shown(row)}")
     if not heads or any(not 0 <= head < n_heads for head in heads):
         raise ValueError(f"heads must be some of 0 to {n_heads - 1}, but is {list(heads)}")
     return heads

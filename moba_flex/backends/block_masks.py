@@ -8,15 +8,16 @@ with the strides of one.
 The lists rule on the GPU. `rule`, the `mask_mod` apart from the tensors that it reads (`buffers`), is evaluated on partial tiles
 alone, yet says the whole truth, since uncompiled FlexAttention asks nothing else.
 
-B rows, H query heads, G key heads, Q query blocks, C key blocks, P slots a block, T tiles of queries.
+B rows, H query heads, G key heads, Q query blocks, C key blocks, P slots per block, T tiles of queries.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from functools import cache
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -26,33 +27,34 @@ from ..core.chunking import QUERY_TILE
 from ..core.layout import BlockLayout
 from ..ops.routing import Routes
 
+# Counts and indices of: partial key tiles, full key tiles, partial query tiles, full query tiles. None where no tile is full.
+Lists: TypeAlias = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor, Tensor, Tensor | None, Tensor | None]
+
 
 @dataclass(frozen=True, eq=False)
 class Mask:
     """What a BlockMask is made from. `kernel_key` is all that its kernels are compiled for; equal keys share one `rule`."""
 
-    kernel_key: tuple
+    kernel_key: tuple[Hashable, ...]
     tiles: tuple[int, int]  # BLOCK_SIZE: slots of queries, slots of keys
     rule: Callable[..., Tensor]  # (b, h, q, kv, *buffers) -> whether query q sees key kv
     buffers: tuple[Tensor, ...]
-    # Counts and indices of: partial key tiles, full key tiles, partial query tiles, full query tiles. None where no tile is full.
-    lists: tuple[Tensor | None, ...]
-    divisible: bool = True  # whether tiles divide the lengths
+    lists: Lists
 
 
-def _lists(*pairs: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+def _listed(counts: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
     """Counts `[b, n]` and first indices `[b, n]` as a BlockMask has them."""
-    return tuple(x for n, i in pairs for x in (n[:, None].contiguous(), i[:, None, :, None].contiguous()))
+    return counts[:, None].contiguous(), indices[:, None, :, None].contiguous()
 
 
-def block_mask(tiles: tuple[int, int], mask_mod: Callable, lists: tuple[Tensor | None, ...], n_query: int, n_key: int) -> BlockMask:
+def block_mask(tiles: tuple[int, int], mask_mod: Callable[..., Tensor], lists: Lists, n_query: int, n_key: int) -> BlockMask:
     """The BlockMask of a `Mask` for `n_query` and `n_key` slots or tokens."""
     return BlockMask((n_query, n_key), *lists, BLOCK_SIZE=tiles, mask_mod=mask_mod)
 
 
 @cache
 def _local_rule(width: int) -> Callable[..., Tensor]:
-    def rule(b, h, q, kv, own):
+    def rule(b: Tensor, h: Tensor, q: Tensor, kv: Tensor, own: Tensor) -> Tensor:
         return (own[b, q // width] == kv // width) & (kv % width <= q % width)
 
     return rule
@@ -81,20 +83,21 @@ def _local_mask(layout: BlockLayout, heads: int, groups: int) -> Mask:
 
     counts = torch.ones_like(start), step.expand_as(start), met.expand_as(same), met * (per - 1 - step)
     indices = start + step, start, same, later
-    lists = _lists(*((n.flatten(1), i.flatten(1)) for n, i in zip(counts, indices)))
+    in_part, in_full, back_in_part, back_in_full = (_listed(n.flatten(1), i.flatten(1)) for n, i in zip(counts, indices))
+    lists = *in_part, *in_full, *back_in_part, *back_in_full
     return Mask(("local", layout.width, heads // groups), (tile, tile), _local_rule(layout.width), (own,), lists)
 
 
 @cache
 def _routed_rule(tile: int, width: int) -> Callable[..., Tensor]:
-    def rule(b, h, q, kv, block, n_keys):
+    def rule(b: Tensor, h: Tensor, q: Tensor, kv: Tensor, block: Tensor, n_keys: Tensor) -> Tensor:
         return (block[q // tile] == kv // width) & (kv % width < n_keys[kv // width])
 
     return rule
 
 
 def _line(counts: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
-    """`_lists` of one pair `[n]` that is contiguous: there is one row, and these are made for every call."""
+    """`_listed` of `[n]` that are contiguous: there is one row, and these are made for every call."""
     return counts.view(1, 1, -1), indices.view(1, 1, -1, 1)
 
 
@@ -114,36 +117,3 @@ def routed_mask(routes: Routes, layout: BlockLayout, groups: int, causal: bool) 
     (kv, q), (full_kv, full_q) = (empty, listed) if full else (listed, empty)
     lists = *kv, *full_kv, *q, *full_q
     return Mask(("routed", tile, width, full), (tile, width), _routed_rule(tile, width), (block, n_keys), lists)
-
-
-@cache
-def _bits_rule(block_size: int) -> Callable[..., Tensor]:
-    def rule(b, h, q, kv, bits, skipped):
-        return ((bits[b, h, q] & (1 << (kv // block_size))) != 0) & (kv <= q + skipped)
-
-    return rule
-
-
-def bits_mask(bits: Tensor, layout: BlockLayout) -> Mask:
-    """Causal attention to the blocks whose bits are set: `bits [B * G, H / G, Nq]`, queries and keys are tokens as they come.
-
-    Tiles have nothing to do with blocks: each tile of queries meets in part all tiles of keys that do not lie behind it.
-    """
-    skipped, lists = layout.cached(("bits mask",), lambda: _causal_lists(layout))
-    kernel_key = "bits", layout.block_size, bits.shape[1]
-    return Mask(kernel_key, (QUERY_TILE, QUERY_TILE), _bits_rule(layout.block_size), (bits, skipped), lists, divisible=False)
-
-
-def _causal_lists(layout: BlockLayout) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-    """How many keys precede the first query, and lists of all tiles that hold a causal pair, the same for all rows.
-
-    No list is shorter than two: torch.compile would take a length of one for a constant, and compile again for others.
-    """
-    device, tile, skipped = layout.own.device, QUERY_TILE, layout.n_key - layout.n_query
-    query_tiles, key_tiles = -(-layout.n_query // tile), -(-layout.n_key // tile)
-    start, key_start = (tile * torch.arange(max(2, n), device=device, dtype=torch.int32) for n in (query_tiles, key_tiles))
-    last_key = (start + tile).clamp(max=layout.n_query) + (skipped - 1)
-    first = (key_start - skipped).clamp(min=0) // tile
-    of_queries, of_keys = (last_key // tile + 1, torch.zeros_like(start)), (query_tiles - first, first)
-    by_query, by_key = (_lists((n[None], i[None])) for n, i in (of_queries, of_keys))
-    return torch.full((), skipped, device=device, dtype=torch.int32), (*by_query, None, None, *by_key, None, None)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from functools import cache
 from types import FunctionType
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from ..core.upstream import mark_dynamic
 
+T = TypeVar("T")
+
 
 @cache
-def _marks(dim: int) -> dict:
+def _marks(dim: int) -> dict[str, Any]:
     """What `maybe_mark_dynamic` leaves on a tensor of so many dimensions.
 
     It is copied, since the function would be called for every tensor of every call, on the host's way to the GPU, and takes four times as
@@ -32,7 +35,7 @@ def any_length(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     return tensors
 
 
-def compiled(call: Callable, settings: tuple) -> Callable:
+def compiled(call: Callable[..., T], settings: tuple[Hashable, ...]) -> Callable[..., T]:
     """`call`, compiled from a function, and so from a code object, whose name says the settings.
 
     torch.compile keeps what it learns by code object and name: shared, a second block size or scale would turn from a constant into a

@@ -3,6 +3,12 @@
 Cost and memory follow the number of chosen pairs. Forward and backward are written out, because the backward pass wants one thing
 that autograd would not do: use the log-sum-exp over *all* blocks of a query, so that no partial output has to be kept.
 
+A log-sum-exp is rounded, and `exp(score - lse)` is off by as much: by 0.8 % for a score of 133,120 in float32. So forward keeps those of
+large scores in float64, and backward, which is given a rounded one, computes it again in two numbers where that matters.
+
+Inputs that are not `safe`, with NaN, infinity or numbers near the end of their range, take slower products in which a weight of 0 hides
+anything: see `moba_flex/core/hidden.py`. Only the local call hides pairs; along a route a query reads all of a block.
+
 B rows, H query heads, G key heads, Q query blocks, C key blocks, P slots a block, R routed rows, D width.
 """
 
@@ -17,6 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..core.hidden import visible_product
 from ..core.layout import BlockLayout
 from ..core.settings import AttentionSettings
 from ..ops.gate import choose
@@ -39,14 +46,18 @@ _ROWS_AT_ONCE = 8192
 _TILES = 8  # of a block's rows: products of a batch keep cores busier than one large product does
 # e^30 * 1e10 is far below float32's largest number, and e^-30 (1e-13) far above its smallest, with values down to 1e-24 too.
 _SMALL_SCORE, _SMALL_SUM = 30.0, 1e10
+_SAFE = 1e36  # intermediate results below it stay finite in float32, and a factor below float32's largest number
+_ROUNDED = 2.0**-16  # a larger relative error of weights, from a rounded log-sum-exp, is worth its recomputation
 
 
 def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _scores(query: Tensor, key: Tensor, settings: AttentionSettings) -> Tensor:
-    return _cap(query @ (key * settings.scale).mT, settings)
+def _scores(query: Tensor, key: Tensor, settings: AttentionSettings, safe: bool) -> Tensor:
+    if safe:
+        return _cap(query @ (key * settings.scale).mT, settings)
+    return _cap((query @ key.mT).mul_(settings.scale), settings)
 
 
 def _cap(score: Tensor, settings: AttentionSettings) -> Tensor:
@@ -54,27 +65,45 @@ def _cap(score: Tensor, settings: AttentionSettings) -> Tensor:
     return score if settings.softcap is None else score.div_(settings.softcap).tanh_().mul_(settings.softcap)
 
 
+@dataclass(frozen=True)
+class _Range:
+    """What is known of all numbers of a call. `small`: no score can be large, so that nothing need be subtracted from it."""
+
+    small: bool
+    safe: bool
+
+
 def _attend(
-    query: Tensor, key: Tensor, value: Tensor, causal: bool, settings: AttentionSettings, small: bool = False, into: Tensor | None = None
+    query: Tensor, key: Tensor, value: Tensor, causal: bool, settings: AttentionSettings, known: _Range, into: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention of `[..., M, D]` to `[..., K, D]` and its log-sum-exp; `causal` (M = K): to keys up to the query's own.
 
-    `small`: no score can be large, so that nothing need be subtracted. The output is written `into` a tensor if there is one.
+    The output is written `into` a tensor if there is one. The log-sum-exp is float64, but for small scores.
     """
-    weight, most = _scores(query, key, settings), None
-    if not small:
+    weight, total, most = _weights(query, key, causal, settings, known)
+    lse = (total.log() if most is None else total.double().log().add_(most)).squeeze(-1)
+    if known.safe:
+        return torch.matmul(weight, value, out=into).div_(total), lse
+    weight = weight.div_(total)  # before the product, which could overflow otherwise
+    out = _product(weight, value, ~_later(weight.shape[-1], weight.device) if causal else None)
+    return out if into is None else into.copy_(out), lse
+
+
+def _weights(query: Tensor, key: Tensor, causal: bool, settings: AttentionSettings, known: _Range) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Exponentials of scores `[..., M, K]`, their sums `[..., M, 1]`, and what was subtracted from a query's scores, if anything."""
+    weight, most = _scores(query, key, settings, known.safe), None
+    if not known.small:
         later = _later(query.shape[-2], query.device) if causal else None
         most = (weight.masked_fill_(later, -torch.inf) if causal else weight).amax(-1, keepdim=True)
+        if not known.safe:
+            most = torch.where(most.isfinite(), most, 0)
         weight -= most
         if causal:
             weight.masked_fill_(later, 0)  # the exponential of -inf takes many times as long as that of 0
     weight.exp_()
     if causal:
         weight.tril_()
-    total = weight.sum(-1, keepdim=True)
-    out = torch.matmul(weight, value, out=into).div_(total)
-    lse = total.log_()
-    return out, (lse if most is None else lse.add_(most)).squeeze(-1)
+    return weight, weight.sum(-1, keepdim=True), most
 
 
 def _later(width: int, device: torch.device) -> Tensor:
@@ -84,20 +113,41 @@ def _later(width: int, device: torch.device) -> Tensor:
 
 
 def _attend_backward(
-    query: Tensor, key: Tensor, value: Tensor, grad: Tensor, lse: Tensor, delta: Tensor, hidden: Tensor | None, settings: AttentionSettings
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    grad: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    rest: Tensor | None,
+    hidden: Tensor | None,
+    settings: AttentionSettings,
+    safe: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `_attend`'s share in an output whose log-sum-exp over all blocks is `lse`; `delta` is `out . grad`."""
-    score = _scores(query, key, settings)
-    lse = lse.masked_fill(lse == -torch.inf, torch.inf)[..., None]  # a query that reads nothing gives nothing back
-    weight = (score - lse).exp_()
+    """Gradients of `_attend`'s share in an output whose log-sum-exp over all blocks is `lse`, plus `rest`; `delta` is `out . grad`."""
+    score = _scores(query, key, settings, safe)
+    nothing = (lse == -torch.inf)[..., None]
+    lse = lse[..., None].masked_fill(nothing, torch.inf)  # a query that reads nothing gives nothing back
+    weight = score - lse
+    weight = (weight if rest is None else weight.sub_(rest[..., None])).exp_()
     if hidden is not None:
+        hidden = hidden if safe else hidden | nothing
         weight.masked_fill_(hidden, 0)
-    grad_value = weight.mT @ grad
+    visible = None if safe or hidden is None else ~hidden
+    grad_value = _product(weight.mT, grad, None if visible is None else visible.mT)
     grad_score = weight.mul_((grad @ value.mT).sub_(delta[..., None]))
     if settings.softcap is not None:
         grad_score *= 1 - (score / settings.softcap) ** 2
     grad_score *= settings.scale
-    return grad_score @ key, grad_score.mT @ query, grad_value
+    if visible is None:
+        return grad_score @ key, grad_score.mT @ query, grad_value
+    grad_score.masked_fill_(hidden, 0)
+    return _product(grad_score, key, visible), _product(grad_score.mT, query, visible.mT), grad_value
+
+
+def _product(weight: Tensor, x: Tensor, visible: Tensor | None) -> Tensor:
+    """`weight @ x`, of the pairs that are visible if not all are."""
+    return weight @ x if visible is None else visible_product(weight, visible, x)
 
 
 def _local_heads(
@@ -143,28 +193,39 @@ def attend(
 def local(
     query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, settings: AttentionSettings, into: tuple[Tensor, Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """Causal attention of each query to its own block: `[B, H, Q * P, Dv]` and the log-sum-exp `[B, H, Q * P]`, in float32 at least.
+    """Causal attention of each query to its own block: `[B, H, Q * P, Dv]`, float32 at least, and the log-sum-exp `[B, H, Q * P]`, float64.
 
-    They are `into` themselves where those can hold them, so that no other memory need be taken for the whole output.
+    The output is that of `into` where it can hold it, so that no other memory need be taken for it.
     """
-    wide, small = torch.promote_types(query.dtype, torch.float32), _all_small(query, key, value, settings)
-    out, lse = (x if x.dtype == wide and x.is_contiguous() else x.new_empty(x.shape, dtype=wide) for x in into)
+    wide, known = torch.promote_types(query.dtype, torch.float32), _range_of(query, key, value, settings)
+    out = into[0] if into[0].dtype == wide and into[0].is_contiguous() else into[0].new_empty(into[0].shape, dtype=wide)
+    lse = into[1].new_empty(into[1].shape, dtype=torch.float64)
     for own, (q, o, l), (k, v) in _local_heads(layout, (query, out, lse), (key, value)):
-        l.copy_(_attend(_wide(q), _wide(k[own]), _wide(v[own]), True, settings, small, into=o)[1])
+        l.copy_(_attend(_wide(q), _wide(k[own]), _wide(v[own]), True, settings, known, into=o)[1])
     return out, lse
 
 
 def local_backward(
-    query: Tensor, key: Tensor, value: Tensor, grad: Tensor, lse: Tensor, delta: Tensor, layout: BlockLayout, settings: AttentionSettings
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    grad: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    rest: Tensor | None,
+    layout: BlockLayout,
+    settings: AttentionSettings,
+    safe: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value that come through the local call."""
     hidden = _later(layout.width, query.device)
-    grad_query = torch.empty_like(query, dtype=lse.dtype)
-    grad_key, grad_value = (torch.zeros_like(x, dtype=lse.dtype) for x in (key, value))
-    per_query, per_key = (query, grad, lse, delta, grad_query), (key, value, grad_key, grad_value)
-    for own, (*of_query, dq), (k, v, dk, dv) in _local_heads(layout, per_query, per_key):
-        q, *upstream = (_wide(x) for x in of_query)
-        part, part_k, part_v = _attend_backward(q, _wide(k[own]), _wide(v[own]), *upstream, hidden, settings)
+    grad_query = torch.empty_like(query, dtype=delta.dtype)
+    grad_key, grad_value = (torch.zeros_like(x, dtype=delta.dtype) for x in (key, value))
+    per_query = (query, grad_query, grad, lse, delta) if rest is None else (query, grad_query, grad, lse, delta, rest)
+    per_key = (key, value, grad_key, grad_value)
+    for own, (q, dq, *upstream), (k, v, dk, dv) in _local_heads(layout, per_query, per_key):
+        upstream = _upstream(*upstream)
+        part, part_k, part_v = _attend_backward(_wide(q), _wide(k[own]), _wide(v[own]), *upstream, hidden, settings, safe)
         dq.copy_(part)
         for total, added in ((dk, part_k), (dv, part_v)):
             if isinstance(own, slice):
@@ -172,6 +233,10 @@ def local_backward(
             else:
                 total.index_add_(0, own, added)
     return grad_query, grad_key, grad_value
+
+
+def _upstream(grad: Tensor, lse: Tensor, delta: Tensor, rest: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    return _wide(grad), lse, delta, rest
 
 
 @dataclass(frozen=True, eq=False)
@@ -246,12 +311,16 @@ def _sum_routed(
     even so: a score some 80 above it (float32), infinity or NaN. A score far below is no matter, since its weight is nothing beside
     the local call's 1.
     """
-    small = _all_small(query, key, value, settings)
+    known = _range_of(query, key, value, settings)
+    if not known.safe:
+        return False
+    small, dtype = known.small, torch.promote_types(query.dtype, torch.float32)
     q = _wide(query).flatten(0, 2)
     k, v = _tiles(_wide(key) * settings.scale, layout), _tiles(_wide(value), layout)
-    relative = None if small else lse.flatten()
-    total = (lse.exp() if small else torch.ones_like(lse)).flatten()
-    whole = out.mul_(total.view(lse.shape)[..., None]) if small else out.clone()
+    relative = None if small else lse.to(dtype).flatten()
+    total = (lse if small else lse - relative.view(lse.shape)).to(dtype).exp().flatten()  # 1, but for rounding
+    share = total.view(lse.shape)[..., None]
+    whole = out.mul_(share) if small else out * share
     sums = whole.flatten(0, 2)
     # The same memory for every block, so that it stays in the cache.
     most_rows = -(-routes.most_rows // _TILES) * _TILES
@@ -272,7 +341,7 @@ def _sum_routed(
         return False
     total = total.view(lse.shape)
     torch.div(whole, total[..., None], out=into[0])
-    into[1].copy_(total.log_() if small else total.log_().add_(lse))
+    into[1].copy_(total.log_() if small else total.log_().add_(relative.view(lse.shape)))
     return True
 
 
@@ -281,11 +350,16 @@ def _tiles(x: Tensor, layout: BlockLayout) -> tuple[Tensor, ...]:
     return x.unflatten(2, (-1, layout.width)).flatten(0, 2)[:, None].expand(-1, _TILES, -1, -1).unbind(0)
 
 
-def _all_small(query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings) -> bool:
-    """Whether sums of values weighted with `exp(score)` stay far from float32's limits. A product is at most that of the lengths."""
+def _range_of(query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings) -> _Range:
+    """`small`: sums of values weighted with `exp(score)` stay far from float32's limits too. A product is at most that of the lengths."""
     lengths = [float(torch.linalg.vector_norm(x, dim=-1, dtype=torch.promote_types(x.dtype, torch.float32)).max()) for x in (query, key)]
-    score = lengths[0] * lengths[1] * abs(settings.scale)
-    return score < _SMALL_SCORE and max(abs(float(x)) for x in torch.aminmax(value)) * key.shape[2] < _SMALL_SUM  # False for NaN
+    score, values = lengths[0] * lengths[1] * abs(settings.scale), _largest(value) * key.shape[2]
+    safe = max(score, lengths[0] * lengths[1], lengths[1] * abs(settings.scale)) < _SAFE and values < _SAFE  # False for NaN
+    return _Range(safe and score < _SMALL_SCORE and values < _SMALL_SUM, safe)
+
+
+def _largest(x: Tensor) -> float:
+    return max(abs(float(bound)) for bound in torch.aminmax(x)) if x.numel() else 0.0
 
 
 def _merge_one_by_one(
@@ -300,13 +374,16 @@ def _merge_one_by_one(
     into: tuple[Tensor, Tensor],
 ) -> None:
     """The same for any scores: each block's output is a softmax of its own, merged with what came before it."""
+    lse = lse.double()
     q, total, sums = query.flatten(0, 2), lse.flatten(), out.flatten(0, 2)
-    k, v = key.flatten(0, 2), value.flatten(0, 2)
+    k, v, known = key.flatten(0, 2), value.flatten(0, 2), _Range(False, _range_of(query, key, value, settings).safe)
     for queries, keys in _routed_keys(routes, layout, key.shape[1]):
-        part, part_lse = _attend(_wide(q.index_select(0, queries)), _wide(k[keys]), _wide(v[keys]), False, settings)
-        before = total.index_select(0, queries)
-        share = torch.sigmoid(part_lse - before)[:, None]  # of the block in the sum of both
-        sums.index_copy_(0, queries, torch.lerp(sums.index_select(0, queries), part, share))
+        part, part_lse = _attend(_wide(q.index_select(0, queries)), _wide(k[keys]), _wide(v[keys]), False, settings, known)
+        before, part_lse = total.index_select(0, queries), part_lse.to(total.dtype)
+        share = torch.sigmoid(part_lse - before)[:, None].to(part.dtype)  # of the block in the sum of both
+        old = sums.index_select(0, queries)
+        merged = torch.where(before[:, None] == -torch.inf, part, torch.lerp(old, part, share))
+        sums.index_copy_(0, queries, torch.where((part_lse == -torch.inf)[:, None], old, merged))
         total.index_copy_(0, queries, torch.logaddexp(before, part_lse))
     write((out, lse), into)
 
@@ -324,17 +401,60 @@ def backward(
     into: tuple[Tensor, Tensor, Tensor],
 ) -> None:
     """Gradients of query, key and value, through the own block and along `routes`."""
+    safe = _backward_is_safe(*(_largest(x) for x in (query, key, value, grad, delta)), query.shape[-1], value.shape[-1], settings)
+    rest = None
+    if not safe or _largest(torch.where(lse.isfinite(), lse, 0)) * torch.finfo(lse.dtype).eps > _ROUNDED:
+        lse, rest = _log_sum_exp(query, key, routes, layout, settings, safe)
+    if not safe:
+        lse = lse.masked_fill(_slots_without_a_query(layout), -torch.inf)
     if settings.causal:
-        local = local_backward(query, key, value, grad, lse, delta, layout, settings)
+        local = local_backward(query, key, value, grad, lse, delta, rest, layout, settings, safe)
     else:
-        local = tuple(torch.zeros_like(x, dtype=lse.dtype) for x in (query, key, value))
+        local = tuple(torch.zeros_like(x, dtype=delta.dtype) for x in (query, key, value))
     if routes is not None:
-        per_query = [x.flatten(0, 2) for x in (query, grad, lse, delta)]
+        per_query = [x.flatten(0, 2) for x in (query, grad, lse, delta, rest) if x is not None]
         k, v, dq, dk, dv = (x.flatten(0, 2) for x in (key, value, *local))
         for queries, keys in _routed_keys(routes, layout, key.shape[1]):
-            q, *upstream = (_wide(x.index_select(0, queries)) for x in per_query)
-            part, part_k, part_v = _attend_backward(q, _wide(k[keys]), _wide(v[keys]), *upstream, None, settings)
+            q, *upstream = (x.index_select(0, queries) for x in per_query)
+            part, part_k, part_v = _attend_backward(_wide(q), _wide(k[keys]), _wide(v[keys]), *_upstream(*upstream), None, settings, safe)
             dq.index_add_(0, queries, part)
             dk[keys] += part_k
             dv[keys] += part_v
     write(local, into)
+
+
+def _slots_without_a_query(layout: BlockLayout) -> Tensor:
+    """`[B, 1, Q * P]`. Their gradients are 0, which times NaN is NaN."""
+    slot = torch.arange(layout.width, device=layout.own.device)
+    return ((slot < layout.query_start[..., None]) | (slot >= layout.query_stop[..., None])).flatten(1)[:, None]
+
+
+def _backward_is_safe(
+    query: float, key: float, value: float, grad: float, delta: float, width: int, value_width: int, settings: AttentionSettings
+) -> bool:
+    """Whether nothing overflows, given the largest of all numbers. False for NaN."""
+    products = query * key * width, query * key * width * abs(settings.scale), key * abs(settings.scale), grad * value * value_width + delta
+    return all(x < _SAFE for x in products)
+
+
+def _log_sum_exp(
+    query: Tensor, key: Tensor, routes: Routes | None, layout: BlockLayout, settings: AttentionSettings, safe: bool
+) -> tuple[Tensor, Tensor]:
+    """The log-sum-exp `[B, H, N]` over all blocks of a query as a large and a small number, of the very scores that backward computes."""
+    known = _Range(False, safe)
+    most = torch.full(query.shape[:3], -torch.inf, dtype=_wide(query[:0]).dtype, device=query.device)
+    rest = torch.zeros_like(most)
+    for own, (q, m, r), (k,) in _local_heads(layout, (query, most, rest), (key,)) if settings.causal else ():
+        _, total, part = _weights(_wide(q), _wide(k[own]), True, settings, known)
+        m.copy_(part.squeeze(-1))
+        r.copy_(total.squeeze(-1).log_())
+    if routes is not None:
+        q, k, all_most, all_rest = query.flatten(0, 2), key.flatten(0, 2), most.flatten(), rest.flatten()
+        for queries, keys in _routed_keys(routes, layout, key.shape[1]):
+            _, total, part = _weights(_wide(q.index_select(0, queries)), _wide(k[keys]), False, settings, known)
+            before, part = all_most.index_select(0, queries), part.squeeze(-1)
+            above = torch.maximum(before, part)
+            sums = (before - above) + all_rest.index_select(0, queries), (part - above) + total.squeeze(-1).log_()
+            all_most.index_copy_(0, queries, above)
+            all_rest.index_copy_(0, queries, torch.logaddexp(*sums))
+    return most, rest

@@ -4,7 +4,7 @@ The package is young: versions differ in what they accept, in the unit of the lo
 first use with a width, dtype and block size, output and log-sum-exp are held against plain PyTorch on the same GPU; where they differ,
 or anything is raised, a warning says so once and Triton's kernel is used. The backward pass is always Triton's.
 
-R routed rows, T tiles of rows, C blocks, P slots a block, D and Dv widths.
+R routed rows, T tiles of rows, C blocks, P slots per block, D and Dv widths.
 """
 
 from __future__ import annotations
@@ -12,18 +12,21 @@ from __future__ import annotations
 import importlib.util
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, FlexKernelOptions, flex_attention
 
 from ..core.chunking import QUERY_TILE
 from ..core.layout import BlockLayout
 from ..core.settings import AttentionSettings
+from ..core.validation import check_choice
 from ..ops.routing import Routes
 from .compilation import any_length, compiled
 
+Call = Callable[..., tuple[Tensor, Tensor]]
 Kernel = Callable[[Tensor, Tensor, Tensor, Routes], tuple[Tensor, Tensor]]
 
 BACKENDS = ("triton", "flash")
@@ -35,7 +38,7 @@ _OUTPUT_TOLERANCE, _LSE_TOLERANCE = 0.02, 0.01
 _DTYPES = (torch.bfloat16, torch.float16)
 
 _backend = "triton"
-_kernels: dict[tuple, Kernel | None] = {}  # by all that a kernel is compiled for; None: not to be used
+_kernels: dict[tuple[Hashable, ...], Kernel | None] = {}  # by all that a kernel is compiled for; None: not to be used
 
 
 def set_flex_backend(name: str = "triton") -> str:
@@ -51,12 +54,12 @@ def set_flex_backend(name: str = "triton") -> str:
         ValueError: another name.
         ImportError: "flash" without the package.
 
+    >>> from moba_flex import set_flex_backend
     >>> set_flex_backend("triton")
     'triton'
     """
     global _backend
-    if name not in BACKENDS:
-        raise ValueError(f"name must be one of {', '.join(BACKENDS)}, but is {name!r}")
+    check_choice("name", name, BACKENDS)
     if name == "flash" and not _installed():
         raise ImportError('set_flex_backend("flash") needs the package flash-attn-4, which is not here: pip install "moba_flex[flash]"')
     before, _backend = _backend, name
@@ -79,12 +82,12 @@ def kernel_for(query: Tensor, value: Tensor, layout: BlockLayout, settings: Atte
     """What computes rows like `query [R, D]`, or None where that is Triton's kernel."""
     if not enabled() or not _suits(query, value, layout, settings):
         return None
-    settings = layout.width, query.shape[-1], value.shape[-1], query.dtype, settings.scale, query.device
-    if settings not in _kernels:
+    compiled_for = layout.width, query.shape[-1], value.shape[-1], query.dtype, settings.scale, query.device
+    if compiled_for not in _kernels:
         if query.is_cuda and torch.cuda.is_current_stream_capturing():
             return None  # nothing can be compared while a CUDA graph is captured
-        _kernels[settings] = _checked(*settings)
-    return _kernels[settings]
+        _kernels[compiled_for] = _checked(*compiled_for)
+    return _kernels[compiled_for]
 
 
 def _suits(query: Tensor, value: Tensor, layout: BlockLayout, settings: AttentionSettings) -> bool:
@@ -115,16 +118,20 @@ def _checked(width: int, query_width: int, value_width: int, dtype: torch.dtype,
     return kernel
 
 
-def _compiled(settings: tuple) -> Callable:
+def _compiled(settings: tuple[int, int, int, torch.dtype, float]) -> Call:
     scale = settings[-1]
 
-    def moba_flex_flash(query, key, value, *lists):
-        def mask_mod(b, h, q, kv):  # never evaluated, since no tile is listed as partial; without one the lists would be ignored
+    def moba_flex_flash(
+        query: Tensor, key: Tensor, value: Tensor, counts: Tensor, indices: Tensor, full_counts: Tensor, full_indices: Tensor
+    ) -> Any:
+        # Never evaluated, since no tile is listed as partial; without one the lists would be ignored.
+        def mask_mod(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
             return kv >= 0
 
-        no_lists = (None,) * 4  # by key tile: they are for a backward pass
+        lists = counts, indices, full_counts, full_indices
+        no_lists = (None, None, None, None)  # by key tile: they are for a backward pass
         mask = BlockMask((query.shape[2], key.shape[2]), *lists, *no_lists, BLOCK_SIZE=(QUERY_TILE, _KEY_TILE), mask_mod=mask_mod)
-        options = {"BACKEND": "FLASH"}
+        options: FlexKernelOptions = {"BACKEND": "FLASH"}
         out, aux = flex_attention(query, key, value, None, mask, scale, kernel_options=options, return_aux=AuxRequest(lse=True))
         return out, aux.lse
 
@@ -136,11 +143,11 @@ def _lists(block_of_tile: Tensor, tile_in_use: Tensor, width: int) -> tuple[Tens
     per = width // _KEY_TILE
     index = block_of_tile[:, None] * per + torch.arange(per, device=block_of_tile.device, dtype=torch.int32)
     count = tile_in_use * per
-    return tuple(x[None, None] for x in (torch.zeros_like(count), torch.zeros_like(index), count, index))
+    return torch.zeros_like(count)[None, None], torch.zeros_like(index)[None, None], count[None, None], index[None, None]
 
 
 def _unit_of_lse(
-    call: Callable, width: int, query_width: int, value_width: int, dtype: torch.dtype, scale: float, device: torch.device
+    call: Call, width: int, query_width: int, value_width: int, dtype: torch.dtype, scale: float, device: torch.device
 ) -> float:
     """What the kernel's log-sum-exp is a multiple of: 1, or ln 2 where PyTorch takes it for a logarithm to base 2.
 

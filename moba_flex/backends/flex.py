@@ -105,12 +105,13 @@ def backward(
     if settings.causal:
         partial = local_backward(*operands, layout, settings)
     else:
-        partial = tuple(torch.zeros_like(x, dtype=wide(x.dtype)) for x in (query, key, value))
+        dq, dk, dv = (torch.zeros_like(x, dtype=wide(x.dtype)) for x in (query, key, value))
+        partial = dq, dk, dv
     if routes is None:
         write(partial, into)
         return
     steps = steps_for(query)
-    rows = steps.dispatch_backward(query, grad, lse, delta, routes)
+    rows: tuple[Tensor, Tensor, Tensor, Tensor] = steps.dispatch_backward(query, grad, lse, delta, routes)
     row_dq, dk, dv = routed_backward(*rows, key, value, routes, layout, settings)
     steps.sum_rows(partial[0], row_dq, routes, into[0])
     torch.add(partial[1], dk, out=into[1])
@@ -122,7 +123,8 @@ def local_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value that come through the local call."""
     mask = local_mask(layout, query.shape[1], key.shape[1])
-    dq, dk, dv = flex_backward(*(by_group(x, key.shape[1]) for x in (query, key, value, grad, lse, delta)), mask, settings)
+    q, k, v, g, l, d = (by_group(x, key.shape[1]) for x in (query, key, value, grad, lse, delta))
+    dq, dk, dv = flex_backward(q, k, v, g, l, d, mask, settings)
     return dq.view(query.shape), dk.view(key.shape), dv.view(value.shape)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import cache
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +21,8 @@ from .block_masks import Mask, block_mask
 from .compilation import any_length, compiled
 from .flex_options import OPERATOR_OPTIONS, kernel_options
 
+T = TypeVar("T")
+
 
 def by_group(x: Tensor, groups: int) -> Tensor:
     """`[B, H, ...]` -> `[B * G, H / G, ...]`: one key head is one element of the batch."""
@@ -28,7 +31,7 @@ def by_group(x: Tensor, groups: int) -> Tensor:
 
 def flex_forward(query: Tensor, key: Tensor, value: Tensor, mask: Mask, settings: AttentionSettings) -> tuple[Tensor, Tensor]:
     """`flex_attention` under `mask`: the output and its log-sum-exp."""
-    call = _forward_call(*_kernel_key(query, value, mask, settings))
+    call: Callable[..., tuple[Tensor, Tensor]] = _forward_call(*_kernel_key(query, value, mask, settings))
     return call(*any_length(query, key, value, *mask.lists, *mask.buffers))
 
 
@@ -40,25 +43,25 @@ def flex_backward(
     FlexAttention's backward operator takes any log-sum-exp, so it is given that of the whole output and not the partial one, and
     `delta` (`out . grad`) as a gradient of it. Nothing of the partial outputs has to be known, neither kept nor computed again.
     """
-    call = _backward_call(*_kernel_key(query, value, mask, settings))
+    call: Callable[..., tuple[Tensor, Tensor, Tensor]] = _backward_call(*_kernel_key(query, value, mask, settings))
     return call(*any_length(query, key, value, grad, lse, delta, *mask.lists, *mask.buffers))
 
 
-def _kernel_key(query: Tensor, value: Tensor, mask: Mask, settings: AttentionSettings) -> tuple:
+def _kernel_key(query: Tensor, value: Tensor, mask: Mask, settings: AttentionSettings) -> tuple[Any, ...]:
     """All that a kernel is compiled for. Only lengths and data vary between calls that share it."""
     widths = query.shape[-1], value.shape[-1]
-    return mask.kernel_key, mask.tiles, mask.divisible, mask.rule, widths, query.dtype, settings.scale, settings.softcap, query.is_cuda
+    return mask.kernel_key, mask.tiles, mask.rule, widths, query.dtype, settings.scale, settings.softcap, query.is_cuda
 
 
-def _compile(call: Callable, key: tuple, is_cuda: bool) -> Callable:
-    if not is_cuda:  # there only tests come here: they hold the masks against the settingsification, on dense scores
+def _compile(call: Callable[..., T], key: tuple[Any, ...], is_cuda: bool) -> Callable[..., T]:
+    if not is_cuda:  # there only tests come here: they hold the masks against the specification, on dense scores
         return call
     return compiled(call, key)
 
 
 @cache
-def _forward_call(mask_key, tiles, divisible, rule, widths, dtype, scale, softcap, is_cuda) -> Callable:
-    options = kernel_options(mask_key[0] == "routed", tiles, divisible, widths, dtype)
+def _forward_call(mask_key, tiles, rule, widths, dtype, scale, softcap, is_cuda) -> Callable[..., Any]:
+    options = kernel_options(mask_key[0] == "routed", tiles, widths, dtype)
     score_mod = None if softcap is None else _softcap(softcap)
 
     def moba_flex_forward(query, key, value, *tensors):
@@ -76,11 +79,11 @@ def _forward_call(mask_key, tiles, divisible, rule, widths, dtype, scale, softca
 
 
 @cache
-def _backward_call(mask_key, tiles, divisible, rule, widths, dtype, scale, softcap, is_cuda) -> Callable:
+def _backward_call(mask_key, tiles, rule, widths, dtype, scale, softcap, is_cuda) -> Callable[..., Any]:
     # The lowering drops a configuration whose default tiles do not divide these, before it reads our smaller tiles from the
     # options. So the options carry the true sizes.
     sizes = tuple(math.lcm(tile, QUERY_TILE) for tile in tiles)
-    options = kernel_options(mask_key[0] == "routed", tiles, divisible, widths, dtype) | OPERATOR_OPTIONS
+    options = kernel_options(mask_key[0] == "routed", tiles, widths, dtype) | OPERATOR_OPTIONS
     options |= {"SPARSE_Q_BLOCK_SIZE": tiles[0], "SPARSE_KV_BLOCK_SIZE": tiles[1]}
     score_mod = _same if softcap is None else _softcap(softcap)
     joint = _same_joint if softcap is None else _softcap_joint(softcap)
@@ -108,14 +111,14 @@ def _same_joint(score, b, h, q, kv, grad):
     return [grad.clone(), None, None, None, None]
 
 
-def _softcap(softcap: float) -> Callable:
+def _softcap(softcap: float) -> Callable[..., Any]:
     def score_mod(score, b, h, q, kv):
         return softcap * torch.tanh(score / softcap)
 
     return score_mod
 
 
-def _softcap_joint(softcap: float) -> Callable:
+def _softcap_joint(softcap: float) -> Callable[..., Any]:
     """The derivative of `_softcap`: that of the score, and none for the indices."""
 
     def joint(score, b, h, q, kv, grad):

@@ -5,7 +5,6 @@
 | empty | there is no query |
 | reference | `implementation="naive"` |
 | dense | every query reads all keys, so that PyTorch's fused attention computes the same, on a GPU in half precision |
-| dense mask | few blocks on a GPU: all keys are met, and a mask hides the blocks that a query did not choose |
 | routed | all others: the four steps of `moba_flex/attention.py` |
 
 Each `..._obstacle` returns what speaks against a path, or None. These are constants, since they are asked for with every call.
@@ -20,7 +19,6 @@ from enum import Enum
 import torch
 from torch import Tensor
 
-from ..core.chunking import MAX_HEADS
 from ..core.settings import AttentionSettings
 from ..ops import kernels
 from . import flash
@@ -32,15 +30,9 @@ class Path(Enum):
     EMPTY = "empty"
     REFERENCE = "reference"
     DENSE = "dense"
-    DENSE_MASK = "dense mask"
     ROUTED = "routed"
 
 
-MAX_MASK_BLOCKS = 32  # the bits of an int32
-# Multiplications and additions of a dense forward pass that cost an H100 about what a routed one does. With 32 heads of width 128, 2,048
-# tokens are half of it, where forward and backward take 1.6 ms masked and 1.3 routed (from CUDA graphs) or 2.8 and 4.3 (without); 4,096
-# tokens are twice as many, where they take 4.2 and 1.8, or 4.1 and 3.7.
-MAX_MASK_OPERATIONS = 1 << 36
 # Of one tensor of a captured call: 8,192 tokens of 32 heads of width 128. Copies of larger ones cost the GPU more than launches the host.
 MAX_CAPTURED_ELEMENTS = 1 << 25
 MAX_ONE_PASS_BLOCK, MAX_ONE_PASS_WIDTH = 256, 256
@@ -65,7 +57,7 @@ def path_of(
         return Path.REFERENCE
     if dense_obstacle(query, key, value, settings, sequences, sinks, return_lse) is None:
         return Path.DENSE
-    return Path.ROUTED if dense_mask_obstacle(query, key, value, settings, not sequences) else Path.DENSE_MASK
+    return Path.ROUTED
 
 
 def reads_all_keys(n_key: int, settings: AttentionSettings) -> bool:
@@ -91,28 +83,6 @@ def dense_obstacle(
         return "it is in float32"
     width = query.shape[-1]
     return None if width == value.shape[-1] and width <= 256 and width % 8 == 0 else "PyTorch's fused attention does not have these widths"
-
-
-def dense_mask_obstacle(query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings, dense_layout: bool) -> str | None:
-    """What speaks against one dense call under a mask.
-
-    It wants a bit of an int32 for every block, one launch for all heads, offsets of 32 bits, and no more work than routing costs.
-    """
-    n_query, n_key = query.shape[2], key.shape[2]
-    if settings.implementation != "flex" or not dense_layout:
-        return 'only "flex" takes it, without padding or packed sequences'
-    if not settings.causal or not settings.n_routed:
-        return "no block is chosen by causal queries"
-    if not 1 < -(-n_key // settings.block_size) <= MAX_MASK_BLOCKS:
-        return "there is one block alone, or more than 32"
-    if query.shape[0] * query.shape[1] > MAX_HEADS:
-        return "there are too many heads for one launch"
-    if max(x.numel() // x.shape[3] for x in (query, key)) * max(query.shape[3], value.shape[3]) >= 1 << 31:
-        return "a tensor is too large for offsets of 32 bits"
-    scores = query.shape[0] * query.shape[1] * n_query * (2 * n_key - n_query)  # twice those of the causal triangle
-    if scores * (query.shape[3] + value.shape[3]) > MAX_MASK_OPERATIONS:
-        return "to meet all keys would take longer than to route"
-    return None
 
 
 def one_pass_obstacle(query: Tensor, value: Tensor, slots: int) -> str | None:

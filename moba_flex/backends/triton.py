@@ -28,9 +28,14 @@ def attend(
     into: tuple[Tensor, Tensor],
 ) -> None:
     """Attention to the own block and along `routes`, merged by log-sum-exps; output and log-sum-exp go to `into`."""
-    rows = kernels.one_pass_forward(query, key, value, routes, layout, settings, into)
-    own = into if settings.causal else over_no_keys(query, value)
-    if rows is not None:
-        kernels.merge(*own, *rows, routes, into)
-    elif not settings.causal:
+    if routes is None and settings.causal:
+        kernels.one_pass_forward(query, key, value, None, layout, settings, into)
+        return
+    # Not `into` itself: warps that share a query's log-sum-exp would read it after another one has written the merged one.
+    apart = into[0].new_empty(into[0].shape), into[1].new_empty(into[1].shape)
+    rows = kernels.one_pass_forward(query, key, value, routes, layout, settings, apart)
+    own = apart if settings.causal else over_no_keys(query, value)
+    if rows is None or routes is None:
         write(own, into)
+    else:
+        kernels.merge(*own, *rows, routes, into)

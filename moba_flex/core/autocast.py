@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 
-def without_autocast(x: Tensor) -> AbstractContextManager:
+def without_autocast(x: Tensor) -> AbstractContextManager[object]:
     """A context without autocast on the device of `x`; where there is none, as in most calls, it costs nothing."""
     kind = x.device.type
     on = kind != "meta" and torch.is_autocast_enabled(kind)  # which meta tensors have none of

@@ -1,6 +1,6 @@
 """Chunks: the slices in which a call is worked through, so that its routed rows fit into the working memory and a kernel's reach.
 
-B rows, H query heads, G key heads, Q query blocks, C key blocks, P slots a block, D and Dv widths.
+B rows, H query heads, G key heads, Q query blocks, C key blocks, P slots per block, D and Dv widths.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ Chunk = tuple[slice, slice, Parts]
 def chunks(query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, settings: AttentionSettings, reach: int) -> Iterator[Chunk]:
     """Slices of rows and key heads whose routed rows fit into the working memory, all of one shape, each in parts by its queries.
 
-    A part, slices of query heads and of query blocks, has no tensor of more than `reach` numbers. One key head of one row with its query
+    A part, slices of query heads and of query blocks, has no tensor of more than `reach` elements. One key head of one row with its query
     heads is the least that a budget asks for; more of them share a chunk when they fit. Only beyond `reach` a chunk is a key head in
     several parts, and else it is one part. No chunk of several key heads has more than `MAX_HEADS` query heads, those of all its rows.
 
-    Raises ValueError if one head's keys, or the routed rows of one query block, are more than `reach` numbers.
+    Raises ValueError if one head's keys, or the routed rows of one query block, are more than `reach` elements.
     """
     n_rows, n_groups, repeats = query.shape[0], key.shape[1], query.shape[1] // key.shape[1]
     width, row_bytes = max(query.shape[-1], value.shape[-1]), (query.shape[-1] + 2 * value.shape[-1]) * query.element_size() + 24
@@ -56,23 +56,23 @@ def launches(n_rows: int, heads: int) -> list[slice]:
 def _parts(repeats: int, width: int, layout: BlockLayout, settings: AttentionSettings, reach: int) -> Parts:
     """The query heads of one key head and their query blocks: all at once, or fewer heads, or some blocks of one head."""
 
-    def numbers(heads: int, blocks: int) -> int:
+    def elements(heads: int, blocks: int) -> int:
         return max_elements(heads, blocks, width, layout, settings)
 
     n_blocks = layout.n_query_blocks
-    if numbers(1, 1) > reach:
+    if elements(1, 1) > reach:
         raise ValueError(
             f"key has {layout.n_key} tokens of width {width} in blocks of {layout.block_size}: the keys of one head, and the rows that one "
-            f'block of queries sends to {settings.n_routed} blocks, may be at most {reach} numbers on a GPU: use implementation="eager"'
+            f'block of queries sends to {settings.n_routed} blocks, may be at most {reach} elements on a GPU: use implementation="eager"'
         )
-    heads = max((n for n in range(1, repeats + 1) if repeats % n == 0 and numbers(n, n_blocks) <= reach), default=1)
-    blocks = max(1, bisect_right(range(1, n_blocks + 1), reach, key=lambda n: numbers(heads, n)))
+    heads = max((n for n in range(1, repeats + 1) if repeats % n == 0 and elements(n, n_blocks) <= reach), default=1)
+    blocks = max(1, bisect_right(range(1, n_blocks + 1), reach, key=lambda n: elements(heads, n)))
     each_head, each_block = range(0, repeats, heads), range(0, n_blocks, blocks)
     return [(slice(h, h + heads), slice(b, min(b + blocks, n_blocks))) for h in each_head for b in each_block]
 
 
 def max_elements(heads: int, blocks: int, width: int, layout: BlockLayout, settings: AttentionSettings) -> int:
-    """How many numbers the largest tensor of one key head can hold, for so many of its query heads and of their query blocks."""
+    """How many elements the largest tensor of one key head can have, for so many of its query heads and of their query blocks."""
     pairs = heads * blocks * layout.block_size * min(settings.n_routed, layout.n_key_blocks)
     routed = tiles_needed(pairs, layout.n_key_blocks, QUERY_TILE) * QUERY_TILE
     return max(routed, heads * blocks * layout.width, layout.n_key_blocks * layout.width) * width

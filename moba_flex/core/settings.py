@@ -41,7 +41,8 @@ class AttentionSettings:
         cls, sizes: Sequence[int], causal: bool, share_selection: bool, scale: float, softcap: float | None, implementation: str
     ) -> AttentionSettings:
         """The inverse of `to_arguments`."""
-        *blocks, working_memory = sizes
+        block_size, top_k, sink_blocks, recent_blocks, working_memory = sizes
+        blocks = block_size, top_k, sink_blocks, recent_blocks
         return cls(*blocks, share_selection, causal, scale, softcap, implementation, working_memory)
 
     @property

@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor  # has no values that could
 
 __all__ = [
     "FakeTensor",
+    "assert_in_graph",
     "copy_all",
     "flex_attention_backward",
     "functorch_transform",
@@ -23,6 +24,11 @@ __all__ = [
     "mark_static_address",
     "release_broken_pool",
 ]
+
+
+def assert_in_graph(condition: Tensor, message: str) -> None:
+    """A check that a traced graph makes of its data, RuntimeError on a CPU; on a GPU the device stops, and nothing is read back."""
+    torch._assert_async(condition, message)
 
 
 def functorch_transform() -> str | None:

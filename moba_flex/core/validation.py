@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import itertools
-import reprlib
 
 import torch
 from torch import Tensor
 
-from .upstream import FakeTensor, functorch_transform, has_tangent, is_vmapped
+from .messages import shown, to_int
+from .upstream import FakeTensor, assert_in_graph, functorch_transform, has_tangent, is_vmapped
 
 IMPLEMENTATIONS = ("auto", "flex", "triton", "eager", "naive")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -18,15 +18,21 @@ _FLOAT32 = torch.finfo(torch.float32)
 def check_count(name: str, value: object, least: int) -> None:
     """`value` must be a plain int (bool is none) that is at least `least`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name} must be an int of at least {least}, but is {value!r}")
+        raise ValueError(f"{name} must be an int of at least {least}, but is {shown(value)}{to_int(value)}")
     if value >= 1 << 63:
-        raise ValueError(f"{name} must be below 2**63, but is {value}")
+        raise ValueError(f"{name} must be below 2**63, but is {shown(value)}")
 
 
 def check_flag(name: str, value: object) -> None:
     """`value` must be True or False, and nothing that only passes for one."""
     if not isinstance(value, bool):
-        raise ValueError(f"{name} must be True or False, but is {value!r}")
+        raise ValueError(f"{name} must be True or False, but is {shown(value)}")
+
+
+def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    """`value` must be one of `choices`."""
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, but is {shown(value)}")
 
 
 def check_blocks(
@@ -50,7 +56,8 @@ def check_blocks(
 
 def _check_tensor(name: str, value: object) -> None:
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, but is a {type(value).__name__}")
+        mend = "" if value is None or isinstance(value, (str, bytes)) else ": convert it with torch.as_tensor()"
+        raise TypeError(f"{name} must be a torch.Tensor, but is a {type(value).__name__}{mend}")
     if value.is_nested:
         raise TypeError(
             f"{name} must be a dense tensor, but is a nested one: for x of layout torch.jagged and shape (batch, tokens, heads, width) "
@@ -65,7 +72,7 @@ def _check_operands(**tensors: Tensor) -> None:
     for name, t in tensors.items():
         _check_tensor(name, t)
         if t.dtype not in _DTYPES:
-            raise TypeError(f"{name} must be float32, bfloat16 or float16, but is {t.dtype}")
+            raise TypeError(f"{name} must be float32, bfloat16 or float16, but is {t.dtype}: convert it with .to()")
     dtype = tensors["query"].dtype
     for t in tensors.values():
         if t.dtype != dtype:
@@ -79,7 +86,7 @@ def _check_devices(**tensors: Tensor) -> None:
     for t in tensors.values():
         if t.device != device:
             given = ", ".join(f"{name} on {t.device}" for name, t in tensors.items())
-            raise ValueError(f"all tensors must be on the same device, but got {given}")
+            raise ValueError(f"all tensors must be on the same device, but got {given}: move them with .to()")
 
 
 def _check_heads(heads: int, groups: int) -> None:
@@ -101,6 +108,14 @@ def check_not_mapped(call: str, **tensors: Tensor) -> None:
     for name, t in tensors.items():
         if is_vmapped(t):
             raise NotImplementedError(f"torch.func.vmap over {name} hides its values, which {call} reads: call it once for each {name}")
+
+
+def check_values(call: str, **tensors: Tensor) -> None:
+    """What is to be read must be there: not on the meta device, and no FakeTensor."""
+    for name, t in tensors.items():
+        if t.is_meta or isinstance(t, FakeTensor):
+            where = "on the meta device" if t.is_meta else "a FakeTensor"
+            raise ValueError(f"{name} must have values, which {call} reads, but is {where}: call it with a tensor on a CPU or GPU")
 
 
 def check_not_transformed(*tensors: Tensor, but: str = 'need implementation="naive"') -> None:
@@ -141,18 +156,26 @@ def check_padding_mask(padding_mask: Tensor | None, query: Tensor, key: Tensor) 
         return
     _check_tensor("padding_mask", padding_mask)
     if padding_mask.dtype != torch.bool:
-        raise TypeError(f"padding_mask must be bool (True for real tokens), but is {padding_mask.dtype}")
+        raise TypeError(f"padding_mask must be bool (True for real tokens), but is {padding_mask.dtype}: convert it with .bool()")
     wanted = (key.shape[0], key.shape[2])
     if tuple(padding_mask.shape) != wanted:
         raise ValueError(f"padding_mask must have shape {wanted} (batch, keys), but has shape {tuple(padding_mask.shape)}")
     _check_devices(query=query, padding_mask=padding_mask)
-    if padding_mask.numel() and readable(padding_mask):
+    if not padding_mask.numel():
+        return
+    must = "real tokens must be one run, with padding on the left or right only"
+    if readable(padding_mask):
         check_not_mapped("moba_flex", padding_mask=padding_mask)
-        starts = padding_mask[:, 1:] & ~padding_mask[:, :-1]
-        runs = starts.sum(1) + padding_mask[:, 0]
-        if (runs > 1).any():
-            row = int((runs > 1).nonzero()[0])
-            raise ValueError(f"padding_mask has a hole in row {row}: real tokens must be one run, with padding on the left or right only")
+        holes = _runs(padding_mask) > 1
+        if holes.any():
+            raise ValueError(f"padding_mask has a hole in row {int(holes.nonzero()[0])}: {must}")
+    elif torch.compiler.is_compiling():
+        assert_in_graph((_runs(padding_mask) <= 1).all(), f"padding_mask has a hole: {must}")
+
+
+def _runs(padding_mask: Tensor) -> Tensor:
+    """`[B]`: how many runs of real tokens each row has."""
+    return (padding_mask[:, 1:] & ~padding_mask[:, :-1]).sum(1) + padding_mask[:, 0]
 
 
 def check_packed(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor) -> int | None:
@@ -182,40 +205,55 @@ def check_packed_operands(query: Tensor, key: Tensor, value: Tensor) -> None:
 def check_cu_seqlens(name: str, cu_seqlens: Tensor, query: Tensor, tokens: int) -> int | None:
     """The argument `name`: whole numbers that rise from 0 to `tokens`, on the query's device.
 
-    Returns the length of the longest sequence, or None where values may not be looked at, which go unchecked then.
+    Returns the length of the longest sequence, or None where values may not be looked at. A traced graph checks them when it runs; while
+    a CUDA graph is captured they go unchecked.
     """
     _check_tensor(name, cu_seqlens)
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"{name} must be int32, but is {cu_seqlens.dtype}")
+        raise TypeError(f"{name} must be int32, but is {cu_seqlens.dtype}: convert it with .int()")
     if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1:
         raise ValueError(f"{name} must have one dimension and at least one entry, but has shape {tuple(cu_seqlens.shape)}")
     _check_devices(query=query, **{name: cu_seqlens})
+    must = f"{name} must start at 0, never fall and end at"
     if not readable(cu_seqlens):
+        if torch.compiler.is_compiling():
+            rises = (cu_seqlens.diff() >= 0).all()
+            assert_in_graph((cu_seqlens[0] == 0) & (cu_seqlens[-1] == tokens) & rises, f"{must} the number of tokens")
         return None
     check_not_mapped("moba_flex", **{name: cu_seqlens})
     bounds = cu_seqlens.tolist()
     lengths = [b - a for a, b in itertools.pairwise(bounds)]
     if bounds[0] != 0 or bounds[-1] != tokens or min(lengths, default=0) < 0:
-        shown = bounds if len(bounds) <= 8 else [*bounds[:4], "...", *bounds[-3:]]
-        raise ValueError(f"{name} must start at 0, never fall and end at {tokens} (the number of tokens), but is {shown}")
+        raise ValueError(f"{must} {tokens} (the number of tokens), but {_bounds_shown(bounds, lengths)}")
     return max(lengths, default=0)
+
+
+def _bounds_shown(bounds: list[int], lengths: list[int]) -> str:
+    """All of them, or the first wrong one if they are many."""
+    if len(bounds) <= 8:
+        return f"is {bounds}"
+    if bounds[0] != 0:
+        return f"starts at {bounds[0]}"
+    falls = next((i for i, length in enumerate(lengths) if length < 0), None)
+    return f"ends at {bounds[-1]}" if falls is None else f"falls from {bounds[falls]} to {bounds[falls + 1]} at entry {falls + 1}"
 
 
 def check_scores(query: Tensor, heads: int, scale: float | None, softcap: float | None, sinks: Tensor | None) -> None:
     """What changes the scores, as float32 holds it: `scale`, `softcap > 0`, `sinks [H]`."""
     if scale is not None and not _is_number(scale):
-        raise TypeError(f"scale must be a float or None, but is a {type(scale).__name__}")
+        mend = ": convert it with float()" if hasattr(scale, "__float__") else ""
+        raise TypeError(f"scale must be a float or None, but is a {type(scale).__name__}{mend}")
     if scale is not None and not -_FLOAT32.max <= scale <= _FLOAT32.max:
-        raise ValueError(f"scale must be finite in float32, but is {reprlib.repr(scale)}")
+        raise ValueError(f"scale must be finite in float32, but is {shown(scale)}")
     if softcap is not None and not (_is_number(softcap) and _FLOAT32.tiny <= softcap <= _FLOAT32.max):
-        raise ValueError(f"softcap must be above 0 and finite in float32, or None, but is {reprlib.repr(softcap)}")
+        raise ValueError(f"softcap must be above 0 and finite in float32, or None, but is {shown(softcap)}")
     if sinks is None:
         return
     _check_tensor("sinks", sinks)
     if tuple(sinks.shape) != (heads,):
         raise ValueError(f"sinks must have shape ({heads},), one logit a query head, but has shape {tuple(sinks.shape)}")
     if not sinks.is_floating_point():
-        raise TypeError(f"sinks must be a floating-point tensor, but is {sinks.dtype}")
+        raise TypeError(f"sinks must be a floating-point tensor, but is {sinks.dtype}: convert it with .to()")
     _check_devices(query=query, sinks=sinks)
 
 
@@ -225,14 +263,13 @@ def _is_number(value: object) -> bool:
 
 def resolve_implementation(implementation: str, query: Tensor) -> str:
     """ "auto" becomes "flex" on CUDA and "eager" elsewhere; float64, which only checks use, is always "eager"."""
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"implementation must be one of {', '.join(IMPLEMENTATIONS)}, but is {implementation!r}")
+    check_choice("implementation", implementation, IMPLEMENTATIONS)
     if implementation == "auto":
         return "flex" if query.is_cuda and query.dtype != torch.float64 else "eager"
     if implementation in ("flex", "triton") and not query.is_cuda:
         raise ValueError(
             f'implementation="{implementation}" needs CUDA tensors, but query is on {query.device}: use "eager" or "auto" there'
         )
-    if implementation == "flex" and query.dtype == torch.float64:
-        raise ValueError('implementation="flex" computes in float32 at most: use "eager" for float64')
+    if implementation in ("flex", "triton") and query.dtype == torch.float64:
+        raise ValueError(f'implementation="{implementation}" computes in float32 at most: use "eager" for float64')
     return implementation

@@ -10,7 +10,7 @@ What makes that safe:
 - Before a capture the function runs on the graph's own inputs. So whatever is compiled, loaded or kept for later calls is there by then,
   and the call has its result whether or not the capture succeeds.
 - After a capture its memory pool must hold the outputs and nothing more: a tensor kept from within a capture would have no contents.
-- GraphCache are used under one lock, and a graph only on the stream that it was made for. Work on a stream is done in order, so that memory
+- Graphs are used under one lock, and a graph only on the stream that it was made for. Work on a stream is done in order, so that memory
   may be used again as soon as the host has launched what needed it: by the next graph in the pool, or by anyone once a graph is dropped.
 """
 
@@ -32,13 +32,14 @@ from ..core.layout import BlockLayout
 from ..core.settings import AttentionSettings
 from ..core.strides import empty_with_strides_of
 from ..core.upstream import copy_all
+from ..core.validation import check_flag
 from .capture import CudaGraph, CudaMarks, Function
 
 EAGER_CALLS = 2  # of a shape, before it is captured
 MAX_GRAPHS = 16  # of a GPU
 MAX_SHAPES = 256  # whose calls are counted
 # A query of 2,048 tokens of 32 heads of width 128 is copied in some 27 us with its key, value and output, 1 % of a layer of such a model.
-# Four calls of this size and what lies between them keep a GPU busy for longer than the host needs to launch one kernel by kernel.
+# Four calls of this size and what is between them keep a GPU busy for longer than the host needs to launch one kernel by kernel.
 LARGE, CALLS_AHEAD = 1 << 23, 4
 
 
@@ -47,9 +48,9 @@ def set_cuda_graphs(enabled: bool = True) -> bool:
 
     On a GPU the host takes longer to launch a short call than the GPU to do it. So from the third call of the same shapes, strides, dtype
     and settings on the same stream, forward and backward passes are replayed from a CUDA graph, with the same results to the bit. That is
-    for bfloat16 and float16, without `padding_mask` and `cu_seqlens`, for tensors of at most 2**25 numbers (8,192 tokens of 32 heads of
+    for bfloat16 and float16, without `padding_mask` and `cu_seqlens`, for tensors of at most 2**25 elements (8,192 tokens of 32 heads of
     width 128), and neither within a capture of one's own nor with `set_flex_backend("flash")`; all other calls are as without graphs. So
-    are those of 2**23 numbers or more while the GPU is some calls behind: then the host has the time, and a graph's copies are saved.
+    are those of 2**23 elements or more while the GPU is some calls behind: then the host has the time, and a graph's copies are saved.
 
     It costs memory: on each GPU up to as many bytes as `set_working_memory` says, for inputs, outputs and working memory of at most 16
     graphs, those used last. A call of ours that has too little memory takes it back. What turning graphs off frees goes back to PyTorch's
@@ -59,12 +60,12 @@ def set_cuda_graphs(enabled: bool = True) -> bool:
 
     Raises ValueError if `enabled` is neither True nor False.
 
+    >>> from moba_flex import set_cuda_graphs
     >>> before = set_cuda_graphs(False)
     >>> set_cuda_graphs(before)
     False
     """
-    if not isinstance(enabled, bool):
-        raise ValueError(f"enabled must be True or False, but is {enabled!r}")
+    check_flag("enabled", enabled)
     return _graphs.enable(enabled)
 
 
@@ -110,7 +111,7 @@ class Pool(Protocol):
 
 
 class Graph(Protocol):
-    """A captured function: `replay` computes `outputs` from what lies in the inputs."""
+    """A captured function: `replay` computes `outputs` from the contents of the inputs."""
 
     outputs: tuple[Tensor, ...]
     pool: Pool
@@ -128,7 +129,7 @@ Capture = Callable[[Function, tuple[Tensor | None, ...], Pool | None], Graph]
 
 
 class Captured:
-    """A graph and its inputs, which it reads where they lie."""
+    """A graph and the buffers of its inputs."""
 
     def __init__(self, capture: Capture, function: Function, inputs: tuple[Tensor | None, ...], pool: Pool | None) -> None:
         self.graph = capture(function, inputs, pool)
@@ -166,7 +167,7 @@ def copy(tensors: tuple[Tensor | None, ...], into: tuple[Tensor | None, ...]) ->
 
 
 def buffer_like(x: Tensor | None) -> Tensor | None:
-    """A tensor like `x` that lies as the call would bring it to lie: copying in is then all that moves it."""
+    """A buffer for `x` with the strides that the call would give it, so that copying into it is all that moves `x`."""
     if x is None:
         return None
     return empty_with_strides_of(x, *x.shape[2:]) if x.dim() == 4 else torch.empty_like(x, memory_format=torch.contiguous_format)

@@ -53,7 +53,7 @@ _broken: list[torch.cuda.CUDAGraph] = []
 
 
 class CudaGraph:
-    """A function of tensors on the current GPU, captured: `replay` computes `outputs` from what lies in `inputs`, on the current stream.
+    """A function of tensors on the current GPU, captured: `replay` computes `outputs` from the contents of `inputs`, on the current stream.
 
     Whatever the function compiles, loads or keeps for later has to be there before. Raises RuntimeError, or what the function raises, if
     there is no graph.

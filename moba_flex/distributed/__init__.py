@@ -1,6 +1,6 @@
 """Sequences longer than one process holds: context parallelism for the operation and for models.
 
-`attention` the operation on slices, `exchange` how slices travel, `model` what a transformers model needs for it.
+`attention` the operation on slices, `collectives` how slices travel, `context_parallel` what a transformers model needs for it.
 """
 
 from .attention import moba_attention_cp

@@ -1,4 +1,4 @@
-"""Attention of sequences that are cut into slices, one a process.
+"""Attention of sequences that are cut into slices, one per process.
 
 Causal attention of a slice's queries reads the keys up to the slice's end and none behind, and `moba_attention` takes queries that are the
 last of the keys. So each process makes an ordinary call on its own queries and the keys so far, and the gate, blocks that cross a slice's
@@ -72,6 +72,17 @@ def moba_attention_cp(
     Raises:
         ValueError, TypeError: as `moba_attention`; a mesh without a dimension for it; heads that do not fit the processes.
         RuntimeError: another process has ended.
+
+    One process, which needs no launcher; under torchrun leave out the arguments of `init_process_group`.
+
+    >>> import torch
+    >>> import torch.distributed as dist
+    >>> from moba_flex.distributed import moba_attention_cp
+    >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    >>> query, key = torch.randn(1, 4, 100, 16), torch.randn(1, 2, 100, 16)
+    >>> moba_attention_cp(query, key, key, dist.group.WORLD, block_size=16, top_k=3).shape
+    torch.Size([1, 4, 100, 16])
+    >>> dist.destroy_process_group()
     """
     validation.check_query_key(query=query, key=key, value=value)
     validation.check_flag("return_lse", return_lse)
@@ -167,8 +178,7 @@ def _heads(query: Tensor, key: Tensor, value: Tensor, group: dist.ProcessGroup, 
 
 def check_exchange(exchange: str, n_heads: int, n_key_heads: int, n_processes: int, share_selection: bool = False) -> None:
     """ValueError if there is no such exchange, or if heads cannot be dealt out to the processes."""
-    if exchange not in EXCHANGES:
-        raise ValueError(f"exchange must be one of {', '.join(EXCHANGES)}, but is {exchange!r}")
+    validation.check_choice("exchange", exchange, EXCHANGES)
     if exchange == "heads" and (n_heads % n_processes or (n_key_heads % n_processes and n_processes % n_key_heads)):
         raise ValueError(
             f'exchange="heads" deals {n_heads} query heads and {n_key_heads} key heads out to {n_processes} processes: query heads must be '

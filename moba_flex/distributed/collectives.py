@@ -76,7 +76,7 @@ def _once(backward: Callable) -> Callable:
 
 
 class _Pack(torch.autograd.Function):
-    """`[B, G, L, D]`, `[B, G, L, Dv]` -> for each message `[L, B, g, D + Dv]`: tokens first, so that gathered slices lie end to end."""
+    """`[B, G, L, D]`, `[B, G, L, Dv]` -> for each message `[L, B, g, D + Dv]`: tokens first, so that gathered slices are in order."""
 
     @staticmethod
     def forward(ctx, key: Tensor, value: Tensor, heads: list[slice], coming_home: _Started) -> tuple[Tensor, ...]:
@@ -178,7 +178,7 @@ class _AllToAll(torch.autograd.Function):
 
 
 def _all_to_all(group: dist.ProcessGroup, cut: int, join: int, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    parts = [torch.stack(x.chunk(group.size(), cut)) for x in tensors]  # one a process
+    parts = [torch.stack(x.chunk(group.size(), cut)) for x in tensors]  # one per process
     sent = torch.cat([part.flatten(1) for part in parts], 1)
     received = torch.empty_like(sent)
     _wait(dist.all_to_all_single(received, sent, group=group, async_op=True), sent)

@@ -31,7 +31,7 @@ _KNOWN = ("input_ids", "labels", "attention_mask", "position_ids")  # of a batch
 
 
 def context_parallel(model: nn.Module, mesh: DeviceMesh | dist.ProcessGroup, *, exchange: str = "keys") -> ContextParallel:
-    """Let a patched model work on sequences that are cut into slices, one a process.
+    """Let a patched model work on sequences that are cut into slices, one per process.
 
     Args:
         model: a transformers model that uses MoBA, see `moba_flex.patch`. Layers with full attention become context-parallel too. FSDP2,

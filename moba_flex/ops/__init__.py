@@ -14,7 +14,7 @@ from . import plain
 try:
     from . import triton as kernels
 except ImportError:  # no Triton, so no CUDA either
-    kernels = None
+    kernels = None  # type: ignore[assignment]  # nobody asks for it then
 
 
 def steps_for(x: Tensor) -> ModuleType:

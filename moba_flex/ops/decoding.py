@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..core.settings import AttentionSettings
-from .gate import best_blocks
+from .gate import best_blocks, first_of_equals, means_of, some_are_equal
 
 FEW = 32  # new tokens that are decoding: more of them are faster as a prefill
 _TOKENS_AT_ONCE = 1 << 16  # whose keys are copied to compute means
@@ -45,7 +45,7 @@ def write_means(means: Tensor, key: Tensor, start: Tensor | None, block_size: in
         else:  # a row that starts late has fewer blocks: what is read in place of the others is never chosen
             token = (start[:, None] + torch.arange(c * block_size, end * block_size, device=key.device)).clamp(max=key.shape[2] - 1)
             part = key.gather(2, token[:, None, :, None].expand(-1, key.shape[1], -1, key.shape[3]))
-        means[:, :, c:end] = part.unflatten(2, (end - c, block_size)).mean(3, dtype=means.dtype)
+        means[:, :, c:end] = means_of(part.unflatten(2, (end - c, block_size)), block_size)
     return means
 
 
@@ -69,8 +69,8 @@ def decode_plain(
     at_once = max(1, _ELEMENTS_AT_ONCE // (blocks.shape[-1] * settings.block_size * (key.shape[-1] + value.shape[-1])))
     parts = zip(*(x.split(at_once) for x in (together.flatten(0, 3), blocks.flatten(0, 3), row, group, token[last])))
     out, lse = zip(*(_attend(q, key, value, chosen, b, g, start[b], t, settings) for q, chosen, b, g, t in parts))
-    out = torch.cat(out).view(*shape[:-1], -1).movedim(4, 3).flatten(1, 3)
-    return out.to(query.dtype), torch.cat(lse).view(shape[:-1]).movedim(4, 3).flatten(1, 3)
+    whole = torch.cat(out).view(*shape[:-1], -1).movedim(4, 3).flatten(1, 3)
+    return whole.to(query.dtype), torch.cat(lse).view(shape[:-1]).movedim(4, 3).flatten(1, 3)
 
 
 def _attend(
@@ -95,9 +95,9 @@ def _attend(
         score = settings.softcap * torch.tanh(score / settings.softcap)
     score = score.masked_fill(~seen[:, None], -torch.inf)
     some = seen.any(-1)[:, None]
-    lse = score.masked_fill(~some[..., None], 0).logsumexp(-1)
-    out = torch.exp(score - lse[..., None]) @ v.masked_fill_(~seen[..., None], 0)
-    return torch.where(some[..., None], out, 0), torch.where(some, lse, -torch.inf)
+    score.masked_fill_(~some[..., None], 0)
+    out = score.softmax(-1) @ v.masked_fill_(~seen[..., None], 0)  # `exp(score - lse)` has the rounding of `lse`, large for large scores
+    return torch.where(some[..., None], out, 0), torch.where(some, score.logsumexp(-1), -torch.inf)
 
 
 def _take(x: Tensor, row: Tensor, group: Tensor, at: Tensor) -> Tensor:
@@ -112,7 +112,7 @@ def _complete(means: Tensor, key: Tensor, position: Tensor, start: Tensor, block
     row, last = ((position >= 0) & (position % block_size == block_size - 1)).nonzero(as_tuple=True)
     block = position[row, last] // block_size
     token = start[row] + block[:, None] * block_size + torch.arange(block_size, device=key.device)
-    means[row, :, block] = key[row[:, None], :, token].mean(1, dtype=means.dtype)
+    means[row, :, block] = means_of(key[row[:, None], :, token].transpose(1, 2), block_size)
 
 
 def _blocks_to_read(query: Tensor, means: Tensor, position: Tensor, settings: AttentionSettings) -> Tensor:
@@ -127,6 +127,9 @@ def _blocks_to_read(query: Tensor, means: Tensor, position: Tensor, settings: At
     if free := min(settings.n_free, means.shape[2]):
         block = torch.arange(means.shape[2], device=own.device)
         candidate = (block >= settings.sink_blocks) & (block < own - settings.recent_blocks)
-        score = (query.flatten(2, 3) @ means.mT).view(*query.shape[:4], -1)
+        score = query.flatten(2, 3) @ means.mT
+        if some_are_equal(means, block < position.amax(1, keepdim=True) // settings.block_size):
+            score = score.gather(-1, first_of_equals(means)[:, :, None].expand_as(score))
+        score = score.view(*query.shape[:4], -1)
         parts.append(best_blocks(score, candidate, free, finite=False).long())
     return torch.cat(parts, -1)

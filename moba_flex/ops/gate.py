@@ -13,13 +13,56 @@ from ..core.settings import AttentionSettings
 
 # How many scores are held at a time. Scores are queries x blocks: all of them at once would grow with the square of the tokens.
 _SCORES_AT_ONCE = 1 << 19
+_FACTOR = -7046029254386353131  # odd, without a pattern in its bits: products overflow, and spread over all int64
 
 
 def block_means(key: Tensor, layout: BlockLayout) -> Tensor:
     """`[B, G, C * P, D]` -> `[B, G, C, D]`: the mean of each block's real keys, in float32 at least (equation 6)."""
-    wide = torch.promote_types(key.dtype, torch.float32)
-    total = key.unflatten(2, (layout.n_key_blocks, layout.width)).sum(3, dtype=wide)
-    return total / layout.block_keys.clamp(min=1)[:, None, :, None]
+    blocks = key.unflatten(2, (layout.n_key_blocks, layout.width))
+    return means_of(blocks, layout.block_keys.clamp(min=1)[:, None, :, None])
+
+
+def means_of(blocks: Tensor, count: Tensor | int) -> Tensor:
+    """`[..., P, D]`, 0 where no key is -> the means `[..., D]` of `count` keys each, in float32 at least.
+
+    Equal blocks have equal means bit for bit, whoever asks: the order of a sum follows from strides, so these are always the same.
+    """
+    return blocks.contiguous().sum(-2, dtype=torch.promote_types(blocks.dtype, torch.float32)) / count
+
+
+def some_are_equal(mean: Tensor, exists: Tensor) -> bool:
+    """Whether two of the means `[B, G, C, D]` of blocks that `exists [B, C]` may be equal. Asked of two numbers of each, to cost little."""
+    two = (mean[..., :2] + 0.0).contiguous()
+    key = (two.view(torch.int64) if two.shape[-1] == 2 else two)[..., 0]
+    key = torch.where(exists[:, None], key, torch.arange(mean.shape[2], device=mean.device)).sort(-1).values
+    return bool((key[..., 1:] == key[..., :-1]).any())
+
+
+def first_of_equals(mean: Tensor) -> Tensor:
+    """`[B, G, C, D]` -> `[B, G, C]` int64: the first block with the same mean, bit for bit; the block itself if it is that.
+
+    Scores of equal blocks are rounded alike only by chance, so all of them take that of the first, and are a tie.
+    """
+    block = torch.arange(mean.shape[2], device=mean.device)
+    place = _mixed(torch.arange(mean.shape[3], device=mean.device))
+    key, order = _mixed(_bits(mean) ^ place).sum(-1).sort(dim=-1, stable=True)  # equal means stand together, the first one in front
+    new = torch.nn.functional.pad(key[..., 1:] != key[..., :-1], (1, 0), value=True)
+    first = order.gather(-1, torch.where(new, block, 0).cummax(-1).values)
+    first = torch.zeros_like(order).scatter(-1, order, first)
+    same = (mean.gather(2, first[..., None].expand_as(mean)) == mean).all(-1)
+    return torch.where(same, first, block)
+
+
+def _mixed(x: Tensor) -> Tensor:
+    """Int64 that look random, different for different `x`."""
+    for _ in range(2):
+        x = (x ^ (x >> 32)) * _FACTOR
+    return x ^ (x >> 32)
+
+
+def _bits(x: Tensor) -> Tensor:
+    """Float32 or float64 as int64, the same for 0 and -0."""
+    return (x + 0.0).contiguous().view(torch.int64 if x.dtype == torch.float64 else torch.int32).long()
 
 
 def candidates(layout: BlockLayout, settings: AttentionSettings) -> tuple[Tensor, Tensor]:
@@ -71,6 +114,7 @@ def choose(query: Tensor, key: Tensor, layout: BlockLayout, settings: AttentionS
     if settings.n_routed == 0:
         return chosen
     free = settings.n_free
+    query, key = query.contiguous(), key.contiguous()  # else products are rounded in other orders, and near-ties fall otherwise
     mean = block_means(key, layout)
     first, last = candidates(layout, settings)
     begin, stop = first[..., None] + settings.sink_blocks, last[..., None] - settings.recent_blocks
@@ -83,6 +127,9 @@ def choose(query: Tensor, key: Tensor, layout: BlockLayout, settings: AttentionS
 
     finite = _largest(query) * _largest(mean) * query.shape[-1] < torch.finfo(torch.float32).max  # False for NaN too
     of_head = mean.repeat_interleave(heads // groups, 1)
+    equal = None
+    if free and some_are_equal(mean, layout.block_keys > 0):
+        equal = first_of_equals(mean).repeat_interleave(heads // groups, 1)[:, :, None]
     step = max(1, _SCORES_AT_ONCE // max(1, rows * heads * layout.width * n_blocks))
     for start in range(0, layout.n_query_blocks if free else 0, step):
         part = slice(start, min(start + step, layout.n_query_blocks))
@@ -91,6 +138,9 @@ def choose(query: Tensor, key: Tensor, layout: BlockLayout, settings: AttentionS
             candidate = (block[:seen] >= begin[:, part]) & (block[:seen] < stop[:, part])
             candidate = (candidate[:, :, None] & real[:, part, :, None])[:, None]  # [B, 1, q, P, seen]
             q = query[:, :, part.start * layout.width : part.stop * layout.width].to(mean.dtype)
-            score = (q @ of_head[:, :, :seen].mT).unflatten(2, (-1, layout.width))
+            score = q @ of_head[:, :, :seen].mT
+            if equal is not None:
+                score = score.gather(-1, equal[..., :seen].expand_as(score))
+            score = score.unflatten(2, (-1, layout.width))
             out[:, :, part, :, :free] = best_blocks(score, candidate, free, finite)
     return chosen

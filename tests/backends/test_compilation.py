@@ -66,33 +66,21 @@ def test_the_operation_is_exported_for_lengths_on_both_sides_of_128_tokens():
         torch.testing.assert_close(exported(*operands(n)), model(*operands(n)))
 
 
-SHORT = [(300, 300), (40, 40), (128, 128), (129, 129), (500, 500), (2, 300), (128, 512), (33, 511), *((n, n) for n in range(20, 500, 40))]
-ROUTED = [(150, 150), (40, 40), (128, 128), (129, 129), (33, 100), (90, 128), (200, 200), (60, 60)]
+LENGTHS = [(150, 150), (40, 40), (128, 128), (129, 129), (33, 100), (90, 128), (200, 200), (60, 60)]
 
 
-def test_all_short_lengths_share_one_compilation_forward_and_one_backward(traced):
-    for lengths in SHORT:
-        for rows in (1, 2):
-            call(*lengths, rows)
-    assert len(traced) == len(set(traced)) == 2, traced
-
-
-def test_all_routed_lengths_share_one_compilation_of_each_call(traced, monkeypatch):
-    monkeypatch.setattr("moba_flex.backends.paths.MAX_MASK_OPERATIONS", -1)
-    for lengths in ROUTED:
+def test_all_routed_lengths_share_one_compilation_of_each_call(traced):
+    for lengths in LENGTHS:
         for rows in (1, 2):
             call(*lengths, rows)
     assert len(traced) == len(set(traced)) == 4, traced  # local and routed, forward and backward
 
 
-@pytest.mark.parametrize("masked", [True, False])
-def test_a_later_compilation_serves_all_lengths_too(traced, monkeypatch, masked):
+def test_a_later_compilation_serves_all_lengths_too(traced):
     """Whatever it is made for: here torch.compile has forgotten those before."""
-    if not masked:
-        monkeypatch.setattr("moba_flex.backends.paths.MAX_MASK_OPERATIONS", -1)
     call(300, 300, 2)
     torch._dynamo.reset()
     traced.clear()
     for n in (300, 60, 200):
         call(n, n, 2)
-    assert len(traced) == len(set(traced)) == (2 if masked else 4), traced
+    assert len(traced) == len(set(traced)) == 4, traced

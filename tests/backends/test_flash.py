@@ -19,7 +19,6 @@ from moba_flex.backends import flash
 @pytest.fixture(autouse=True)
 def _forget(monkeypatch):
     """Nothing is known of the kernels yet, and blocks are routed however few there are."""
-    monkeypatch.setattr("moba_flex.backends.paths.MAX_MASK_OPERATIONS", -1)
     monkeypatch.setattr(flash, "_kernels", {})
     monkeypatch.setattr(flash, "_backend", "triton")
     monkeypatch.setattr(flex_module, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)

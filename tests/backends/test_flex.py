@@ -19,7 +19,8 @@ from moba_flex.backends import flex
 from moba_flex.backends.block_masks import local_mask, routed_mask
 from moba_flex.core import chunking as chunks_module
 from moba_flex.core.chunking import QUERY_TILE, chunks, max_elements
-from moba_flex.core.layout import _persistent_layout, dense_layout, packed_layout, padded_layout, slots_per_block
+from moba_flex.core.layout import slots_per_block
+from moba_flex.core.layout_builders import _persistent_layout, dense_layout, packed_layout, padded_layout
 from moba_flex.core.settings import AttentionSettings
 from moba_flex.operator import attention
 from moba_flex.ops import gate
@@ -28,9 +29,8 @@ from moba_flex.ops.routing import route
 
 @pytest.fixture(autouse=True)
 def plain_flex_attention(monkeypatch):
-    """Uncompiled, and routed however few blocks there are: `test_dense_mask.py` is about those."""
+    """Uncompiled."""
     monkeypatch.setattr(flex_module, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
-    monkeypatch.setattr("moba_flex.backends.paths.MAX_MASK_OPERATIONS", -1)
 
 
 @st.composite

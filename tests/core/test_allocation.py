@@ -13,9 +13,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from moba_flex.core import layout
+from moba_flex.core import layout_builders
 from moba_flex.core.allocation import allocate_persistent
-from moba_flex.core.layout import _persistent_layout, dense_layout
+from moba_flex.core.layout import BlockLayout
+from moba_flex.core.layout_builders import _persistent_layout, dense_layout
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 1)
 
@@ -95,11 +96,11 @@ def test_threads_that_go_on_when_the_main_thread_has_ended_are_served():
 
 def test_each_stream_of_a_gpu_has_layouts_of_its_own(monkeypatch, streams):
     """Nothing orders two streams: one could read what the other has yet to write."""
-    real = layout._dense_layout
-    monkeypatch.setattr(layout, "_dense_layout", lambda *settings: real(*settings[:-1], CPU))
+    real = layout_builders._dense_layout
+    monkeypatch.setattr(layout_builders, "_dense_layout", lambda *settings: real(*settings[:-1], CPU))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
 
-    def layout_on(stream: int) -> layout.BlockLayout:
+    def layout_on(stream: int) -> BlockLayout:
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=stream))
         return dense_layout(2, 300, 300, 32, 32, GPU)
 
@@ -114,7 +115,8 @@ def test_each_stream_of_a_gpu_has_layouts_of_its_own(monkeypatch, streams):
 def test_layouts_that_later_calls_use_and_what_they_keep_are_made_so(monkeypatch):
     made = []
     recorded = lambda make, device: made.append(device) or allocate_persistent(make, device)  # noqa: E731
-    monkeypatch.setattr("moba_flex.core.layout.allocate_persistent", recorded)
+    for module in ("layout", "layout_builders"):
+        monkeypatch.setattr(f"moba_flex.core.{module}.allocate_persistent", recorded)
     _persistent_layout.cache_clear()
     layout = dense_layout(2, 300, 300, 32, 32, CPU)
     assert dense_layout(2, 300, 300, 32, 32, CPU) is layout

@@ -179,7 +179,7 @@ def test_select_blocks_names_the_argument_that_is_wrong(wrong, error, said):
 
 @pytest.mark.parametrize("name", ["scale", "softcap"])
 def test_a_number_that_no_float_holds_is_refused_in_a_short_sentence(name):
-    with pytest.raises(ValueError, match=rf"{name} must be .*float32.*10000+\.\.\.0+$") as raised:
+    with pytest.raises(ValueError, match=rf"{name} must be .*float32.* is an int of 401 digits$") as raised:
         moba_attention(X, X, X, block_size=4, top_k=2, **{name: 10**400})
     assert len(str(raised.value)) < 120
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from moba_flex import moba_attention, operator, set_cuda_graphs
 from moba_flex.backends import flash, paths
 from moba_flex.backends.paths import MAX_CAPTURED_ELEMENTS, capture_obstacle
-from moba_flex.core.layout import _persistent_layout, dense_layout
+from moba_flex.core.layout_builders import _persistent_layout, dense_layout
 from moba_flex.core.settings import AttentionSettings
 from moba_flex.cuda_graphs import cache
 from moba_flex.cuda_graphs.cache import CALLS_AHEAD, EAGER_CALLS, MAX_GRAPHS, MAX_SHAPES, GraphCache, Place, buffer_like
@@ -515,12 +515,10 @@ def test_padded_calls_go_around_graphs(store):
     assert len(store) == 0
 
 
-@pytest.fixture(params=["routed", "masked"])
-def flex_on_the_cpu(request, monkeypatch) -> Callable[[], Tensor]:
-    """A call of the implementation for CUDA, uncompiled, either way; forward and backward."""
+@pytest.fixture
+def flex_on_the_cpu(monkeypatch) -> Callable[[], Tensor]:
+    """A call of the implementation for CUDA, uncompiled; forward and backward."""
     monkeypatch.setattr(flex_module, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
-    if request.param == "routed":
-        monkeypatch.setattr("moba_flex.backends.paths.MAX_MASK_OPERATIONS", -1)
 
     def run() -> Tensor:
         leaves = [torch.randn(1, 300, heads, 16).transpose(1, 2).requires_grad_() for heads in (4, 2, 2)]

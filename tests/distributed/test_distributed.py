@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from support import distributed_checks as checks
+from support import stuck
 from support.cases import Case
 from support.processes import Processes, ProcessesFailed
 
@@ -196,10 +197,10 @@ def test_a_process_that_ends_is_named_and_the_others_say_what_they_waited_for() 
 
 def test_a_process_that_hangs_is_shown_and_the_next_check_runs() -> None:
     with Processes(2) as group:
-        assert group.run(checks.here) == [torch.device("cpu")] * 2  # imports what the check needs, which may take longer than the limit
+        assert group.run(stuck.here) == [torch.device("cpu")] * 2  # imports what the check needs, which may take longer than the limit
         group.time_limit = 3
         with pytest.raises(ProcessesFailed, match="one_hangs: no answer after 3 seconds") as failure:
-            group.run(checks.one_hangs)
+            group.run(stuck.one_hangs)
         assert "in one_hangs" in str(failure.value)
         group.time_limit = 120
         assert group.run(dist.get_rank) == [0, 1]

@@ -14,11 +14,11 @@ from pathlib import Path
 import adapt
 import llama
 import needle
-import package_text
 import pytest
 import torch
 from adapting.runs import moba_config, new_adapter
 from peft import PeftModel
+from shared import models, package_text
 from torch._dynamo.testing import CompileCounter
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3ForCausalLM, Gemma3TextConfig, GPT2Config, GPT2LMHeadModel
@@ -110,21 +110,21 @@ def test_what_is_measured_is_the_adapter_on_disk_with_the_attention_of_its_run(
 
 
 def test_the_layers_of_hybrid_with_full_attention_may_be_named(flags: list[str], tmp_path: Path) -> None:
-    args = adapt.parse([*flags, "--output", str(tmp_path), "--full-layers", "1", "2"])
+    args = adapt.parse([*flags, "--output", str(tmp_path), "--full-attention-layers", "1", "2"])
     assert moba_config("hybrid", args).full_attention_layers == (1, 2) and moba_config("moba", args).full_attention_layers == ()
 
 
 @pytest.mark.parametrize("name", adapt.RUNS)
 def test_layers_that_the_model_has_not_are_refused_whatever_runs_first(flags: list[str], tmp_path: Path, name: str, capsys) -> None:
-    assert adapt.main([*flags, "--output", str(tmp_path / "none"), "--runs", name, "--full-layers", "7"]) == 2
-    assert "cannot use MoBA: full_attention_layers has 7, but LlamaForCausalLM has the layers 0 to 3" in capsys.readouterr().err
+    assert adapt.main([*flags, "--output", str(tmp_path / "none"), "--runs", name, "--full-attention-layers", "7"]) == 2
+    assert "argument --full-attention-layers: there is no layer 7: the model has the layers 0 to 3" in capsys.readouterr().err
     assert not (tmp_path / "none").exists()
 
 
 def test_all_runs_start_from_the_same_model_on_the_same_sequences(whole: Path, flags: list[str]) -> None:
     """MoBA's first loss is that of the untrained model with MoBA on the first batch; the order follows from the seed."""
     args = adapt.parse([*flags, "--output", "-"])
-    model, tokenizer = llama.load(args.model, "cpu", "float32")
+    model, tokenizer = models.load(args.model, "cpu", "float32")
     text, again = adapt.Text(args, tokenizer), adapt.Text(args, tokenizer)
     assert all(text.batch(step).equal(again.batch(step)) for step in range(STEPS))
     for name in adapt.RUNS:
@@ -135,7 +135,7 @@ def test_all_runs_start_from_the_same_model_on_the_same_sequences(whole: Path, f
 @pytest.mark.parametrize("name", adapt.RUNS)
 def test_layers_with_an_adapter_and_the_same_attention_share_a_graph(name: str, flags: list[str]) -> None:
     args = adapt.parse([*flags, "--output", "-"])
-    base, _ = adapt.load(args.model, "cpu", "float32")
+    base, _ = models.load(args.model, "cpu", "float32")
     base.loss_function = adapt.mean_loss
     model, graphs = adapt.attend(new_adapter(base, 2, 0), name, args).train(), CompileCounter()
     ids = torch.randint(64, (2, 600), generator=torch.Generator().manual_seed(0))
@@ -160,7 +160,7 @@ def test_an_ended_run_goes_on_as_if_nothing_had_happened(whole: Path, flags: lis
     """First time is up; then a step is logged whose checkpoint was never written."""
     command = [*flags, "--output", str(tmp_path / "run"), "--checkpoint-seconds", "0"]
     assert adapt.main([*command, "--minutes", "1e-9"]) == 0
-    assert "stopped in run full, whose checkpoint is written" in capsys.readouterr().out
+    assert "the time is up after step 1 of run full, whose checkpoint is written: the same command with --resume" in capsys.readouterr().out
     assert len(log(tmp_path / "run", "full")) == 1
     save = adapt.Output.save
 
@@ -193,7 +193,7 @@ def test_what_decides_the_losses_must_not_change(whole: Path, flags: list[str], 
         (["--runs", "dense"], "--runs: invalid choice: 'dense'"),
         (["--sequence-length", "1000000", "--rope-theta", "1e6"], "its held-out prose has .* tokens, but one sequence has 1,000,000"),
         (["--text", "nowhere"], "text is read from folders, but nowhere is none"),
-        (["--top-k", "1"], "sink_blocks"),
+        (["--top-k", "1"], "these flags do not fit together: .*--sink-blocks"),
         (["--model", "missing.gguf"], "there is no file missing.gguf"),
         (["--batch-size", "0"], "--batch-size: must be at least 1, but is 0"),
         (["--rank", "0"], "--rank: must be at least 1, but is 0"),
@@ -221,7 +221,7 @@ def test_a_folder_that_cannot_be_written_to_is_refused_before_the_model_is_loade
     monkeypatch.setattr(adapt, "load", lambda *_: pytest.fail("loaded"))
     (tmp_path / "file").touch()
     assert adapt.main([*flags, "--output", str(tmp_path / output)]) == 2
-    assert capsys.readouterr().err.startswith(f"adapt.py: error: cannot write to the folder {tmp_path / output}: ")
+    assert capsys.readouterr().err.startswith(f"adapt.py: error: argument --output: cannot write to the folder {tmp_path / output}: ")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
@@ -238,7 +238,7 @@ def test_runs_trained_apart_are_those_trained_together(whole: Path, flags: list[
     assert adapt.main([*command, "--runs", "moba", "--seed", "1"]) == 2
     assert "these must not change: seed was 0 and is 1\n" in capsys.readouterr().err and not (tmp_path / "run/moba").exists()
     assert adapt.main([*command, "--runs", "moba"]) == 0
-    table = capsys.readouterr().out.partition("nats a token")[2].splitlines()[1:]
+    table = capsys.readouterr().out.partition("nats per token")[2].partition("\n\n")[0].splitlines()[1:]
     assert [re.split("  +", line)[0] for line in table] == list(adapt.ROWS)
     assert logs(tmp_path / "run") == logs(whole)
     assert results(tmp_path / "run")["loss"] == results(whole)["loss"]
@@ -249,7 +249,7 @@ def test_two_processes_that_start_together_share_the_runs(whole: Path, flags: li
     processes = [subprocess.Popen([*command, *runs], stdout=subprocess.PIPE, text=True) for runs in (["full"], ["moba", "hybrid"])]
     said = [process.communicate(timeout=300)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0]
-    assert any("nats a token" in out for out in said) and all("nats a token" in out or "done with" in out for out in said)
+    assert any("nats per token" in out for out in said) and all("nats per token" in out or "done with" in out for out in said)
     for name in adapt.RUNS:
         for here, there in zip(log(tmp_path / "run", name), log(whole, name), strict=True):
             assert here == pytest.approx(there, rel=1e-5), name
@@ -285,7 +285,7 @@ def test_a_longer_context_is_kept_with_the_adapter_and_is_what_was_measured(
     context = {"rope_parameters": {"rope_type": "default", "rope_theta": 50000.0}, "max_position_embeddings": 1200}
     expected = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(byte_llama, **context), str(longer / "moba/adapter")).eval()
     ids = torch.cat([needle.tokens(document.text, tokenizer) for document in package_text.collect([text_folder], 60)["prose"].train])
-    adapted = llama.with_adapter(model, longer / "moba/adapter")
+    adapted = models.with_adapter(model, longer / "moba/adapter")
     with torch.no_grad():
         torch.testing.assert_close(adapted(ids[None, :1200]).logits, expected(ids[None, :1200]).logits)
     assert needle.default_lengths(adapted) == [150, 300, 600, 1200]
@@ -305,7 +305,7 @@ def test_a_longer_context_is_kept_with_the_adapter_and_is_what_was_measured(
 
 def test_the_demo_reads_beyond_the_model_s_own_context_with_such_an_adapter(longer: Path, byte_llama: Path, tmp_path: Path, capsys) -> None:
     (tmp_path / "prompt.txt").write_text("abcdefgh " * 125)
-    command = ["--model", str(byte_llama), "--prompt-file", str(tmp_path / "prompt.txt"), "--moba-chunk-size", "32", "--moba-topk", "3"]
+    command = ["--model", str(byte_llama), "--prompt-file", str(tmp_path / "prompt.txt"), "--block-size", "32", "--top-k", "3"]
     command += ["--max-new-tokens", "2", "--device", "cpu"]
     assert llama.main(command) == 2 and "do not fit into the model's context of 1,024" in capsys.readouterr().err
     assert llama.main([*command, "--adapted", str(longer / "moba/adapter")]) == 0
@@ -322,12 +322,12 @@ def test_the_demo_reads_beyond_the_model_s_own_context_with_such_an_adapter(long
 def test_a_model_whose_layers_share_no_rotary_embedding_keeps_its_context(model) -> None:
     before = model.config.to_dict()
     with pytest.raises(ValueError, match=rf"the layers of {type(model).__name__} do not share one rotary embedding"):
-        llama.extend_context(model, 1e6, 4096)
+        models.extend_context(model, 1e6, 4096)
     assert model.config.to_dict() == before
 
 
 def test_the_demo_reads_with_the_adapter(whole: Path, byte_llama: Path, text_folder: Path, capsys) -> None:
-    command = ["--model", str(byte_llama), "--prompt-file", str(text_folder / "0.md"), "--moba-chunk-size", "32", "--moba-topk", "3"]
+    command = ["--model", str(byte_llama), "--prompt-file", str(text_folder / "0.md"), "--block-size", "32", "--top-k", "3"]
     command += ["--max-new-tokens", "2", "--device", "cpu", "--compare"]
     said = []
     for more in ([], ["--adapted", str(whole / "moba/adapter")]):
@@ -342,7 +342,7 @@ def test_the_demo_reads_as_the_adapter_was_trained_unless_flags_say_otherwise(wh
 
     assert settings("moba") == moba_flex.MobaConfig(**BLOCKS)
     assert settings("hybrid") == moba_flex.MobaConfig(**BLOCKS, full_attention_layers=(-3, -2, -1))
-    changed = settings("hybrid", "--moba-topk", "5", "--moba-full-layers", "0")
+    changed = settings("hybrid", "--top-k", "5", "--full-attention-layers", "0")
     assert changed == moba_flex.MobaConfig(**{**BLOCKS, "top_k": 5}, full_attention_layers=(0,))
     assert settings("full") == moba_flex.MobaConfig(**llama.DEFAULTS)
 
@@ -355,7 +355,7 @@ def test_the_adapter_of_the_repository_has_the_settings_that_are_the_default_of_
 
 def test_the_demo_says_where_an_adapter_is_missing_or_does_not_fit(whole: Path, tiny: Path, tmp_path: Path, capsys) -> None:
     for folder, words in (
-        (tmp_path, f"there is no adapter in {tmp_path}: name the folder of one that examples/adapt.py trained"),
+        (tmp_path, f"there is no adapter in {tmp_path}: name the folder of one that adapt.py trained"),
         (whole / "moba/adapter", "fit"),
     ):
         assert llama.main(["--model", str(tiny), "--adapted", str(folder), "--device", "cpu"]) == 2

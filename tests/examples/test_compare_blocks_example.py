@@ -10,8 +10,8 @@ import pytest
 import torch
 from adapting.runs import new_adapter
 from adapting.text import sequences
-from llama import with_adapter
-from package_text import KINDS, collect
+from shared.models import with_adapter
+from shared.package_text import KINDS, collect
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -113,10 +113,10 @@ def test_settings_go_on_in_the_same_file(flags, adapter, tmp_path, monkeypatch, 
             "--blocks takes BLOCKxTOPK, such as 64x24, or with full attention in some layers 64x24+17,18, but is given '64'",
         ),
         (["--blocks", "64x0"], "--blocks 64x0 cannot be: top_k must be an int of at least 1, but is 0"),
-        (["--blocks", "64x3+9"], "this model cannot use MoBA: "),
+        (["--blocks", "64x3+9"], "argument --blocks 64x3+9: there is no layer 9: the model has the layers 0 to 3"),
         (["--sequence-length", "2000"], "--sequence-length is 2,000, but the model's context is 1,024 tokens"),
-        (["--adapter", "/nowhere"], "there is no adapter in /nowhere"),
-        (["--text", "/nowhere"], "cannot read the text: text is read from folders, but /nowhere is none"),
+        (["--adapter", "/nowhere"], "argument --adapter: there is no adapter in /nowhere"),
+        (["--text", "/nowhere"], "argument --text: text is read from folders, but /nowhere is none"),
     ],
 )
 def test_what_cannot_be_measured_is_one_line(flags, tmp_path, capsys, more, said) -> None:

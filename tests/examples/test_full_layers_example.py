@@ -9,7 +9,7 @@ import full_layers
 import pytest
 import torch
 from adapting.text import sequences
-from package_text import KINDS, collect
+from shared.package_text import KINDS, collect
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -86,8 +86,8 @@ def test_after_a_stop_it_goes_on_to_the_same_layers(flags, expected, tmp_path, m
         (["--layers", "4"], "--layers must be from 1 to 3, one less than layers use MoBA, but is 4"),
         (["--sequence-length", "2000"], "--sequence-length is 2,000, but the model's context is 1,024 tokens"),
         (["--top-k", "16"], "--sequence-length is 500, of which MoBA reads every key: give more than --block-size times --top-k, 512"),
-        (["--top-k", "0"], "these flags do not fit together: top_k must be an int of at least 1, but is 0"),
-        (["--text", "/nowhere"], "cannot read the text: text is read from folders, but /nowhere is none"),
+        (["--top-k", "0"], "argument --top-k: must be at least 1, but is 0"),
+        (["--text", "/nowhere"], "argument --text: text is read from folders, but /nowhere is none"),
     ],
 )
 def test_what_cannot_be_measured_is_one_line(flags, tmp_path, capsys, more, said) -> None:

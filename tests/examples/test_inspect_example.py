@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import struct
-import subprocess
 import sys
-from pathlib import Path
 
 import inspect_blocks
 import pytest
@@ -23,12 +21,12 @@ def _on_the_cpu(monkeypatch):
 def flags(tiny, tmp_path) -> list[str]:
     """A small model and 100 words, which are several blocks."""
     (tmp_path / "prompt.txt").write_text(" ".join(f"w{i * i % 50}" for i in range(100)))
-    given = {"model": tiny, "prompt-file": tmp_path / "prompt.txt", "folder": tmp_path / "pictures", "layer": 1}
+    given = {"model": tiny, "prompt-file": tmp_path / "prompt.txt", "output": tmp_path / "pictures", "layer": 1}
     return [str(part) for name, value in given.items() for part in (f"--{name}", value)]
 
 
 def test_two_pictures_and_a_table(flags, tmp_path, capsys):
-    assert inspect_blocks.main([*flags, "--moba-chunk-size", "8", "--moba-topk", "3"]) == 0
+    assert inspect_blocks.main([*flags, "--block-size", "8", "--top-k", "3"]) == 0
     for name in ("blocks.png", "model.png"):
         content = (tmp_path / "pictures" / name).read_bytes()
         assert content.startswith(b"\x89PNG"), name
@@ -44,11 +42,11 @@ def test_two_pictures_and_a_table(flags, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        (["--layer", "7"], ["7", "0, 1"]),
-        (["--moba-topk", "1"], ["top_k", "sink_blocks"]),
-        (["--moba-topk", "many"], ["--moba-topk", "many"]),
-        (["--prompt-file", "no such file"], ["prompt file"]),
-        (["--folder", __file__], ["folder"]),
+        (["--layer", "7"], ["--layer", "there is no layer 7", "0 to 1"]),
+        (["--top-k", "1"], ["--top-k", "--sink-blocks"]),
+        (["--top-k", "many"], ["--top-k", "many"]),
+        (["--prompt-file", "no such file"], ["--prompt-file", "no such file"]),
+        (["--output", __file__], ["--output", "folder"]),
     ],
     ids=lambda value: " ".join(value[:2]) if value[0].startswith("--") else "",
 )
@@ -65,10 +63,3 @@ def test_without_matplotlib_it_says_what_to_install_before_any_work(flags, monke
     monkeypatch.setattr(inspect_blocks, "load", lambda *args: pytest.fail("the model was loaded"))
     assert inspect_blocks.main(flags) == 2
     assert 'pip install ".[demo,viz]"' in capsys.readouterr().err
-
-
-def test_it_runs_as_a_script(flags, tmp_path):
-    script = Path(inspect_blocks.__file__)
-    done = subprocess.run([sys.executable, script, *flags], capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "pictures" / "blocks.png").is_file()

@@ -11,13 +11,15 @@ import subprocess
 import sys
 import time
 import zipfile
+from functools import partial
 from pathlib import Path
 
-import demo_weights as demo
 import huggingface_hub
 import llama
 import pytest
 import torch
+from shared import demo_weights as demo
+from shared import models
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, MambaConfig, MambaForCausalLM
 
 import moba_flex
@@ -65,22 +67,27 @@ def expect_error(capsys, argv: list, *words: str) -> None:
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--moba-topk", "0"], ["top_k", "0"]),
-        (["--moba-topk", "1"], ["sink_blocks", "top_k"]),
+        (["--top-k", "0"], ["--top-k", "0"]),
+        (["--top-k", "1"], ["--sink-blocks", "--top-k"]),
+        (["--top-k", "many"], ["--top-k", "many"]),
         (["--moba-topk", "many"], ["--moba-topk", "many"]),
-        (["--moba-chunk-size", "0"], ["block_size", "0"]),
-        (["--moba-sink-blocks", "-1"], ["sink_blocks", "-1"]),
-        (["--moba-recent-blocks", "8"], ["recent_blocks", "8"]),
+        (["--block-size", "0"], ["--block-size", "0"]),
+        (["--sink-blocks", "-1"], ["--sink-blocks", "-1"]),
+        (["--recent-blocks", "8"], ["--recent-blocks", "8"]),
+        (["--full-attention-layers", "30"], ["--full-attention-layers", "there is no layer 30", "0 to 29"]),
+        (["--adapted", "nofolder"], ["--adapted", "there is no adapter in nofolder"]),
         (["--max-new-tokens", "0"], ["--max-new-tokens", "0"]),
         (["--attn", "sparse"], ["--attn", "sparse", "moba_naive"]),
         (["--dtype", "int8"], ["--dtype", "int8"]),
-        (["--device", "abacus"], ["abacus"]),
+        (["--device", "abacus"], ["--device", "abacus"]),
         (["--compare", "--attn", "full"], ["--compare", "--attn"]),
         (["--no-such-flag"], ["--no-such-flag"]),
     ],
     ids=lambda value: " ".join(value) if value[0].startswith("--") else "",
 )
-def test_bad_flags(capsys, flags, words):
+def test_bad_flags_are_refused_before_anything_is_loaded(capsys, monkeypatch, flags, words):
+    monkeypatch.setattr(llama, "load", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr(llama, "read_prompt", lambda *_: pytest.fail("read"))
     expect_error(capsys, flags, *words)
 
 
@@ -91,7 +98,7 @@ def test_bad_prompt_files(capsys, tmp_path, kind):
         file.mkdir()
     elif kind != "missing":
         file.write_bytes(b" \n" if kind == "empty" else b"\xff\xfe\xfa")
-    expect_error(capsys, ["--prompt-file", file], "prompt file")
+    expect_error(capsys, ["--prompt-file", file], "--prompt-file", str(file) if kind in ("missing", "empty") else "")
 
 
 @pytest.mark.parametrize("name", ["./no/such/folder", "no such name", "nobody/nothing"])
@@ -156,6 +163,12 @@ def run_script(argv: list) -> subprocess.Popen:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
 
 
+def test_the_names_of_the_reference_and_older_ones_are_the_same_flags():
+    given = "--moba-chunk-size 64 --moba-topk 5 --moba-sink-blocks 2 --moba-recent-blocks 1 --moba-full-layers 3"
+    same = "--block-size 64 --top-k 5 --sink-blocks 2 --recent-blocks 1 --full-attention-layers 3"
+    assert llama.parse(given.split()) == llama.parse(same.split())
+
+
 # What it prints
 
 
@@ -170,7 +183,7 @@ def test_share_of_keys_read_counts_keys(n, block_size, top_k, sinks):
 
 @pytest.mark.parametrize("attn", ["moba", "moba_naive", "full"])
 def test_answer_and_table(capsys, tiny, prompt_file, attn):
-    argv = ["--model", tiny, "--prompt-file", prompt_file, "--attn", attn, "--moba-chunk-size", 8, "--moba-topk", 3]
+    argv = ["--model", tiny, "--prompt-file", prompt_file, "--attn", attn, "--block-size", 8, "--top-k", 3]
     assert llama.main([*map(str, argv), "--max-new-tokens", "5"]) == 0
     out = capsys.readouterr().out
     rows = table(out)
@@ -194,9 +207,12 @@ def test_one_new_token_has_no_rate(capsys, tiny, prompt_file):
 
 
 def test_compare_gives_what_whole_logits_give(capsys, tiny, prompt_file, monkeypatch):
-    argv = ["--model", tiny, "--prompt-file", prompt_file, "--max-new-tokens", 2, "--moba-chunk-size", 8, "--moba-topk", 2]
+    argv = ["--model", tiny, "--prompt-file", prompt_file, "--max-new-tokens", 2, "--block-size", 8, "--top-k", 2]
     assert llama.main([*map(str, argv), "--compare"]) == 0
-    rows = table(capsys.readouterr().out)
+    out, progress = capsys.readouterr()
+    rows = table(out)
+    for words in ("Reading 100 tokens: ", "Reading 100 tokens again with MoBA", "with full attention", "Comparing their next tokens"):
+        assert words in progress, progress
 
     model = moba_flex.AutoModelForCausalLM.from_pretrained(tiny, attn="full")
     prompt = torch.tensor([[i * i % 50 for i in range(100)]])
@@ -212,8 +228,17 @@ def test_compare_gives_what_whole_logits_give(capsys, tiny, prompt_file, monkeyp
     assert float(rows["difference in nats per token"]) == pytest.approx(mean - full_mean, abs=2e-4)
 
 
+def test_progress_counts_the_layers_of_one_pass(capsys, tiny, monkeypatch):
+    monkeypatch.setattr(models, "tqdm", partial(models.tqdm, mininterval=0))
+    model = moba_flex.AutoModelForCausalLM.from_pretrained(tiny)
+    for _ in range(2):
+        with models.layer_progress(model, "Reading"):
+            model(torch.arange(40)[None])
+        assert re.findall(r"Reading: .*?(\d)/2 \[", capsys.readouterr().err) == ["0", "1", "2"]
+
+
 def test_compare_finds_no_difference_when_every_block_is_read(capsys, tiny, prompt_file):
-    argv = ["--model", tiny, "--prompt-file", prompt_file, "--max-new-tokens", 1, "--moba-chunk-size", 8, "--moba-topk", 13]
+    argv = ["--model", tiny, "--prompt-file", prompt_file, "--max-new-tokens", 1, "--block-size", 8, "--top-k", 13]
     assert llama.main([*map(str, argv), "--compare"]) == 0
     rows = table(capsys.readouterr().out)
     assert rows["share of keys read in prefill"] == rows["same choice of next token"] == "100.0%"
@@ -243,7 +268,7 @@ def demo_model(smollm2, monkeypatch):
 @pytest.mark.weights
 def test_smollm2_from_end_to_end(capsys, demo_model, tmp_path):
     file = write(tmp_path / "prompt.txt", "What is the capital of France?")
-    assert llama.main(["--prompt-file", str(file), "--max-new-tokens", "10", "--moba-chunk-size", "8", "--compare"]) == 0
+    assert llama.main(["--prompt-file", str(file), "--max-new-tokens", "10", "--block-size", "8", "--compare"]) == 0
     out = capsys.readouterr().out
     assert "Paris" in out
     assert table(out)["same choice of next token"] == "100.0%", out  # its five blocks are all read
@@ -252,7 +277,7 @@ def test_smollm2_from_end_to_end(capsys, demo_model, tmp_path):
 @pytest.mark.weights
 def test_smollm2_stays_close_to_full_attention_with_the_demo_settings(demo_model):
     model, tokenizer = demo_model
-    prompt = llama.tokenize(llama.read_prompt(None), model, tokenizer, 1)[:, :2000]
+    prompt = llama.tokenize(llama.read_prompt(None), model, tokenizer, 1)[:, :1536]
     moba_flex.patch(model, block_size=128, top_k=8, sink_blocks=1)
     rows = llama.compare(model, prompt)
     assert abs(float(rows["difference in nats per token"])) < 0.1, rows

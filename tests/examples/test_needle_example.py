@@ -13,8 +13,8 @@ import needle
 import pytest
 import torch
 from matplotlib.image import imread
-from package_text import KINDS, collect
 from pretraining.corpus import corpus
+from shared.package_text import KINDS, collect
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import moba_flex
@@ -244,14 +244,17 @@ def test_the_heat_map_has_lengths_to_the_right_and_depths_downwards_and_names_wh
         side: {needle.key(length, depth): [depth < 0.7, length == 300 or side == "full"] for length in LENGTHS for depth in DEPTHS}
         for side in needle.SIDES
     }
-    models = {side: {"model": f"run/{side}"} for side in needle.SIDES}
+    models = {"moba": {"model": "checkpoints/50M-32768-moba-last-3-full-b512k3-seed0"}, "full": {"model": "full/adapter"}}
     figure = needle.heat_map({"asked": {"lengths": LENGTHS, "depths": DEPTHS}, "models": models, "right": right})
     moba, full = figure.axes[:2]
     assert moba.images[0].get_array().tolist() == [[100.0, 50.0], [100.0, 50.0], [50.0, 0.0]]
     assert full.images[0].get_array().tolist() == [[100.0, 100.0], [100.0, 100.0], [50.0, 50.0]]
     assert [label.get_text() for label in moba.get_xticklabels()] == ["300", "400"]
     assert [label.get_text() for label in moba.get_yticklabels()] == ["0%", "50%", "100%"]
-    assert moba.get_title() == "MoBA: run/moba\n7 of 12 right" and full.get_title() == "full attention: run/full\n10 of 12 right"
+    model = "50M parameters, 32,768 tokens, seed 0\nMoBA, last 3 layers full (block 512, top-3)"
+    assert moba.get_title() == f"MoBA: {model}\n7 of 12 right"
+    assert full.get_title() == "full attention: adapter of run full\n10 of 12 right"
+    assert figure.axes[2].get_ylabel() == "trials with the right answer, %"
 
 
 def test_cells_that_moba_alone_misses_are_named(capsys) -> None:
@@ -271,9 +274,9 @@ def test_cells_that_moba_alone_misses_are_named(capsys) -> None:
         (["--lengths", "100"], "length must be from"),
         (["--lengths", "5"], "length must be from"),
         (["--lengths", "300", "5000"], "--lengths has 5,000, but the context of --moba's model is 1,024 tokens"),
-        (["--output", __file__], f"cannot write to the folder {__file__}: Not a directory"),
+        (["--output", __file__], f"argument --output: cannot write to the folder {__file__}: Not a directory"),
         (["--text", "nowhere"], "text is read from folders, but nowhere is none"),
-        (["--top-k", "0"], "top_k"),
+        (["--top-k", "0"], "argument --top-k: must be at least 1, but is 0"),
     ],
 )
 def test_what_cannot_work_is_refused_in_one_sentence(flags: list[str], byte_llama: Path, tmp_path: Path, more, words: str, capsys) -> None:

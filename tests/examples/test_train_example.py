@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,21 +18,23 @@ import pytest
 import torch
 import train
 from accelerate.state import AcceleratorState, GradientState
+from shared import training
+from shared.command_line import UserError
 from transformers import AutoModelForCausalLM
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 ROOT = Path(__file__).parents[2]
 TINY = [
-    *("--tiny", "--cpu", "--text", str(ROOT / "moba_flex/naive.py"), str(ROOT / "moba_flex/gate.py")),
+    *("--tiny", "--cpu", "--text", str(ROOT / "examples/llama.py"), str(ROOT / "examples/train.py")),
     *("--sequence-length", "200", "--block-size", "24", "--top-k", "3", "--sink-blocks", "1", "--full-attention-layers", "-1"),
     *("--batch-size", "4", "--learning-rate", "1e-3", "--warmup", "2", "--moba-share", "0.5"),
 ]
 SHORT = [*TINY, "--steps", "6", "--checkpoint-every", "3"]
 
 
-@pytest.fixture
-def alone():
-    """accelerate keeps its state for the life of a process."""
+@contextlib.contextmanager
+def undone() -> Iterator[None]:
+    """What a run in this process leaves behind: handlers of signals, and accelerate's state, which it keeps for the life of a process."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
     for number, handler in handlers.items():
@@ -38,18 +43,25 @@ def alone():
     GradientState._reset_state()
 
 
+@pytest.fixture
+def alone() -> Iterator[None]:
+    with undone():
+        yield
+
+
 @pytest.fixture(scope="module")
 def short(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Six steps on one process, from beginning to end."""
     output = tmp_path_factory.mktemp("short")
-    run([sys.executable, "examples/train.py", *SHORT, "--micro-batch-size", "2", "--output", str(output)])
+    with undone():
+        assert train.train(train.parse([*SHORT, "--micro-batch-size", "2", "--output", str(output)])) == 0
     return output
 
 
 def environment() -> dict[str, str]:
     here = {name: x for name, x in os.environ.items() if not name.startswith(("ACCELERATE_", "FSDP_"))}
     loopback = {"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    path = os.pathsep.join(filter(None, [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH")]))
     return {**here, **loopback, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
@@ -71,11 +83,15 @@ def start(command: list[str]) -> subprocess.Popen:
     return subprocess.Popen(command, cwd=ROOT, env=environment(), **out)
 
 
-def launch(config: str, script: str, *arguments: str, processes: int = 2, **parallelism: int) -> str:
+def command(config: str, script: str, *arguments: str, processes: int = 2, **parallelism: int) -> list[str]:
+    """The script on several processes, by examples/launch.py."""
     options = [part for name, x in parallelism.items() for part in (f"--parallelism_config_{name}", str(x))]
-    config = str(ROOT / "examples/accelerate" / config)
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, "--mixed_precision", "no"]
-    return run([*launcher, "--num_processes", str(processes), *options, script, *arguments])
+    launcher = [sys.executable, "examples/launch.py", "--config_file", f"examples/accelerate/{config}", "--mixed_precision", "no"]
+    return [*launcher, "--num_processes", str(processes), *options, script, *arguments]
+
+
+def launch(*arguments, **options) -> str:
+    return run(command(*arguments, **options))
 
 
 def log(output: Path) -> list[dict]:
@@ -109,7 +125,7 @@ def test_a_run_learns_logs_and_leaves_a_model_that_loads(short: Path) -> None:
 
 @pytest.mark.parametrize("given", ["labels", "shift_labels", "num_items_in_batch"])
 def test_the_loss_in_parts_is_that_of_transformers(monkeypatch: pytest.MonkeyPatch, given: str) -> None:
-    monkeypatch.setattr(train, "LOSSES_AT_ONCE", 7)
+    monkeypatch.setattr(training, "LOSSES_AT_ONCE", 7)
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(2, 20, 11, generator=generator, requires_grad=True)
     labels = torch.randint(11, (2, 20), generator=generator)
@@ -117,7 +133,7 @@ def test_the_loss_in_parts_is_that_of_transformers(monkeypatch: pytest.MonkeyPat
     more = {"shift_labels": {"shift_labels": labels.roll(1, 1)}, "num_items_in_batch": {"num_items_in_batch": torch.tensor(13)}}.get(
         given, {}
     )
-    actual, expected = (loss(logits, labels, vocab_size=11, **more) for loss in (train.mean_loss, ForCausalLMLoss))
+    actual, expected = (loss(logits, labels, vocab_size=11, **more) for loss in (training.mean_loss, ForCausalLMLoss))
     torch.testing.assert_close(actual, expected)
     torch.testing.assert_close(torch.autograd.grad(actual, logits), torch.autograd.grad(expected, logits))
 
@@ -139,12 +155,10 @@ def test_one_process_checkpoint_goes_on_with_sharded_parameters_on_two(short: Pa
     assert_same_losses(output, short)
 
 
-def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(tmp_path: Path) -> None:
-    """Ctrl-C ends the run with a checkpoint. The same process count computes the same bits."""
-    command = [sys.executable, "examples/train.py", *TINY, "--steps", "40", "--output"]
-    run([*command, str(tmp_path / "whole")])
-    output = tmp_path / "interrupted"
-    process = start([*command, str(output)])
+def test_an_interrupted_job_says_so_and_goes_on_to_the_same_end(alone: None, tmp_path: Path, capsys) -> None:
+    """Ctrl-C for the launcher of two processes; one process goes on."""
+    arguments, output = [*TINY, "--steps", "40", "--output"], tmp_path / "interrupted"
+    process = start(command("cpu.yaml", "examples/train.py", *arguments, str(output)))
     try:
         while not (output / "log.jsonl").exists() or len(log(output)) < 3:
             with pytest.raises(subprocess.TimeoutExpired):  # it still runs
@@ -153,16 +167,36 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(tmp_path: Path) -
         said, _ = process.communicate(timeout=120)
     finally:
         process.kill()
-    assert process.returncode == 0, said
     steps = len(log(output))
-    assert 3 <= steps < 40 and (output / f"step-{steps:08d}").is_dir() and f"interrupted after step {steps}" in said
-    run([*command, str(output), "--resume"])
-    assert losses(output) == losses(tmp_path / "whole")
+    assert process.returncode == 130 and 3 <= steps < 40 and (output / f"step-{steps:08d}").is_dir(), said
+    last_words = f"interrupted after step {steps}, whose checkpoint is written: the same command with --resume goes on from there\n"
+    assert said.endswith(last_words)
+
+    assert train.train(train.parse([*arguments, str(tmp_path / "whole")])) == 0
+    AcceleratorState._reset_state(True)
+    capsys.readouterr()
+    assert train.train(train.parse([*arguments, str(output), "--resume"])) == 0
+    torch.testing.assert_close(losses(output), losses(tmp_path / "whole"), rtol=1e-3, atol=0.0)
+    out, err = capsys.readouterr()
+    loss, model = losses(output)[-1], output / "model"
+    assert out == (
+        f"done after step 40, final loss {loss:.4f}; the model is in {model}\n"
+        f"load it: moba_flex.AutoModelForCausalLM.from_pretrained({str(model)!r})\n"
+    )
+    assert re.search(rf"40/40 .*loss {loss:.4f}, [\d,]+ tokens/s, full", err)
+
+
+def test_a_job_has_one_error_in_one_line(tmp_path: Path) -> None:
+    with start(command("cpu.yaml", "examples/train.py", *TINY, "--text", "nowhere.txt", "--output", str(tmp_path / "run"))) as process:
+        said, _ = process.communicate(timeout=120)
+    assert process.returncode == 2
+    (line,) = [line for line in said.splitlines() if "nowhere" in line or "rror" in line or "Traceback" in line]
+    assert line.startswith("train.py: error: argument --text: cannot read the file: ")
 
 
 @pytest.mark.parametrize("done", [0, 1, 3])  # after three steps the checkpoint is there already
-def test_ctrl_c_ends_a_step_between_its_micro_batches(alone: None, short: Path, tmp_path: Path, monkeypatch, capsys, done: int) -> None:
-    """Two a step, of two sequences. Steps that are done are kept, and the one that is not begins anew."""
+def test_ctrl_c_ends_a_step_between_its_micro_batches(alone: None, tmp_path: Path, monkeypatch, capsys, done: int) -> None:
+    """Two a step, of two sequences. Steps that are done are kept, the other one begins anew, and the bits are those of a whole run."""
     calls, forward = [], train.forward
 
     def interrupted(*args) -> torch.Tensor:
@@ -173,23 +207,26 @@ def test_ctrl_c_ends_a_step_between_its_micro_batches(alone: None, short: Path, 
 
     monkeypatch.setattr(train, "forward", interrupted)
     arguments = [*SHORT, "--micro-batch-size", "2", "--output", str(tmp_path / "run")]
-    train.train(train.parse(arguments))
+    assert train.train(train.parse(arguments)) == 130
     assert len(calls) == 2 * done + 1
     checkpoints = [path.name for path in (tmp_path / "run").glob("step-*")]
     said = capsys.readouterr().out
     if not done:
-        assert not checkpoints and "interrupted within the first step" in said
+        assert not checkpoints and "interrupted before the first step was done: nothing is saved" in said
         return
     assert checkpoints == [f"step-{done:08d}"] and f"interrupted after step {done}, whose checkpoint is written" in said
+    monkeypatch.undo()
     AcceleratorState._reset_state(True)
-    train.train(train.parse([*arguments, "--resume"]))
-    assert_same_losses(tmp_path / "run", short)
+    assert train.train(train.parse([*arguments, "--resume"])) == 0
+    AcceleratorState._reset_state(True)
+    assert train.train(train.parse([*arguments[:-1], str(tmp_path / "whole")])) == 0
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("name", ["tp_size", "sp_size"])
 def test_parallelism_that_the_script_does_not_do_is_refused(name: str, tmp_path: Path) -> None:
     parallelism = SimpleNamespace(**{"tp_size": 1, "sp_size": 1, "cp_size": 1, name: 2})
-    with pytest.raises(SystemExit, match=f"configuration has {name} 2, which this script does not do"):
+    with pytest.raises(UserError, match=f"configuration has {name} 2, which this script does not do"):
         accelerator = SimpleNamespace(parallelism_config=parallelism, num_processes=2, process_index=0)
         train.Share(accelerator, train.parse([*SHORT, "--output", str(tmp_path)]))
 
@@ -220,7 +257,7 @@ def test_every_sequence_is_read_once_an_epoch_whoever_shares_the_work(tmp_path: 
     """Also where an epoch ends in the middle of a step."""
     (tmp_path / "text").write_text(" ".join(map(str, range(2100))))
     args = train.parse([*SHORT, "--text", str(tmp_path / "text"), "--output", "-"])
-    text, alone = train.Text(args, None, 256), train.Text(args, None, 256)
+    text, alone = train.Text(args, None), train.Text(args, None)
     shares = [SimpleNamespace(size=processes, rank=rank, rows=rows) for rank in range(processes)]
     n = text.fingerprint[0] // args.sequence_length
     assert n % args.batch_size == 2
@@ -243,7 +280,7 @@ def test_every_sequence_is_read_once_an_epoch_whoever_shares_the_work(tmp_path: 
     ],
 )
 def test_arguments_that_do_not_fit_are_refused_in_one_sentence(alone: None, tmp_path: Path, arguments: list[str], words: str) -> None:
-    with pytest.raises(SystemExit, match=words):
+    with pytest.raises(UserError, match=words):
         train.train(train.parse([*SHORT, *arguments, "--output", str(tmp_path / "run")]))
     assert not (tmp_path / "run").exists()
 
@@ -251,22 +288,26 @@ def test_arguments_that_do_not_fit_are_refused_in_one_sentence(alone: None, tmp_
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--text", "nowhere.txt"], "cannot read the files of --text: .*nowhere.txt"),
-        (["--block-size", "0"], "this model cannot use MoBA so: block_size must be an int of at least 1, but is 0"),
-        (["--full-attention-layers", "7"], "full_attention_layers has 7, but LlamaForCausalLM has the layers 0, 1"),
+        (["--text", "nowhere.txt"], "argument --text: cannot read the file: .*nowhere.txt"),
+        (["--top-k", "1"], "these flags do not fit together: .*--sink-blocks"),
+        (["--full-attention-layers", "7"], "argument --full-attention-layers: there is no layer 7: the model has the layers 0 to 1"),
         (["--log-with", "nosuch"], "accelerate cannot begin: .*nosuch"),
-        (["--output", __file__], "cannot write to the folder: "),
+        (["--output", __file__], "argument --output: cannot write to the folder "),
     ],
 )
-def test_what_cannot_work_is_said_in_one_line(alone: None, tmp_path: Path, arguments: list[str], words: str) -> None:
-    with pytest.raises(SystemExit, match=f"train.py: error: .*{words}") as refused:
-        train.main([*SHORT, "--output", str(tmp_path / "run"), *arguments])
-    assert "\n" not in str(refused.value) and not (tmp_path / "run").exists()
+def test_what_cannot_work_is_said_in_one_line_before_the_model_is_made(
+    alone: None, tmp_path: Path, arguments: list[str], words: str, monkeypatch, capsys
+) -> None:
+    monkeypatch.setattr(train, "load", lambda _: pytest.fail("loaded"))
+    assert train.main([*SHORT, "--output", str(tmp_path / "run"), *arguments]) == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert re.match(f"train.py: error: {words}", said) and not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        (["--block-size", "0"], "argument --block-size: must be at least 1, but is 0"),
         (["--batch-size", "0"], "argument --batch-size: must be at least 1, but is 0"),
         (["--checkpoint-every", "0"], "argument --checkpoint-every: must be at least 1, but is 0"),
         (["--sequence-length", "1"], "argument --sequence-length: a sequence of 1 token has nothing to predict"),
@@ -278,10 +319,9 @@ def test_what_cannot_work_is_said_in_one_line(alone: None, tmp_path: Path, argum
         (["--warmup", "-1"], "argument --warmup: must be at least 0, but is -1"),
     ],
 )
-def test_numbers_out_of_range_are_refused(tmp_path: Path, arguments: list[str], words: str, capsys) -> None:
-    with pytest.raises(SystemExit):
+def test_numbers_out_of_range_are_refused(tmp_path: Path, arguments: list[str], words: str) -> None:
+    with pytest.raises(UserError, match=re.escape(words)):
         train.parse([*SHORT, "--output", str(tmp_path), *arguments])
-    assert words in capsys.readouterr().err
 
 
 def test_a_line_of_the_log_that_was_cut_off_is_dropped(alone: None, short: Path, tmp_path: Path) -> None:
@@ -293,11 +333,11 @@ def test_a_line_of_the_log_that_was_cut_off_is_dropped(alone: None, short: Path,
 
 
 def test_a_run_is_not_overwritten(alone: None, short: Path) -> None:
-    with pytest.raises(SystemExit, match="has checkpoints already: go on from the last one with --resume"):
+    with pytest.raises(UserError, match="has checkpoints already: go on from the last one with --resume"):
         train.train(train.parse([*SHORT, "--output", str(short)]))
 
 
 def test_what_a_step_depends_on_must_not_change(alone: None, short: Path) -> None:
-    with pytest.raises(SystemExit, match="these must not change: seed was 0 and is 1, top_k was 3 and is 4"):
+    with pytest.raises(UserError, match="these must not change: seed was 0 and is 1, top_k was 3 and is 4"):
         train.train(train.parse([*SHORT, "--resume", "--seed", "1", "--top-k", "4", "--output", str(short)]))
     assert len(losses(short)) == 6

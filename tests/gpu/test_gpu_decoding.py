@@ -50,20 +50,15 @@ class Case:
         return torch.tensor(self.length, device="cuda") if self.room else None
 
     @property
-    def spec(self) -> AttentionSettings:
-        blocks = {"sink_blocks": 0, "recent_blocks": 0, "share_selection": False, **self.blocks}
-        return AttentionSettings(**blocks, causal=True, scale=self.width**-0.5, softcap=self.softcap)
+    def settings(self) -> AttentionSettings:
+        return AttentionSettings(**self.blocks, scale=self.width**-0.5, softcap=self.softcap, implementation="flex")
 
     def means(self, key: torch.Tensor) -> torch.Tensor:
-        size = self.spec.block_size
+        size = self.settings.block_size
         return write_means(means_for(key, max(1, key.shape[2] // size)), key[:, :, : self.length - self.new], self.start, size)
 
-    def arguments(self) -> tuple:
-        s = self.spec
-        return s.block_size, s.top_k, s.sink_blocks, s.recent_blocks, s.share_selection, s.scale, s.softcap, "flex"
-
     def decoded(self, tensors: list[torch.Tensor], means: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return decode(*tensors, means, self.tokens, self.start, *self.arguments())
+        return decode(*tensors, means, self.tokens, self.start, self.settings)
 
     def wanted(self, tensors: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         query, key, value = (x[:, :, : self.length].float() for x in tensors)
@@ -131,7 +126,7 @@ def test_the_means_that_new_tokens_complete_are_those_of_plain_pytorch(case):
     query, key, value = case.tensors()
     got, wanted = case.means(key), case.means(key)
     case.decoded([query, key, value], got)
-    decode_plain(query, key, value, wanted, case.tokens, case.start, case.spec)
+    decode_plain(query, key, value, wanted, case.tokens, case.start, case.settings)
     torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5, equal_nan=True)
 
 
@@ -154,21 +149,21 @@ def test_equal_scores_go_to_the_earlier_block_and_nan_is_infinity():
 def test_decoding_reads_nothing_back_and_can_be_captured(name):
     case = next(case for case in CASES if case.name == name)
     tensors, tokens = case.tensors(), torch.tensor(case.length, device="cuda")
-    means, start, arguments = case.means(tensors[1]), case.start, case.arguments()
-    expected, _ = decode(*tensors, means.clone(), tokens, start, *arguments)
+    means, start, settings = case.means(tensors[1]), case.start, case.settings
+    expected, _ = decode(*tensors, means.clone(), tokens, start, settings)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        out, _ = decode(*tensors, means.clone(), tokens, start, *arguments)
+        out, _ = decode(*tensors, means.clone(), tokens, start, settings)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert torch.equal(out, expected)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured, _ = decode(*tensors, means, tokens, start, *arguments)
+        captured, _ = decode(*tensors, means, tokens, start, settings)
     for length in (case.length - 200, case.length - 1, case.length):  # one graph for all lengths
         tokens.fill_(length)
         graph.replay()
-        torch.testing.assert_close(captured, decode(*tensors, means.clone(), tokens, start, *arguments)[0], rtol=0, atol=0)
+        torch.testing.assert_close(captured, decode(*tensors, means.clone(), tokens, start, settings)[0], rtol=0, atol=0)
 
 
 def test_token_by_token_over_a_static_cache():
@@ -179,7 +174,7 @@ def test_token_by_token_over_a_static_cache():
     wanted = moba_attention(query, key, value, padding_mask=mask, implementation="naive", **case.blocks)
     for i in range(700):
         tokens = torch.tensor(i + 1, device="cuda")
-        out, _ = decode(query[:, :, i : i + 1], key, value, means, tokens, case.start, *case.arguments())
+        out, _ = decode(query[:, :, i : i + 1], key, value, means, tokens, case.start, case.settings)
         torch.testing.assert_close(out, wanted[:, :, i : i + 1], rtol=1e-4, atol=1e-4, msg=lambda m, i=i: f"token {i}: {m}")
 
 

@@ -20,12 +20,6 @@ BLOCKS = {"block_size": 16, "top_k": 3}
 TOLERANCE = 2e-5  # of float32
 
 
-@pytest.fixture(params=["routed", "as it comes"])
-def way(request, monkeypatch) -> None:
-    if request.param == "routed":
-        monkeypatch.setattr("moba_flex.backends.paths.MAX_MASK_OPERATIONS", -1)
-
-
 def tensors(*shapes: tuple[int, ...]) -> list[Tensor]:
     generator = torch.Generator("cuda").manual_seed(0)
     return [torch.randn(shape, generator=generator, device="cuda").requires_grad_() for shape in shapes]
@@ -43,7 +37,7 @@ def assert_equal(call, inputs: list[Tensor]) -> None:
 
 
 @pytest.mark.parametrize("causal", [True, False])
-def test_short_packed_sequences_in_a_long_block(way, causal):
+def test_short_packed_sequences_in_a_long_block(causal):
     bounds = torch.tensor([0, 1, 1, 131, 400, 450], dtype=torch.int32, device="cuda")
     inputs = tensors((450, 4, 64), (450, 2, 64), (450, 2, 64))
     for block_size in (200, 4096):
@@ -69,12 +63,12 @@ def test_nothing_is_left_to_choose_beside_first_and_latest_blocks():
 
 
 @pytest.mark.parametrize("top_k", [65, 1000, 2**31])
-def test_far_more_blocks_than_there_are_is_all_of_them(way, top_k):
+def test_far_more_blocks_than_there_are_is_all_of_them(top_k):
     inputs = tensors((1, 4, 1100, 64), (1, 2, 1100, 64), (1, 2, 1100, 64))
     assert_equal(lambda name: moba_attention(*inputs, block_size=16, top_k=top_k, implementation=name), inputs)  # 69 blocks
 
 
-def test_a_sink_of_minus_infinity_beside_padding(way):
+def test_a_sink_of_minus_infinity_beside_padding():
     (sinks,) = tensors((4,))
     sinks = torch.where(torch.arange(4, device="cuda") == 0, -math.inf, sinks.detach()).requires_grad_()
     inputs = tensors((2, 4, 300, 64), (2, 2, 300, 64), (2, 2, 300, 64))

@@ -16,7 +16,6 @@ from torch._dynamo.utils import counters
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from moba_flex import moba_attention, patch, set_cuda_graphs
-from moba_flex.backends import flex
 from moba_flex.cuda_graphs import cache
 from moba_flex.cuda_graphs.cache import EAGER_CALLS, GraphCache, Place
 from moba_flex.cuda_graphs.capture import CudaGraph, CudaMarks
@@ -27,16 +26,6 @@ pytestmark = [
 ]
 
 HEADS, GROUPS, WIDTH, SETTINGS = 4, 2, 64, {"block_size": 64, "top_k": 3}
-
-
-@pytest.fixture(params=["routed", "masked"])
-def way(request, monkeypatch) -> str:
-    """How the calls of a test are computed."""
-    if request.param == "routed":
-        monkeypatch.setattr("moba_flex.backends.paths.MAX_MASK_OPERATIONS", -1)
-    else:
-        monkeypatch.setattr(flex, "local", lambda *_: pytest.fail("routed"))
-    return request.param
 
 
 @pytest.fixture
@@ -91,7 +80,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_replays_give_the_bits_of_eager_calls(name, way, replays):
+def test_replays_give_the_bits_of_eager_calls(name, replays):
     shape, more = CASES[name]
     wanted = without_graphs(lambda: [results(leaves(seed, **shape), **more) for seed in range(6)])
     for seed in range(6):
@@ -100,7 +89,7 @@ def test_replays_give_the_bits_of_eager_calls(name, way, replays):
     assert len(set(replays)) == 2  # backward passes come from autograd's own thread
 
 
-def test_a_graph_takes_nan_and_equal_scores_as_they_come(way, replays):
+def test_a_graph_takes_nan_and_equal_scores_as_they_come(replays):
     def spoilt(seed: int) -> list[Tensor]:
         query, key, value = leaves(seed)
         with torch.no_grad():
@@ -116,7 +105,7 @@ def test_a_graph_takes_nan_and_equal_scores_as_they_come(way, replays):
     assert replays
 
 
-def test_shapes_may_alternate_and_graphs_come_and_go(way, replays, monkeypatch):
+def test_shapes_may_alternate_and_graphs_come_and_go(replays, monkeypatch):
     """Four graphs have room, where six are wanted."""
     monkeypatch.setattr(cache, "MAX_GRAPHS", 4)
     lengths = [n for n in (700, 513, 300) for _ in range(4)] + [700, 513, 300] * 6
@@ -128,7 +117,7 @@ def test_shapes_may_alternate_and_graphs_come_and_go(way, replays, monkeypatch):
     assert len(cache._graphs) <= 4
 
 
-def test_while_the_gpu_is_far_behind_a_large_call_is_launched_kernel_by_kernel(way, replays, monkeypatch):
+def test_while_the_gpu_is_far_behind_a_large_call_is_launched_kernel_by_kernel(replays, monkeypatch):
     """Some hundred million cycles of nothing keep the GPU from where the calls before began."""
     monkeypatch.setattr(cache, "LARGE", 0)
     tensors = [leaves(seed) for seed in range(16)]
@@ -160,7 +149,7 @@ def test_marks_say_how_far_the_gpu_is_behind_its_host():
         assert marks.behind == 0
 
 
-def test_a_capture_in_another_thread_is_not_disturbed(way, replays, monkeypatch):
+def test_a_capture_in_another_thread_is_not_disturbed(replays, monkeypatch):
     """In PyTorch's default mode it ends where any thread asks for an event."""
     monkeypatch.setattr(cache, "LARGE", 0)
     tensors = [leaves(seed) for seed in range(EAGER_CALLS + 6)]
@@ -193,7 +182,7 @@ def test_a_capture_in_another_thread_is_not_disturbed(way, replays, monkeypatch)
         assert_same_bits(each, wanted[seed], seed)
 
 
-def test_another_stream_has_its_own_graphs(way, replays):
+def test_another_stream_has_its_own_graphs(replays):
     tensors = [leaves(seed) for seed in range(12)]
     wanted = without_graphs(lambda: [results(x) for x in tensors])
     side, got = torch.cuda.Stream(), {}
@@ -208,7 +197,7 @@ def test_another_stream_has_its_own_graphs(way, replays):
     assert len(replays) == 4 * (6 - EAGER_CALLS - 1)
 
 
-def test_two_threads_may_call_at_once(way, replays):
+def test_two_threads_may_call_at_once(replays):
     tensors = [leaves(seed) for seed in range(24)]
     wanted = without_graphs(lambda: [results(x) for x in tensors])
     got, failed = {}, []
@@ -232,7 +221,7 @@ def test_two_threads_may_call_at_once(way, replays):
     assert len(replays) == 2 * (24 - EAGER_CALLS - 1)
 
 
-def test_a_capture_of_ones_own_takes_the_call_itself(way, replays):
+def test_a_capture_of_ones_own_takes_the_call_itself(replays):
     query, key, value = (x.detach() for x in leaves(0))
     for _ in range(EAGER_CALLS + 2):
         wanted = moba_attention(query, key, value, **SETTINGS)
@@ -249,7 +238,7 @@ def test_a_capture_of_ones_own_takes_the_call_itself(way, replays):
     assert torch.equal(captured, moba_attention(query, key, value, **SETTINGS))
 
 
-def test_nothing_is_read_back_to_the_host(way, replays):
+def test_nothing_is_read_back_to_the_host(replays):
     tensors, wanted = leaves(7), without_graphs(results, leaves(7))
     for seed in range(EAGER_CALLS + 1):
         results(leaves(seed))
@@ -274,7 +263,7 @@ def test_in_inference_mode_and_out_of_it(replays):
     assert len(replays) == 2 * (5 - EAGER_CALLS - 1)
 
 
-def test_torch_compile_calls_graphs_too(way, replays):
+def test_torch_compile_calls_graphs_too(replays):
     compiled = torch.compile(lambda query, key, value: moba_attention(query * 2, key, value, **SETTINGS) + 1, fullgraph=True)
 
     def run(seed: int) -> list[Tensor]:
@@ -313,7 +302,7 @@ def test_a_model_trains_with_the_same_losses(replays):
     assert len(replays) == 2 * (3 * 5 - EAGER_CALLS - 1)
 
 
-def test_memory_is_bounded_and_comes_back(way):
+def test_memory_is_bounded_and_comes_back():
     def reserved() -> int:
         gc.collect()
         torch.cuda.synchronize()
@@ -338,7 +327,7 @@ def test_memory_is_bounded_and_comes_back(way):
     assert reserved() <= before
 
 
-def test_calls_within_another_memory_pool_are_replayed_or_a_warning_says_why_not(way, replays, monkeypatch):
+def test_calls_within_another_memory_pool_are_replayed_or_a_warning_says_why_not(replays, monkeypatch):
     """Which of two pools gets the memory of a capture is PyTorch's to say, and differs between its versions."""
     monkeypatch.setattr(cache._graphs, "_warned", False)  # a process is warned once
     tensors = [[x.detach() for x in leaves(seed)] for seed in range(6)]
@@ -353,9 +342,9 @@ def test_calls_within_another_memory_pool_are_replayed_or_a_warning_says_why_not
     assert bool(replays) != any("memory is not the graph's own" in str(warning.message) for warning in caught)
 
 
-def test_pytorchs_own_cuda_graphs_take_a_shape_that_nobody_saw_before(way):
+def test_pytorchs_own_cuda_graphs_take_a_shape_that_nobody_saw_before():
     """They warm up in a memory pool of theirs, and raise if anything that they do not know of is left in it."""
-    torch.compiler.reset()  # the graphs of this test's other way are not of this one
+    torch.compiler.reset()
 
     def three_layers(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         for _ in range(EAGER_CALLS + 1):

@@ -5,14 +5,13 @@ Here all is routed, however few blocks there are; `test_gpu_masked.py` is about 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 import pytest
 import torch
+from support.gpu import TOLERANCE, Case, blocks, distance, run
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from moba_flex import moba_attention, moba_attention_varlen, patch, select_blocks, set_working_memory
-from moba_flex.core.layout import dense_layout
+from moba_flex.core.layout_builders import dense_layout
 from moba_flex.core.settings import AttentionSettings
 from moba_flex.ops import gate, routing
 from moba_flex.reference import reference_selection
@@ -24,47 +23,6 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU: FlexAttention compiles to Triton kernels"),
 ]
-
-
-@pytest.fixture(autouse=True)
-def routed(monkeypatch):
-    monkeypatch.setattr("moba_flex.backends.paths.MAX_MASK_OPERATIONS", -1)
-
-
-TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
-
-
-@dataclass(frozen=True)
-class Case:
-    name: str
-    heads: int = 4
-    groups: int = 2
-    n_query: int = 700
-    n_key: int = 700
-    width: int = 128
-    value_width: int = 128
-    dtype: torch.dtype = torch.bfloat16
-    padding: tuple[tuple[int, int], ...] = ()
-    settings: dict = field(default_factory=dict)
-
-    def tensors(self, seed: int = 0):
-        generator = torch.Generator(device="cuda").manual_seed(seed)
-        shapes = (
-            (2, self.heads, self.n_query, self.width),
-            (2, self.groups, self.n_key, self.width),
-            (2, self.groups, self.n_key, self.value_width),
-        )
-        return [torch.randn(shape, generator=generator, device="cuda").to(self.dtype).requires_grad_() for shape in shapes]
-
-    def mask(self):
-        if not self.padding:
-            return None
-        position = torch.arange(self.n_key, device="cuda")
-        return torch.stack([(position >= start) & (position < stop) for start, stop in self.padding])
-
-
-def blocks(block_size: int, top_k: int, **more) -> dict:
-    return {"block_size": block_size, "top_k": top_k, **more}
 
 
 CASES = [
@@ -89,25 +47,19 @@ CASES = [
 ]
 
 
-def run(case: Case, implementation: str, dtype: torch.dtype | None = None):
-    """Output, finite log-sum-exp and gradients of a loss that uses both."""
-    leaves = [t.detach().to(dtype or case.dtype).requires_grad_() for t in case.tensors()]
-    settings = dict(case.settings)
-    out, lse = moba_attention(*leaves, padding_mask=case.mask(), implementation=implementation, return_lse=True, **settings)
-    lse = torch.where(lse == -torch.inf, 0, lse)
-    weight = torch.randn(out.shape, generator=torch.Generator(device="cuda").manual_seed(1), device="cuda")
-    loss = (out.float() * weight).sum() + lse.sin().sum()
-    return [out, lse, *torch.autograd.grad(loss, leaves)]
+def takes_triton(case: Case) -> bool:
+    return case.dtype != torch.float32
 
 
-def distance(a: torch.Tensor, b: torch.Tensor) -> float:
-    return ((a.double() - b.double()).norm() / b.double().norm().clamp(min=1e-30)).item()
-
-
+@pytest.mark.parametrize("implementation", ["flex", "triton"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_flex_equals_the_specification(case):
+def test_values_and_gradients_are_those_of_the_specification(case, implementation):
+    if implementation == "triton" and not takes_triton(case):
+        with pytest.raises(ValueError, match=r'implementation="triton" cannot take query .* of torch.float32'):
+            run(case, implementation)
+        return
     wanted = run(case, "naive", torch.float32)
-    got = run(case, "flex")
+    got = run(case, implementation)
     for name, a, b in zip(("output", "lse", "dq", "dk", "dv"), got, wanted):
         assert distance(a, b) < TOLERANCE[case.dtype], (name, distance(a, b), case)
 
@@ -117,21 +69,48 @@ def test_the_gate_chooses_as_in_float64(case):
     query, key, _ = (t.detach() for t in case.tensors())
     settings = {name: value for name, value in case.settings.items() if name != "softcap"}
     got = select_blocks(query, key, padding_mask=case.mask(), **settings).to_dense()
-    wanted, _ = reference_selection(query.double(), key.double(), padding_mask=case.mask(), **settings)
+    wanted, _ = reference_selection(query.double(), key.double(), AttentionSettings(**settings), padding_mask=case.mask())
     different = (got != wanted).any(-1)
     assert different.float().mean() < 1e-4, (int(different.sum()), case)  # near-ties of float32 are all that may differ
     assert torch.equal(got.sum(-1), wanted.sum(-1))
 
 
-def test_packed_sequences_equal_the_specification():
+@pytest.mark.parametrize("name", ["flex", "triton"])
+def test_packed_sequences_equal_the_specification(name):
     generator = torch.Generator(device="cuda").manual_seed(0)
     query, key, value = (torch.randn(1000, h, 64, generator=generator, device="cuda").half() for h in (4, 2, 2))
     bounds = torch.tensor([0, 1, 1, 300, 1000], dtype=torch.int32, device="cuda")
     got, wanted = (
         moba_attention_varlen(query, key, value, bounds, block_size=64, top_k=3, implementation=implementation)
-        for implementation in ("flex", "naive")
+        for implementation in (name, "naive")
     )
     assert distance(got, wanted) < TOLERANCE[torch.float16]
+
+
+@pytest.mark.parametrize("implementation", ["flex", "triton"])
+@pytest.mark.parametrize(("block_size", "heads", "groups"), [(32, 4, 1), (128, 2, 2), (256, 2, 1)])
+def test_a_block_that_every_query_wants_is_cut_into_parts(block_size, heads, groups, implementation):
+    """More rows than one program works through: the gradients of its keys are sums over parts."""
+    n_tokens, width = 8192, 64
+    generator = torch.Generator(device="cuda").manual_seed(0)
+    query, key, value = (torch.randn(1, h, n_tokens, width, generator=generator, device="cuda") for h in (heads, groups, groups))
+    key[:, :, :block_size] += 0.5
+    query += 0.5
+    grad = torch.randn(query.shape, generator=generator, device="cuda").bfloat16()
+    results = []
+    for name, dtype in ((implementation, torch.bfloat16), (implementation, torch.bfloat16), ("naive", torch.float32)):
+        leaves = [x.bfloat16().to(dtype).requires_grad_() for x in (query, key, value)]
+        out = moba_attention(*leaves, block_size=block_size, top_k=3, implementation=name)
+        results.append(torch.autograd.grad(out, leaves, grad.to(dtype)))
+    for first, again, wanted in zip(*results):
+        assert torch.equal(first, again)
+        assert distance(first, wanted) < 2 * TOLERANCE[torch.bfloat16]
+
+
+def test_triton_refuses_long_blocks():
+    query, key, value = CASES[0].tensors()
+    with pytest.raises(ValueError, match="takes blocks of up to 256 tokens"):
+        moba_attention(query, key, value, block_size=512, top_k=1, implementation="triton")
 
 
 def test_chunks_do_not_change_the_result():
@@ -146,11 +125,8 @@ def test_chunks_do_not_change_the_result():
         assert distance(a, b) < 1e-6
 
 
-@pytest.mark.parametrize("masks", [False, True], ids=["routed", "as it comes"])
-def test_there_may_be_more_heads_than_a_grid_is_wide(masks, monkeypatch):
-    """CUDA launches at most 65,535 programs along the second axis of a grid. As it comes, ten rows alone are one dense call."""
-    if masks:
-        monkeypatch.undo()
+def test_there_may_be_more_heads_than_a_grid_is_wide():
+    """CUDA launches at most 65,535 programs along the second axis of a grid."""
     generator = torch.Generator(device="cuda").manual_seed(0)
     shapes = (16500, 4, 40, 16), (16500, 2, 40, 16), (16500, 2, 40, 16)
     leaves = [torch.randn(shape, generator=generator, device="cuda").bfloat16().requires_grad_() for shape in shapes]
@@ -160,11 +136,12 @@ def test_there_may_be_more_heads_than_a_grid_is_wide(masks, monkeypatch):
         results.append([out, *torch.autograd.grad(out.float().square().sum(), x)])
     for whole, alone in zip(*results):
         assert distance(whole[some], alone) < TOLERANCE[torch.bfloat16]
-        assert masks or torch.equal(whole[some], alone)
+        assert torch.equal(whole[some], alone)
 
 
-def test_two_runs_give_the_same_bits():
-    for a, b in zip(run(CASES[0], "flex"), run(CASES[0], "flex")):
+@pytest.mark.parametrize("implementation", ["flex", "triton"])
+def test_two_runs_give_the_same_bits(implementation):
+    for a, b in zip(run(CASES[0], implementation), run(CASES[0], implementation)):
         assert torch.equal(a, b)
 
 
@@ -197,12 +174,13 @@ def test_an_output_lies_as_its_query_does(case):
         assert distance(a, b) < 1e-3
 
 
-def test_nothing_is_read_back_to_the_host():
-    run(CASES[0], "flex")
+@pytest.mark.parametrize("implementation", ["flex", "triton"])
+def test_nothing_is_read_back_to_the_host(implementation):
+    run(CASES[0], implementation)
     torch.cuda.set_sync_debug_mode("error")
     try:
         query, key, value = CASES[0].tensors()
-        out = moba_attention(query, key, value, **CASES[0].settings)
+        out = moba_attention(query, key, value, **CASES[0].settings, implementation=implementation)
         torch.autograd.grad(out, (query, key, value), torch.ones_like(out))
     finally:
         torch.cuda.set_sync_debug_mode("default")
@@ -225,18 +203,20 @@ def test_fifty_lengths_compile_at_most_twice():
     assert counters["stats"]["unique_graphs"] <= 2 * 3, dict(counters["stats"])  # the local one, for queries that lie otherwise
 
 
-def test_forward_can_be_captured_in_a_cuda_graph():
+@pytest.mark.parametrize("implementation", ["flex", "triton"])
+def test_forward_can_be_captured_in_a_cuda_graph(implementation):
     query, key, value = (t.detach() for t in CASES[0].tensors())
-    eager = moba_attention(query, key, value, **CASES[0].settings)
+    settings = {**CASES[0].settings, "implementation": implementation}
+    eager = moba_attention(query, key, value, **settings)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = moba_attention(query, key, value, **CASES[0].settings)
+        captured = moba_attention(query, key, value, **settings)
     captured.zero_()
     graph.replay()
     assert torch.equal(captured, eager)
     query.copy_(torch.randn_like(query))
     graph.replay()
-    assert torch.equal(captured, moba_attention(query, key, value, **CASES[0].settings))
+    assert torch.equal(captured, moba_attention(query, key, value, **settings))
 
 
 def test_torch_compile_sees_one_operator():
@@ -299,7 +279,7 @@ def chosen_otherwise(query: torch.Tensor, key: torch.Tensor, block_size: int, to
     """The share of queries whose blocks are not those that float64 chooses."""
     got = select_blocks(query, key, block_size=block_size, top_k=top_k).indices
     layout = dense_layout(1, query.shape[2], query.shape[2], block_size, block_size, query.device)
-    wanted = gate.choose(query.double(), key.double(), layout, AttentionSettings(block_size, top_k, 0, 0, True, 1.0))
+    wanted = gate.choose(query.double(), key.double(), layout, AttentionSettings(block_size, top_k))
     last = torch.iinfo(torch.int32).max
     wanted = torch.where(wanted < 0, last, wanted).sort(-1).values
     return (torch.where(got < 0, last, got) != wanted).any(-1).float().mean().item()

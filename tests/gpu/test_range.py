@@ -6,34 +6,22 @@ equations. The gradient given to the output is 0 elsewhere, so that the sample a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 from torch import Tensor
 
 from moba_flex import moba_attention, select_blocks, set_working_memory
-from moba_flex.backends.dense_mask import few_blocks
 from moba_flex.backends.flex import MAX_TENSOR_ELEMENTS
 from moba_flex.core.chunking import chunks
-from moba_flex.core.layout import dense_layout, slots_per_block
+from moba_flex.core.layout import slots_per_block
+from moba_flex.core.layout_builders import dense_layout
 from moba_flex.core.settings import AttentionSettings
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU: FlexAttention compiles to Triton kernels")
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 NEAR_TIE = 2e-5  # of the largest score
-
-
-@pytest.fixture
-def way(request, monkeypatch) -> None:
-    """How so few blocks are computed, whichever of the two costs less."""
-    if request.param == "routed":
-        monkeypatch.setattr("moba_flex.backends.paths.MAX_MASK_OPERATIONS", -1)
-    else:
-        monkeypatch.setattr("moba_flex.backends.paths.MAX_MASK_OPERATIONS", float("inf"))
-
-
-both_ways = pytest.mark.parametrize("way", ["routed", "masked"], indirect=True)
 
 
 @dataclass(frozen=True)
@@ -67,7 +55,7 @@ def distance(a: Tensor, b: Tensor) -> float:
     return ((a.double() - b.double()).norm() / b.double().norm().clamp(min=1e-30)).item()
 
 
-WITH_A_DENSE_MASK = [
+AGAINST_THE_SPECIFICATION = [
     Case(700, 128, 3, torch.float32, batch=2),
     Case(500, 100, 3, torch.float32, 256, 64, batch=2),
     Case(300, 48, 4, torch.float32, 96, 128, batch=2),
@@ -85,9 +73,8 @@ WITH_A_DENSE_MASK = [
 
 @pytest.mark.gpu
 @needs_gpu
-@both_ways
-@pytest.mark.parametrize("case", WITH_A_DENSE_MASK, ids=str)
-def test_widths_dtypes_and_block_sizes_equal_the_specification(case: Case, way):
+@pytest.mark.parametrize("case", AGAINST_THE_SPECIFICATION, ids=str)
+def test_widths_dtypes_and_block_sizes_equal_the_specification(case: Case):
     results = []
     for implementation, dtype in (("flex", case.dtype), ("naive", torch.float32)):
         leaves = [x.detach().to(dtype).requires_grad_() for x in case.tensors("cuda")]
@@ -101,9 +88,8 @@ def test_widths_dtypes_and_block_sizes_equal_the_specification(case: Case, way):
 
 @pytest.mark.gpu
 @needs_gpu
-@both_ways
 @pytest.mark.parametrize("tokens", [1, 2, 15, 16, 17, 127, 128, 129])
-def test_the_shortest_lengths_equal_the_specification(tokens: int, way):
+def test_the_shortest_lengths_equal_the_specification(tokens: int):
     case = Case(tokens, 16, 3, torch.float16, 64, 64)
     leaves = case.tensors("cuda")
     results = []
@@ -191,23 +177,18 @@ def check_a_sample(case: Case, device: str) -> None:
         assert distance(a, b) < TOLERANCE[case.dtype], (name, distance(a, b), case)
 
 
-def shapes_and_spec(case: Case) -> tuple[list[Tensor], AttentionSettings]:
+def shapes_and_settings(case: Case) -> tuple[list[Tensor], AttentionSettings]:
     """Query, key and value without data, and what is computed."""
     shapes = (case.heads, case.width), (case.groups, case.width), (case.groups, case.value_width)
     tensors = [torch.empty(case.batch, n, case.tokens, width, dtype=case.dtype, device="meta") for n, width in shapes]
-    return tensors, AttentionSettings(case.block_size, case.top_k, 0, 0, True, 1.0)
-
-
-def masked(case: Case) -> bool:
-    tensors, spec = shapes_and_spec(case)
-    return few_blocks(*tensors, spec)
+    return tensors, AttentionSettings(case.block_size, case.top_k, implementation="flex")
 
 
 def parts_of(case: Case, budget: int) -> tuple[int, int]:
     """How many chunks the case is worked through in, and how many parts each has."""
-    tensors, spec = shapes_and_spec(case)
+    tensors, settings = shapes_and_settings(case)
     layout = dense_layout(case.batch, case.tokens, case.tokens, case.block_size, slots_per_block(case.block_size), torch.device("cpu"))
-    plan = [parts for _, _, parts in chunks(*tensors, layout, spec, budget, MAX_TENSOR_ELEMENTS)]
+    plan = [parts for _, _, parts in chunks(*tensors, layout, replace(settings, working_memory=budget), MAX_TENSOR_ELEMENTS)]
     return len(plan), len(plan[0])
 
 
@@ -238,13 +219,6 @@ def test_long_sequences_equal_the_equations_on_a_sample(name: str):
 def test_the_long_cases_take_the_paths_that_they_are_named_for(name: str):
     case, working_memory, chunks_and_parts = LONG[name]
     assert parts_of(case, working_memory) == chunks_and_parts
-    assert not masked(case)
-
-
-@pytest.mark.parametrize("case", WITH_A_DENSE_MASK, ids=str)
-def test_the_cases_with_a_dense_mask_can_be_masked(case: Case, monkeypatch):
-    monkeypatch.setattr("moba_flex.backends.paths.MAX_MASK_OPERATIONS", float("inf"))
-    assert masked(case)
 
 
 @pytest.mark.parametrize(("tokens", "block_size", "top_k"), [(5000, 64, 4), (777, 100, 3), (300, 512, 2), (130, 16, 1)])

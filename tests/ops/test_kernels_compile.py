@@ -6,7 +6,8 @@ import pytest
 import torch
 from support.gpu_compiler import GPUS, Gpu, compiling_for
 
-from moba_flex.core.layout import dense_layout, slots_per_block
+from moba_flex.core.layout import slots_per_block
+from moba_flex.core.layout_builders import dense_layout
 from moba_flex.core.settings import AttentionSettings
 from moba_flex.ops import plain
 
@@ -53,8 +54,6 @@ def launch(block_size: int, width: int, value_width: int, top_k: int, dtype: tor
             kernels.one_pass_forward(query, key, value, routes, layout, settings, (out, lse))
         if kernels.backward.sub_blocks(query, value, layout.width) <= 3:
             kernels.one_pass_backward(query, key, value, out, lse, lse, routes, layout, settings, (query, key, value))
-    if n_tokens <= 32 * block_size and not more:
-        kernels.block_bits(chosen, layout)
     means = torch.zeros(1, groups, layout.n_key_blocks, width)
     kernels.decode(query[:, :, :1], key, value, means, None, None, settings)
 

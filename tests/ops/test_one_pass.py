@@ -19,7 +19,10 @@ pytest.importorskip("triton", reason="needs Triton, which the extra `kernels` br
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("interprets Triton kernels: set TRITON_INTERPRET=1", allow_module_level=True)
 
-from moba_flex.core.layout import BlockLayout, dense_layout, packed_layout, padded_layout, slots_per_block
+from moba_flex.backends import eager
+from moba_flex.backends import triton as triton_backend
+from moba_flex.core.layout import BlockLayout, slots_per_block
+from moba_flex.core.layout_builders import dense_layout, packed_layout, padded_layout
 from moba_flex.core.settings import AttentionSettings
 from moba_flex.ops import gate, routing, rows
 from moba_flex.ops.routing import Routes
@@ -184,6 +187,26 @@ def test_the_output_is_that_of_the_specification(seed: int, monkeypatch):
     found, found_lse = layout.query_tokens(out).double(), layout.query_tokens(lse, fill=-torch.inf).double()
     torch.testing.assert_close(found, wanted, rtol=0, atol=bound * max(1.0, float(wanted.abs().max())), msg=lambda m: f"{m} in {case}")
     torch.testing.assert_close(found_lse, wanted_lse.double(), rtol=bound, atol=bound, msg=lambda m: f"log-sum-exp: {m} in {case}")
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_the_backend_attends_as_eager_does(causal: bool):
+    torch.manual_seed(0)
+    settings = AttentionSettings(16, 3, causal=causal, scale=0.25, implementation="triton")
+    layout = dense_layout(1, 100, 100, 16, 16, torch.device("cpu"))
+    query = layout.query_slots(torch.randn(1, 4, 100, 16))
+    key, value = (layout.key_slots(torch.randn(1, 2, 100, 16)) for _ in range(2))
+    chosen, pairs = gate.choose(query, key, layout, settings), 4 * layout.max_pairs(settings.n_routed, causal)
+    results = []
+    for backend, routes in (
+        (triton_backend, routing.route(chosen, 2, layout.n_key_blocks, 128, pairs)),
+        (eager, eager.route(chosen, 2, layout.n_key_blocks, pairs)),
+    ):
+        into = torch.empty_like(query), torch.empty(query.shape[:3])
+        backend.attend(query, key, value, routes, layout, settings, into)
+        results.append([layout.query_tokens(x) for x in into])
+    for found, wanted in zip(*results):
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_the_drawn_cases_cut_blocks_into_parts_and_sub_blocks():

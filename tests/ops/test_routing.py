@@ -15,7 +15,8 @@ from support.cases import Case, Packed, cases, examples, generator, operands, pa
 
 from moba_flex.backends import eager
 from moba_flex.core.chunking import chunks, max_elements
-from moba_flex.core.layout import BlockLayout, dense_layout, packed_layout, padded_layout, slots_per_block
+from moba_flex.core.layout import BlockLayout, slots_per_block
+from moba_flex.core.layout_builders import dense_layout, packed_layout, padded_layout
 from moba_flex.ops import gate
 from moba_flex.ops.routing import Routes, route, tiles_needed
 
@@ -225,7 +226,7 @@ def test_no_part_of_a_chunk_exceeds_the_reach_of_a_kernel(case: Case, wide: bool
             assert max(rows_needed, n_blocks * layout.width, part.numel() // part.shape[-1]) * width <= reach
             covered.update(itertools.product(*(range(x.start, x.stop) for x in (rows, heads, blocks))))
     assert covered == Counter(itertools.product(range(case.batch), range(case.heads), range(blocks_of_head)))
-    with pytest.raises(ValueError, match=f"at most {layout.width * width - 1} numbers"):
+    with pytest.raises(ValueError, match=f"at most {layout.width * width - 1} elements"):
         list(chunks(query, key, value, layout, settings, layout.width * width - 1))
 
 

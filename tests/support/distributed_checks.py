@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import os
 import re
-import threading
 from functools import lru_cache
 from pathlib import Path
 from unittest.mock import Mock
@@ -17,6 +16,7 @@ from accelerate.utils import FullyShardedDataParallelPlugin
 from pytest import raises
 from support.cases import Case, assert_same, operands, random
 from support.cpus_as_gpus import let_cpus_pass_as_gpus
+from support.stuck import here
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -35,11 +35,6 @@ from moba_flex.models.state import context_of
 
 VOCABULARY = 64
 FLOAT32_LOSS = {"rtol": 1e-6, "atol": 1e-8}  # transformers takes a float64 model's loss in float32
-
-
-def here() -> torch.device:
-    """Processes that are to use CPUs see no GPU."""
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 @lru_cache
@@ -318,12 +313,6 @@ def bytes_sent(by: str, size: int, length: int, heads: int, groups: int, width: 
     with Sent() as backward:
         out.sum().backward()
     return forward, backward
-
-
-def one_hangs() -> None:
-    if dist.get_rank() == 1:
-        threading.Event().wait()
-    dist.barrier()
 
 
 def one_ends() -> None:

@@ -1,11 +1,10 @@
-"""Triton kernels: the gate, bits for a mask, routing, rows, decoding; and attention forward and backward, each in one pass.
+"""Triton kernels: the gate, routing, rows, decoding; and attention forward and backward, each in one pass.
 
 Those of a file that `moba_flex.ops` has too are held against it by tests; `forward.py` and `backward.py` against the specification.
 Importing this needs Triton, which comes with PyTorch for CUDA.
 """
 
 from .backward import one_pass_backward
-from .bits import block_bits
 from .decoding import decode
 from .forward import one_pass_forward
 from .gate import choose
@@ -13,7 +12,6 @@ from .routing import route
 from .rows import delta, dispatch, dispatch_backward, merge, sum_rows
 
 __all__ = [
-    "block_bits",
     "choose",
     "decode",
     "delta",

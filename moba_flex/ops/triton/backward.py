@@ -23,7 +23,7 @@ from torch import Tensor
 from ...core.layout import BlockLayout
 from ...core.settings import AttentionSettings
 from ..routing import Routes
-from .block_programs import columns, dispatch_numbers, own_queries, part_of_program, place_of_turn, rows_of_turn, windows
+from .block_programs import columns, own_queries, part_of_program, place_of_turn, row_indices, rows_of_turn, windows
 from .sizes import cdiv, gpu_memory, next_power_of_2
 
 _LOG2E = tl.constexpr(1.4426950408889634)
@@ -205,7 +205,7 @@ def one_pass_backward(
 
     `query [B, H, N, D]`, `key [B, G, C * P, D]`, `value [B, G, C * P, Dv]`, `grad [B, H, N, Dv]`: any strides, last dimension
     contiguous, and so are those of `into`. `lse` (of all that a query reads) and `delta` (`out . grad`): float32 `[B, H, N]`,
-    contiguous. `routes` is None where no query is routed. What lies in slots without a token is not read.
+    contiguous. `routes` is None where no query is routed. Slots without a token are not read.
     """
     (rows, heads, slots, width), groups, value_width = query.shape, key.shape[1], value.shape[-1]
     keys, queries, warps, stages, transposed = program(query.dtype, layout.width, width, value_width, *gpu_memory(query.device))
@@ -218,7 +218,7 @@ def one_pass_backward(
         n_rows, tile = routes.n_rows, routes.tile
         n_windows, window = windows(routes.block_of_tile.numel())
         lists = (routes.first_tile, routes.tiles_of_block, routes.rows_of_block, routes.block_of_tile)
-    numbers = dispatch_numbers(routes, layout, query.shape, groups, lse, delta)
+    of_rows = row_indices(routes, layout, query.shape, groups, lse, delta)
     row_grad = query.new_empty(subs, n_rows + n_queries, width)
     parts = [torch.empty(n_windows, layout.width, x.shape[-1], dtype=torch.float32, device=device) for x in (key, value)]
     of_layout = layout.own, layout.query_start, layout.query_stop, layout.block_keys
@@ -226,7 +226,7 @@ def one_pass_backward(
     into_strides = [s for x in into[1:] for s in x.stride()[:3]]
 
     _backward_kernel[((n_windows + rows * groups * layout.n_key_blocks) * subs,)](
-        query, key, value, grad, *numbers, *lists, *of_layout, row_grad, *into[1:], *parts, *strides, *into_strides,
+        query, key, value, grad, *of_rows, *lists, *of_layout, row_grad, *into[1:], *parts, *strides, *into_strides,
         settings.scale, settings.softcap or 0.0, groups, layout.n_key_blocks, layout.n_query_blocks, slots,
         n_rows, n_queries, n_windows, window,
         CAUSAL=settings.causal, CAPPED=settings.softcap is not None, ROUTED=routes is not None, PRECISION=dot_precision(query.dtype),
@@ -254,7 +254,7 @@ def sub_blocks(query: Tensor, value: Tensor, slots: int) -> int:
 
 
 def dot_precision(dtype: torch.dtype) -> str:
-    """Float32 is multiplied as such."""
+    """How `tl.dot` multiplies: float32 in full precision."""
     return "ieee" if dtype == torch.float32 else "tf32"
 
 

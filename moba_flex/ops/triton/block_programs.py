@@ -92,7 +92,7 @@ def columns(real, d, D: tl.constexpr, DP: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["N", "N_QUERIES", "N_ROWS", "Q"])
-def _dispatch_numbers_kernel(
+def _row_indices_kernel(
     LSE, DELTA, ROW_OF_PAIR, FIRST, TILES, ROWS, QUERY_START, QUERY_STOP, ROW_QUERY, ROW_LSE, ROW_DELTA, H, N, N_QUERIES, N_ROWS, Q,
     S, REPEATS: tl.constexpr, TILE: tl.constexpr, P: tl.constexpr, BACKWARD: tl.constexpr, M: tl.constexpr,
 ):  # fmt: skip
@@ -125,7 +125,7 @@ def _dispatch_numbers_kernel(
         tl.store(ROW_DELTA + spare_row, tl.zeros([TILE], tl.float32), mask=spare)
 
 
-def dispatch_numbers(
+def row_indices(
     routes: Routes | None, layout: BlockLayout, shape: torch.Size, groups: int, lse: Tensor | None = None, delta: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Of each routed row its query, `n * (H / G) + h % (H / G)`, int32 `[R]`; and of each row its query's `lse` and `delta`, if given.
@@ -142,7 +142,7 @@ def dispatch_numbers(
     if routes is not None:
         lists = routes.row_of_pair, routes.first_tile, routes.tiles_of_block, routes.rows_of_block
         count, blocks, tile = routes.row_of_pair.shape[-1], routes.n_blocks if backward else 0, routes.tile
-    _dispatch_numbers_kernel[(cdiv(n_queries, step) + blocks,)](
+    _row_indices_kernel[(cdiv(n_queries, step) + blocks,)](
         lse, delta, *lists, layout.query_start, layout.query_stop, row_query, row_lse, row_delta,
         heads, slots, n_queries, n_rows, layout.n_query_blocks, count, heads // groups, tile, layout.width, backward, step, num_warps=4,
     )  # fmt: skip

@@ -4,7 +4,7 @@ All of it is spread over blocks, because the few new tokens alone would leave a 
 numbers that the kernels read themselves, so a CUDA graph of a call serves all tokens to come.
 
 B rows, H query heads, G key heads, R = H / G, F heads a group that choose for themselves (R, or 1 if they share a selection), n new
-tokens, C blocks, P tokens a block, D and Dv widths.
+tokens, C blocks, P tokens per block, D and Dv widths.
 """
 
 from __future__ import annotations

@@ -12,8 +12,8 @@ from .sizes import cdiv, next_power_of_2
 
 
 @triton.jit
-def _lying(head, i, H, stride_b, stride_h, stride_n):
-    """Where query i of a head lies: heads are numbered through all rows, `b * H + h`."""
+def _offset(head, i, H, stride_b, stride_h, stride_n):
+    """The offset of query i of a head: heads are numbered through all rows, `b * H + h`."""
     return (head // H) * stride_b + (head % H) * stride_h + i * stride_n
 
 
@@ -22,7 +22,7 @@ def _dispatch_kernel(X, PAIR, OUT, H, N, S, stride_b, stride_h, stride_n, D: tl.
     # One program: M queries of a head, each written to the row of each of its pairs.
     head, i, d = tl.program_id(1).to(tl.int64), tl.program_id(0).to(tl.int64) * M + tl.arange(0, M), tl.arange(0, DP)
     n, here, seen = head * N + i, i < N, d[None, :] < D
-    at = _lying(head, i, H, stride_b, stride_h, stride_n)
+    at = _offset(head, i, H, stride_b, stride_h, stride_n)
     x = tl.load(X + at[:, None] + d[None, :], mask=here[:, None] & seen, other=0.0)
     for s in range(S):
         row = tl.load(PAIR + n * S + s, mask=here, other=-1).to(tl.int64)
@@ -121,7 +121,7 @@ def _merge_kernel(
     most = tl.where(most == float("-inf"), 0.0, most)
 
     total = tl.exp(tl.load(LSE + n, mask=here, other=float("-inf")) - most)
-    at = _lying(head, i, H, stride_b, stride_h, stride_n)
+    at = _offset(head, i, H, stride_b, stride_h, stride_n)
     acc = total[:, None] * tl.load(OUT + at[:, None] + d[None, :], mask=here[:, None] & seen, other=0.0).to(tl.float32)
     for s in range(0, S, UNROLLED):
         for u in tl.static_range(UNROLLED):
@@ -131,7 +131,7 @@ def _merge_kernel(
             total += weight
             acc += weight[:, None] * part.to(tl.float32)
     acc = acc / tl.where(total == 0, 1.0, total)[:, None]
-    at = _lying(head, i, H, to_stride_b, to_stride_h, to_stride_n)
+    at = _offset(head, i, H, to_stride_b, to_stride_h, to_stride_n)
     tl.store(TO + at[:, None] + d[None, :], acc.to(TO.dtype.element_ty), mask=here[:, None] & seen)
     tl.store(TO_LSE + n, most + tl.log(total), mask=here)
 
@@ -180,9 +180,9 @@ def _delta_kernel(
     head, i = (tl.program_id(0) // tiles).to(tl.int64), (tl.program_id(0) % tiles).to(tl.int64) * M + tl.arange(0, M)
     d = tl.arange(0, DP)
     n, here, mask = head * N + i, i < N, (i < N)[:, None] & (d[None, :] < D)
-    at = _lying(head, i, H, stride_b, stride_h, stride_n)
+    at = _offset(head, i, H, stride_b, stride_h, stride_n)
     out = tl.load(OUT + at[:, None] + d[None, :], mask=mask, other=0.0)
-    at = _lying(head, i, H, grad_stride_b, grad_stride_h, grad_stride_n)
+    at = _offset(head, i, H, grad_stride_b, grad_stride_h, grad_stride_n)
     grad = tl.load(GRAD + at[:, None] + d[None, :], mask=mask, other=0.0)
     delta = tl.sum(out.to(tl.float32) * grad.to(tl.float32), 1)
     if GRAD_LSE is not None:
@@ -191,7 +191,7 @@ def _delta_kernel(
 
 
 def delta(out: Tensor, grad: Tensor, grad_lse: Tensor | None) -> Tensor:
-    """`out . grad - grad_lse`, float32 `[B, H, N]`. Both may lie as they like, but for the numbers of a head."""
+    """`out . grad - grad_lse`, float32 `[B, H, N]`. Any strides, last dimension contiguous."""
     rows, heads, n_query, width = out.shape
     tile = 32
     to = torch.empty(out.shape[:-1], dtype=torch.float32, device=out.device)

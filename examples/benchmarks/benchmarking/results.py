@@ -1,0 +1,207 @@
+"""What `benchmark.py` has measured: a JSON file that a later run continues, tables, and a plot.
+
+The file is a list of runs. A run is one setting on one machine with one set of versions:
+
+    {"title": ..., "settings": {...}, "environment": {...}, "date": ..., "results": [{"system", "pass", "tokens", ...}, ...]}
+
+A result has `milliseconds` (the median; `least`, `most`, `repeats`) and `peak_gb`, or `skipped` ("out of memory", or "too long" with an
+`estimate` in milliseconds), or `failed` with the error.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import textwrap
+from datetime import datetime, timezone
+from pathlib import Path
+
+from shared.command_line import UserError
+
+OURS = "moba_flex"
+FULL, TOO_LONG, TIME_UP = "out of memory", "too long", "time is up"
+AGAIN = TOO_LONG, TIME_UP  # another limit may let them be measured
+
+
+def check_writable(**files: Path | None) -> None:
+    """Raises UserError now, not after everything was measured. Files by the flags that name them."""
+    for flag, file in files.items():
+        if file is None:
+            continue
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            writable = os.access(file if file.exists() else file.parent, os.W_OK) and not file.is_dir()
+        except OSError:
+            writable = False
+        if not writable:
+            raise UserError(f"argument {flag}: cannot write to {file}")
+
+
+class Results:
+    """The runs in a file, which is written anew after each measurement."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self.runs: list[dict] = load(file) if file.exists() else []
+
+    def run(self, title: str, settings: dict, environment: dict) -> dict:
+        """The run with these settings and versions: the one in the file, without what another limit may let through, or a new one."""
+        for run in self.runs:
+            if (run["settings"], run["environment"]) == (settings, environment):
+                run["results"] = [r for r in run["results"] if r.get("skipped") not in AGAIN]
+                return run
+        date = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        run = {"title": title, "settings": settings, "environment": environment, "date": date, "results": []}
+        self.runs.append(run)
+        return run
+
+    def save(self) -> None:
+        """Whole or not at all: a run that is killed leaves the file as it was."""
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        part = self.file.with_name(f".{self.file.name}.{os.getpid()}")
+        part.write_text(json.dumps(self.runs, indent=1) + "\n", encoding="utf-8")
+        part.replace(self.file)
+
+
+def load(file: Path) -> list[dict]:
+    try:
+        runs = json.loads(file.read_text(encoding="utf-8"))
+        for run in runs:
+            for key in ("title", "settings", "environment", "date"):
+                run[key]
+            for result in run["results"]:
+                result["system"], result["pass"], result["tokens"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"cannot read {file} as results of this benchmark: {type(error).__name__}: {error}") from error
+    return runs
+
+
+def of(run: dict, name: str) -> list:
+    """All values of a field in a run's results, in order of appearance; of numbers, in rising order."""
+    values = list(dict.fromkeys(result[name] for result in run["results"]))
+    return sorted(values) if name == "tokens" else values
+
+
+def find(run: dict, system: str, pass_: str, tokens: int) -> dict | None:
+    wanted = system, pass_, tokens
+    return next((r for r in run["results"] if (r["system"], r["pass"], r["tokens"]) == wanted), None)
+
+
+def describe(run: dict) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in run["environment"].items() if name != "device")
+    return f"{run['title']}\n{run['environment']['device']}, {versions}, {run['date'][:10]}"
+
+
+def tables(run: dict) -> str:
+    """Milliseconds and peak gigabytes for each pass, as Markdown; then why a system failed."""
+    parts = [describe(run)]
+    for pass_ in of(run, "pass"):
+        systems = [s for s in of(run, "system") if any(find(run, s, pass_, n) for n in of(run, "tokens"))]
+        rivals = [s for s in systems if s != OURS]
+        ratio = ["fastest other / ours" if len(rivals) > 1 else f"{rivals[0]} / ours"] if rivals and OURS in systems else []
+        times, memory = [["tokens", *systems, *ratio]], [["tokens", *systems]]
+        for n in of(run, "tokens"):
+            results = [find(run, s, pass_, n) or {} for s in systems]
+            times.append([f"{n:,}", *map(time_cell, results), *([ratio_cell(dict(zip(systems, results)))] if ratio else [])])
+            memory.append([f"{n:,}", *(f"{r['peak_gb']:.2f}" if "peak_gb" in r else "" for r in results)])
+        parts += [f"{pass_}, milliseconds\n{markdown(times)}", f"{pass_}, peak memory in GB, inputs included\n{markdown(memory)}"]
+    failed = [r for r in run["results"] if "failed" in r]
+    parts += [f"failed: {r['system']}, {r['pass']}, {r['tokens']:,} tokens: {r['failed']}" for r in failed]
+    return "\n\n".join(parts)
+
+
+def time_cell(result: dict) -> str:
+    if "milliseconds" in result:
+        return number(result["milliseconds"])
+    if "estimate" in result:
+        return f"skipped (about {number(result['estimate'])})"
+    return "failed" if "failed" in result else result.get("skipped", "")
+
+
+def number(milliseconds: float) -> str:
+    """Three digits that count."""
+    return f"{milliseconds:,.{2 if milliseconds < 10 else 1 if milliseconds < 100 else 0}f}"
+
+
+def ratio_cell(results: dict[str, dict]) -> str:
+    times = {system: result["milliseconds"] for system, result in results.items() if "milliseconds" in result}
+    ours = times.pop(OURS, None)
+    return f"{min(times.values()) / ours:.2f}x" if ours and times else ""
+
+
+def markdown(rows: list[list[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = ["| " + " | ".join(cell.rjust(width) for cell, width in zip(row, widths)) + " |" for row in rows]
+    lines.insert(1, "|" + "|".join("-" * (width + 1) + ":" for width in widths) + "|")
+    return "\n".join(lines)
+
+
+def skewed_over_uniform(runs: list[dict]) -> str:
+    """How much longer the same took where a tenth of the blocks is wanted by every query; empty without such a pair of runs."""
+    lines = []
+    for skewed in (run for run in runs if run["settings"].get("keys") == "skewed"):
+        like = {**skewed["settings"], "keys": "uniform"}
+        for uniform in (run for run in runs if (run["settings"], run["environment"]) == (like, skewed["environment"])):
+            for result in skewed["results"]:
+                other = find(uniform, result["system"], result["pass"], result["tokens"]) or {}
+                if "milliseconds" in result and "milliseconds" in other:
+                    ratio = result["milliseconds"] / other["milliseconds"]
+                    lines.append(f"skewed / uniform: {result['system']}, {result['pass']}, {result['tokens']:,} tokens: {ratio:.2f}x")
+    return "\n".join(lines)
+
+
+def plot(runs: list[dict], file: Path) -> None:
+    """Time against tokens, both axes logarithmic, one line a system; a row of panels a run, one panel a pass.
+
+    Raises ImportError without matplotlib.
+    """
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    n_columns = max(len(of(run, "pass")) for run in runs)
+    figure, panels = pyplot.subplots(len(runs), n_columns, figsize=(5.6 * n_columns, 5.2 * len(runs)), squeeze=False, layout="constrained")
+    every = [s for s in dict.fromkeys(s for run in runs for s in of(run, "system")) if s != OURS]
+    style = {s: {"color": f"C{i + 1}", "marker": "os^Dv<>p"[i % 8], "markersize": 5} for i, s in enumerate(every)}
+    style[OURS] = {"color": "black", "marker": "o", "markersize": 6, "linewidth": 2.5, "zorder": 3}
+    for run, row in zip(runs, panels):
+        for panel in row[len(of(run, "pass")) :]:
+            panel.set_axis_off()
+        for pass_, panel in zip(of(run, "pass"), row):
+            draw(panel, run, pass_, style)
+        caption = "\n".join(textwrap.wrap(run["title"], 60 * n_columns))
+        caption += f"\n{run['environment']['device']}, PyTorch {run['environment']['torch']}, {run['date'][:10]}"
+        row[0].text(0, 1.1, caption, transform=row[0].transAxes, fontsize=9, color="0.3")
+    figure.savefig(file, dpi=150)
+    pyplot.close(figure)
+
+
+def draw(panel, run: dict, pass_: str, style: dict) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
+
+    lengths = of(run, "tokens")
+    for system in of(run, "system"):
+        results = [r for n in lengths if (r := find(run, system, pass_, n))]
+        points = [(r["tokens"], r["milliseconds"]) for r in results if "milliseconds" in r]
+        full = [r["tokens"] for r in results if r.get("skipped") == FULL]
+        label = f"{system} (out of memory at {short(full[0])})" if full else system
+        if points or full:
+            panel.plot(*zip(*points or [(lengths[0], float("nan"))]), label=label, **style[system])
+    panel.set(xscale="log", yscale="log", title=pass_, xlabel="tokens", ylabel="milliseconds")
+    panel.set_xticks(lengths, [short(n) for n in lengths])
+    panel.xaxis.set_minor_locator(NullLocator())
+    panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+    panel.yaxis.set_minor_formatter(NullFormatter())
+    panel.grid(True, alpha=0.3)
+    if panel.get_lines():
+        panel.legend(fontsize=8, loc="upper left")
+
+
+def short(tokens: int) -> str:
+    """131072 -> 128K"""
+    for unit, size in (("M", 1 << 20), ("K", 1 << 10)):
+        if tokens % size == 0:
+            return f"{tokens // size}{unit}"
+    return f"{tokens:,}"

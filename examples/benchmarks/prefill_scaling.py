@@ -1,0 +1,110 @@
+"""Measure one attention layer with MoBA whose sequence is split over several processes: time, bytes sent and peak memory of a prefill.
+
+    torchrun --standalone --nproc-per-node 8 examples/benchmarks/prefill_scaling.py --tokens 1048576
+    torchrun --standalone --nproc-per-node 2 examples/benchmarks/prefill_scaling.py --tokens 2048 --block-size 128 --top-k 4    # on CPUs
+
+Prints one line of JSON. With one process, also without torchrun, it is the plain operation. docs/scaling.md has the formulas that
+predict it.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # examples/, where the package `shared` is
+
+import argparse
+import json
+import os
+import time
+
+import torch
+import torch.distributed as dist
+from shared.command_line import Parser, exit_code
+from shared.flag_types import count
+from shared.startup import run_script
+from torch.distributed.device_mesh import init_device_mesh
+
+from moba_flex.distributed import moba_attention_cp
+
+
+def measure(args: argparse.Namespace) -> dict:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    mesh = init_device_mesh(device, (dist.get_world_size(),))
+    length = args.tokens // mesh.size()
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    torch.manual_seed(mesh.get_rank())
+    query, key, value = (
+        torch.randn(1, h, length, args.width, device=device, dtype=dtype) for h in (args.heads, args.key_heads, args.key_heads)
+    )
+    settings = {"block_size": args.block_size, "top_k": args.top_k, "exchange": args.exchange}
+
+    times = []
+    for _ in range(args.repeats + 1):
+        if device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        dist.barrier()
+        synchronize(device)
+        started = time.perf_counter()
+        with torch.no_grad():
+            moba_attention_cp(query, key, value, mesh, **settings)
+        synchronize(device)
+        slowest = torch.tensor(time.perf_counter() - started, device=device)
+        dist.all_reduce(slowest, dist.ReduceOp.MAX)
+        times.append(slowest.item())
+    memory = torch.tensor(torch.cuda.max_memory_allocated() if device == "cuda" else 0, device=device)
+    dist.all_reduce(memory, dist.ReduceOp.MAX)
+    return {
+        "processes": mesh.size(),
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "torch": torch.__version__,
+        "tokens": length * mesh.size(),
+        **settings,
+        "milliseconds": 1000 * sorted(times[1:])[args.repeats // 2],  # the first one compiles
+        "GB_sent_by_each": bytes_sent(args, length, mesh.size(), query.element_size()) / 1e9,
+        "peak_GB": memory.item() / 1e9,
+    }
+
+
+def bytes_sent(args: argparse.Namespace, length: int, size: int, e: int) -> float:
+    """The formulas of docs/scaling.md, which tests hold against what is sent."""
+    if args.exchange == "keys":
+        return (size - 1) * length * 2 * args.key_heads * args.width * e
+    return (size - 1) / size * length * 2 * (args.heads + max(args.key_heads, size)) * args.width * e
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def run(args: argparse.Namespace) -> None:
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", **alone)
+    result = measure(args)
+    if dist.get_rank() == 0:
+        print(json.dumps(result), flush=True)
+    dist.barrier()
+    if torch.cuda.is_available():
+        dist.destroy_process_group()
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = Parser(__doc__)
+    flag = parser.add_argument
+    flag("--tokens", type=count, default=1 << 20, metavar="N", help="of the sequence, over all processes")
+    flag("--heads", type=count, default=32, metavar="N", help="query heads")
+    flag("--key-heads", type=count, default=8, metavar="N", help="key and value heads")
+    parser.add_other_name("--groups", "--key-heads")
+    flag("--width", type=count, default=128, metavar="N", help="dimension of a head")
+    parser.add_block_flags(block_size=4096, top_k=12)
+    flag("--exchange", choices=("keys", "heads"), default="keys", help="what the processes send each other")
+    flag("--repeats", type=count, default=3, metavar="N", help="timings, of which the median counts")
+    return exit_code("prefill_scaling.py", lambda: run(parser.parse_args(argv)))
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,112 @@
+"""Fine-tune a language model with MoBA (Mixture of Block Attention), by Trainer of transformers or by SFTTrainer of TRL.
+
+    python examples/finetune.py --model HuggingFaceTB/SmolLM2-135M --text book.txt --output tuned          # a CPU, or one GPU
+    python examples/finetune.py --model HuggingFaceTB/SmolLM2-135M --text book.txt --output tuned --trl --lora
+    accelerate launch --config_file examples/accelerate/ddp.yaml examples/finetune.py ...                  # all GPUs of one host
+    accelerate launch --config_file examples/accelerate/fsdp2.yaml examples/finetune.py ...                # parameters sharded over them
+
+`fine_tune` is all that a script of your own needs. `--lora` trains an adapter of PEFT instead of the whole model. `--trl` packs the files
+of --text into sequences: MoBA keeps them apart. Ctrl-C writes a checkpoint at the end of a step. Exit code: 0 when all steps are done, 2
+and one line for something that you can mend, 130 after Ctrl-C.
+"""
+
+from __future__ import annotations
+
+if __name__ == "__main__":
+    from shared.startup import prepare
+
+    prepare()  # before PyTorch is imported
+
+import argparse
+import importlib.util
+import json
+from pathlib import Path
+
+import torch
+from shared.command_line import Parser, config_of_flags, one_line, read_file
+from shared.flag_types import count, positive
+from shared.models import check_layers
+from shared.saved_results import check_writable
+from shared.startup import run_script
+from shared.training import Stop, StopTrainer, done, exit_code_of_job, stopped
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+
+import moba_flex
+
+
+def fine_tune(args: argparse.Namespace, texts: list[str], settings: moba_flex.MobaConfig, stop: Stop) -> Trainer:
+    """Train on the texts, and save the model or its adapter to `--output`. The trainer, which may have been stopped before its end."""
+    with one_line(f"argument --model: cannot load {args.model!r}, a local folder or a model on the hub"):
+        tokenizer, model = AutoTokenizer.from_pretrained(args.model), AutoModelForCausalLM.from_pretrained(args.model)
+    moba_flex.patch(model, settings)  # this is all that MoBA needs; what follows is as for any model
+    options = {"output_dir": args.output, "max_steps": args.steps, "per_device_train_batch_size": args.batch_size}
+    options |= {"learning_rate": args.learning_rate, "logging_steps": 1, "save_strategy": "no", "report_to": "none"}
+    options |= {"bf16": torch.cuda.is_available(), "use_cpu": not torch.cuda.is_available()}
+    lora = None
+    if args.lora:
+        from peft import LoraConfig, get_peft_model
+
+        lora = LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")
+    if args.trl:
+        from datasets import Dataset
+        from trl import SFTConfig, SFTTrainer
+
+        packed = SFTConfig(**options, max_length=args.sequence_length, packing=True)
+        data = Dataset.from_list([{"text": text} for text in texts])
+        trainer = SFTTrainer(model, packed, train_dataset=data, processing_class=tokenizer, peft_config=lora)
+    else:
+        tokens = torch.cat([tokenizer(text, return_tensors="pt").input_ids[0] for text in texts])
+        data = [{"input_ids": ids, "labels": ids} for ids in tokens.unfold(0, args.sequence_length, args.sequence_length)]
+        trainer = Trainer(get_peft_model(model, lora) if lora else model, TrainingArguments(**options), train_dataset=data)
+    trainer.add_callback(StopTrainer(stop))
+    trainer.train(resume_from_checkpoint=args.resume)
+    if not stop.wanted:
+        trainer.save_model()
+        tokenizer.save_pretrained(args.output)
+        if args.lora:  # an adapter's own files do not hold them; llama.py --adapted reads these
+            (args.output / "moba.json").write_text(json.dumps(dict(settings)))
+    return trainer
+
+
+def run(args: argparse.Namespace) -> int:
+    """The exit code."""
+    check_writable(args.output)
+    check_layers("--full-attention-layers", args.full_attention_layers, args.model)
+    settings = config_of_flags({name: getattr(args, name) for name in ("block_size", "top_k", "sink_blocks", "full_attention_layers")})
+    stop = Stop()
+    trainer = fine_tune(args, [read_file("--text", file) for file in args.text], settings, stop)
+    if trainer.is_world_process_zero():
+        loss = next((entry["loss"] for entry in reversed(trainer.state.log_history) if "loss" in entry), float("nan"))
+        step = trainer.state.global_step
+        print(stopped("interrupted", step) if stop.wanted else done(step, loss, args.output, adapter=args.lora), flush=True)
+    return stop.exit_code
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = Parser(__doc__)
+    flag = parser.add_argument
+    flag("--model", required=True, help="a causal language model on the Hugging Face hub or in a folder (required)")
+    flag("--text", type=Path, nargs="+", required=True, metavar="FILE", help="text files (required)")
+    flag("--output", type=Path, required=True, metavar="FOLDER", help="for checkpoints and the model or its adapter (required)")
+    flag("--resume", action="store_true", help="go on from the last checkpoint in --output")
+    flag("--lora", action="store_true", help="train an adapter with PEFT")
+    flag("--trl", action="store_true", help="train with TRL's SFTTrainer, documents packed into sequences")
+    flag("--steps", type=count, default=100, metavar="N", help="optimizer steps")
+    flag("--batch-size", type=count, default=1, metavar="N", help="sequences per step on each device")
+    flag("--sequence-length", type=count, default=8192, metavar="N", help="tokens")
+    flag("--learning-rate", type=positive, default=1e-4, metavar="X", help="at the beginning; it falls to 0")
+    parser.add_block_flags(block_size=64, top_k=24, sink_blocks=1, full_attention_layers=[])
+    args = parser.parse_args(argv)
+    for name, package in (("lora", "peft"), ("trl", "trl")):
+        if getattr(args, name) and importlib.util.find_spec(package) is None:
+            parser.error(f"argument --{name}: {package} is not installed: pip install {package}")
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Train; the exit code."""
+    return exit_code_of_job("finetune.py", lambda: run(parse(argv)))
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,43 @@
+"""Start a training script on several processes: `accelerate launch` that ends with the script's own last words.
+
+    python examples/launch.py --config_file examples/accelerate/ddp.yaml examples/train.py --model NAME --text *.txt --output run
+    python examples/launch.py --config_file examples/accelerate/cpu.yaml examples/train.py --tiny --text README.md --output run
+
+All flags before the script are those of `accelerate launch`. When a process fails, or after Ctrl-C, `accelerate launch` prints forty lines
+of its own. Here the script's message is the last one, and the exit code is the script's: see there.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import subprocess
+import sys
+
+from accelerate.commands.launch import launch_command, launch_command_parser
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the job; its exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        print(__doc__)
+        return 0
+    signal.signal(signal.SIGINT, lambda *_: None)  # the processes get Ctrl-C too: wait until they have ended
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    try:
+        launch_command(launch_command_parser().parse_args(argv))
+    except ChildFailedError as error:
+        _, failure = error.get_first_failure()
+        return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
+    except SignalException as error:
+        return 128 + error.sigval
+    except subprocess.CalledProcessError as error:
+        return error.returncode
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

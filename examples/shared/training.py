@@ -1,0 +1,121 @@
+"""What all training scripts do alike: the learning rate, the loss of long sequences, and how they end.
+
+Exit codes: 0 when all is done, or the time that was asked for is over; 2, and one line, for something that the user can mend; 130 after
+Ctrl-C and 143 after a request to end (SIGTERM), when a checkpoint is written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import TrainerCallback
+
+from .command_line import exit_code
+
+LOSSES_AT_ONCE = 8192  # tokens, whose losses are worked out in float32 at a time
+
+
+def exit_code_of_job(script: str, work: Callable[[], int | None]) -> int:
+    """`exit_code` for one of several processes, which then ends here, at once. On CPUs gloo's threads may still want Python's lock: to
+    destroy their group would hold it for ever, and if Python ends under them they abort the process.
+    """
+    try:
+        code = exit_code(script, work)
+    except Exception:
+        traceback.print_exc()
+        code = 1
+    if dist.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
+class Stop:
+    """Ctrl-C, or a launcher's request to end, is remembered until the work at hand is done. A second Ctrl-C ends the process at once."""
+
+    def __init__(self) -> None:
+        self._received = 0
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._remember)
+
+    @property
+    def wanted(self) -> bool:
+        return self._received != 0
+
+    @property
+    def exit_code(self) -> int:
+        """128 and the number of the signal, as a shell has it; 0 if nobody asked for an end."""
+        return 128 + self._received if self._received else 0
+
+    def _remember(self, number: int, _frame) -> None:
+        if self._received and number == signal.SIGINT:
+            os._exit(130)
+        self._received = number
+
+
+class StopTrainer(TrainerCallback):
+    """Lets transformers' Trainer write a checkpoint and end after the step at which an end is wanted."""
+
+    def __init__(self, stop: Stop) -> None:
+        self._stop = stop
+
+    def on_step_end(self, args, state, control, **_) -> None:
+        if self._stop.wanted:
+            control.should_save = control.should_training_stop = True
+
+
+def stopped(reason: str, step: int, of: str = "", resume: str = " with --resume") -> str:
+    """The sentence that a training script ends with before all is done. `reason`: "interrupted", or "the time is up"."""
+    if not step:
+        return f"{reason} before the first step{of} was done: nothing is saved"
+    return f"{reason} after step {step:,}{of}, whose checkpoint is written: the same command{resume} goes on from there"
+
+
+def done(steps: int, loss: float, folder: Path, adapter: bool = False) -> str:
+    """The last words of a run that is done: what came out, and how to load it."""
+    what, load = "model", f"moba_flex.AutoModelForCausalLM.from_pretrained({str(folder)!r})"
+    if adapter:
+        what, load = "adapter", f"python examples/llama.py --model THE_MODEL --adapted {folder}"
+    return f"done after step {steps:,}, final loss {loss:.4f}; the {what} is in {folder}\nload it: {load}"
+
+
+def learning_rate(step: int, args: argparse.Namespace) -> float:
+    """Warm-up, then a cosine down to a tenth."""
+    if step < args.warmup:
+        return args.learning_rate * (step + 1) / args.warmup
+    done = (step - args.warmup) / max(1, args.steps - args.warmup)
+    return args.learning_rate * (0.55 + 0.45 * math.cos(math.pi * done))
+
+
+def mean_loss(
+    logits: Tensor,
+    labels: Tensor | None,
+    vocab_size: int,
+    num_items_in_batch: Tensor | int | None = None,
+    shift_labels: Tensor | None = None,
+    **_,
+) -> Tensor:
+    """transformers' own loss, some tokens at a time: in float32 all logits of a long sequence would take tens of gigabytes."""
+    if shift_labels is None:
+        shift_labels = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+    logits, shift_labels = logits.view(-1, vocab_size), shift_labels.reshape(-1)
+    total = logits.new_zeros((), dtype=torch.float32)
+    for part, target in zip(logits.split(LOSSES_AT_ONCE), shift_labels.split(LOSSES_AT_ONCE)):
+        total = total + checkpoint(_sum_of_losses, part, target, use_reentrant=False)
+    return total / ((shift_labels != -100).sum() if num_items_in_batch is None else num_items_in_batch)
+
+
+def _sum_of_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(logits.float(), labels, reduction="sum")

@@ -1,0 +1,65 @@
+"""How a value that was given is shown in an error: on one line, short, and never cut in a way that makes another value of it."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Sized
+
+from torch import Tensor
+
+_LONGEST = 80  # characters
+
+
+def shown(value: object) -> str:
+    """`value` as Python writes it, or what it is where that would be too long: "an int of 5001 digits", "a list of 5000 elements"."""
+    if isinstance(value, int) and abs(value) >= 10**40:
+        return f"{'a negative' if value < 0 else 'an'} int of {_digits(abs(value))} digits"
+    if isinstance(value, Tensor) and value.dim():
+        return f"a {type(value).__name__} of shape {tuple(value.shape)} and dtype {value.dtype}"
+    if (isinstance(value, Sized) and _length(value) <= _LONGEST) or not isinstance(value, Sized):
+        text = _repr(value)
+        if text and len(text) <= _LONGEST and text.isprintable():
+            return text
+    if isinstance(value, (str, bytes)):
+        return f"{_a(value)} of {len(value)} characters that begins with {value[:20]!r}"
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        return f"{_a(value)} of shape {value.shape} and dtype {value.dtype}"
+    if not isinstance(value, Sized):
+        return _a(value)
+    return f"{_a(value)} of {_length(value)} element{'s' if _length(value) != 1 else ''}"
+
+
+def to_int(value: object) -> str:
+    """How to mend a value that should be an int, if that is plain: the end of a message."""
+    if isinstance(value, float):
+        return ": convert it with int()" if value.is_integer() else ""
+    try:
+        operator.index(value)  # type: ignore[arg-type]  # it raises for what is no int
+    except Exception:
+        return ""
+    return "" if isinstance(value, int) else ": convert it with int()"
+
+
+def _a(value: object) -> str:
+    name = type(value).__name__
+    return f"{'an' if name[:1].lower() in 'aeiou' else 'a'} {name}"
+
+
+def _repr(value: object) -> str | None:
+    try:
+        return repr(value)
+    except Exception:  # of an int of very many digits, say
+        return None
+
+
+def _length(value: Sized) -> int:
+    try:
+        return len(value)
+    except Exception:  # an array without dimensions
+        return 0
+
+
+def _digits(value: int) -> int:
+    digits = int(math.log10(value)) + 1  # near a power of 10 that may be one too many or too few
+    return digits + (value >= 10**digits) - (value < 10 ** (digits - 1))

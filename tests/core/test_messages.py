@@ -1,0 +1,171 @@
+"""Whatever is given in place of an argument: one short line that names the argument and says what it was."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from moba_flex import (
+    MobaConfig,
+    compat,
+    moba_attention,
+    moba_attention_varlen,
+    select_blocks,
+    set_cuda_graphs,
+    set_flex_backend,
+    set_working_memory,
+)
+from moba_flex.core.messages import shown
+
+X, P = torch.zeros(1, 2, 8, 4), torch.zeros(8, 2, 4)
+BOUNDS = torch.tensor([0, 3, 8], dtype=torch.int32)
+
+
+class Unspeakable:
+    """Its `repr` raises."""
+
+    def __repr__(self) -> str:
+        raise RuntimeError("no words")
+
+
+class LongWinded:
+    def __repr__(self) -> str:
+        return "line\n" * 1000
+
+
+ODD = {
+    "None": None,
+    "an int of many digits": 10**5000,
+    "a negative one": -(10**5000),
+    "a float": 2.5,
+    "NaN": float("nan"),
+    "a complex number": 1j,
+    "a long text": "x" * 5000,
+    "lines": "a\nb",
+    "bytes": b"eager",
+    "a list": [1, 2],
+    "a long list": list(range(5000)),
+    "a list of large ints": [10**5000],
+    "a dict": {"a": 1},
+    "a long dict": {i: i for i in range(5000)},
+    "an array": np.zeros((3, 4)),
+    "an array of texts": np.array(["eager", "naive"]),
+    "an array without dimensions": np.array(7.5),
+    "a tensor": torch.zeros(50, 50),
+    "a tensor of flags": torch.tensor([True, False]),
+    "a scalar tensor": torch.tensor(2.5),
+    "a meta tensor": torch.zeros(3, device="meta"),
+    "a function": len,
+    "a class": int,
+    "what cannot be shown": Unspeakable(),
+    "what is long to show": LongWinded(),
+}
+BLOCKS = ("block_size", "top_k", "sink_blocks", "recent_blocks", "share_selection")
+SCORES = ("scale", "softcap", "sinks", "return_lse", "implementation")
+Q = {"q": P, "k": P, "v": P}
+LENGTHS = {"moba_chunk_size": 4, "moba_topk": 2}
+SOUND = {
+    moba_attention: {"query": X, "key": X, "value": X, "block_size": 4, "top_k": 2},
+    moba_attention_varlen: {"query": P, "key": P, "value": P, "cu_seqlens": BOUNDS, "block_size": 4, "top_k": 2},
+    select_blocks: {"query": X, "key": X, "block_size": 4, "top_k": 2},
+    compat.moba_attn_varlen: {**Q, "cu_seqlens": BOUNDS, "max_seqlen": 5, **LENGTHS},
+    compat.moba_attn_varlen_naive: {**Q, "cu_seqlens": BOUNDS, "max_seqlen": 5, **LENGTHS},
+    compat.flash_moba_varlen_func: {**Q, "cu_seqlens_q": BOUNDS, "cu_seqlens_k": BOUNDS, "max_seqlen_q": 5, "max_seqlen_k": 5, **LENGTHS},
+    set_working_memory: {"n_bytes": 1 << 30},
+    set_cuda_graphs: {"enabled": True},
+    set_flex_backend: {"name": "triton"},
+    MobaConfig: {"block_size": 4, "top_k": 2},
+}
+ARGUMENTS = {
+    moba_attention: ("query", "key", "value", "padding_mask", "causal", *BLOCKS, *SCORES),
+    moba_attention_varlen: ("query", "key", "value", "cu_seqlens", "causal", *BLOCKS, *SCORES),
+    select_blocks: ("query", "key", "padding_mask", "causal", *BLOCKS),
+    compat.moba_attn_varlen: ("q", "k", "v", "cu_seqlens", "moba_chunk_size", "moba_topk"),
+    compat.moba_attn_varlen_naive: ("q", "k", "v", "cu_seqlens", "moba_chunk_size", "moba_topk"),
+    compat.flash_moba_varlen_func: ("q", "k", "v", "cu_seqlens_q", "cu_seqlens_k", "moba_chunk_size", "moba_topk", "causal"),
+    set_working_memory: ("n_bytes",),
+    set_cuda_graphs: ("enabled",),
+    set_flex_backend: ("name",),
+    MobaConfig: (*BLOCKS, "key_conv", "full_attention_layers", "decode", "implementation"),
+}
+ALLOWED = {  # argument, value: what is no mistake
+    *[(name, "None") for name in ("padding_mask", "scale", "softcap", "sinks")],
+    *[(name, "a float") for name in ("scale", "softcap")],
+    ("full_attention_layers", "a list"),
+    ("full_attention_layers", "a long list"),
+    ("full_attention_layers", "a list of large ints"),  # which layers there are is the model's to say
+}
+NAMES = {"q": "query", "k": "key", "v": "value"}  # under which the functions of other implementations hand them on
+
+
+EACH = {f"{function.__name__}-{name}": (function, name) for function, names in ARGUMENTS.items() for name in names}
+
+
+@pytest.mark.parametrize(("function", "name"), EACH.values(), ids=EACH)
+def test_anything_odd_gets_one_short_line_that_names_the_argument(function, name: str):
+    for what, odd in ODD.items():
+        if (name, what) in ALLOWED:
+            continue
+        with pytest.raises((ValueError, TypeError)) as raised:
+            function(**{**SOUND[function], name: odd})
+        message = f"{what}: {raised.value}"
+        assert raised.type in (ValueError, TypeError), message
+        assert NAMES.get(name, name) in message, message
+        assert message.isprintable(), message
+        assert len(message) < 260, message
+
+
+@pytest.mark.parametrize("function", [moba_attention, select_blocks, moba_attention_varlen])
+def test_select_blocks_alone_needs_values(function):
+    tensors = {name: x.to("meta") if isinstance(x, torch.Tensor) else x for name, x in SOUND[function].items()}
+    if function is select_blocks:
+        with pytest.raises(ValueError, match="query must have values, which select_blocks reads, but is on the meta device"):
+            function(**tensors)
+    else:
+        assert function(**tensors).is_meta
+
+
+SHOWN = [
+    (7, "7"),
+    ("eager", "'eager'"),
+    (10**39, "1" + "0" * 39),
+    (10**40, "an int of 41 digits"),
+    (-(10**5000), "a negative int of 5001 digits"),
+    (10**5000 - 1, "an int of 5000 digits"),
+    (10**15 * 10**60 - 1, "an int of 75 digits"),
+    (torch.tensor(4), "tensor(4)"),
+    (torch.zeros(2, 3), "a Tensor of shape (2, 3) and dtype torch.float32"),
+    (np.zeros(100), "a ndarray of shape (100,) and dtype float64"),
+    ("x" * 100, "a str of 100 characters that begins with 'xxxxxxxxxxxxxxxxxxxx'"),
+    (list(range(100)), "a list of 100 elements"),
+    ([1, 2], "[1, 2]"),
+    ({10**5000}, "a set of 1 element"),
+    (Unspeakable(), "an Unspeakable"),
+    (LongWinded(), "a LongWinded"),
+]
+
+
+@pytest.mark.parametrize(("value", "text"), SHOWN, ids=[text for _, text in SHOWN])
+def test_a_value_is_shown_whole_or_described(value, text: str):
+    assert shown(value) == text
+
+
+@pytest.mark.parametrize(
+    ("bounds", "words"),
+    [
+        ([3, *range(4, 20)], "starts at 3"),
+        ([*range(12), 5, *range(12, 38)], "falls from 11 to 5 at entry 12"),
+        (list(range(30)), "ends at 29"),
+    ],
+)
+def test_of_many_packed_bounds_the_wrong_one_is_shown(bounds: list[int], words: str):
+    x = torch.zeros(37, 2, 4)
+    with pytest.raises(ValueError, match=f"cu_seqlens must start at 0, never fall and end at 37 .*, but {words}$"):
+        moba_attention_varlen(x, x, x, torch.tensor(bounds), block_size=4, top_k=2)
+
+
+@pytest.mark.parametrize("value", [2.0, torch.tensor(2), np.int64(2)], ids=repr)
+def test_what_passes_for_an_int_is_refused_with_the_remedy(value):
+    with pytest.raises(ValueError, match=r"top_k must be an int of at least 1, but is .*: convert it with int\(\)$"):
+        moba_attention(X, X, X, block_size=4, top_k=value)

@@ -1,0 +1,381 @@
+"""Whether a call gives what it must, for every implementation of a device: `check` returns what is wrong, or None.
+
+The blocks that a query reads are an implementation's own choice between scores that rounding cannot tell apart. So a choice is checked by
+itself, and the rest against textbook attention in float64 to what was chosen, within the rounding that sizes allow.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from support.cases import Case
+from support.oracle import Expected, expected, upstream_for, visible_keys
+from torch import Tensor
+
+from moba_flex import moba_attention, moba_attention_varlen, select_blocks, set_working_memory
+from moba_flex.decoding import decode
+from moba_flex.ops.decoding import means_for, write_means
+from moba_flex.reference import block_of_key, reference_selection
+
+from .draws import DTYPES, Draw
+
+_LARGEST = torch.finfo(torch.float32).max
+_UNCERTAIN = 0.02  # of weights: with more, values say nothing
+
+
+class Wrong(Exception):
+    """What is wrong, in one sentence."""
+
+
+def check(draw: Draw, device: str = "cpu") -> str | None:
+    """What is wrong with the answers to `draw`, or None."""
+    threads, memory = torch.get_num_threads(), set_working_memory(draw.memory) if draw.memory else None
+    torch.set_num_threads(draw.threads)
+    try:
+        _check_all(draw, device)
+    except Wrong as wrong:
+        return str(wrong)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    finally:
+        torch.set_num_threads(threads)
+        if memory is not None:
+            set_working_memory(memory)
+    return None
+
+
+def implementations(draw: Draw, device: str) -> tuple[str, ...]:
+    """What runs on `device` for this dtype."""
+    if device == "cpu" or draw.dtype == "float64":
+        return "eager", "naive"
+    return "flex", "triton", "eager", "naive"
+
+
+def _check_all(draw: Draw, device: str) -> None:
+    tensors = draw.tensors(device)
+    known = _Known()
+    for name in implementations(draw, device):
+        if draw.lengths is None:
+            visible = _visible(draw, tensors, name, known)
+            _check_results(draw, tensors, visible, name, known)
+        else:
+            _check_packed(draw, tensors, name)
+    if draw.lengths is None and _can_be_decoded(draw.case):
+        _check_decoding(draw, tensors, device, known)
+
+
+@dataclass
+class _Known:
+    """What one implementation's check has found, for the next: most choose and see the same."""
+
+    selected: Tensor | None = None
+    visible: Tensor | None = None
+    wanted: Expected | None = None
+
+
+# The choice of blocks
+
+
+def _visible(draw: Draw, tensors: dict[str, Tensor], implementation: str, known: _Known) -> Tensor:
+    """`[B, H, Nq, Nk]`, of a choice that has been checked."""
+    case, mask = draw.case, draw.case.padding_mask()
+    query, key = tensors["query"], tensors["key"]
+    mask = None if mask is None else mask.to(query.device)
+    if implementation == "naive":
+        selected, of_key = reference_selection(query, key, case.attention_settings("naive"), padding_mask=mask)
+    else:
+        selected = select_blocks(query, key, **case.selection, padding_mask=mask).to_dense()
+        of_key = block_of_key(key, mask, case.block_size)
+    selected, of_key, tensors = selected.cpu(), of_key.cpu(), {name: x.cpu() for name, x in tensors.items()}
+    if known.selected is None or not torch.equal(known.selected, selected):
+        _check_selection(draw, tensors, selected, of_key, implementation)
+        known.selected, known.visible, known.wanted = selected, visible_keys(case, tensors, selected), None
+    return known.visible
+
+
+def _check_selection(draw: Draw, tensors: dict[str, Tensor], selected: Tensor, of_key: Tensor, implementation: str) -> None:
+    case, n_blocks = draw.case, draw.case.n_blocks
+    query, key = tensors["query"].double(), tensors["key"].double()
+    hidden = (of_key < 0)[:, None, :, None]
+    key = key.masked_fill(hidden, 0)
+    member = (of_key[..., None] == torch.arange(n_blocks)).double()  # [B, Nk, C]
+    count = member.sum(1).clamp(min=1)[:, None, :, None]
+    finite = torch.where(key.isfinite(), key, 0)
+    mean = torch.einsum("bnc,bgnd->bgcd", member, finite) / count
+    bad = torch.einsum("bnc,bgn->bgc", member, (~key.isfinite()).any(-1).double()) > 0
+    size = torch.einsum("bnc,bgnd->bgcd", member, finite.abs()) / count
+    mean, size, bad = (x.repeat_interleave(case.repeats, 1) for x in (mean, size, bad))
+    bad_query = ~query.isfinite().all(-1)
+    query = torch.where(query.isfinite(), query, 0)
+    score, rounding = query @ mean.mT, query.abs() @ size.mT
+    doubtful = bad[:, :, None] | bad_query[..., None]
+    if case.share_selection:
+        score, rounding = (x.unflatten(1, (-1, case.repeats)).sum(2).repeat_interleave(case.repeats, 1) for x in (score, rounding))
+        doubtful = doubtful.unflatten(1, (-1, case.repeats)).any(2).repeat_interleave(case.repeats, 1)
+    eps = torch.finfo(DTYPES[draw.dtype]).eps if draw.dtype == "float64" else torch.finfo(torch.float32).eps
+    tolerance = rounding * eps * (4 + case.width + case.block_size) * 2 + 1e-300
+    if implementation in ("flex", "triton") and draw.dtype in ("bfloat16", "float16"):  # means in two halves of 8 or 11 bits
+        tolerance = tolerance + rounding * 2.0**-15 + (query.abs().sum(-1, keepdim=True) * 1e-7 if draw.dtype == "float16" else 0.0)
+
+    own = of_key[:, None, case.n_key - case.n_query :, None]
+    block = torch.arange(n_blocks)
+    exists = (member.sum(1) > 0)[:, None, None]
+    past = exists & ((block < own) if case.causal else torch.ones_like(own, dtype=torch.bool)) & (own >= 0)
+    forced = past & ((block < case.sink_blocks) | (block >= own - case.recent_blocks)) if case.causal else torch.zeros_like(past)
+    past, forced, own = (x.expand(*selected.shape[:3], -1) for x in (past, forced, own))
+    free, candidate = selected & past & ~forced, past & ~forced
+    places = case.top_k - (1 + case.sink_blocks + case.recent_blocks if case.causal else 0)
+    wanted = candidate.sum(-1).clamp(max=places)
+    if not torch.equal(free.sum(-1), wanted):
+        raise Wrong(f"{implementation} chooses {free.sum(-1).max()} free blocks where {wanted.max()} are wanted")
+    if bool((forced & ~selected).any()) or bool((selected & ~past & ~((block == own) if case.causal else past)).any()):
+        raise Wrong(f"{implementation} leaves out a forced block, or reads one that is not there")
+    if bool(doubtful.any()) or not bool((rounding < _LARGEST).all()):
+        return
+    worst = torch.where(free, score + tolerance, torch.inf).amin(-1)
+    best = torch.where(candidate & ~selected, score - tolerance, -torch.inf).amax(-1)
+    if bool((best > worst).any()):
+        b, h, n = (int(i) for i in (best > worst).nonzero()[0])
+        raise Wrong(
+            f"{implementation}: query {n} of head {h}, row {b} leaves out a block that scores {float((best - worst)[b, h, n]):.2g} more"
+        )
+    if draw.values not in ("integers", "equal keys", "repeated blocks"):
+        return
+    alike = (mean[..., :, None, :] == mean[..., None, :, :]).all(-1) & _same_keys(key, of_key, n_blocks, case)  # [B, H, C, C]
+    earlier = alike & (block[None] < block[:, None])  # [c, earlier one]
+    left_out = (candidate & ~selected).double() @ earlier.double().mT  # [B, H, Nq, C]: earlier equals of c that are left out
+    if bool(((left_out > 0) & free).any()):
+        b, h, n, c = (int(i) for i in ((left_out > 0) & free).nonzero()[0])
+        raise Wrong(f"{implementation}: query {n} of head {h}, row {b} reads block {c}, and leaves out an earlier one with the same keys")
+
+
+def _same_keys(key: Tensor, of_key: Tensor, n_blocks: int, case: Case) -> Tensor:
+    """`[B, H, C, C]`: blocks that hold the same keys, token for token."""
+    rows, groups = key.shape[:2]
+    blocks = torch.full((rows, groups, n_blocks, case.block_size, key.shape[3]), torch.nan, dtype=key.dtype)
+    for b in range(rows):
+        for c in range(n_blocks):
+            keys = key[b][:, of_key[b] == c]
+            blocks[b, :, c, : keys.shape[1]] = keys
+    same = (blocks[:, :, :, None] == blocks[:, :, None]).flatten(4).all(-1)  # partial blocks hold NaN, and equal nothing
+    return same.repeat_interleave(case.repeats, 1)
+
+
+# Values and gradients
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """What rounding can do: the relative error of weights, that of a soft-cap's slope, and the largest product."""
+
+    weights: float
+    slope: float
+    wide: float
+    narrow: float
+    limit: float
+
+
+def _sizes(draw: Draw, tensors: dict[str, Tensor], visible: Tensor) -> _Sizes:
+    case, dtype = draw.case, DTYPES[draw.dtype]
+    wide = torch.float64 if draw.dtype == "float64" else torch.float32
+    query, key = (torch.where(tensors[name].cpu().isfinite(), tensors[name].cpu(), 0).double() for name in ("query", "key"))
+    product = query.abs() @ key.abs().repeat_interleave(case.repeats, 1).mT
+    most = float(product.masked_fill(~visible, 0).max()) if visible.any() else 0.0
+    score = most * abs(case.real_scale)
+    eps = torch.finfo(wide).eps
+    error = eps * (case.width + 8) * score
+    slope = 0.0
+    if case.softcap is not None:  # the rounding of a product may turn its sign, and a capped score from one end to the other
+        slope = 4 * error / case.softcap
+        error = min(error, 2 * case.softcap) + 8 * eps * min(score, case.softcap)
+    return _Sizes(error, slope, eps, torch.finfo(dtype).eps, most * max(1.0, abs(case.real_scale)))
+
+
+def _check_results(draw: Draw, tensors: dict[str, Tensor], visible: Tensor, implementation: str, known: _Known) -> None:
+    case = draw.case
+    leaves = {name: x.detach().requires_grad_() for name, x in tensors.items()}
+    mask = case.padding_mask()
+    mask = None if mask is None else mask.to(leaves["query"].device)
+    out, lse = moba_attention(**leaves, **case.settings, padding_mask=mask, return_lse=True, implementation=implementation)
+    upstream = upstream_for(out, lse, case.seed + 1)
+    upstream = {name: x.to(out.device) for name, x in upstream.items()}
+    grads = torch.autograd.grad([out, lse], list(leaves.values()), list(upstream.values()), allow_unused=True)
+    results = {"out": out.detach(), "lse": lse.detach()}
+    results |= {f"gradient of {name}": torch.zeros_like(x) if g is None else g for (name, x), g in zip(leaves.items(), grads)}
+    results = {name: x.cpu() for name, x in results.items()}
+    tensors, upstream = ({name: x.cpu() for name, x in many.items()} for many in (tensors, upstream))
+
+    _check_shapes(draw, results, implementation)
+    some = visible.any(-1)
+    if bool((results["out"][~some] != 0).any()) or bool((results["lse"][~some] != -torch.inf).any()):
+        raise Wrong(f"{implementation}: the output of a query that reads nothing is not 0, or its log-sum-exp not -inf")
+    sizes = _sizes(draw, tensors, visible)
+    if sizes.limit * case.width > _LARGEST / 16 and draw.dtype != "float64":
+        return  # scores overflow
+    if known.wanted is None:
+        known.wanted = expected(case, tensors, visible, upstream)
+    wanted = known.wanted
+    nan = {name: x.isnan().any(-1) for name, x in tensors.items() if name != "sinks"}
+    sees_nan = some & (nan["query"] | (visible & (nan["key"] | nan["value"]).repeat_interleave(case.repeats, 1)[:, :, None]).any(-1))
+    if draw.case.value_width and bool(results["out"][sees_nan].isfinite().all(-1).any()):
+        raise Wrong(f"{implementation}: NaN does not reach an output that sees it")
+    _check_hull(draw, tensors, visible, results["out"], wanted, implementation)
+    if sizes.weights > _UNCERTAIN:
+        return
+    for name, bound in _bounds(draw, tensors, upstream, visible, wanted, sizes).items():
+        _compare(name, results[name], wanted, bound, DTYPES[draw.dtype] if name != "lse" else torch.float32, implementation)
+
+
+def _check_shapes(draw: Draw, results: dict[str, Tensor], implementation: str) -> None:
+    case = draw.case
+    shape = (case.batch, case.heads, case.n_query)
+    wide = torch.float64 if draw.dtype == "float64" else torch.float32
+    if results["out"].shape != (*shape, case.value_width) or results["out"].dtype != DTYPES[draw.dtype]:
+        raise Wrong(f"{implementation}: an output of {tuple(results['out'].shape)} in {results['out'].dtype}")
+    if results["lse"].shape != shape or results["lse"].dtype != wide:
+        raise Wrong(f"{implementation}: a log-sum-exp of {tuple(results['lse'].shape)} in {results['lse'].dtype}")
+
+
+def _check_hull(draw: Draw, tensors: dict[str, Tensor], visible: Tensor, out: Tensor, wanted: Expected, implementation: str) -> None:
+    """Whatever the weights: an output lies between the least and the largest of the values that its query sees."""
+    value = tensors["value"].double().repeat_interleave(draw.case.repeats, 1)[:, :, None]
+    seen = visible[..., None]
+    least, most = value.masked_fill(~seen, torch.inf).amin(3), value.masked_fill(~seen, -torch.inf).amax(3)
+    if draw.case.sinks:
+        least, most = least.clamp(max=0), most.clamp(min=0)
+    clean = (wanted.clean["out"] & visible.any(-1))[..., None]
+    slack = torch.maximum(least.abs(), most.abs()) * (torch.finfo(DTYPES[draw.dtype]).eps * 4 + 1e-5 * (draw.dtype != "float64") + 1e-12)
+    slack = slack + (1e-7 if draw.dtype == "float16" else 1e-30)
+    outside = clean & ~((out.double() >= least - slack) & (out.double() <= most + slack))
+    if bool(outside.any()):
+        at = tuple(int(i) for i in outside.nonzero()[0])
+        raise Wrong(f"{implementation}: output {at} is {float(out[at]):.6g}, not between {float(least[at]):.6g} and {float(most[at]):.6g}")
+
+
+def _bounds(
+    draw: Draw, tensors: dict[str, Tensor], upstream: dict[str, Tensor], visible: Tensor, wanted: Expected, sizes: _Sizes
+) -> dict[str, float]:
+    """The largest error that rounding explains, for each result."""
+    case = draw.case
+    some, read = visible.any(-1), visible.any(2).unflatten(1, (case.groups, case.repeats)).any(2)
+    largest = {name: _largest(tensors[name][some if name == "query" else read]) for name in ("query", "key", "value")}
+    g_out, g_lse = _largest(upstream["out"]), _largest(upstream["lse"])
+    relative = 8 * sizes.weights + 300 * sizes.wide + 8 * sizes.narrow
+    per_score = 2 * g_out * largest["value"] * case.value_width + g_lse
+    reading = float(visible.double().sum(2).amax()) * case.repeats if visible.any() else 0.0
+    bounds = {
+        "out": relative * largest["value"],
+        "lse": 4 * sizes.weights + 20 * sizes.wide * (1 + _largest(wanted.results["lse"])),
+        "gradient of query": relative * per_score * abs(case.real_scale) * largest["key"] * 2,
+        "gradient of key": relative * per_score * abs(case.real_scale) * largest["query"] * reading,
+        "gradient of value": relative * g_out * reading,
+    }
+    if sizes.slope > _UNCERTAIN:
+        bounds["gradient of query"] = bounds["gradient of key"] = math.inf
+    if case.sinks:
+        bounds["gradient of sinks"] = relative * per_score * case.n_query * case.batch
+    return bounds
+
+
+def _largest(x: Tensor) -> float:
+    x = x[x.isfinite()]
+    return float(x.abs().max()) if x.numel() else 0.0
+
+
+def _compare(name: str, x: Tensor, wanted: Expected, bound: float, dtype: torch.dtype, implementation: str) -> None:
+    y, clean, info = wanted.results[name], wanted.clean[name], torch.finfo(dtype)
+    clean = clean.view(*clean.shape, *(1,) * (x.dim() - clean.dim())).expand_as(x)
+    judged = clean & (y.abs() < min(info.max, _LARGEST) / 4) if name != "lse" else clean & y.isfinite()
+    error = (x.double() - y).abs()
+    bound = bound if bound < math.inf else math.inf  # which NaN is not
+    allowed = bound + info.eps * y.abs() * 2 + info.smallest_normal * 4 * (1 if dtype == torch.float16 else 1e3)
+    wrong = judged & ~(error <= allowed)
+    if bool(wrong.any()):
+        at = tuple(int(i) for i in wrong.nonzero()[0])
+        raise Wrong(f"{implementation}: {name} {at} is {float(x[at]):.6g}, should be {float(y[at]):.6g}, within {float(allowed[at]):.2g}")
+
+
+# Packed sequences and decoding
+
+
+def _check_packed(draw: Draw, tensors: dict[str, Tensor], implementation: str) -> None:
+    """Each sequence is what it is alone, values and gradients."""
+    leaves = {name: x.detach().requires_grad_() for name, x in tensors.items()}
+    packed = {name: x if name == "sinks" else x[0].transpose(0, 1) for name, x in leaves.items()}
+    bounds = draw.cu_seqlens().to(leaves["query"].device)
+    out, lse = moba_attention_varlen(**packed, cu_seqlens=bounds, **draw.case.settings, return_lse=True, implementation=implementation)
+    upstream = {name: x.to(out.device) for name, x in upstream_for(out, lse, draw.case.seed + 1).items()}
+    if not out.numel():
+        return
+    grads = torch.autograd.grad([out, lse], list(leaves.values()), list(upstream.values()), allow_unused=True)
+    grads = {name: torch.zeros_like(x) if g is None else g for (name, x), g in zip(leaves.items(), grads)}
+    start = 0
+    for length in draw.lengths:
+        part = slice(start, start + length)
+        start += length
+        if not length:
+            continue
+        alone = draw.but(n_key=length, n_query=length, lengths=None)
+        mine = {name: x if name == "sinks" else x[:, :, part] for name, x in tensors.items()}
+        visible = _visible(alone, mine, implementation, _Known())
+        given = {name: x[part].transpose(0, 1)[None].cpu() for name, x in upstream.items()}
+        mine = {name: x.cpu() for name, x in mine.items()}
+        sizes = _sizes(alone, mine, visible)
+        if sizes.weights > _UNCERTAIN or sizes.limit * alone.case.width > _LARGEST / 16:
+            return
+        wanted = expected(alone.case, mine, visible, given)
+        results = {"out": out[part].transpose(0, 1)[None], "lse": lse[part].transpose(0, 1)[None]}
+        results |= {f"gradient of {name}": x[:, :, part] for name, x in grads.items() if name != "sinks"}
+        bound = _bounds(alone, mine, given, visible, wanted, sizes)
+        for name, x in results.items():
+            dtype = DTYPES[draw.dtype] if name != "lse" else torch.float32
+            _compare(name, x.detach().cpu(), wanted, bound[name], dtype, f"{implementation}, tokens {part.start} to {part.stop}")
+
+
+def _can_be_decoded(case: Case) -> bool:
+    left = case.padding is None or all(right == 0 for _, right in case.padding)
+    return case.causal and case.n_query <= 8 and left and not case.sinks
+
+
+def _check_decoding(draw: Draw, tensors: dict[str, Tensor], device: str, known: _Known) -> None:
+    """The same tokens from a cache with block means; what lies behind them in the cache is NaN."""
+    case, new = draw.case, draw.case.n_query
+    start = None if case.padding is None else torch.tensor([left for left, _ in case.padding], device=device)
+    room = [torch.nn.functional.pad(tensors[name], (0, 0, 0, 5), value=torch.nan) for name in ("key", "value")]
+    means = means_for(room[0], max(1, room[0].shape[2] // case.block_size))
+    write_means(means, tensors["key"][:, :, : case.n_key - new], start, case.block_size)
+    implementation = "eager" if device == "cpu" or draw.dtype == "float64" else "flex"
+    settings = case.attention_settings(implementation)
+    out, lse = decode(tensors["query"], *room, means, torch.tensor(case.n_key, device=device), start, settings)
+    visible = _visible(draw, tensors, "eager" if device == "cpu" else "flex", known)
+    tensors = {name: x.cpu() for name, x in tensors.items()}
+    sizes = _sizes(draw, tensors, visible)
+    if sizes.weights > _UNCERTAIN or (sizes.limit * case.width > _LARGEST / 16 and draw.dtype != "float64"):
+        return
+    if _is_a_close_choice(draw, tensors):
+        return
+    upstream = upstream_for(out.cpu(), lse.cpu(), 0)
+    wanted = expected(case, tensors, visible, upstream)
+    bounds = _bounds(draw, tensors, upstream, visible, wanted, sizes)
+    for name, x in (("out", out), ("lse", lse)):
+        _compare(
+            name, x.cpu(), wanted, bounds[name], DTYPES[draw.dtype] if name == "out" else torch.float32, f"decoding by {implementation}"
+        )
+
+
+def _is_a_close_choice(draw: Draw, tensors: dict[str, Tensor]) -> bool:
+    """Whether rounding may decide what is chosen, so that decoding may choose otherwise than a prefill."""
+    if draw.values in ("integers",) or any(not x.isfinite().all() for x in tensors.values()):
+        return True
+    case, (query, key) = draw.case, (tensors["query"].double(), tensors["key"].double())
+    mask = case.padding_mask()
+    low, _ = reference_selection(query, key, case.attention_settings("naive"), padding_mask=mask)
+    for sign in (1, -1):
+        moved = key * (1 + sign * 1e-4 * torch.sin(torch.arange(key.numel(), dtype=torch.float64)).view_as(key))
+        if draw.values in ("equal keys", "repeated blocks"):
+            continue
+        if not torch.equal(low, reference_selection(query, moved, case.attention_settings("naive"), padding_mask=mask)[0]):
+            return True
+    return False

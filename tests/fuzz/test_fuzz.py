@@ -1,0 +1,123 @@
+"""The fuzzer finds a planted fault, prints a test of it, and goes on where it stopped."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+import torch
+
+from fuzz.__main__ import State, main, try_cases
+from fuzz.check import check
+from fuzz.draws import LAYOUTS, VALUES, draw
+from moba_flex.backends import eager
+from moba_flex.core import hidden
+from moba_flex.ops import decoding, gate
+
+FEW = 150
+
+
+def test_a_sound_package_passes():
+    assert try_cases(0, 0, FEW, "cpu") == []
+
+
+def test_every_kind_of_case_is_drawn_and_the_same_in_every_run():
+    draws = [draw(0, number) for number in range(1000)]
+    again, others = ([repr(draw(seed, number)) for number in range(1000)] for seed in (0, 1))
+    assert [repr(one) for one in draws] == again != others  # by what they print, since NaN equals nothing
+    assert {one.layout for one in draws} == set(LAYOUTS) and {one.values for one in draws} == set(VALUES)
+    assert {one.dtype for one in draws} == {"float64", "float32", "bfloat16", "float16"}
+    assert {one.threads for one in draws} == {1, 2, 3}
+    scales = [abs(one.case.scale) for one in draws if one.case.scale is not None]
+    assert min(scales) < 1e-30 and max(scales) > 1e30
+    spoilt = [place for one in draws for place in one.spoilt]
+    assert {name for name, _, _ in spoilt} == {"query", "key", "value"} and any(at == "padding" for _, at, _ in spoilt)
+    assert any(one.lengths for one in draws) and any(one.case.padding for one in draws)
+
+
+def _plant(monkeypatch, fault: str) -> None:
+    if fault == "a later key is seen":
+        monkeypatch.setattr(eager, "_later", lambda width, device: torch.ones(width, width, dtype=torch.bool, device=device).triu(2))
+    elif fault == "weights of a rounded log-sum-exp":
+        monkeypatch.setattr(eager, "_ROUNDED", 1e9)
+        monkeypatch.setattr(eager, "_SAFE", 1e300)
+    elif fault == "NaN is not hidden":
+        monkeypatch.setattr(eager, "visible_product", lambda weight, visible, x: weight @ x)
+    elif fault == "equal blocks are rounded apart":
+        monkeypatch.setattr(gate, "some_are_equal", lambda mean, exists: False)
+    elif fault == "the worst blocks":
+        best = gate.best_blocks
+        monkeypatch.setattr(gate, "best_blocks", lambda score, *args: best(score.neg_(), *args))
+    elif fault == "the gradient of keys is doubled":
+        plain = eager._attend_backward
+        monkeypatch.setattr(eager, "_attend_backward", lambda *args: [x * n for x, n in zip(plain(*args), (1, 2, 1))])
+    elif fault == "decoding forgets the last token":
+        seen = decoding._attend
+        monkeypatch.setattr(decoding, "_attend", lambda *args: seen(*args[:-2], args[-2] - 1, args[-1]))
+    elif fault == "the specification drops a value":
+        monkeypatch.setattr(hidden.torch.Tensor, "softmax", lambda self, dim: torch.softmax(self, dim) * 0.99)
+
+
+FAULTS = {
+    "a later key is seen": 20,
+    "NaN is not hidden": 150,
+    "equal blocks are rounded apart": 2000,
+    "the worst blocks": 40,
+    "the gradient of keys is doubled": 40,
+    "decoding forgets the last token": 60,
+    "the specification drops a value": 20,
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_is_found_and_printed_as_a_test(fault: str, monkeypatch):
+    with monkeypatch.context() as patch:
+        _plant(patch, fault)
+        for number in range(FAULTS[fault]):
+            if check(draw(3, number)) is not None:
+                break
+        else:
+            pytest.fail(f"not found in {FAULTS[fault]} cases")
+        ((found, what, text),) = try_cases(3, number, number + 1, "cpu")
+        assert found == number and what
+        names: dict = {}
+        exec(compile(text, "pasted", "exec"), names)
+        with pytest.raises(AssertionError):
+            names[f"test_seed_3_case_{number}"]()
+    names[f"test_seed_3_case_{number}"]()  # without the fault
+
+
+def _run(state, *more: str) -> int:
+    return main(["--state", str(state), "--chunk", "10", *more])
+
+
+def test_a_run_goes_on_where_the_last_one_stopped(tmp_path, capsys):
+    state = tmp_path / "state.json"
+    assert _run(state, "--cases", "20") == 0
+    assert json.loads(state.read_text()) == {"seed": 0, "device": "cpu", "done": 20, "failed": []}
+    assert "cases 0 to 20" in capsys.readouterr().out
+    assert _run(state, "--cases", "40") == 0
+    assert "cases 20 to 40" in capsys.readouterr().out
+    assert _run(state, "--cases", "1000", "--minutes", "0") == 0  # one chunk, and then the time is over
+    assert json.loads(state.read_text())["done"] == 50
+    with pytest.raises(ValueError, match="of seed 0 on cpu"):
+        State.load(state, 1, "cpu")
+
+
+def test_processes_share_the_cases(tmp_path, capsys):
+    state = tmp_path / "state.json"
+    assert _run(state, "--cases", "30", "--processes", "2") == 0
+    assert json.loads(state.read_text())["done"] == 30
+    assert "failed: none" in capsys.readouterr().out
+
+
+def test_failures_are_kept_printed_and_end_a_run_that_has_enough(tmp_path, capsys, monkeypatch):
+    _plant(monkeypatch, "the gradient of keys is doubled")
+    monkeypatch.setattr("fuzz.shrink.SECONDS", 0.1)
+    state = tmp_path / "state.json"
+    assert _run(state, "--cases", "1000", "--most-failures", "1") == 1
+    kept, printed = json.loads(state.read_text()), capsys.readouterr().out
+    assert kept["failed"] and kept["done"] < 1000
+    assert re.search(rf"^case {kept['failed'][0]}: eager: gradient of key", printed, re.MULTILINE)
+    assert f"def test_seed_0_case_{kept['failed'][0]}():" in printed
