@@ -91,8 +91,7 @@ def pass_call_of_stack(model: nn.Module, args: tuple, kwargs: dict) -> tuple[tup
     """`pass_call` of models that call attention layers themselves. In training these get to know of which pass they are."""
     more = _drafts(model, kwargs) or _whole(model, args, kwargs) or _mask_made_before(model, kwargs)
     if model.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        layer = next(layer for layer in attention_layers(model) if takes_moba(layer))
-        more[PASS] = ForwardPass(implementation_of(layer.config) not in MOBA)
+        more[PASS] = ForwardPass(implementation_of(model.config) not in MOBA)
     return (args, {**kwargs, **more}) if more else None
 
 
@@ -104,12 +103,18 @@ def pass_call(model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]
 
 def _mask_made_before(model: PreTrainedModel, kwargs: dict) -> dict:
     """The mask that full attention of the whole model knows, where it is called with one that was made for MoBA."""
-    if not isinstance(mask := kwargs.get("attention_mask"), MobaMask):
+    masks, name = kwargs.get("attention_mask"), implementation_of(model.config)
+    if name in MOBA:
         return {}
-    layer = next(layer for layer in attention_layers(model) if takes_moba(layer))
-    if (name := implementation_of(layer.config)) in MOBA:
-        return {}
-    return {"attention_mask": mask.original(name, model.device)}
+    if isinstance(masks, MobaMask):
+        return {"attention_mask": masks.original(name, model.device)}
+    if isinstance(masks, dict) and any(isinstance(mask, MobaMask) for mask in masks.values()):  # of layers of several kinds
+        return {
+            "attention_mask": {
+                kind: mask.original(name, model.device) if isinstance(mask, MobaMask) else mask for kind, mask in masks.items()
+            }
+        }
+    return {}
 
 
 def _drafts(model: nn.Module, kwargs: dict) -> dict:

@@ -12,6 +12,8 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from ..config import UNSET, MobaConfig, given_settings, layer_indices
+from ..core.messages import shown
+from ..core.validation import check_choice
 from .block_means import add_hooks, modules_with_hooks, remove_hooks
 from .by_name import remember
 from .key_conv import check_key_conv, new_key_convs, remove_key_convs, set_key_convs
@@ -94,7 +96,7 @@ def patch(
     )
     every, replaceable = find_layers(model)
     if config is not None and settings:
-        raise TypeError(f"patch takes a MobaConfig or keywords, but got both: {config!r} and {', '.join(settings)}")
+        raise TypeError(f"patch takes a MobaConfig or keywords, but got both: {shown(config)} and {', '.join(settings)}")
     if config is None and not settings:
         config = MobaConfig.of(replaceable[0].config)
         for layer in replaceable:
@@ -200,8 +202,7 @@ def set_attention(model: nn.Module, attention: str, layers: Iterable[int] | None
     >>> model = set_attention(model, "full", layers=[-1])  # the last layer
     >>> model = set_attention(model, "moba")  # all layers again
     """
-    if attention not in ATTENTION:
-        raise ValueError(f"attention must be one of {', '.join(ATTENTION)}, but is {attention!r}")
+    check_choice("attention", attention, ATTENTION)
     every, replaceable = find_layers(model)
     chosen = replaceable
     if layers is not None:

@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-VOCABULARY, LAYERS, MAX_PARAMETERS = 64, 2, 4_000_000
+VOCABULARY, LAYERS, MAX_PARAMETERS = 64, 2, 20_000_000
 KINDS = {
     "causal": ("AutoModelForCausalLM", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"),
     "encoder-decoder": ("AutoModelForSeq2SeqLM", "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES"),
@@ -54,7 +54,7 @@ SMALL = {
     **{"attention_dropout": 0.0, "dropout": 0.0, "hidden_dropout": 0.0, "activation_dropout": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0},
     **{"embd_pdrop": 0.0, "attention_probs_dropout_prob": 0.0, "hidden_dropout_prob": 0.0, "layerdrop": 0.0, "decoder_layerdrop": 0.0},
     **{"encoder_layerdrop": 0.0, "num_mel_bins": 16, "vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 8},
-    **{"num_kv_shared_layers": 0, "global_head_dim": 8, "num_global_key_value_heads": 4, "sliding_window": 8, "max_seq_len": 256},
+    **{"num_kv_shared_layers": 0, "global_head_dim": 8, "num_global_key_value_heads": 4, "max_seq_len": 256},
     **{"num_channels": 3, "scale_embedding": False},
 }
 
@@ -102,6 +102,14 @@ def small(config_class: type[PreTrainedConfig]) -> PreTrainedConfig:
     default = config_class()
     known = {**vars(default), **{name: None for name in default.attribute_map}}
     changes = {name: value for name, value in SMALL.items() if name in known and vars(default).get(name, value) is not None}
+    if "qk_rope_head_dim" in changes:
+        changes["head_dim"] = changes["qk_rope_head_dim"]
+    if "sliding_window" in known:  # all layers have it, or those whose type says so
+        changes["sliding_window"] = 8 if "sliding_attention" in (getattr(default, "layer_types", None) or ()) else None
+        try:
+            config_class(sliding_window=changes["sliding_window"])
+        except Exception:  # it must be a number
+            changes["sliding_window"] = 8
     for name, value in vars(default).items():
         if isinstance(value, PreTrainedConfig):
             changes[name] = small(type(value))
@@ -117,6 +125,9 @@ def small(config_class: type[PreTrainedConfig]) -> PreTrainedConfig:
         | {name: changes[name] for name in ("layer_types", "mlp_layer_types") if name in changes}
     )
     config.eos_token_id, config.pad_token_id = None, 0
+    if isinstance(rope := getattr(config, "rope_parameters", None), dict) and "rope_type" in rope:  # of images' positions
+        pairs = int(8 * (rope.get("partial_rotary_factor") or 1)) // 2
+        rope["mrope_section"] = [pairs - 2 * (pairs // 3), pairs // 3, pairs // 3]
     return config
 
 
