@@ -141,11 +141,6 @@ def trace(
     _check_inputs(input_ids, attention_mask)
     wanted = layer_indices("selections", selections)
     _, replaceable = find_layers(model)
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        raise ValueError(
-            f"{type(model).__name__} is an encoder-decoder model, and input_ids alone are not what its decoder reads: trace takes "
-            "decoder-only models; of others call moba_flex.select_blocks with a layer's queries and keys"
-        )
     if any(context_of(layer) is not None for layer in replaceable):
         raise ValueError(
             f"{type(model).__name__} is context-parallel, and only whole sequences are traced: call ContextParallel.remove() first"
@@ -164,8 +159,20 @@ def trace(
             for layer in layers:
                 set_watcher(layer, watcher)
             inner = model if prefixes_of_peft(model) else getattr(model, "base_model", model)
-            inner(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+            _read(inner, input_ids, attention_mask)
     return watcher.trace()
+
+
+def _read(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None) -> None:
+    try:
+        model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+    except (AttributeError, TypeError, ValueError) as error:
+        if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+            raise
+        raise ValueError(
+            f"{type(model).__name__} is an encoder-decoder model and does not read input_ids alone ({error}): trace takes decoder-only "
+            "models, and those that make their decoder's input of the encoder's, such as BART"
+        ) from error
 
 
 class Watcher:

@@ -186,27 +186,46 @@ def default_implementation(layer_class: type) -> str:
 
 def _is_served(layer: nn.Module) -> bool:
     """Whether a layer's own code finds the mask that it knows: one that only looks at it can be handed that of the original attention."""
-    use = mask_use_of(layer)
-    return use is MaskUse.NOTHING or (use is MaskUse.LOOKS and takes_more(type(layer)))
+    if _runs_optional_code(layer):
+        return False
+    return _ignores_mask(type(layer)) or (_only_looks(type(layer)) and takes_more(type(layer)))
+
+
+def _runs_optional_code(layer: nn.Module) -> bool:
+    return any(getattr(layer, name, False) is True for name in OPTIONAL_CODE)
 
 
 def check_served(layer: nn.Module) -> None:
     """ValueError if the code of a layer that was not patched would do something else under MoBA's name and masks."""
-    if (use := mask_use_of(layer)) is not MaskUse.NOTHING:
-        remedy = "call moba_flex.patch(model, ...)" if use is MaskUse.LOOKS else "the model cannot use MoBA"
-        raise ValueError(
-            f"the code of {type(layer).__name__} depends on its mask or on the name of its attention, which are MoBA's: {remedy}"
-        )
+    if _ignores_mask(type(layer)) and not _runs_optional_code(layer):
+        return
+    remedy = "call moba_flex.patch(model, ...)" if _is_served(layer) else "the model cannot use MoBA"
+    raise ValueError(f"the code of {type(layer).__name__} depends on its mask or on the name of its attention, which are MoBA's: {remedy}")
 
 
 def mask_use_of(layer: nn.Module) -> MaskUse:
     """What a layer's code does with its mask, beside handing it to the attention function."""
-    if any(getattr(layer, name, False) is True for name in OPTIONAL_CODE):
+    if _runs_optional_code(layer):
         return MaskUse.NAMES
     return _mask_use(type(layer))
 
 
 _mask_use = _of_a_class(mask_use)
+
+
+# For what a graph asks: torch.compile does not know a member of an enumeration again.
+
+
+@_of_a_class
+def _ignores_mask(layer_class: type) -> bool:
+    """Whether a layer only hands its mask on, and asks for no name."""
+    return mask_use(layer_class) is MaskUse.NOTHING
+
+
+@_of_a_class
+def _only_looks(layer_class: type) -> bool:
+    """Whether a layer looks at its mask, and does no more with it."""
+    return mask_use(layer_class) is MaskUse.LOOKS
 
 
 @_of_a_class

@@ -214,22 +214,29 @@ class MobaMask(BlockMask):
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
-        raise_switched()
+        masks = [x for x in (*args, *(kwargs or {}).values()) if isinstance(x, MobaMask)]
+        raise_switched(_owner(masks[0]._request) if masks else "attention")
 
     def __getattr__(self, name: str):
         raise self._unknown(repr(name))
 
-    @staticmethod
-    def _unknown(what: str) -> AttributeError:
-        return AttributeError(f"the model's code reads {what} of its attention mask, which MoBA does not build: the model cannot use MoBA")
+    def _unknown(self, what: str) -> AttributeError:
+        owner = _owner(self._request)
+        return AttributeError(f"{owner} reads {what} of its attention mask, which MoBA does not build: the model cannot use MoBA")
 
 
-def raise_switched() -> NoReturn:
+def _owner(request: dict) -> str:
+    """For messages: whose mask it is, by the configuration with which transformers asks for it."""
+    config = request.get("config")
+    return "the code of the model" if config is None else f"the code of a model with a {type(config).__name__}"
+
+
+def raise_switched(owner: str = "attention") -> NoReturn:
     """Attention other than MoBA got MoBA's mask: so it is where a forward pass is computed again after a switch."""
     raise ValueError(  # not TypeError, which operators of tensors would swallow
-        "attention other than MoBA got a mask of MoBA: either layers were switched within a pass, and under gradient checkpointing "
-        "backward must come before set_attention, full_attention or unpatch change what the forward pass used; or the model's code "
-        "computes with its mask, and cannot use MoBA"
+        f"{owner} computes with a mask of MoBA: either it cannot use MoBA, so that it needs another attn_implementation; or layers were "
+        "switched within a pass: under gradient checkpointing backward must come before set_attention, full_attention or unpatch change "
+        "what the forward pass used"
     )
 
 
@@ -254,13 +261,17 @@ def _read(request: dict) -> Visible:
     if mask_function in (causal_mask_function, bidirectional_mask_function):
         padding_mask = _padding(attention_mask, seen)
         return Visible(seen, mask_function is causal_mask_function, padding_mask, starts=_starts(padding_mask))
-    if request.get("use_vmap") or attention_mask is not None or seen != request["q_length"]:
+    custom = request.get("use_vmap") or seen != request["q_length"]
+    cu_seqlens = None if custom else _sequences(mask_function, request["batch_size"], seen, request["device"])
+    padding_mask = None if custom else _padding(attention_mask, seen)
+    if custom or (padding_mask is not None and cu_seqlens is not None):
         raise ValueError(
             "MoBA cannot follow a custom mask function, only causal or bidirectional attention with padding or packed "
             'sequences: use set_attention(model, "full")'
         )
-    cu_seqlens = _sequences(mask_function, request["batch_size"], seen, request["device"])
-    return Visible(seen, True, None, cu_seqlens, None if cu_seqlens is None else int(cu_seqlens.diff().max()))
+    if cu_seqlens is None:  # a model that could join tokens of an image, and has none
+        return Visible(seen, True, padding_mask, starts=_starts(padding_mask))
+    return Visible(seen, True, None, cu_seqlens, int(cu_seqlens.diff().max()))
 
 
 def _padding(attention_mask: Tensor | None, n_key: int) -> Tensor | None:

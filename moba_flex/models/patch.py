@@ -15,7 +15,7 @@ from ..config import UNSET, MobaConfig, given_settings, layer_indices
 from ..core.messages import shown
 from ..core.validation import check_choice
 from .block_means import add_hooks, modules_with_hooks, remove_hooks
-from .by_name import remember
+from .by_name import remember, settings_by_name
 from .key_conv import check_key_conv, new_key_convs, remove_key_convs, set_key_convs
 from .layers import (
     MOBA,
@@ -215,9 +215,8 @@ def set_attention(model: nn.Module, attention: str, layers: Iterable[int] | None
         patch(model)
         if layers is not None:  # the others stay as they were
             _use(replaceable, "full")
-    elif any(choice_of(layer) is None for layer in replaceable):  # loaded with "moba", perhaps with the configuration of another model
-        _own_configs(model, replaceable)
-        _use(replaceable, None)
+    elif any(choice_of(layer) is None for layer in replaceable):
+        _adopt(model, replaceable)
     if layers is None and attention != "full":
         for config in _configs(replaceable):
             set_implementation(config, attention)
@@ -242,6 +241,8 @@ def full_attention(model: nn.Module) -> Iterator[nn.Module]:
     ...     logits = model(torch.arange(32)[None]).logits
     """
     every, replaceable = find_layers(model)
+    if is_patched(replaceable) and any(choice_of(layer) is None for layer in replaceable):
+        _adopt(model, replaceable)
     before = [choice_of(layer) for layer in replaceable]
     named = next((name for layer in replaceable if (name := implementation_of(layer.config)) in MOBA), "moba")
     if is_patched(replaceable):
@@ -255,6 +256,18 @@ def full_attention(model: nn.Module) -> Iterator[nn.Module]:
             if choice_of(layer) is full:
                 set_choice(layer, choice)
         name_attention(every, named)
+
+
+def _adopt(model: nn.Module, replaceable: list[nn.Module]) -> None:
+    """Patch a model that was loaded with "moba" or "moba_naive", perhaps with the configuration of another model, as what it is."""
+    named = implementation_of(replaceable[0].config)
+    _own_configs(model, replaceable)
+    for config in _configs(replaceable):
+        settings_by_name(config, MOBA)  # which writes them into it
+    patch(model)
+    for config in _configs(replaceable):
+        if implementation_of(config) in MOBA:
+            set_implementation(config, named)
 
 
 def moba_layers(model: nn.Module) -> dict[int, str]:

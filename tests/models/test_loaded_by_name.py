@@ -9,7 +9,7 @@ import torch
 from support.families import SPARSE, build, logits, tokens
 from transformers import AutoModelForCausalLM, BloomConfig, BloomForCausalLM, PreTrainedModel
 
-from moba_flex.models import patch, set_attention
+from moba_flex.models import full_attention, patch, set_attention
 
 
 @pytest.fixture
@@ -49,6 +49,34 @@ def test_patched_models_that_differ_are_an_error(folder):
     del models
 
 
+def test_patched_models_of_other_sizes_do_not_count(folder):
+    smaller, policy = patch(build(num_hidden_layers=2), block_size=16, top_k=3), patch(build(), **SPARSE)
+    reference, ids = load(folder), tokens()
+    assert torch.equal(logits(reference, ids), logits(policy, ids))
+    del policy
+    gc.collect()
+    with pytest.warns(UserWarning, match="it takes the defaults"):
+        logits(load(folder), ids)
+    del smaller
+
+
+def test_they_stay_what_they_are_when_layers_are_switched(folder):
+    policy, ids = patch(build(), **SPARSE), tokens()
+    for switched in (lambda model: set_attention(model, "moba"), lambda model: set_attention(set_attention(model, "full"), "moba")):
+        assert torch.equal(logits(switched(load(folder)), ids), logits(policy, ids))
+    reference = load(folder)
+    with full_attention(reference):
+        logits(reference, ids)
+    assert torch.equal(logits(reference, ids), logits(policy, ids))
+
+
+def test_a_convolution_of_keys_cannot_be_taken_over(folder):
+    policy = patch(build(), **SPARSE, key_conv=3)
+    with pytest.raises(ValueError, match="has key_conv=3, whose weights the loaded one lacks"):
+        load(folder)(tokens())
+    del policy
+
+
 def test_without_a_patched_model_it_warns_of_the_defaults(folder):
     model, ids = load(folder), tokens()
     with pytest.warns(UserWarning, match=r"it takes the defaults, MobaConfig\(block_size=4096, top_k=12"):
@@ -65,13 +93,19 @@ def test_full_attention_of_the_policy_is_that_of_the_reference(folder):
 def test_a_compiled_model_takes_them_too(folder):
     policy = patch(build(), **SPARSE)
     model, ids = load(folder).eval(), tokens()
-    compiled = torch.compile(model, backend="eager")
-    torch.testing.assert_close(logits(compiled, ids, use_cache=False), logits(policy, ids, use_cache=False))
+    call = {"attention_mask": torch.ones_like(ids), "use_cache": False}
+    expected = logits(policy, ids, **call)
+    assert not torch.equal(expected, logits(build(), ids, **call))
+    for _ in range(2):  # the second time its configuration has the settings
+        torch._dynamo.reset()
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        torch.testing.assert_close(logits(compiled, ids, **call), expected)
+        logits(model, ids)
 
 
 def test_a_refused_model_loaded_by_name_says_that_it_cannot_use_moba():
     config = BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=4)
-    with pytest.raises(ValueError, match="the model's code computes with its mask, and cannot use MoBA"):
+    with pytest.raises(ValueError, match="the code of a model with a BloomConfig computes with a mask of MoBA.*it needs another attn_implementation"):
         BloomForCausalLM._from_config(config, attn_implementation="moba")(tokens())
 
 
