@@ -20,9 +20,9 @@ from transformers.utils import logging
 
 from ..config import UNSET, MobaConfig, given_settings, layer_indices
 from ..models.block_means import modules_with_hooks, remove_hooks
-from ..models.layers import MOBA, attention_layers, attention_of, is_patched, n_layers, resolve_layers
+from ..models.layers import MOBA, attention_layers, attention_of, n_layers, resolve_layers
 from ..models.masks import Visible
-from ..models.patch import find_layers, patch
+from ..models.patch import find_layers, is_patched, patch
 from ..models.state import choice_of, context_of, key_conv_hooks_of, set_choice, set_watcher
 from ..models.upstream import prefixes_of_peft
 from ..selection import Selection, select_blocks
@@ -141,11 +141,6 @@ def trace(
     _check_inputs(input_ids, attention_mask)
     wanted = layer_indices("selections", selections)
     _, replaceable = find_layers(model)
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        raise ValueError(
-            f"{type(model).__name__} is an encoder-decoder model, and input_ids alone are not what its decoder reads: trace takes "
-            "decoder-only models; of others call moba_flex.select_blocks with a layer's queries and keys"
-        )
     if any(context_of(layer) is not None for layer in replaceable):
         raise ValueError(
             f"{type(model).__name__} is context-parallel, and only whole sequences are traced: call ContextParallel.remove() first"

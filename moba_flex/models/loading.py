@@ -11,7 +11,6 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..config import MobaConfig
-from ..core.validation import check_choice
 from .key_conv import KeyConv, set_key_convs
 from .patch import ATTENTION, find_layers, patch, set_attention
 from .upstream import adapter_file, model_class_of
@@ -75,7 +74,8 @@ class AutoModelForCausalLM:
 
 
 def _check(attn: str) -> None:
-    check_choice("attn", attn, ATTENTION)
+    if attn not in ATTENTION:
+        raise ValueError(f"attn must be one of {', '.join(ATTENTION)}, but is {attn!r}")
 
 
 def _saved_config(name: str, kwargs: dict) -> transformers.PreTrainedConfig | None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +20,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from ..core import validation
 from ..core.upstream import mark_dynamic
 from ..ops.decoding import FEW
-from .upstream import bidirectional_mask_function, causal_mask_function, mask_builder, mtp_offset
+from .upstream import bidirectional_mask_function, causal_mask_function, mask_builder
 
 
 @dataclass(frozen=True)
@@ -96,7 +95,7 @@ class MobaMask(BlockMask):
         self._whole: MobaMask | None = None
         self.is_part = False  # the call has more new tokens than this mask is for
         # generate makes the mask before it calls a compiled model: what changes its shape with each token must not be needed there
-        self._places = None if torch.compiler.is_compiling() else _place(request)
+        self._places = _place(request) if request["q_length"] <= FEW else None
         if isinstance(request["q_offset"], Tensor) and not torch.compiler.is_compiling() and request.get("attention_mask") is not None:
             _check_whole(request["attention_mask"])
             mark_dynamic(request["attention_mask"], 1)
@@ -106,20 +105,9 @@ class MobaMask(BlockMask):
         return self._request["batch_size"], 1, *self._lengths
 
     @property
-    def ndim(self) -> int:
-        return 4
-
-    def dim(self) -> int:
-        return 4
-
-    @property
     def is_local(self) -> bool:
         """Whether it was asked for by a layer that sees a window or a chunk."""
         return self._request.get("local_size") is not None
-
-    def is_of_drafting_layer(self, layer_idx: int) -> bool:
-        """Whether it was made for a layer of multi-token prediction, see `upstream.mtp_offset`."""
-        return self._request["kv_offset"] == mtp_offset(layer_idx)
 
     def original(self, implementation: str, device: torch.device) -> Tensor | BlockMask | None:
         """Exactly the mask that the model would have without MoBA, under `implementation`."""
@@ -153,13 +141,11 @@ class MobaMask(BlockMask):
 
     def places(self, query: Tensor, key: Tensor) -> Places | None:
         """The same for decoding, if this is decoding: a few causal tokens behind others that a cache holds."""
-        if self._request.get("mask_function", causal_mask_function) is not causal_mask_function:
+        if self._places is None or self._request.get("mask_function", causal_mask_function) is not causal_mask_function:
             return None
         if query.shape[2] == key.shape[2] or self._lengths != (query.shape[2], key.shape[2]):
             return None
-        places = _place(self._request) if self._places is None else self._places
-        if places is None:
-            return None
+        places = self._places
         if not torch.compiler.is_compiling() and self.visible(query, key).padding_mask is None:
             places = Places(places.length, None)
         return places if query.device == self._request["device"] else places.to(query.device)
@@ -212,25 +198,12 @@ class MobaMask(BlockMask):
 
     __str__ = __repr__
 
-    @classmethod
-    def __torch_function__(cls, func, types, args=(), kwargs=None):
-        raise_switched()
-
     def __getattr__(self, name: str):
         raise self._unknown(repr(name))
 
     @staticmethod
     def _unknown(what: str) -> AttributeError:
-        return AttributeError(f"the model's code reads {what} of its attention mask, which MoBA does not build: the model cannot use MoBA")
-
-
-def raise_switched() -> NoReturn:
-    """Attention other than MoBA got MoBA's mask: so it is where a forward pass is computed again after a switch."""
-    raise ValueError(  # not TypeError, which operators of tensors would swallow
-        "attention other than MoBA got a mask of MoBA: either layers were switched within a pass, and under gradient checkpointing "
-        "backward must come before set_attention, full_attention or unpatch change what the forward pass used; or the model's code "
-        "computes with its mask, and cannot use MoBA"
-    )
+        return AttributeError(f"the model's code reads {what} of its attention mask, which MoBA does not build: it cannot use MoBA")
 
 
 def _may_keep() -> bool:
@@ -297,9 +270,7 @@ def _first_real(attention_mask: Tensor) -> Tensor:
     return (attention_mask.cumsum(1) == 0).sum(1)
 
 
-def _place(request: dict) -> Places | None:
-    if request["q_length"] > FEW:
-        return None
+def _place(request: dict) -> Places:
     seen, attention_mask = request["q_offset"] + request["q_length"], request.get("attention_mask")
     if isinstance(seen, Tensor):
         length = seen.to(torch.int64)

@@ -12,21 +12,15 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from ..config import UNSET, MobaConfig, given_settings, layer_indices
-from ..core.messages import shown
-from ..core.validation import check_choice
 from .block_means import add_hooks, modules_with_hooks, remove_hooks
-from .by_name import remember
 from .key_conv import check_key_conv, new_key_convs, remove_key_convs, set_key_convs
 from .layers import (
     MOBA,
     attention_layers,
     attention_of,
     full_layers,
-    is_patched,
     keeps_full,
-    mask_use_of,
     n_layers,
-    name_attention,
     named_full,
     original_implementation,
     resolve_layers,
@@ -34,7 +28,7 @@ from .layers import (
     takes_moba,
 )
 from .state import Choice, choice_of, context_of, set_choice
-from .upstream import MaskUse, implementation_of, set_implementation
+from .upstream import implementation_of, set_implementation
 
 ATTENTION = (*MOBA, "full")
 
@@ -96,7 +90,7 @@ def patch(
     )
     every, replaceable = find_layers(model)
     if config is not None and settings:
-        raise TypeError(f"patch takes a MobaConfig or keywords, but got both: {shown(config)} and {', '.join(settings)}")
+        raise TypeError(f"patch takes a MobaConfig or keywords, but got both: {config!r} and {', '.join(settings)}")
     if config is None and not settings:
         config = MobaConfig.of(replaceable[0].config)
         for layer in replaceable:
@@ -113,12 +107,10 @@ def patch(
 
     for layer, choice in zip(every, choices):
         set_choice(layer, choice)
-    add_hooks(model, every, _with_own_cache_layer(replaceable) if config.decode == "sparse" else [])
+    add_hooks(model, _with_own_cache_layer(replaceable) if config.decode == "sparse" else [])
     for model_config in _configs(replaceable):
         model_config.moba = config
-        remember(model_config)
         set_implementation(model_config, "moba")
-    name_attention(every)
     return model
 
 
@@ -202,8 +194,9 @@ def set_attention(model: nn.Module, attention: str, layers: Iterable[int] | None
     >>> model = set_attention(model, "full", layers=[-1])  # the last layer
     >>> model = set_attention(model, "moba")  # all layers again
     """
-    check_choice("attention", attention, ATTENTION)
-    every, replaceable = find_layers(model)
+    if attention not in ATTENTION:
+        raise ValueError(f"attention must be one of {', '.join(ATTENTION)}, but is {attention!r}")
+    _, replaceable = find_layers(model)
     chosen = replaceable
     if layers is not None:
         found = sorted({layer.layer_idx for layer in replaceable})
@@ -224,7 +217,6 @@ def set_attention(model: nn.Module, attention: str, layers: Iterable[int] | None
         _use(chosen, None)
     else:
         _use(chosen, attention)
-    name_attention(every)
     return model
 
 
@@ -241,12 +233,10 @@ def full_attention(model: nn.Module) -> Iterator[nn.Module]:
     >>> with full_attention(model):
     ...     logits = model(torch.arange(32)[None]).logits
     """
-    every, replaceable = find_layers(model)
+    _, replaceable = find_layers(model)
     before = [choice_of(layer) for layer in replaceable]
-    named = next((name for layer in replaceable if (name := implementation_of(layer.config)) in MOBA), "moba")
     if is_patched(replaceable):
         _use(replaceable, "full")
-        name_attention(every)
     within = [choice_of(layer) for layer in replaceable]
     try:
         yield model
@@ -254,7 +244,6 @@ def full_attention(model: nn.Module) -> Iterator[nn.Module]:
         for layer, choice, full in zip(replaceable, before, within):
             if choice_of(layer) is full:
                 set_choice(layer, choice)
-        name_attention(every, named)
 
 
 def moba_layers(model: nn.Module) -> dict[int, str]:
@@ -290,13 +279,7 @@ def find_layers(model: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
             f"{layers}{_windows(every)}"
         )
     shared = {id(layer.config) for layer in replaceable}
-    every = [layer for layer in every if id(layer.config) in shared]
-    if by_name := [layer for layer in every if mask_use_of(layer) is MaskUse.NAMES]:
-        raise ValueError(
-            f"{type(model).__name__} cannot use MoBA: the code of its {type(by_name[0]).__name__} depends on the name of the attention "
-            "implementation, and would do something else under MoBA's"
-        )
-    return every, replaceable
+    return [layer for layer in every if id(layer.config) in shared], replaceable
 
 
 def _windows(layers: list[nn.Module]) -> str:
@@ -326,6 +309,10 @@ def _own_configs(model: nn.Module, layers: list[nn.Module]) -> None:
 
     for module in holders:
         module.config = own(module.config)
+
+
+def is_patched(replaceable: list[nn.Module]) -> bool:
+    return all(implementation_of(config) in MOBA for config in _configs(replaceable))
 
 
 def _use(layers: list[nn.Module], attention: str | None) -> None:
