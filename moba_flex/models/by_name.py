@@ -43,7 +43,8 @@ def settings_by_name(config: PreTrainedConfig, implementations: tuple[str, ...])
         return DEFAULT
     settings = _found(kind, implementations)
     if settings is DEFAULT:  # what is patched later changes nothing, and what is saved says nothing of it
-        _DEFAULTED[id(config)] = weakref.ref(config, lambda _, key=id(config): _DEFAULTED.pop(key, None))
+        key = id(config)
+        _DEFAULTED[key] = weakref.ref(config, lambda _: _DEFAULTED.pop(key, None))
     else:
         config.moba = settings
     return settings

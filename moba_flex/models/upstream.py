@@ -1,7 +1,7 @@
 """Private and undocumented API of transformers and its kin, each entry with the reason why it is used.
 
-No other file of the package reaches for it. `tests/models/test_upstream.py` fails with a sentence that names the entry when transformers
-changes it.
+No other file of the package reaches for it. `tests/models/test_transformers_api.py` fails with a sentence that names the entry when
+transformers changes it.
 """
 
 from __future__ import annotations

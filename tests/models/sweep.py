@@ -1,7 +1,7 @@
 """What patching promises, for every class of transformers that can be built small.
 
 `python tests/models/sweep.py` goes through all of them and prints each promise that is broken; with `--write docs/models.md` it writes the
-list of classes between the page's two marks. `tests/models/test_sweep.py` runs a part with the other tests, and all with `-m sweep`.
+list of classes between the page's two marks. `tests/models/test_sweep.py` runs a part of it with the other tests.
 
 A promise holds for what the unpatched model can do: where padding changes its answers, or a cache, that promise is left out.
 """
@@ -62,7 +62,8 @@ def must_equal(found: Tensor, expected: Tensor, what: str = "") -> None:
 
 def must_be_close(found: Tensor, expected: Tensor, what: str = "") -> None:
     largest = float(expected.abs().max())
-    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4 * max(1.0, largest), msg=lambda said: f"{what} {said.split(chr(10))[-3]}")
+    gap = float((found - expected).abs().max())
+    assert gap <= 1e-4 * max(1.0, largest) + 1e-3 * largest, f"{what} differs by {gap:.3g} of {largest:.3g}".strip()
 
 
 def full_is_unpatched(model: PreTrainedModel) -> None:
@@ -137,7 +138,12 @@ def cached_is_recomputed(model: PreTrainedModel) -> None:
 
     agrees_unpatched(lambda: tuple(x[:, -4:] for x in difference()))
     patch(model, **SPARSE, decode="sparse")
-    steps, whole = difference()
+    try:
+        steps, whole = difference()
+    except ValueError as error:
+        if "cannot follow a custom mask function" in str(error):  # of a model that joins the tokens of an image
+            raise LeftOut from None
+        raise
     must_be_close(steps[:, -4:], whole[:, -4:])
 
 

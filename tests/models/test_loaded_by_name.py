@@ -105,7 +105,8 @@ def test_a_compiled_model_takes_them_too(folder):
 
 def test_a_refused_model_loaded_by_name_says_that_it_cannot_use_moba():
     config = BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=4)
-    with pytest.raises(ValueError, match="the code of a model with a BloomConfig computes with a mask of MoBA.*it needs another attn_implementation"):
+    message = r"the code of a model with a BloomConfig computes with a mask of MoBA.*it needs another attn_implementation"
+    with pytest.raises(ValueError, match=message):
         BloomForCausalLM._from_config(config, attn_implementation="moba")(tokens())
 
 

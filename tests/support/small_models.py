@@ -120,9 +120,10 @@ VARIANTS: tuple[dict[str, Any], ...] = (
     {**dict.fromkeys(KEY_HEADS, 4), "head_dim": 8, "rotary_dim": 4},
     {**dict.fromkeys(WIDTHS, 64), **dict.fromkeys(KEY_HEADS, 4), "head_dim": 16, "num_experts_per_tok": 1},
 )
+_HEAD_DIM = {"head_dim": 8}
 _MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}}
 OWN: dict[str, dict[str, Any]] = {  # what configurations want by themselves, by their class
-    **dict.fromkeys(("HunYuanDenseV1Config", "HunYuanMoEV1Config", "MinistralConfig", "HunYuanVLTextConfig"), {"head_dim": 8}),
+    **dict.fromkeys(("HunYuanDenseV1Config", "HunYuanMoEV1Config", "MinistralConfig", "HunYuanVLTextConfig"), _HEAD_DIM),
     **dict.fromkeys(("Qwen2VLTextConfig", "Qwen2_5_VLTextConfig", "Qwen2_5OmniTextConfig", "PaddleOCRTextConfig"), _MROPE),
     **dict.fromkeys(("Glm4vTextConfig", "Glm4vMoeTextConfig", "GlmOcrTextConfig"), _MROPE),
     "NemotronConfig": {"num_key_value_heads": 2},
