@@ -14,7 +14,6 @@ from moba_flex.models import full_attention, patch, set_attention
 
 @pytest.fixture
 def folder(tmp_path) -> str:
-    gc.collect()  # models of other tests
     build().save_pretrained(tmp_path)
     return str(tmp_path)
 
