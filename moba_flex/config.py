@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 
@@ -23,7 +24,7 @@ class MobaConfig(dict):
     so that transformers writes it to `config.json` and reads it back like any other entry.
 
     Args:
-        block_size: tokens a block, at least 1.
+        block_size: tokens per block, at least 1.
         top_k: how many blocks a query reads, its own one included.
         sink_blocks: how many blocks at the start of the sequence are always among the `top_k`.
         recent_blocks: how many blocks just before the own one are always among the `top_k`.
@@ -41,6 +42,7 @@ class MobaConfig(dict):
     Raises:
         ValueError: a setting is out of range; the message says which, what it was and what it must be.
 
+    >>> from moba_flex import MobaConfig
     >>> MobaConfig(block_size=128, top_k=8, full_attention_layers=[-1])["full_attention_layers"]
     [-1]
     """
@@ -122,9 +124,22 @@ def layer_indices(name: str, layers: object) -> tuple[int, ...]:
     return listed
 
 
+def given_settings(**settings: object) -> dict[str, object]:
+    """Those of the keywords that were given, whatever their value."""
+    return {name: value for name, value in settings.items() if value is not UNSET}
+
+
+class _Unset:
+    """The default of keywords for which None is a value too."""
+
+    def __repr__(self) -> str:
+        return "(not given)"
+
+
 def _check_choice(name: str, value: object, choices: tuple) -> None:
     if type(value) not in (int, str) or value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, but is {shown(value)}")
 
 
 DEFAULT = MobaConfig()
+UNSET: Any = _Unset()

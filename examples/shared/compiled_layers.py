@@ -29,5 +29,5 @@ def mask_of(rows: int, context: int, device: torch.device) -> MobaMask:
     """
     mask, empty = moba_mask(rows, context, context, device=device), torch.empty(rows, 1, context, 0, device=device)
     mask.visible(empty, empty)
-    mask.ordinary("sdpa", device)
+    mask.original("sdpa", device)
     return mask

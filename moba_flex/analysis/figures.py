@@ -49,6 +49,8 @@ def visualize(selection: Selection, *, row: int = 0, heads: Iterable[int] | None
         TypeError: `selection` is no Selection.
         ValueError: there is no such row or head, or nothing to draw.
 
+    >>> import torch
+    >>> from moba_flex import select_blocks, visualize
     >>> selection = select_blocks(torch.randn(1, 4, 100, 16), torch.randn(1, 2, 100, 16), block_size=16, top_k=3)
     >>> len(visualize(selection, heads=[0, 3]).axes)
     2

@@ -12,18 +12,19 @@ import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from ..config import MobaConfig, layer_indices
+from ..config import UNSET, MobaConfig, given_settings, layer_indices
 from ..models.block_means import modules_with_hooks, remove_hooks
-from ..models.key_conv import hooks_of
-from ..models.layers import MOBA, attention_layers, attention_of, n_layers, resolve_layers, restore_state, state_of
+from ..models.layers import MOBA, attention_layers, attention_of, n_layers, resolve_layers
 from ..models.masks import Visible
 from ..models.patch import find_layers, is_patched, patch
+from ..models.state import choice_of, context_of, key_conv_hooks_of, set_choice, set_watcher
+from ..models.upstream import prefixes_of_peft
 from ..selection import Selection, select_blocks
 from . import figures
 
@@ -86,7 +87,16 @@ def trace(
     *,
     selections: Iterable[int] = (),
     config: MobaConfig | Mapping | None = None,
-    **settings,
+    block_size: int = UNSET,
+    top_k: int = UNSET,
+    sink_blocks: int = UNSET,
+    recent_blocks: int = UNSET,
+    share_selection: bool = UNSET,
+    key_conv: int = UNSET,
+    full_attention_layers: Iterable[int] = UNSET,
+    decode: str = UNSET,
+    implementation: str = UNSET,
+    **unknown: NoReturn,
 ) -> Trace:
     """Let a model read a batch once, and say which blocks its layers read.
 
@@ -98,7 +108,7 @@ def trace(
         input_ids: `[B, N]` tokens, on the model's device.
         attention_mask: `[B, N]`, 1 for real tokens, padding on the left or the right. Padding is not counted anywhere.
         selections: layers of which the `Selection` is kept, for `moba_flex.visualize`; negative numbers count from the last.
-        config, settings: those of `moba_flex.patch`, in place of the model's own for this pass.
+        config, block_size, ...: those of `moba_flex.patch`, in place of the model's own for this pass.
 
     Returns:
         A `Trace`, which see.
@@ -108,16 +118,30 @@ def trace(
             model is context-parallel.
         TypeError: `input_ids` is no tensor of whole numbers, or both `config` and settings are given.
 
+    >>> import torch
     >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> from moba_flex import trace
     >>> tiny = LlamaConfig(vocab_size=32, hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
     >>> watched = trace(LlamaForCausalLM(tiny), torch.arange(32)[None], block_size=4, top_k=2)
     >>> watched.share_of_keys.shape, watched.chosen.shape
     (torch.Size([2, 2]), torch.Size([2, 2, 8]))
     """
+    settings = given_settings(
+        block_size=block_size,
+        top_k=top_k,
+        sink_blocks=sink_blocks,
+        recent_blocks=recent_blocks,
+        share_selection=share_selection,
+        key_conv=key_conv,
+        full_attention_layers=full_attention_layers,
+        decode=decode,
+        implementation=implementation,
+        **unknown,
+    )
     _check_inputs(input_ids, attention_mask)
     wanted = layer_indices("selections", selections)
     _, replaceable = find_layers(model)
-    if any("_context_parallel" in layer.__dict__ for layer in replaceable):
+    if any(context_of(layer) is not None for layer in replaceable):
         raise ValueError(
             f"{type(model).__name__} is context-parallel, and only whole sequences are traced: call ContextParallel.remove() first"
         )
@@ -133,14 +157,14 @@ def trace(
         with logging.tqdm(total=len(layers), desc="Tracing", unit="layer") as bar:
             watcher = Watcher(keep, bar)
             for layer in layers:
-                layer._watch = watcher
-            inner = model if getattr(model, "active_peft_config", None) is not None else getattr(model, "base_model", model)
+                set_watcher(layer, watcher)
+            inner = model if prefixes_of_peft(model) else getattr(model, "base_model", model)
             inner(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
     return watcher.trace()
 
 
 class Watcher:
-    """What MoBA layers show their queries and keys to while it is their `_watch`."""
+    """What MoBA layers show their queries and keys to while it is the watcher in their state."""
 
     def __init__(self, keep: list[int], bar: logging.tqdm) -> None:
         self._keep, self._bar = keep, bar
@@ -218,16 +242,16 @@ def _left_as_it_was(model: nn.Module) -> Iterator[None]:
     """After the `with` block the model's configurations, modes, convolutions of keys and marks of MoBA are what they were before."""
     layers = attention_layers(model)
     holders = [(module, module.__dict__["config"]) for module in model.modules() if "config" in module.__dict__]
-    convolutions = [(layer, hooks_of(layer)) for layer in layers]
+    convolutions = [(layer, key_conv_hooks_of(layer)) for layer in layers]
     configs = {id(layer.config): (layer.config, dict(layer.config.__dict__)) for layer in layers}.values()
-    states = [(layer, state_of(layer)) for layer in layers]
+    choices = [(layer, choice_of(layer)) for layer in layers]
     modes = [(module, module.training) for module in model.modules()]
     had_hooks = modules_with_hooks(model)
     try:
         yield
     finally:
         for layer, before in convolutions:
-            now = hooks_of(layer)
+            now = key_conv_hooks_of(layer)
             if now is not before and now is not None:
                 now.detach(layer)
             if now is not before and before is not None:
@@ -237,9 +261,9 @@ def _left_as_it_was(model: nn.Module) -> Iterator[None]:
         for config, before in configs:
             config.__dict__.clear()
             config.__dict__.update(before)
-        for layer, state in states:
-            layer.__dict__.pop("_watch", None)
-            restore_state(layer, state)
+        for layer, choice in choices:
+            set_watcher(layer, None)
+            set_choice(layer, choice)
         for module, training in modes:
             module.training = training
         remove_hooks(modules_with_hooks(model) - had_hooks)

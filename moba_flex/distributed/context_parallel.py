@@ -21,6 +21,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from ..config import MobaConfig
 from ..core.settings import AttentionSettings
 from ..models.layers import MOBA, attention_layers, show, takes_moba
+from ..models.state import context_of, set_context
+from ..models.upstream import implementation_of
 from .attention import across, check_exchange, full, group_of, sparse
 from .collectives import gathered
 
@@ -65,7 +67,7 @@ def context_parallel(model: nn.Module, mesh: DeviceMesh | dist.ProcessGroup, *, 
     >>> dist.destroy_process_group()
     """
     layers = attention_layers(model)
-    patched = [layer for layer in layers if layer.config._attn_implementation in MOBA]
+    patched = [layer for layer in layers if implementation_of(layer.config) in MOBA]
     if not patched:
         raise ValueError(
             f"{type(model).__name__} does not use MoBA, whose attention layers context parallelism works through: patch it first"
@@ -78,11 +80,11 @@ def context_parallel(model: nn.Module, mesh: DeviceMesh | dist.ProcessGroup, *, 
         n_heads = config.num_attention_heads
         n_key_heads, shared = getattr(config, "num_key_value_heads", None) or n_heads, MobaConfig.of(config).share_selection
         check_exchange(exchange, n_heads, n_key_heads, group.size(), shared)
-    for before in {layer._context_parallel for layer in patched if "_context_parallel" in layer.__dict__}:
+    for before in {context for layer in patched if (context := context_of(layer)) is not None}:
         before.remove()
     context = ContextParallel(group, exchange, patched)
     for layer in patched:
-        layer._context_parallel = context
+        set_context(layer, context)
     context.see_whole_length(model)
     return context
 
@@ -121,8 +123,8 @@ class ContextParallel:
     def remove(self) -> None:
         """End context parallelism of the model: it works on whole sequences again."""
         for layer in self._layers:
-            if layer.__dict__.get("_context_parallel") is self:
-                del layer._context_parallel
+            if context_of(layer) is self:
+                set_context(layer, None)
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()

@@ -1,7 +1,18 @@
 """Adapters for transformers models. Importing this registers "moba" and "moba_naive" as attention implementations.
 
-`layers` which modules take part, `mask` what a forward pass says about visibility, `interface` the function that each
-layer calls, `patch` switching models to MoBA and back, `auto` loading them.
+| file | what it holds |
+|---|---|
+| `patch.py` | switching a model's attention to MoBA and back |
+| `loading.py` | loading and patching in one call |
+| `attention_function.py` | the function that each layer calls |
+| `decision.py` | what a layer's call does, and why |
+| `layers.py` | which modules are attention layers, and what each of them uses |
+| `masks.py` | what a forward pass says about who may see whom |
+| `block_means.py` | the means of key blocks, beside a cache's keys |
+| `key_conv.py` | the convolution of keys |
+| `state.py` | what is kept on a model's layers and on a cache's |
+| `schedule.py` | MoBA and full attention in one training run |
+| `upstream.py` | private API of transformers |
 """
 
 from transformers import AttentionInterface, AttentionMaskInterface

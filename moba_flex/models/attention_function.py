@@ -1,7 +1,7 @@
 """The attention function that transformers calls for every layer of a model with "moba" or "moba_naive".
 
-It sends a layer to MoBA or to the attention that the layer had before, which gets exactly the arguments that it would
-have got.
+`decision.py` says what a call does; here it is done. A layer that does not use MoBA gets the attention that it had before, with exactly
+the arguments that it would have had.
 
 B batch, H query heads, G key heads, N tokens (Nq queries, Nk keys), D head dimension.
 """
@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
-from transformers import Cache
 
 from ..config import MobaConfig
 from ..core import validation
@@ -27,12 +26,12 @@ from ..dispatch import attend, attend_decoding
 from ..functional import checked_settings
 from ..ops.decoding import means_for, write_means
 from .block_means import CACHE, DRAFTS, WHOLE, BlockMeans, means_of
+from .decision import Decision, LayerCall, LayerPath, check_supported, decide, decide_sparse
 from .key_conv import check_key_conv
-from .layers import MOBA, attention_of, ordinary_attention, ordinary_implementation
+from .layers import MOBA, attention_of, original_attention, original_implementation
 from .masks import MobaMask, Places, Visible
-
-# Arguments of some models that change who sees whom, or the scores, in ways that MoBA has no form of.
-_UNKNOWN_TO_MOBA = ("position_bias", "cache", "indices", "block_indices", "sinks")
+from .state import context_of, watcher_of
+from .upstream import set_implementation
 
 
 def moba_attention_forward(
@@ -48,7 +47,7 @@ def moba_attention_forward(
 
     `named` is the name in the configuration under which the model found this function.
 
-    The weights `[B, H, Nq, n_key]` are None unless "moba_naive" is asked for them with `output_attentions=True`: layers with full
+    The weights `[B, H, Nq, Nk]` are None unless "moba_naive" is asked for them with `output_attentions=True`: layers with full
     attention, and tokens that are decoded with it, then have them too.
 
     Raises ValueError for what MoBA cannot do: attention dropout or weights without "moba_naive", custom masks, biases.
@@ -60,154 +59,31 @@ def moba_attention_forward(
     attention = attention_of(module, settings, named)
     if attention != "full":
         check_key_conv(module, settings)
-    if "_context_parallel" in module.__dict__:
-        return _across_processes(module, query, key, value, attention_mask, settings, attention, kwargs), None
-    mask_is_local = isinstance(attention_mask, MobaMask) and attention_mask.is_local
-    is_local = mask_is_local or kwargs.get("sliding_window") is not None
-    weights = "moba_naive" in (named, attention) and _weights_wanted(module, kwargs)
-    if attention == "full" or is_local:
-        return _ordinary(module, query, key, value, attention_mask, kwargs, weights)
-    if settings.decode == "full" and (decoded := _decoded(query, key, attention_mask, drafts)):
-        if decoded == query.shape[2]:
-            return _ordinary(module, query, key, value, attention_mask, kwargs, weights)
-        before, last = attention_mask.split(decoded)
-        operands = query[:, :, :-decoded], key[:, :, :-decoded], value[:, :, :-decoded]
-        prompt, of_prompt = _moba(module, *operands, before, settings, attention, cache, kwargs)
-        drafts, of_drafts = _ordinary(module, query[:, :, -decoded:], key, value, last, kwargs, weights)
-        if weights:
-            of_prompt = F.pad(of_prompt, (0, of_drafts.shape[-1] - of_prompt.shape[-1]))
-        return torch.cat([prompt, drafts], 1), torch.cat([of_prompt, of_drafts], 2) if weights else None
-
-    return _moba(module, query, key, value, attention_mask, settings, attention, cache, kwargs)
+    call = LayerCall(module, query, key, value, attention_mask, settings, attention, cache, drafts, kwargs)
+    decision = decide(call)
+    weights = "moba_naive" in (named, attention) and call.wants_weights
+    if decision.path is LayerPath.CONTEXT_PARALLEL:
+        return _across_processes(call), None
+    if decision.path in (LayerPath.FULL, LayerPath.DECODING_FULL):
+        return _original(call, weights)
+    if decision.path is LayerPath.DRAFTS_FULL:
+        return _prompt_and_drafts(call, decision.n_decoded, weights)
+    return _moba(call, decision)
 
 
 ATTENTION_FUNCTIONS = {name: partial(moba_attention_forward, named=name) for name in MOBA}
 
 
-def _moba(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: MobaMask | Tensor | BlockMask | None,
-    settings: MobaConfig,
-    attention: str,
-    cache: Cache | None,
-    kwargs: dict,
-) -> tuple[Tensor, Tensor | None]:
-    naive = attention == "moba_naive" or settings.implementation == "naive"
-    dropout, weights = _check_supported(module, naive, kwargs)
-    inputs = query, key, value
-    means = means_of(cache, module, key) if settings.decode == "sparse" else None
-    query, key, value = _autocast(query, key, value)
-    plain = not (naive or weights or dropout or torch.is_grad_enabled())
-    if settings.decode == "sparse" and plain and isinstance(mask, MobaMask) and (places := mask.places(query, key)):
-        call = _settings(query, key, value, True, settings, _implementation(settings, naive, query), kwargs)
-        out = _decode(query, key, value, mask, places, means, call)
-        return out.transpose(1, 2).contiguous(), None
-
-    visible = _visible(query, key, mask, kwargs, module)
-    cached = key
-    if visible.n_key < key.shape[2]:
-        key, value = key[:, :, : visible.n_key], value[:, :, : visible.n_key]
-    implementation = _implementation(settings, naive, query)
-    reads_all = visible.causal and visible.cu_seqlens is None and visible.n_key <= settings.block_size * settings.top_k
-    # What the layer had before then computes just that, and a short prompt in less time, unless "eager" is asked for by its name. It
-    # need not know of packed sequences.
-    ordinary = reads_all and not naive and settings.implementation != "eager"
-    call = None if ordinary else _settings(query, key, value, visible.causal, settings, implementation, kwargs)
-    if "_watch" in module.__dict__:  # see moba_flex.analysis.trace
-        module._watch(module, query, key, visible, settings)
-    if means is not None and visible.causal and not torch.compiler.is_compiling():
-        means.take_in(query.shape[2], visible.n_key, cached, settings.block_size, visible.start(key.device), visible.starts)
-    if ordinary:
-        return _ordinary(module, *inputs, mask, kwargs)[0], None
-    if dropout or weights:
-        out, probabilities = _attend_with_weights(query, key, value, visible, dropout, call)
-        return out.transpose(1, 2).contiguous(), probabilities if weights else None
-    return _attend(query, key, value, visible, call).transpose(1, 2).contiguous(), None
-
-
-def _across_processes(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: MobaMask | Tensor | BlockMask | None,
-    settings: MobaConfig,
-    attention: str,
-    kwargs: dict,
-) -> Tensor:
-    """A layer of a model whose sequences are cut into slices, see `moba_flex.distributed`: `[B, L, H, Dv]`."""
-    context, naive = module._context_parallel, attention == "moba_naive" or settings.implementation == "naive"
-    if kwargs.get("dropout"):
-        raise ValueError(
-            f"{_name(module)} has an attention dropout of {kwargs['dropout']} in training, and works on a slice of a sequence, which has "
-            "none: load the model with that dropout set to 0"
-        )
-    if kwargs.get("use_cache"):
-        raise ValueError(
-            f"{_name(module)} works on a slice of a sequence, without a cache: call the model with what `ContextParallel.shard` returns"
-        )
-    _, weights = _check_supported(module, naive, kwargs)
-    query, key, value = _autocast(query, key, value)
-    visible = _visible(query, key, mask, kwargs, module)
-    call = _settings(query, key, value, visible.causal, settings, _implementation(settings, naive, query), kwargs)
-    if weights or not visible.causal or visible.padding_mask is not None or visible.cu_seqlens is not None:
-        raise ValueError(
-            f"{_name(module)} works on a slice of a sequence, without attention weights, padding "
-            "or packed sequences: call the model with what `ContextParallel.shard` returns"
-        )
-    if attention == "full" and (call.settings.softcap is not None or call.sinks is not None):
-        raise ValueError(f"{_name(module)} has a softcap or sinks, which full attention of slices does not do")
-    with without_autocast(query):
-        if attention == "full":
-            return context.attend_full(query, key, value, call.settings.scale).transpose(1, 2).contiguous()
-        return context.attend(query, key, value, call.settings, call.sinks).transpose(1, 2).contiguous()
-
-
-def _decode(query: Tensor, key: Tensor, value: Tensor, mask: MobaMask, places: Places, means: BlockMeans | None, call: Call) -> Tensor:
-    """`[B, H, n, Dv]`: a few tokens at the end of a cache, by way of the block means beside it."""
-    place, block_size = (places.length, places.start), call.settings.block_size
-    known = None
-    if means is not None:
-        starts = None if torch.compiler.is_compiling() else mask.visible(query, key).starts
-        known = means.of_all_but_new(key, block_size, places.start, starts)
-    if known is None:  # nothing is kept beside this cache
-        known = write_means(means_for(key, max(1, key.shape[2] // block_size)), key, places.start, block_size)
-    return attend_decoding(query, key, value, known, *place, call.settings, sinks=call.sinks)
-
-
-def _decoded(query: Tensor, key: Tensor, mask: MobaMask | Tensor | BlockMask | None, drafts: int) -> int:
-    """How many of the new tokens count as decoding, at the end of them: one that is alone, and drafts that are to be verified.
-
-    Drafts behind a single token, the last one that was accepted, are decoding together with it.
-    """
-    new, cached = query.shape[2], key.shape[2] - query.shape[2]
-    is_part = isinstance(mask, MobaMask) and mask.is_part  # of a prompt, say, whose last tokens alone go through this layer
-    if new == 1 and not is_part:
-        return int(cached > 0)
-    if not drafts or not isinstance(mask, MobaMask):
-        return 0
-    return new if cached and drafts >= new - 1 and not is_part else min(drafts, new - 1)
-
-
-def _ordinary(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: MobaMask | Tensor | BlockMask | None,
-    kwargs: dict,
-    weights: bool = False,
-) -> tuple[Tensor, Tensor | None]:
-    implementation = "eager" if weights else ordinary_implementation(module)
+def _original(call: LayerCall, weights: bool = False) -> tuple[Tensor, Tensor | None]:
+    """The attention that the layer had before; `weights`: "eager", which returns them."""
+    module, mask = call.layer, call.mask
+    implementation = "eager" if weights else original_implementation(module)
     if isinstance(mask, MobaMask):
-        mask = mask.ordinary(implementation, query.device)
-    attention = ordinary_attention(module, implementation)
+        mask = mask.original(implementation, call.query.device)
+    attention = original_attention(module, implementation)
     if implementation not in ("eager", "sdpa"):
         module = _Named(module, implementation)
-    return attention(module, query, key, value, mask, **kwargs)
+    return attention(module, call.query, call.key, call.value, mask, **call.kwargs)
 
 
 class _Named:
@@ -215,35 +91,93 @@ class _Named:
 
     def __init__(self, module: nn.Module, implementation: str) -> None:
         self._module, self.config = module, copy.copy(module.config)
-        self.config._attn_implementation = {"": implementation}
+        set_implementation(self.config, implementation)
 
     def __getattr__(self, name: str):
         return getattr(self._module, name)
 
 
-def _check_supported(module: nn.Module, naive: bool, kwargs: dict) -> tuple[float, bool]:
-    """The dropout, and whether attention weights are wanted."""
-    for name in _UNKNOWN_TO_MOBA:
-        if kwargs.get(name) is not None:
-            raise ValueError(f'{_name(module)} passes {name}, which MoBA cannot follow: use set_attention(model, "full")')
-    dropout = kwargs.get("dropout") or 0.0
-    weights = _weights_wanted(module, kwargs)
-    if dropout and not naive:
+def _prompt_and_drafts(call: LayerCall, n_drafts: int, weights: bool) -> tuple[Tensor, Tensor | None]:
+    """MoBA of a prompt as if the drafts behind it had not come yet, and full attention of these."""
+    assert isinstance(call.mask, MobaMask)  # without which there are no drafts
+    before, last = call.mask.split(n_drafts)
+    query, key, value = (x[:, :, :-n_drafts] for x in (call.query, call.key, call.value))
+    of_prompt = replace(call, query=query, key=key, value=value, mask=before, drafts=0)
+    prompt, prompt_weights = _moba(of_prompt, decide_sparse(of_prompt))
+    drafts, draft_weights = _original(replace(call, query=call.query[:, :, -n_drafts:], mask=last), weights)
+    out = torch.cat([prompt, drafts], 1)
+    if not weights:
+        return out, None
+    prompt_weights = F.pad(prompt_weights, (0, draft_weights.shape[-1] - prompt_weights.shape[-1]))
+    return out, torch.cat([prompt_weights, draft_weights], 2)
+
+
+def _moba(call: LayerCall, decision: Decision) -> tuple[Tensor, Tensor | None]:
+    """The paths that need more than the original attention: ALL_KEYS, for what lies beside the cache, DECODING_SPARSE and MOBA."""
+    settings, cached = call.settings, call.key
+    means = means_of(call.cache, call.layer, cached) if settings.decode == "sparse" else None
+    query, key, value = _autocast(call.query, cached, call.value)
+    if decision.path is LayerPath.DECODING_SPARSE:
+        return _decode(call, query, key, value, decision.places, means).transpose(1, 2).contiguous(), None
+
+    visible = decision.visible
+    cached = key
+    if visible.n_key < key.shape[2]:
+        key, value = key[:, :, : visible.n_key], value[:, :, : visible.n_key]
+    reads_all = decision.path is LayerPath.ALL_KEYS
+    operation = None if reads_all else _operation(call, query, key, value, visible.causal)
+    if (watcher := watcher_of(call.layer)) is not None:
+        watcher(call.layer, query, key, visible, settings)
+    if means is not None and visible.causal and not torch.compiler.is_compiling():
+        means.take_in(query.shape[2], visible.n_key, cached, settings.block_size, visible.start(key.device), visible.starts)
+    if reads_all:
+        return _original(call)[0], None
+    if call.dropout or call.wants_weights:
+        out, weights = _attend_with_weights(query, key, value, visible, call.dropout, operation)
+        return out.transpose(1, 2).contiguous(), weights if call.wants_weights else None
+    return _attend(query, key, value, visible, operation).transpose(1, 2).contiguous(), None
+
+
+def _across_processes(call: LayerCall) -> Tensor:
+    """A layer of a model whose sequences are cut into slices, see `moba_flex.distributed`: `[B, L, H, Dv]`."""
+    context = context_of(call.layer)
+    if call.dropout:
         raise ValueError(
-            f"{_name(module)} has an attention dropout of {dropout} in training, which MoBA does not do: load the model "
-            'with that dropout set to 0 (of most models attention_dropout=0.0), or use "moba_naive"'
+            f"{call.name} has an attention dropout of {call.dropout} in training, and works on a slice of a sequence, which has "
+            "none: load the model with that dropout set to 0"
         )
-    if weights and not naive:
-        raise ValueError('output_attentions=True asks for attention weights, which MoBA never builds: set it to False, or use "moba_naive"')
-    return dropout, weights
+    if call.kwargs.get("use_cache"):
+        raise ValueError(
+            f"{call.name} works on a slice of a sequence, without a cache: call the model with what `ContextParallel.shard` returns"
+        )
+    check_supported(call)
+    query, key, value = _autocast(call.query, call.key, call.value)
+    visible = call.visible(query, key)
+    operation = _operation(call, query, key, value, visible.causal)
+    if call.wants_weights or not visible.causal or visible.padding_mask is not None or visible.cu_seqlens is not None:
+        raise ValueError(
+            f"{call.name} works on a slice of a sequence, without attention weights, padding "
+            "or packed sequences: call the model with what `ContextParallel.shard` returns"
+        )
+    settings, sinks = operation.settings, operation.sinks
+    if call.attention == "full" and (settings.softcap is not None or sinks is not None):
+        raise ValueError(f"{call.name} has a softcap or sinks, which full attention of slices does not do")
+    with without_autocast(query):
+        if call.attention == "full":
+            return context.attend_full(query, key, value, settings.scale).transpose(1, 2).contiguous()
+        return context.attend(query, key, value, settings, sinks).transpose(1, 2).contiguous()
 
 
-def _weights_wanted(module: nn.Module, kwargs: dict) -> bool:
-    return bool(kwargs.get("output_attentions", getattr(module.config, "output_attentions", False)))
-
-
-def _name(module: nn.Module) -> str:
-    return f"{type(module).__name__} {module.layer_idx}"
+def _decode(call: LayerCall, query: Tensor, key: Tensor, value: Tensor, places: Places, means: BlockMeans | None) -> Tensor:
+    """`[B, H, Nq, Dv]`: a few tokens at the end of a cache, by way of the block means beside it."""
+    operation = _operation(call, query, key, value, True)
+    block_size, known = operation.settings.block_size, None
+    if means is not None:
+        starts = None if torch.compiler.is_compiling() else call.mask.visible(query, key).starts
+        known = means.of_all_but_new(key, block_size, places.start, starts)
+    if known is None:  # nothing is kept beside this cache
+        known = write_means(means_for(key, max(1, key.shape[2] // block_size)), key, places.start, block_size)
+    return attend_decoding(query, key, value, known, places.length, places.start, operation.settings, sinks=operation.sinks)
 
 
 def _autocast(*tensors: Tensor) -> Sequence[Tensor]:
@@ -254,59 +188,41 @@ def _autocast(*tensors: Tensor) -> Sequence[Tensor]:
     return tensors
 
 
-def _visible(query: Tensor, key: Tensor, mask: MobaMask | Tensor | BlockMask | None, kwargs: dict, module: nn.Module) -> Visible:
-    packed = kwargs.get("cu_seq_lens_q"), kwargs.get("cu_seq_lens_k")
-    if isinstance(mask, MobaMask):
-        return mask.visible(query, key, *packed)
-    if mask is not None:
-        raise ValueError(
-            f"{_name(module)} got an attention mask of shape {tuple(mask.shape)}, which "
-            'MoBA cannot follow: pass a 2D attention_mask, or use set_attention(model, "full")'
-        )
-    if query.shape[2] != key.shape[2]:
-        raise ValueError(
-            f"{_name(module)} has {query.shape[2]} queries, {key.shape[2]} keys and no mask "
-            "that says where the queries lie: call the whole model, which makes one"
-        )
-    return Visible(key.shape[2], kwargs.get("is_causal") is not False).packed(query, *packed)
-
-
-def _implementation(settings: MobaConfig, naive: bool, query: Tensor) -> str:
-    return "naive" if naive else validation.resolve_implementation(settings.implementation, query)
-
-
 @dataclass(frozen=True)
-class Call:
+class Operation:
     """What one layer asks of the operation, beside its tensors and who may see whom."""
 
     settings: AttentionSettings
     sinks: Tensor | None
 
 
-def _settings(query: Tensor, key: Tensor, value: Tensor, causal: bool, settings: MobaConfig, implementation: str, kwargs: dict) -> Call:
-    """What a layer's call asks for, checked."""
-    scale, softcap, sinks = kwargs.get("scaling"), kwargs.get("softcap"), kwargs.get("s_aux")
+def _operation(call: LayerCall, query: Tensor, key: Tensor, value: Tensor, causal: bool) -> Operation:
+    """What a layer's call asks of the operation, checked."""
+    implementation = "naive" if call.naive else validation.resolve_implementation(call.settings.implementation, query)
+    scale, softcap, sinks = (call.kwargs.get(name) for name in ("scaling", "softcap", "s_aux"))
     validation.check_query_key(query=query, key=key, value=value)
     options = {"scale": scale, "softcap": softcap, "sinks": sinks, "implementation": implementation}
-    return Call(checked_settings(query, query.shape[1], **settings.blocks, causal=causal, **options), sinks)
+    return Operation(checked_settings(query, query.shape[1], **call.settings.blocks, causal=causal, **options), sinks)
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, visible: Visible, call: Call) -> Tensor:
+def _attend(query: Tensor, key: Tensor, value: Tensor, visible: Visible, operation: Operation) -> Tensor:
     """`[B, H, Nq, Dv]`. Packed rows are laid end to end, as one longer row of packed sequences."""
     given = {"padding_mask": visible.padding_mask, "cu_seqlens": visible.cu_seqlens, "longest": visible.longest}
-    given["sinks"] = call.sinks
+    given["sinks"] = operation.sinks
     rows = query.shape[0]
     if visible.cu_seqlens is None or rows == 1:
-        return attend(query, key, value, call.settings, **given)[0]
+        return attend(query, key, value, operation.settings, **given)[0]
     query, key, value = (x.transpose(0, 1).flatten(1, 2)[None] for x in (query, key, value))
-    out, _ = attend(query, key, value, call.settings, **given)
+    out, _ = attend(query, key, value, operation.settings, **given)
     return out[0].unflatten(1, (rows, -1)).transpose(0, 1)
 
 
-def _attend_with_weights(query: Tensor, key: Tensor, value: Tensor, visible: Visible, dropout: float, call: Call) -> tuple[Tensor, Tensor]:
-    """The output and the weights `[B, H, Nq, Nk]`, which are what attention makes of an identity matrix of values."""
+def _attend_with_weights(
+    query: Tensor, key: Tensor, value: Tensor, visible: Visible, dropout: float, operation: Operation
+) -> tuple[Tensor, Tensor]:
+    """The output and the weights `[B, H, Nq, Nk]`: attention applied to an identity matrix of values."""
     n_key = key.shape[2]
     identity = torch.eye(n_key, dtype=value.dtype, device=value.device).expand(*value.shape[:2], n_key, n_key)
-    weights = F.dropout(_attend(query, key, identity, visible, call), dropout)
+    weights = F.dropout(_attend(query, key, identity, visible, operation), dropout)
     with without_autocast(query):
         return weights @ value.repeat_interleave(query.shape[1] // value.shape[1], 1), weights

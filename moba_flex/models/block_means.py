@@ -24,16 +24,11 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, Encod
 
 from ..core.upstream import mark_static_address
 from ..ops.decoding import mean_dtype, means_for, write_means
+from .state import call_hook_of, means_beside, put_means, set_call_hook
+from .upstream import DRAFTED_POSITIONS, cache_in, reads_as_it_lies
 
 CACHE, DRAFTS, WHOLE = "moba_cache", "moba_drafts", "moba_whole"  # keyword arguments that hooks add and the attention function takes out
 _PACKED = ("cu_seq_lens_q", "cu_seq_lens_k")
-_HOOK = "_moba_hook"
-
-
-def cache_in(kwargs: dict) -> Cache | None:
-    """The cache among the keyword arguments of a layer or a model: "cache" since transformers 5.24, "past_key_values" before."""
-    cache = kwargs.get("cache")
-    return kwargs.get("past_key_values") if cache is None else cache
 
 
 def pass_cache(layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
@@ -54,7 +49,7 @@ def _drafts(model: nn.Module, kwargs: dict) -> dict:
     Assisted and prompt-lookup generation verify n drafted tokens by asking for the logits of the last n + 1 positions. Only the number
     of these tells drafts from a prompt, with which they may share a call.
     """
-    keep = kwargs.get("logits_to_keep")
+    keep = kwargs.get(DRAFTED_POSITIONS)
     drafts = not model.training and cache_in(kwargs) is not None and isinstance(keep, int) and keep >= 2  # PEFT trains prefixes as caches
     return {DRAFTS: keep - 1} if drafts else {}
 
@@ -81,21 +76,23 @@ def _whole(model: nn.Module, args: tuple, kwargs: dict) -> dict:
 def add_hooks(model: nn.Module, layers: list[nn.Module]) -> None:
     """Hooks for a model and those of its attention layers that need the cache. Those that have theirs already keep them."""
     wanted = [(layer, pass_cache) for layer in layers]
-    wanted += [(part, pass_call) for part in model.modules() if isinstance(part, PreTrainedModel) and _takes(part, "logits_to_keep")]
+    wanted += [(part, pass_call) for part in model.modules() if isinstance(part, PreTrainedModel) and _takes(part, DRAFTED_POSITIONS)]
     for module, hook in wanted:
-        if _HOOK not in module.__dict__ and _takes(module, None):
-            setattr(module, _HOOK, module.register_forward_pre_hook(hook, with_kwargs=True))
+        if call_hook_of(module) is None and _takes(module, None):
+            set_call_hook(module, module.register_forward_pre_hook(hook, with_kwargs=True))
 
 
 def modules_with_hooks(model: nn.Module) -> set[nn.Module]:
     """The modules that have a hook of `add_hooks`."""
-    return {module for module in model.modules() if _HOOK in module.__dict__}
+    return {module for module in model.modules() if call_hook_of(module) is not None}
 
 
 def remove_hooks(modules: Iterable[nn.Module]) -> None:
     """Undo `add_hooks` for modules that are `modules_with_hooks`."""
     for module in modules:
-        module.__dict__.pop(_HOOK).remove()
+        if (handle := call_hook_of(module)) is not None:
+            handle.remove()
+            set_call_hook(module, None)
 
 
 def _takes(module: nn.Module, name: str | None) -> bool:
@@ -201,26 +198,32 @@ def means_of(cache: Cache | None, layer: nn.Module, key: Tensor) -> BlockMeans |
         return None
     kept = cache.layers[layer.layer_idx]
     if not torch.compiler.is_compiling():
-        if kept.keys is not key and not cache.offloading:
+        if not reads_as_it_lies(cache, kept, key):
             return None
         if type(kept) in _EXTENDED:
             kept.__class__ = _EXTENDED[type(kept)]
-            kept._moba_means = BlockMeans()
-            kept._moba_means.note(kept.keys)
-    return getattr(kept, "_moba_means", None)
+            means = BlockMeans()
+            means.note(kept.keys)
+            put_means(kept, means)
+    return means_beside(kept)
+
+
+def _means(cache_layer: CacheLayerMixin) -> BlockMeans:
+    means = means_beside(cache_layer)
+    assert means is not None  # the class of a cache layer changes when it gets its means
+    return means
 
 
 def _with_means(base: type[CacheLayerMixin]) -> type[CacheLayerMixin]:
-    """A class of cache layers that move their `_moba_means` as they move their keys. Its one base is what lets an object change to it."""
+    """A class of cache layers that move the means beside them as they move their keys. Its one base is what lets an object change to it."""
 
     class _WithMeans(base):
-        _moba_means: BlockMeans
-
         def update(self, *args, **kwargs):
-            self._moba_means.check(self.keys)
-            self._moba_means.expect()
+            means = _means(self)
+            means.check(self.keys)
+            means.expect()
             out = super().update(*args, **kwargs)
-            self._moba_means.note(self.keys)
+            means.note(self.keys)
             return out
 
         def offload(self) -> None:
@@ -233,7 +236,7 @@ def _with_means(base: type[CacheLayerMixin]) -> type[CacheLayerMixin]:
             self._moved(super().reorder_cache, beam_idx, rows=beam_idx)
 
         def _moved(self, move: Callable, *args, rows: Tensor | None = None) -> None:
-            means = self._moba_means
+            means = _means(self)
             means.check(self.keys)
             move(*args)
             means.note(self.keys)

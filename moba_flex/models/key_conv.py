@@ -27,18 +27,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers import cache_utils
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, EncoderDecoderCache
+from transformers.cache_utils import Cache, CacheLayerMixin, EncoderDecoderCache
 
 from ..config import MobaConfig
-from .block_means import DynamicLayerWithMeans, cache_in
+from .block_means import DynamicLayerWithMeans
 from .layers import MOBA, named_full
 from .masks import MobaMask
+from .state import context_of, key_conv_hooks_of, last_keys_beside, put_last_keys, set_key_conv_hooks
+from .upstream import GROWING_LAYERS, cache_in, implementation_of, is_offloaded
 
-GROWING = (  # kinds of cache layers, not kinds of them that drop or change keys
-    *(DynamicLayer, DynamicLayerWithMeans),
-    getattr(cache_utils, "LinearAttentionAndFullAttentionLayer", DynamicLayer),  # of hybrid models, not in all versions
-)
+GROWING = (*GROWING_LAYERS, DynamicLayerWithMeans)  # kinds of cache layers, not kinds of them that drop or change keys
 
 
 class KeyConv(nn.Module):
@@ -71,7 +69,7 @@ class KeyConv(nn.Module):
         return (key + F.silu(mixed)).to(key.dtype)
 
 
-class Hooks:
+class KeyConvHooks:
     """What calls an attention layer's `key_conv`, be it a `KeyConv` or what PEFT has put in its place."""
 
     def __init__(self, module: KeyConv) -> None:
@@ -84,7 +82,8 @@ class Hooks:
         return {**self.__dict__, "_pass": None}  # a call that an error has ended leaves its own, which is no one else's
 
     def attach(self, layer: nn.Module) -> None:
-        layer.key_conv, layer._key_conv_hooks = self.module, self
+        layer.key_conv = self.module
+        set_key_conv_hooks(layer, self)
         self._handles = [
             layer.register_forward_pre_hook(self._begin, with_kwargs=True),
             layer.k_proj.register_forward_hook(self._convolve),
@@ -94,7 +93,8 @@ class Hooks:
     def detach(self, layer: nn.Module) -> None:
         for handle in self._handles:
             handle.remove()
-        del layer.key_conv, layer._key_conv_hooks
+        del layer.key_conv
+        set_key_conv_hooks(layer, None)
 
     def _begin(self, layer: nn.Module, args: tuple, kwargs: dict) -> None:
         if not torch.compiler.is_compiling() and self._handles[1].id not in layer.k_proj._forward_hooks:  # LoRA or a quantizer replaced it
@@ -102,7 +102,7 @@ class Hooks:
             self._handles[1] = layer.k_proj.register_forward_hook(self._convolve)
         if layer.key_conv is not self.module:
             self.module = layer.key_conv
-        if (used := layer.config._attn_implementation) not in MOBA:
+        if (used := implementation_of(layer.config)) not in MOBA:
             raise ValueError(
                 f'key_conv needs to know where sequences begin, which "{used}" attention does not say: use '
                 'moba_flex.set_attention(model, "full") in place of set_attn_implementation, or unpatch the model'
@@ -181,24 +181,24 @@ def set_key_convs(layers: list[nn.Module], settings: MobaConfig) -> None:
             has = "does not have" if k_proj is None else f"has as a {type(k_proj).__name__} (patch before adding LoRA)"
             what = f"key_conv={size} convolves what a linear k_proj returns"
             raise ValueError(f"{what}, which {type(layer).__name__} {has}: set key_conv to 0")
-        if "_context_parallel" in layer.__dict__:
+        if context_of(layer) is not None:
             raise ValueError(f"key_conv={size} would not see the keys before a slice, and {type(layer).__name__} is context-parallel")
-        if k_proj.weight.is_meta and any(hasattr(module, "_hf_hook") for module in (layer, k_proj)):
+        if k_proj.weight.is_meta and is_offloaded((layer, k_proj)):
             raise ValueError(f"key_conv={size} gives {type(layer).__name__} a new weight, which must be there before weights are offloaded")
         if isinstance(k_proj.weight, DTensor):
             raise ValueError(f"key_conv={size} gives {type(layer).__name__} a new weight, which must be there before the model is sharded")
     for layer in layers:
-        now, size = hooks_of(layer), _kernel_size(layer, settings)
+        now, size = key_conv_hooks_of(layer), _kernel_size(layer, settings)
         if now is not None and now.kernel_size != size:
             now.detach(layer)
-        if size and hooks_of(layer) is None:
-            Hooks(KeyConv(size, layer.k_proj)).attach(layer)
+        if size and key_conv_hooks_of(layer) is None:
+            KeyConvHooks(KeyConv(size, layer.k_proj)).attach(layer)
 
 
 def new_key_convs(layers: list[nn.Module], settings: MobaConfig) -> dict[nn.Module, int]:
     """Which of the layers would get new weights by these settings, and of what kernel size."""
     sizes = {layer: _kernel_size(layer, settings) for layer in layers}
-    return {layer: size for layer, size in sizes.items() if size and ((now := hooks_of(layer)) is None or now.kernel_size != size)}
+    return {layer: size for layer, size in sizes.items() if size and ((now := key_conv_hooks_of(layer)) is None or now.kernel_size != size)}
 
 
 def _kernel_size(layer: nn.Module, settings: MobaConfig) -> int:
@@ -208,13 +208,8 @@ def _kernel_size(layer: nn.Module, settings: MobaConfig) -> int:
 def remove_key_convs(layers: list[nn.Module]) -> None:
     """Undo `set_key_convs`; the weights are lost."""
     for layer in layers:
-        if (hooks := hooks_of(layer)) is not None:
+        if (hooks := key_conv_hooks_of(layer)) is not None:
             hooks.detach(layer)
-
-
-def hooks_of(layer: nn.Module) -> Hooks | None:
-    """What calls a layer's convolution, if it has one."""
-    return layer.__dict__.get("_key_conv_hooks")
 
 
 def check_key_conv(layer: nn.Module, settings: MobaConfig) -> None:
@@ -247,7 +242,7 @@ def _keep(now: Pass, layer: nn.Module) -> None:
                 f"key_conv cannot follow {type(layer).__name__} {layer.layer_idx}, whose keys are not in that layer of the cache: "
                 "call the model with use_cache=False"
             )
-        kept._moba_last_keys = LastKeys(now.last_keys, weakref.ref(kept.keys))
+        put_last_keys(kept, LastKeys(now.last_keys, weakref.ref(kept.keys)))
 
 
 @torch.compiler.disable
@@ -256,7 +251,7 @@ def _keys_before(cache: Cache, layer: nn.Module) -> tuple[Tensor | None, int]:
     kept = _cache_layer(cache, layer)
     if kept is None or not (length := int(kept.get_seq_length())):
         return None, 0
-    last = getattr(kept, "_moba_last_keys", None)
+    last = last_keys_beside(kept)
     if type(kept) not in GROWING or last is None or last.of() is not kept.keys:
         raise ValueError(
             f"key_conv needs the keys before the new ones, which this cache ({type(kept).__name__}) has lost: it must be a DynamicCache() "

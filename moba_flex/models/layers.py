@@ -1,29 +1,26 @@
 """Which modules of a model are attention layers, and which attention each of them uses.
 
 transformers looks an attention layer's function up by one name in the configuration that all layers share. Here that
-name is "moba" or "moba_naive" for all of them, and a `LayerState` on a layer says what it does otherwise.
+name is "moba" or "moba_naive" for all of them, and the `Choice` in a layer's state says what it does otherwise.
 """
 
 from __future__ import annotations
 
 import inspect
-import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import lru_cache, wraps
 from types import ModuleType
 from typing import TypeVar
 
 import torch
 from torch import nn
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 
 from ..config import MobaConfig
+from .state import choice_of
+from .upstream import FULL_LAYER_TYPES, attention_by_name, implementation_of, looks_up_attention, supports_sdpa
 
 MOBA = ("moba", "moba_naive")
 T = TypeVar("T")
-# "attention" was the name before transformers 5.18; "hybrid" layers have full attention beside a state-space part.
-_FULL_LAYER_TYPES = ("full_attention", "attention", "hybrid")
 
 
 def _of_a_class(find: Callable[[type], T]) -> Callable[[type], T]:
@@ -36,15 +33,6 @@ def _of_a_class(find: Callable[[type], T]) -> Callable[[type], T]:
         return once(layer_class)
 
     return found
-
-
-@dataclass(frozen=True)
-class LayerState:
-    """What `patch` and `set_attention` leave on an attention layer, as `layer._moba`."""
-
-    ordinary: str  # the implementation that the model had before
-    attention: str | None = None  # "full", "moba" or "moba_naive"; None: what the model's configuration names
-    keeps_full: bool = False  # whether `full_attention_layers` names the layer
 
 
 def attention_layers(model: nn.Module) -> list[nn.Module]:
@@ -62,30 +50,18 @@ def takes_moba(layer: nn.Module) -> bool:
     types = getattr(config, "layer_types", None)
     if types is not None and index < len(types):
         window = getattr(layer, "sliding_window", None) if getattr(layer, "is_sliding", True) else None  # EXAONE 4 has it in all layers
-        return types[index] in _FULL_LAYER_TYPES and window is None
+        return types[index] in FULL_LAYER_TYPES and window is None
     return getattr(layer, "sliding_window", getattr(config, "sliding_window", None)) is None
 
 
 def attention_of(layer: nn.Module, settings: MobaConfig, named: str | None = None) -> str:
     """ "full", "moba" or "moba_naive": what a layer uses now, `named` being the one of these that its configuration names."""
-    state = state_of(layer)
-    if state is not None and state.attention is not None:
-        return state.attention
-    if (state is None and not takes_moba(layer)) or keeps_full(layer, settings):
+    choice = choice_of(layer)
+    if choice is not None and choice.attention is not None:
+        return choice.attention
+    if (choice is None and not takes_moba(layer)) or keeps_full(layer, settings):
         return "full"
-    return named or layer.config._attn_implementation
-
-
-def state_of(layer: nn.Module) -> LayerState | None:
-    """What `patch` left on a layer. PyTorch takes long to find that a module lacks an attribute, so that it is not asked."""
-    return layer.__dict__.get("_moba")
-
-
-def restore_state(layer: nn.Module, state: LayerState | None) -> None:
-    """Give a layer the state that `state_of` said it had."""
-    layer.__dict__.pop("_moba", None)
-    if state is not None:
-        layer._moba = state
+    return named or implementation_of(layer.config)
 
 
 def keeps_full(layer: nn.Module, settings: MobaConfig) -> bool:
@@ -94,8 +70,8 @@ def keeps_full(layer: nn.Module, settings: MobaConfig) -> bool:
     What patching found stays true: while it drafts with `assistant_early_exit`, transformers sets the configuration's number of layers to
     those that it runs.
     """
-    state = state_of(layer)
-    return state.keeps_full if state is not None else named_full(layer, settings)
+    choice = choice_of(layer)
+    return choice.keeps_full if choice is not None else named_full(layer, settings)
 
 
 def named_full(layer: nn.Module, settings: MobaConfig) -> bool:
@@ -138,35 +114,30 @@ def show(layers: range | list[int]) -> str:
     return ", ".join(map(str, layers)) or "(none)"
 
 
-def ordinary_implementation(layer: nn.Module) -> str:
+def original_implementation(layer: nn.Module) -> str:
     """The name of the attention that a layer uses when it does not use MoBA."""
-    state = state_of(layer)
-    return state.ordinary if state is not None else default_implementation(type(layer))
+    choice = choice_of(layer)
+    return choice.original if choice is not None else default_implementation(type(layer))
 
 
-def ordinary_attention(layer: nn.Module, implementation: str) -> Callable:
+def original_attention(layer: nn.Module, implementation: str) -> Callable:
     """The function behind the name, found where the layer itself would find it.
 
     Raises ValueError if the model's source has no eager attention and that is what is wanted.
     """
-    source = _source(type(layer))
-    registry = getattr(source, "ALL_ATTENTION_FUNCTIONS", ALL_ATTENTION_FUNCTIONS)
-    eager = getattr(source, "eager_attention_forward", None)
-    if implementation == "eager" and eager is None:
+    attention = attention_by_name(_source(type(layer)), implementation)
+    if attention is None:
         raise ValueError(
             f"{type(layer).__name__} has no eager_attention_forward, so full attention needs another implementation: "
             'load the model with attn_implementation="sdpa"'
         )
-    return registry.get_interface(implementation, eager)
+    return attention
 
 
 @_of_a_class
 def default_implementation(layer_class: type) -> str:
     """What transformers gives a model that asks for nothing: "sdpa" where its source says so, else "eager"."""
-    source = _source(layer_class)
-    models = [m for m in vars(source).values() if inspect.isclass(m) and issubclass(m, PreTrainedModel)] if source else []
-    models = [m for m in models if m is not PreTrainedModel]
-    return "sdpa" if models and all(m._supports_sdpa for m in models) else "eager"
+    return "sdpa" if supports_sdpa(_source(layer_class)) else "eager"
 
 
 @_of_a_class
@@ -179,9 +150,4 @@ def _is_foreign(layer_class: type) -> bool:
 @_of_a_class
 def _source(layer_class: type) -> ModuleType | None:
     """The Python module whose forward looks attention up in transformers' registry, for this class or a base of it."""
-    for cls in layer_class.__mro__:
-        forward = cls.__dict__.get("forward")
-        code = getattr(inspect.unwrap(forward), "__code__", None) if callable(forward) else None
-        if code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names:
-            return sys.modules.get(cls.__module__)
-    return None
+    return looks_up_attention(layer_class)

@@ -9,11 +9,11 @@ from pathlib import Path
 import transformers
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.utils import find_adapter_config_file, is_peft_available
 
 from ..config import MobaConfig
 from .key_conv import KeyConv, set_key_convs
 from .patch import ATTENTION, find_layers, patch, set_attention
+from .upstream import adapter_file, model_class_of
 
 # The arguments that say where a model's files are.
 _WHERE = (
@@ -38,6 +38,15 @@ class AutoModelForCausalLM:
 
         Raises:
             ValueError: there is no such `attn`, or the model has no layer that MoBA can replace.
+
+        >>> import tempfile
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from moba_flex import AutoModelForCausalLM, patch
+        >>> tiny = LlamaConfig(vocab_size=32, hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
+        >>> folder = tempfile.mkdtemp()
+        >>> patch(LlamaForCausalLM(tiny), block_size=16, top_k=2).save_pretrained(folder)
+        >>> AutoModelForCausalLM.from_pretrained(folder).config.moba.block_size
+        16
         """
         _check(attn)
         loader = transformers.AutoModelForCausalLM
@@ -46,7 +55,7 @@ class AutoModelForCausalLM:
             config = _saved_config(name if config is None else config, kwargs)
         original = None
         if config is not None and _settings(config).key_conv:
-            original = loader._model_mapping.get(type(config), None)
+            original = model_class_of(config, loader)
             loader = loader if original is None else _with_key_convs(original)  # which says what it does not know
         loaded = loader.from_pretrained(name, *args, **kwargs)
         model, *more = loaded if isinstance(loaded, tuple) else (loaded,)  # with `output_loading_info=True`
@@ -82,9 +91,7 @@ def _saved_config(name: str, kwargs: dict) -> transformers.PreTrainedConfig | No
 
 def _base_of_adapter(name: str, where: dict) -> str | None:
     """The name of the model that PEFT's adapter is to, as transformers finds it."""
-    if not is_peft_available():
-        return None
-    file = find_adapter_config_file(name, **{k: where[k] for k in ("cache_dir", "local_files_only", "token", "revision") if k in where})
+    file = adapter_file(name, where)
     return file and json.loads(Path(file).read_text()).get("base_model_name_or_path")
 
 

@@ -16,15 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
-from transformers.masking_utils import (
-    ALL_MASK_ATTENTION_FUNCTIONS,
-    bidirectional_mask_function,
-    causal_mask_function,
-)
 
 from ..core import validation
 from ..core.upstream import mark_dynamic
 from ..ops.decoding import FEW
+from .upstream import bidirectional_mask_function, causal_mask_function, mask_builder
 
 
 @dataclass(frozen=True)
@@ -93,7 +89,7 @@ class MobaMask(BlockMask):
             request["q_offset"] = request["q_offset"].clone()
         self._request = request
         self._lengths = request["q_length"], request["kv_length"]
-        self._ordinary: dict[str, Tensor | BlockMask | None] = {}
+        self._original: dict[str, Tensor | BlockMask | None] = {}
         self._split: dict[int, tuple[MobaMask, MobaMask]] = {}
         self._visible: Visible | None = None
         self._whole: MobaMask | None = None
@@ -113,16 +109,15 @@ class MobaMask(BlockMask):
         """Whether it was asked for by a layer that sees a window or a chunk."""
         return self._request.get("local_size") is not None
 
-    def ordinary(self, implementation: str, device: torch.device) -> Tensor | BlockMask | None:
+    def original(self, implementation: str, device: torch.device) -> Tensor | BlockMask | None:
         """Exactly the mask that the model would have without MoBA, under `implementation`."""
-        if implementation in self._ordinary:
-            mask = self._ordinary[implementation]
+        if implementation in self._original:
+            mask = self._original[implementation]
         else:
-            # transformers gives no mask to an implementation that has registered none
-            build = ALL_MASK_ATTENTION_FUNCTIONS.get(implementation)
+            build = mask_builder(implementation)
             mask = None if build is None else build(**self._request)
             if _may_keep():
-                self._ordinary[implementation] = mask
+                self._original[implementation] = mask
         return mask if mask is None else mask.to(device)
 
     def visible(self, query: Tensor, key: Tensor, cu_seqlens: Tensor | None = None, key_cu_seqlens: Tensor | None = None) -> Visible:

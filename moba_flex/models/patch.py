@@ -6,40 +6,57 @@ import copy
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import NoReturn
 
 from torch import nn
 from transformers import PreTrainedConfig
 
-from ..config import MobaConfig, layer_indices
+from ..config import UNSET, MobaConfig, given_settings, layer_indices
 from .block_means import add_hooks, modules_with_hooks, remove_hooks
 from .key_conv import check_key_conv, new_key_convs, remove_key_convs, set_key_convs
 from .layers import (
     MOBA,
-    LayerState,
     attention_layers,
     attention_of,
     full_layers,
     keeps_full,
     n_layers,
     named_full,
-    ordinary_implementation,
+    original_implementation,
     resolve_layers,
-    restore_state,
     show,
-    state_of,
     takes_moba,
 )
+from .state import Choice, choice_of, context_of, set_choice
+from .upstream import implementation_of, set_implementation
 
 ATTENTION = (*MOBA, "full")
 
 
-def patch(model: nn.Module, config: MobaConfig | Mapping | None = None, **settings) -> nn.Module:
+def patch(
+    model: nn.Module,
+    config: MobaConfig | Mapping | None = None,
+    *,
+    block_size: int = UNSET,
+    top_k: int = UNSET,
+    sink_blocks: int = UNSET,
+    recent_blocks: int = UNSET,
+    share_selection: bool = UNSET,
+    key_conv: int = UNSET,
+    full_attention_layers: Iterable[int] = UNSET,
+    decode: str = UNSET,
+    implementation: str = UNSET,
+    **unknown: NoReturn,
+) -> nn.Module:
     """Let a transformers model's full-attention layers use MoBA. Weights stay what and where they are.
 
     Args:
         model: a transformers model, or a module that holds one. Not a part of a model: what is above it would save without the settings.
-        config: the settings; or give them as keywords, see `MobaConfig`. With neither, those in `model.config.moba`,
-            which loading a saved model restores, else the defaults.
+        config: the settings, a `MobaConfig` or a dict. None: the keywords; without any, those in `model.config.moba`, which loading a
+            saved model restores, or else the defaults.
+        block_size: tokens per block; 4096 if other settings are given without it.
+        top_k: how many blocks a query reads, its own one included; likewise 12.
+        sink_blocks, recent_blocks, share_selection, key_conv, full_attention_layers, decode, implementation: see `MobaConfig`.
 
     Returns:
         The same model. Sliding-window and other layers that are not full causal self-attention stay what they are. The
@@ -53,11 +70,24 @@ def patch(model: nn.Module, config: MobaConfig | Mapping | None = None, **settin
         TypeError: both `config` and keywords are given, or `model` is no module.
 
     >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> from moba_flex import patch
     >>> tiny = LlamaConfig(vocab_size=32, hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
     >>> model = patch(LlamaForCausalLM(tiny), block_size=16, top_k=2, full_attention_layers=[-1])
     >>> model.config.moba.full_attention_layers
     (-1,)
     """
+    settings = given_settings(
+        block_size=block_size,
+        top_k=top_k,
+        sink_blocks=sink_blocks,
+        recent_blocks=recent_blocks,
+        share_selection=share_selection,
+        key_conv=key_conv,
+        full_attention_layers=full_attention_layers,
+        decode=decode,
+        implementation=implementation,
+        **unknown,
+    )
     every, replaceable = find_layers(model)
     if config is not None and settings:
         raise TypeError(f"patch takes a MobaConfig or keywords, but got both: {config!r} and {', '.join(settings)}")
@@ -68,26 +98,26 @@ def patch(model: nn.Module, config: MobaConfig | Mapping | None = None, **settin
     elif not isinstance(config, MobaConfig):
         config = MobaConfig.from_dict(settings if config is None else config)
     full_layers(config, n_layers(replaceable[0]), model)  # raises if one is not there
-    states = [_state(layer, config) for layer in every]
+    choices = [_choice(layer, config) for layer in every]
     if new_key_convs(replaceable, config):
         _check_not_wrapped(model, config.key_conv)
     set_key_convs(replaceable, config)
-    if any(state_of(layer) is None for layer in replaceable):
+    if any(choice_of(layer) is None for layer in replaceable):
         _own_configs(model, replaceable)
 
-    for layer, state in zip(every, states):
-        layer._moba = state
+    for layer, choice in zip(every, choices):
+        set_choice(layer, choice)
     add_hooks(model, _with_own_cache_layer(replaceable) if config.decode == "sparse" else [])
     for model_config in _configs(replaceable):
         model_config.moba = config
-        model_config._attn_implementation = {"": "moba"}  # its own only, not that of a vision part
+        set_implementation(model_config, "moba")
     return model
 
 
-def _state(layer: nn.Module, config: MobaConfig) -> LayerState:
-    used = layer.config._attn_implementation
+def _choice(layer: nn.Module, config: MobaConfig) -> Choice:
+    used = implementation_of(layer.config)
     always = None if takes_moba(layer) else "full"
-    return LayerState(ordinary_implementation(layer) if used in MOBA else used, always, named_full(layer, config))
+    return Choice(original_implementation(layer) if used in MOBA else used, always, named_full(layer, config))
 
 
 def _with_own_cache_layer(layers: list[nn.Module]) -> list[nn.Module]:
@@ -112,23 +142,30 @@ def unpatch(model: nn.Module) -> nn.Module:
     A model that is not patched stays as it is. Returns the same model.
 
     Raises ValueError if the model is context-parallel, see `moba_flex.distributed`.
+
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> from moba_flex import patch, unpatch
+    >>> tiny = LlamaConfig(vocab_size=32, hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
+    >>> model = unpatch(patch(LlamaForCausalLM(tiny), block_size=16, top_k=2))
+    >>> hasattr(model.config, "moba")
+    False
     """
     layers = attention_layers(model)
-    if any(hasattr(layer, "_context_parallel") for layer in layers):
+    if any(context_of(layer) is not None for layer in layers):
         raise ValueError(f"{type(model).__name__} is context-parallel, which it can only be with MoBA: call ContextParallel.remove() first")
-    ours = [layer for layer in layers if hasattr(layer.config, "moba") or layer.config._attn_implementation in MOBA]
-    if any(state_of(layer) is None for layer in ours):
+    ours = [layer for layer in layers if hasattr(layer.config, "moba") or implementation_of(layer.config) in MOBA]
+    if any(choice_of(layer) is None for layer in ours):
         _own_configs(model, ours)
-    ordinary = {id(layer.config): ordinary_implementation(layer) for layer in layers}
+    original = {id(layer.config): original_implementation(layer) for layer in layers}
     # A model of several parts that was loaded with "moba" has that name in the configurations above its layers' too.
     holders = [module for module in model.modules() if hasattr(module, "config")]
     for config in _configs(holders):
-        if getattr(config, "_attn_implementation", None) in MOBA:
-            config._attn_implementation = {"": ordinary.get(id(config), next(iter(ordinary.values()), None))}
+        if isinstance(config, PreTrainedConfig) and implementation_of(config) in MOBA:
+            set_implementation(config, original.get(id(config), next(iter(original.values()), None)))
         if hasattr(config, "moba"):
             del config.moba
     for layer in layers:
-        layer.__dict__.pop("_moba", None)
+        set_choice(layer, None)
     remove_hooks(modules_with_hooks(model))
     remove_key_convs(layers)
     return model
@@ -149,6 +186,13 @@ def set_attention(model: nn.Module, attention: str, layers: Iterable[int] | None
 
     Raises:
         ValueError: no such attention, or a layer that MoBA cannot replace. The model is left as it was.
+
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> from moba_flex import patch, set_attention
+    >>> tiny = LlamaConfig(vocab_size=32, hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
+    >>> model = patch(LlamaForCausalLM(tiny), block_size=16, top_k=2)
+    >>> model = set_attention(model, "full", layers=[-1])  # the last layer
+    >>> model = set_attention(model, "moba")  # all layers again
     """
     if attention not in ATTENTION:
         raise ValueError(f"attention must be one of {', '.join(ATTENTION)}, but is {attention!r}")
@@ -164,12 +208,12 @@ def set_attention(model: nn.Module, attention: str, layers: Iterable[int] | None
         patch(model)
         if layers is not None:  # the others stay as they were
             _use(replaceable, "full")
-    elif any(state_of(layer) is None for layer in replaceable):  # loaded with "moba", perhaps with the configuration of another model
+    elif any(choice_of(layer) is None for layer in replaceable):  # loaded with "moba", perhaps with the configuration of another model
         _own_configs(model, replaceable)
         _use(replaceable, None)
     if layers is None and attention != "full":
         for config in _configs(replaceable):
-            config._attn_implementation = {"": attention}
+            set_implementation(config, attention)
         _use(chosen, None)
     else:
         _use(chosen, attention)
@@ -181,23 +225,25 @@ def full_attention(model: nn.Module) -> Iterator[nn.Module]:
     """Within the `with` block all layers have full attention; afterwards, also after an exception, they are what they
     were. Layers that are changed within the block stay as changed.
 
+    >>> import torch
     >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> from moba_flex import full_attention, patch
     >>> tiny = LlamaConfig(vocab_size=32, hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
     >>> model = patch(LlamaForCausalLM(tiny), block_size=16, top_k=2)
     >>> with full_attention(model):
     ...     logits = model(torch.arange(32)[None]).logits
     """
     _, replaceable = find_layers(model)
-    before = [state_of(layer) for layer in replaceable]
+    before = [choice_of(layer) for layer in replaceable]
     if is_patched(replaceable):
         _use(replaceable, "full")
-    within = [state_of(layer) for layer in replaceable]
+    within = [choice_of(layer) for layer in replaceable]
     try:
         yield model
     finally:
-        for layer, state, full in zip(replaceable, before, within):
-            if state_of(layer) is full:
-                restore_state(layer, state)
+        for layer, choice, full in zip(replaceable, before, within):
+            if choice_of(layer) is full:
+                set_choice(layer, choice)
 
 
 def moba_layers(model: nn.Module) -> dict[int, str]:
@@ -266,9 +312,9 @@ def _own_configs(model: nn.Module, layers: list[nn.Module]) -> None:
 
 
 def is_patched(replaceable: list[nn.Module]) -> bool:
-    return all(config._attn_implementation in MOBA for config in _configs(replaceable))
+    return all(implementation_of(config) in MOBA for config in _configs(replaceable))
 
 
 def _use(layers: list[nn.Module], attention: str | None) -> None:
     for layer in layers:
-        layer._moba = LayerState(ordinary_implementation(layer), attention, keeps_full(layer, MobaConfig.of(layer.config)))
+        set_choice(layer, Choice(original_implementation(layer), attention, keeps_full(layer, MobaConfig.of(layer.config))))

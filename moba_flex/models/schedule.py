@@ -36,6 +36,7 @@ class MobaSchedule(TrainerCallback, ExportableState):
     Raises:
         ValueError: a setting is out of range; and when training begins, the model is not patched or has no layer that could switch.
 
+    >>> from moba_flex import MobaSchedule
     >>> schedule = MobaSchedule(switch_at=0.8, switch_over=0.1)
     >>> [schedule.attention_at(step, 100, layers=[0, 1]) for step in (79, 80, 85)]
     [{0: 'moba', 1: 'moba'}, {0: 'moba', 1: 'full'}, {0: 'full', 1: 'full'}]

@@ -19,6 +19,7 @@ import moba_flex
 from moba_flex import Selection, patch, select_blocks, set_attention, trace
 from moba_flex.analysis import trace as trace_module
 from moba_flex.models import attention_function
+from moba_flex.models.state import LayerState, state_of
 
 SIZES = {
     "vocab_size": 64,
@@ -228,7 +229,10 @@ def snapshot(model: PreTrainedModel) -> tuple:
     return (
         model.config.to_dict(),
         dict(model.config.__dict__),
-        [(name, module.training, sorted(module.__dict__), module.__dict__.get("_moba")) for name, module in model.named_modules()],
+        [
+            (name, module.training, sorted(module.__dict__), vars(state_of(module) or LayerState()).copy())
+            for name, module in model.named_modules()
+        ],
         {name: (x.clone(), x.requires_grad, x.grad) for name, x in model.named_parameters()},
     )
 

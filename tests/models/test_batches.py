@@ -178,10 +178,10 @@ def test_packed_sequences_that_read_every_block_keep_out_of_attention_that_does_
     """A prompt that reads every block gets the attention that the layer had before, which knows nothing of `cu_seq_lens_q`."""
     calls = []
     monkeypatch.setattr(attention_function, "_attend", lambda query, *rest: calls.append("MoBA") or torch.zeros_like(query))
-    monkeypatch.setattr(attention_function, "_ordinary", lambda _, query, *rest: (calls.append("ordinary") or query.transpose(1, 2), None))
+    monkeypatch.setattr(attention_function, "_original", lambda call: (calls.append("original") or call.query.transpose(1, 2), None))
     model, ids = patched(block_size=64), tokens(1, 40)
     logits(model, ids, use_cache=False, cu_seq_lens_q=torch.tensor([0, 13, 40], dtype=torch.int32))
     n_layers = model.config.num_hidden_layers
     assert calls == ["MoBA"] * n_layers
     logits(model, ids, use_cache=False)
-    assert calls == ["MoBA"] * n_layers + ["ordinary"] * n_layers
+    assert calls == ["MoBA"] * n_layers + ["original"] * n_layers

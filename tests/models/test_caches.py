@@ -15,6 +15,7 @@ from transformers.cache_utils import DynamicLayer
 
 from moba_flex.models import attention_function, full_attention, patch, set_attention, unpatch
 from moba_flex.models.layers import attention_of
+from moba_flex.models.state import means_beside
 
 VOCABULARY, PROMPT, NEW = 64, 53, 14
 SPARSE = {"block_size": 8, "top_k": 3, "decode": "sparse"}
@@ -72,7 +73,7 @@ def run(model: PreTrainedModel, ids: Tensor, cache, **inputs) -> Tensor:
 
 
 def means(cache, layer: int = 0):
-    return cache.layers[layer]._moba_means
+    return means_beside(cache.layers[layer])
 
 
 # With decode="sparse", each gives the tokens that recomputation gives
@@ -136,7 +137,7 @@ def test_a_hybrid_of_full_and_sparse_layers_gives_the_tokens_of_recomputation(of
     if offloading:
         cache.update = lambda key, value, index, *_, **__: (cache.layers[index].update(key, value), cache.layers[index].offload())[0]
     out = model.generate(ids, past_key_values=cache, **GREEDY)
-    assert not hasattr(cache.layers[2], "_moba_means"), "a layer with full attention needs no means"
+    assert means_beside(cache.layers[2]) is None, "a layer with full attention needs no means"
     full = build(**FULL, full_attention_layers=(-1,))
     patch(full, **SPARSE, full_attention_layers=(-1,))
     assert torch.equal(out, recomputed(full, ids))
@@ -343,7 +344,7 @@ def test_means_take_less_than_two_hundredths_of_the_cache(block_size):
     for part in tokens(1, 4500).split((3000, *[1] * 20, 1480), 1):
         run(model, part, cache)
         for layer in cache.layers:
-            extra = layer._moba_means.means.nbytes
+            extra = means_beside(layer).means.nbytes
             assert extra < 0.02 * (layer.keys.nbytes + layer.values.nbytes)
 
 
@@ -496,4 +497,4 @@ def test_layers_that_run_several_times_keep_no_means():
     cache = StaticCache(model.config, max_cache_len=64)
     with torch.no_grad():
         model(tokens(), past_key_values=cache)
-    assert not any(hasattr(layer, "_moba_means") for layer in cache.layers)
+    assert not any(means_beside(layer) for layer in cache.layers)

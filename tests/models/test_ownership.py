@@ -26,6 +26,7 @@ import moba_flex
 from moba_flex import full_attention, patch, set_attention, trace, unpatch
 from moba_flex.models.layers import attention_of
 from moba_flex.models.patch import moba_layers
+from moba_flex.models.state import state_of
 
 
 def with_convolutions(**settings) -> PreTrainedModel:
@@ -117,7 +118,7 @@ def test_what_is_patched_again_or_unpatched_within_full_attention_stays_so():
     assert {attention_of(layer, model.config.moba) for layer in attentions(model)} == {"moba"}
     with full_attention(model):
         unpatch(model)
-    assert not any("_moba" in layer.__dict__ for layer in attentions(model))
+    assert not any(state_of(layer) for layer in attentions(model))
 
 
 # Convolutions of keys

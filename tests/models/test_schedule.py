@@ -19,6 +19,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from moba_flex import MobaSchedule, patch, set_attention
 from moba_flex.models.patch import moba_layers
+from moba_flex.models.state import choice_of
 
 MOBA_ALL, FULL_ALL = ["moba"] * 4, ["full"] * 4
 
@@ -127,11 +128,11 @@ def test_a_model_that_cannot_follow_is_refused_before_training(tmp_path):
         (build(), "LlamaForCausalLM is not patched: call moba_flex.patch"),
         (patched(full_attention_layers=range(4)), "no layer to switch: full_attention_layers names all layers of LlamaForCausalLM"),
     ):
-        used, states = model.config._attn_implementation, [layer.__dict__.get("_moba") for layer in attentions(model)]
+        used, states = model.config._attn_implementation, [choice_of(layer) for layer in attentions(model)]
         with pytest.raises(ValueError, match=message):
             trainer(model, tmp_path, MobaSchedule())[0].train()
         assert model.config._attn_implementation == used
-        assert [layer.__dict__.get("_moba") for layer in attentions(model)] == states
+        assert [choice_of(layer) for layer in attentions(model)] == states
 
 
 # In a training run

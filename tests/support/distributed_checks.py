@@ -31,6 +31,7 @@ import moba_flex
 from moba_flex import moba_attention
 from moba_flex.distributed import collectives, context_parallel, moba_attention_cp
 from moba_flex.distributed.attention import across
+from moba_flex.models.state import context_of
 
 VOCABULARY = 64
 FLOAT32_LOSS = {"rtol": 1e-6, "atol": 1e-8}  # transformers takes a float64 model's loss in float32
@@ -445,7 +446,7 @@ def bad_input_is_refused() -> None:
         model(input_ids=ids, attention_mask=torch.arange(16, device=here()).expand(2, -1) > 2, use_cache=False)
     newer = context_parallel(model, of_cp, exchange="heads")
     context.remove()  # ends no other
-    assert all(layer._context_parallel is newer for layer in newer._layers)
+    assert all(context_of(layer) is newer for layer in newer._layers)
     context = newer
     assert_same(copy.deepcopy(model)(**context.shard({"input_ids": ids})).logits, model(**context.shard({"input_ids": ids})).logits)
 

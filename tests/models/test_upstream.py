@@ -1,0 +1,151 @@
+"""Canaries: private and undocumented API of transformers does what the package needs of it. Each failure names the entry."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+
+import pytest
+import torch
+import transformers
+from support.families import attentions, build, tokens
+from torch.nn.attention.flex_attention import BlockMask
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers.models.llama import modeling_llama
+
+from moba_flex.models import patch, upstream
+
+
+def changed(entry: str, what: str) -> str:
+    return f"transformers {transformers.__version__} changed what moba_flex/models/upstream.py uses as `{entry}`: {what}"
+
+
+@pytest.fixture
+def seen():
+    """What a registered attention and its mask function are called with by a small Llama."""
+    calls = {"mask": [], "attention": []}
+
+    def mask(**request):
+        calls["mask"].append(request)
+
+    def attention(module, query, key, value, attention_mask, **kwargs):
+        calls["attention"].append((attention_mask, kwargs))
+        return query.transpose(1, 2).contiguous(), None
+
+    AttentionInterface.register("canary", attention)
+    AttentionMaskInterface.register("canary", mask)
+    yield calls
+    for registry in (AttentionInterface, AttentionMaskInterface):
+        registry._global_mapping.pop("canary")
+
+
+def test_the_name_of_an_implementation_is_set_for_one_configuration_alone():
+    config = LlamaConfig(num_hidden_layers=1)
+    upstream.set_implementation(config, "sdpa")
+    assert upstream.implementation_of(config) == "sdpa", changed("implementation_of", "`config._attn_implementation` is another name")
+    multimodal = transformers.LlavaConfig()
+    upstream.set_implementation(multimodal, "moba")
+    parts = [upstream.implementation_of(part) for part in (multimodal.text_config, multimodal.vision_config)]
+    assert "moba" not in parts, changed("set_implementation", "a name is set in parts of a configuration too")
+    assert not [name for name in config.to_dict() if "attn_implementation" in name], changed("set_implementation", "the name is saved")
+
+
+def test_attention_layers_are_known_by_the_registry_that_they_mention():
+    source = upstream.looks_up_attention(modeling_llama.LlamaAttention)
+    assert source is modeling_llama, changed("looks_up_attention", "forward of an attention layer does not mention ALL_ATTENTION_FUNCTIONS")
+    assert upstream.looks_up_attention(modeling_llama.LlamaMLP) is None, changed("looks_up_attention", "other layers mention it too")
+
+
+def test_the_function_behind_a_name_is_the_layers_own():
+    eager = upstream.attention_by_name(modeling_llama, "eager")
+    assert eager is modeling_llama.eager_attention_forward, changed("attention_by_name", "eager attention is found elsewhere")
+    sdpa = upstream.attention_by_name(modeling_llama, "sdpa")
+    assert callable(sdpa) and sdpa.__module__.startswith("transformers"), changed("attention_by_name", "the registry has no sdpa")
+
+
+def test_a_name_has_a_function_that_builds_its_masks():
+    for name in ("sdpa", "eager", "flex_attention"):
+        assert callable(upstream.mask_builder(name)), changed("mask_builder", f"{name} has no mask function")
+    assert upstream.mask_builder("no such name") is None, changed("mask_builder", "unknown names raise")
+
+
+def test_models_say_whether_they_support_sdpa():
+    assert upstream.supports_sdpa(modeling_llama), changed("supports_sdpa", "`_supports_sdpa` of Llama is gone or false")
+    gpt_oss = sys.modules["transformers.models.gpt_oss.modeling_gpt_oss"] if build("gpt_oss") else None
+    assert not upstream.supports_sdpa(gpt_oss), changed("supports_sdpa", "GPT-OSS, which has none, says that it has")
+
+
+def test_mask_functions_are_told_what_masks_are_made_of(seen):
+    model = build(attention=None)
+    model.config._attn_implementation = "canary"
+    model(tokens(), use_cache=False)
+    (request,) = seen["mask"]
+    missing = [name for name in upstream.MASK_REQUEST if name not in request]
+    assert not missing, changed("MASK_REQUEST", f"mask functions are not told {missing}")
+    function = request["mask_function"]
+    assert function is upstream.causal_mask_function, changed("causal_mask_function", "a plain causal request names another function")
+    first, second = torch.tensor(1), torch.tensor(2)
+    assert not upstream.causal_mask_function(0, 0, first, second), changed("causal_mask_function", "queries see later keys")
+    assert upstream.bidirectional_mask_function(0, 0, first, second), changed("bidirectional_mask_function", "queries miss later keys")
+
+
+def test_a_block_mask_goes_through_a_model_untouched(seen):
+    model = build(attention=None)
+    model.config._attn_implementation = "canary"
+    mask = BlockMask.from_kv_blocks(torch.ones(1, 1, 1, dtype=torch.int32), torch.zeros(1, 1, 1, 1, dtype=torch.int32))
+    model(tokens(), attention_mask=mask, use_cache=False)
+    assert all(got is mask for got, _ in seen["attention"]), changed("mask_builder", "a BlockMask does not reach the layers as it is")
+
+
+def test_further_keyword_arguments_reach_the_attention_function(seen):
+    model = build(attention=None)
+    model.config._attn_implementation = "canary"
+    model(tokens(), use_cache=False, canary=3)
+    assert all(kwargs.get("canary") == 3 for _, kwargs in seen["attention"]), changed("cache_in", "keyword arguments do not reach layers")
+
+
+def test_a_cache_is_among_a_layers_keyword_arguments_and_its_keys_are_the_layers():
+    model, got = build(), []
+    layer = attentions(model)[0]
+    layer.register_forward_pre_hook(lambda _, args, kwargs: got.append(upstream.cache_in(kwargs)), with_kwargs=True)
+    cache = DynamicCache(config=model.config)
+    model(tokens(), past_key_values=cache)
+    assert got == [cache], changed("cache_in", "a layer gets its cache under another name")
+    key = cache.layers[0].keys
+    assert upstream.reads_as_it_lies(cache, cache.layers[0], key), changed("reads_as_it_lies", "`cache.layers[i].keys` are not the keys")
+    assert not upstream.reads_as_it_lies(cache, cache.layers[0], key.clone()), changed("reads_as_it_lies", "`cache.offloading` is true")
+    assert type(cache.layers[0]) in upstream.GROWING_LAYERS, changed("GROWING_LAYERS", "a DynamicCache has layers of another class")
+
+
+def test_models_take_the_number_of_drafted_positions():
+    names = inspect.signature(LlamaForCausalLM.forward).parameters
+    assert upstream.DRAFTED_POSITIONS in names, changed("DRAFTED_POSITIONS", "the argument is gone")
+
+
+def test_layer_types_name_full_attention():
+    config = build("gemma3").config
+    assert set(config.layer_types) & set(upstream.FULL_LAYER_TYPES), changed("FULL_LAYER_TYPES", "full attention has another name")
+
+
+def test_an_auto_class_tells_what_it_would_build():
+    found = upstream.model_class_of(LlamaConfig(), transformers.AutoModelForCausalLM)
+    assert found is LlamaForCausalLM, changed("model_class_of", "`_model_mapping` of auto classes is another")
+
+
+def test_an_adapter_is_found_by_its_file(tmp_path):
+    pytest.importorskip("peft")
+    (tmp_path / "adapter_config.json").write_text("{}")
+    assert upstream.adapter_file(str(tmp_path), {}), changed("adapter_file", "`find_adapter_config_file` finds no adapter_config.json")
+
+
+def test_peft_says_that_a_model_is_its_own():
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(build(), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    assert upstream.prefixes_of_peft(model), changed("prefixes_of_peft", "PEFT's `active_peft_config` is gone")
+
+
+def test_accelerate_marks_what_it_offloads():
+    from accelerate import cpu_offload
+
+    model = cpu_offload(patch(build(), block_size=8, top_k=2))
+    assert upstream.is_offloaded(model.modules()), changed("is_offloaded", "accelerate's `_hf_hook` is another name")
