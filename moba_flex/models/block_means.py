@@ -24,6 +24,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, Encod
 
 from ..core.upstream import mark_static_address
 from ..ops.decoding import mean_dtype, means_for, write_means
+from .layers import attention_layers, takes_moba
 from .state import call_hook_of, means_beside, put_means, set_call_hook
 from .upstream import DRAFTED_POSITIONS, cache_in, reads_as_it_lies
 
@@ -38,7 +39,7 @@ def pass_cache(layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict
 
 
 def pass_call(model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-    """A forward pre-hook of models with `logits_to_keep`: attention functions get to know what only the whole call says."""
+    """A forward pre-hook of models: attention functions get to know what only the whole call says."""
     more = _drafts(model, kwargs) or _whole(model, args, kwargs)
     return (args, {**kwargs, **more}) if more else None
 
@@ -50,7 +51,8 @@ def _drafts(model: nn.Module, kwargs: dict) -> dict:
     of these tells drafts from a prompt, with which they may share a call.
     """
     keep = kwargs.get(DRAFTED_POSITIONS)
-    drafts = not model.training and cache_in(kwargs) is not None and isinstance(keep, int) and keep >= 2  # PEFT trains prefixes as caches
+    trains = model.training and torch.is_grad_enabled()  # PEFT trains prefixes as caches
+    drafts = not trains and cache_in(kwargs) is not None and isinstance(keep, int) and keep >= 2
     return {DRAFTS: keep - 1} if drafts else {}
 
 
@@ -76,10 +78,27 @@ def _whole(model: nn.Module, args: tuple, kwargs: dict) -> dict:
 def add_hooks(model: nn.Module, layers: list[nn.Module]) -> None:
     """Hooks for a model and those of its attention layers that need the cache. Those that have theirs already keep them."""
     wanted = [(layer, pass_cache) for layer in layers]
-    wanted += [(part, pass_call) for part in model.modules() if isinstance(part, PreTrainedModel) and _takes(part, DRAFTED_POSITIONS)]
+    wanted += [(part, pass_call) for part in _called(model)]
     for module, hook in wanted:
         if call_hook_of(module) is None and _takes(module, None):
             set_call_hook(module, module.register_forward_pre_hook(hook, with_kwargs=True))
+
+
+def _called(model: nn.Module) -> list[PreTrainedModel]:
+    """The models that a call of `model` goes through: those with a head, and the stacks of attention layers, which may be called alone."""
+    parts = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
+    with_head = [part for part in parts if _takes(part, DRAFTED_POSITIONS)]
+    return with_head + [part for part in parts if part not in with_head and _is_stack(part)]
+
+
+def _is_stack(model: PreTrainedModel) -> bool:
+    """Whether a model calls replaceable attention layers itself, not through another model, and takes a mask for them."""
+    if not _takes(model, "attention_mask") or not any(takes_moba(layer) for layer in attention_layers(model)):
+        return False
+    return not any(
+        isinstance(part, PreTrainedModel) and part is not model and attention_layers(part) and any(map(takes_moba, attention_layers(part)))
+        for part in model.modules()
+    )
 
 
 def modules_with_hooks(model: nn.Module) -> set[nn.Module]:

@@ -181,4 +181,5 @@ def check_supported(call: LayerCall) -> None:
 
 def _needs_other_than_decoding(call: LayerCall) -> bool:
     """Whether a call wants the specification, attention weights, dropout or gradients, which decoding does not do."""
-    return bool(call.naive or call.wants_weights or call.dropout or torch.is_grad_enabled())
+    wants_gradients = torch.is_grad_enabled() and not torch.compiler.is_exporting()  # a program that is exported computes none
+    return bool(call.naive or call.wants_weights or call.dropout or wants_gradients)

@@ -20,7 +20,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from ..core import validation
 from ..core.upstream import mark_dynamic
 from ..ops.decoding import FEW
-from .upstream import bidirectional_mask_function, causal_mask_function, mask_builder
+from .upstream import bidirectional_mask_function, causal_mask_function, mask_builder, mtp_offset
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class MobaMask(BlockMask):
         self._whole: MobaMask | None = None
         self.is_part = False  # the call has more new tokens than this mask is for
         # generate makes the mask before it calls a compiled model: what changes its shape with each token must not be needed there
-        self._places = _place(request) if request["q_length"] <= FEW else None
+        self._places = None if torch.compiler.is_compiling() else _place(request)
         if isinstance(request["q_offset"], Tensor) and not torch.compiler.is_compiling() and request.get("attention_mask") is not None:
             _check_whole(request["attention_mask"])
             mark_dynamic(request["attention_mask"], 1)
@@ -108,6 +108,10 @@ class MobaMask(BlockMask):
     def is_local(self) -> bool:
         """Whether it was asked for by a layer that sees a window or a chunk."""
         return self._request.get("local_size") is not None
+
+    def is_of_drafting_layer(self, layer_idx: int) -> bool:
+        """Whether it was made for a layer of multi-token prediction, see `upstream.mtp_offset`."""
+        return self._request["kv_offset"] == mtp_offset(layer_idx)
 
     def original(self, implementation: str, device: torch.device) -> Tensor | BlockMask | None:
         """Exactly the mask that the model would have without MoBA, under `implementation`."""
@@ -141,11 +145,13 @@ class MobaMask(BlockMask):
 
     def places(self, query: Tensor, key: Tensor) -> Places | None:
         """The same for decoding, if this is decoding: a few causal tokens behind others that a cache holds."""
-        if self._places is None or self._request.get("mask_function", causal_mask_function) is not causal_mask_function:
+        if self._request.get("mask_function", causal_mask_function) is not causal_mask_function:
             return None
         if query.shape[2] == key.shape[2] or self._lengths != (query.shape[2], key.shape[2]):
             return None
-        places = self._places
+        places = _place(self._request) if self._places is None else self._places
+        if places is None:
+            return None
         if not torch.compiler.is_compiling() and self.visible(query, key).padding_mask is None:
             places = Places(places.length, None)
         return places if query.device == self._request["device"] else places.to(query.device)
@@ -270,7 +276,9 @@ def _first_real(attention_mask: Tensor) -> Tensor:
     return (attention_mask.cumsum(1) == 0).sum(1)
 
 
-def _place(request: dict) -> Places:
+def _place(request: dict) -> Places | None:
+    if request["q_length"] > FEW:
+        return None
     seen, attention_mask = request["q_offset"] + request["q_length"], request.get("attention_mask")
     if isinstance(seen, Tensor):
         length = seen.to(torch.int64)

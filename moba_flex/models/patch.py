@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig
 
 from ..config import UNSET, MobaConfig, given_settings, layer_indices
 from .block_means import add_hooks, modules_with_hooks, remove_hooks
+from .by_name import remember
 from .key_conv import check_key_conv, new_key_convs, remove_key_convs, set_key_convs
 from .layers import (
     MOBA,
@@ -110,6 +111,7 @@ def patch(
     add_hooks(model, _with_own_cache_layer(replaceable) if config.decode == "sparse" else [])
     for model_config in _configs(replaceable):
         model_config.moba = config
+        remember(model_config)
         set_implementation(model_config, "moba")
     return model
 

@@ -37,6 +37,7 @@ __all__ = [
     "looks_up_attention",
     "mask_builder",
     "model_class_of",
+    "mtp_offset",
     "prefixes_of_peft",
     "reads_as_it_lies",
     "set_implementation",
@@ -104,6 +105,14 @@ def cache_in(kwargs: dict) -> Cache | None:
 def reads_as_it_lies(cache: Cache, cache_layer: CacheLayerMixin, key: Tensor) -> bool:
     """Whether `key` is what a cache layer holds. A layer of an offloaded cache has moved its keys on by the time that it is asked."""
     return cache_layer.keys is key or cache.offloading
+
+
+def mtp_offset(layer_idx: int) -> int:
+    """The `kv_offset` of masks for a layer of multi-token prediction: its `MtpCache` counts positions ahead, and no argument says so.
+
+    Such layers are built from the configuration of the model for which they draft, and belong to none that could be patched.
+    """
+    return layer_idx + 1
 
 
 def is_offloaded(modules: Iterable[nn.Module]) -> bool:
