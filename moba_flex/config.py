@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -17,7 +17,7 @@ _BLOCKS = ("block_size", "top_k", "sink_blocks", "recent_blocks", "share_selecti
 
 
 @dataclass(frozen=True)
-class MobaConfig(dict):
+class MobaConfig(dict[str, Any]):
     """How a model's full-attention layers use MoBA; what `moba_flex.patch` takes in place of keywords.
 
     It lives in the configuration of the patched model, `model.config.moba`. It is a read-only dict of its own fields,
@@ -67,12 +67,12 @@ class MobaConfig(dict):
         super().__init__({**vars(self), "full_attention_layers": list(layers)})
         object.__setattr__(self, "blocks", {name: self[name] for name in _BLOCKS})  # the arguments of `moba_attention`
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         """A plain dict of plain JSON values."""
         return dict(self)
 
     @classmethod
-    def from_dict(cls, settings: Mapping) -> MobaConfig:
+    def from_dict(cls, settings: Mapping[str, Any]) -> MobaConfig:
         """The inverse of `to_dict`. Settings that are left out have their defaults.
 
         Raises ValueError for a name that is no setting, and for values as the class itself does.
@@ -95,19 +95,20 @@ class MobaConfig(dict):
         if settings is None:
             return DEFAULT
         if not isinstance(settings, cls):
-            settings = config.moba = cls.from_dict(settings)
+            settings = cls.from_dict(settings)
+            setattr(config, "moba", settings)  # noqa: B010  a configuration takes any attribute, which types do not say
         return settings
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[Any, ...]:
         return _from_dict, (self.to_dict(),)
 
-    def _refuse(self, *args, **kwargs):
+    def _refuse(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise TypeError("a MobaConfig cannot be changed: make a new one and patch the model with it")
 
     __setitem__ = __delitem__ = __ior__ = update = setdefault = clear = popitem = _refuse
 
 
-def _from_dict(settings: dict) -> MobaConfig:
+def _from_dict(settings: dict[str, Any]) -> MobaConfig:
     return MobaConfig.from_dict(settings)
 
 
@@ -117,8 +118,9 @@ torch.serialization.add_safe_globals([_from_dict])
 
 def layer_indices(name: str, layers: object) -> tuple[int, ...]:
     """`layers` as a tuple of ints; ValueError if the argument `name` is anything but several of them."""
-    several = isinstance(layers, Iterable) and not isinstance(layers, (str, bytes, Mapping)) and getattr(layers, "ndim", 1)
-    listed = tuple(layers) if several else None
+    listed: tuple[Any, ...] | None = None
+    if isinstance(layers, Iterable) and not isinstance(layers, (str, bytes, Mapping)) and getattr(layers, "ndim", 1) != 0:
+        listed = tuple(layers)
     if listed is None or any(isinstance(layer, bool) or not isinstance(layer, int) for layer in listed):
         raise ValueError(f"{name} must be a list or tuple of ints, but is {shown(layers)}")
     return listed
@@ -136,7 +138,7 @@ class _Unset:
         return "(not given)"
 
 
-def _check_choice(name: str, value: object, choices: tuple) -> None:
+def _check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
     if type(value) not in (int, str) or value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, but is {shown(value)}")
 

@@ -22,7 +22,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -106,15 +106,22 @@ class Place(NamedTuple):
 class Pool(Protocol):
     """Memory of graphs that are replayed on one stream."""
 
-    usable: bool  # whether another graph may be captured into it
-    n_bytes: int
+    @property
+    def usable(self) -> bool:
+        """Whether another graph may be captured into it."""
+
+    @property
+    def n_bytes(self) -> int: ...
 
 
 class Graph(Protocol):
     """A captured function: `replay` computes `outputs` from the contents of the inputs."""
 
-    outputs: tuple[Tensor, ...]
-    pool: Pool
+    @property
+    def outputs(self) -> tuple[Tensor, ...]: ...
+
+    @property
+    def pool(self) -> Pool: ...
 
     def replay(self) -> None: ...
 
@@ -125,7 +132,8 @@ class Graph(Protocol):
 
 
 # A function, its inputs, and the pool of other graphs of that stream if there is one -> the graph, which has not been replayed.
-Capture = Callable[[Function, tuple[Tensor | None, ...], Pool | None], Graph]
+# A pool is one that it made itself.
+Capture = Callable[[Function, tuple[Tensor | None, ...], Any], Graph]
 
 
 class Captured:
@@ -151,7 +159,7 @@ def copy(tensors: tuple[Tensor | None, ...], into: tuple[Tensor | None, ...]) ->
     """Copy each of `tensors` into its place: those of one dtype and of the strides of their places in one launch."""
     of_dtype: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
     for x, to in zip(tensors, into):
-        if x is None:
+        if x is None or to is None:
             continue
         if x.stride() != to.stride():
             to.copy_(x)
@@ -181,7 +189,13 @@ def buffers_like(tensors: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...
         with torch.inference_mode(inference):
             return tuple(buffer_like(x) for x in tensors)
 
-    return allocate_persistent(make, tensors[0].device)
+    return allocate_persistent(make, _first(tensors).device)
+
+
+def _first(tensors: tuple[Tensor | None, ...]) -> Tensor:
+    """The query of a call, or its gradient: there always is one."""
+    assert tensors[0] is not None
+    return tensors[0]
 
 
 @dataclass
@@ -206,7 +220,9 @@ class Shape:
 class Marks(Protocol):
     """Marks on the stream that was current when this was made."""
 
-    behind: int  # how many of them the GPU has not come to
+    @property
+    def behind(self) -> int:
+        """How many of them the GPU has not come to."""
 
     def mark(self) -> None: ...
 
@@ -218,7 +234,7 @@ class GraphCache:
         self.enabled = True
         self._capture, self._new_marks = capture, marks
         self._marks: dict[Place, Marks] = {}  # where large calls began
-        self._shapes: OrderedDict[Hashable, Shape] = OrderedDict()  # by place (GPU and stream) and key; the one used last is the last
+        self._shapes: OrderedDict[tuple[Place, Hashable], Shape] = OrderedDict()  # by place and key; the one used last is last
         self._lock = threading.Lock()
         self._warned = False
 
@@ -278,7 +294,7 @@ class GraphCache:
 
     def _gpu_is_behind(self, place: Place, tensors: tuple[Tensor | None, ...]) -> bool:
         """Whether this is a large call, and the GPU has not come to where some large calls before it began."""
-        if tensors[0].numel() < LARGE:  # of the query, or of its gradient
+        if _first(tensors).numel() < LARGE:
             return False
         if place not in self._marks:
             self._marks[place] = self._new_marks()
@@ -334,7 +350,7 @@ class GraphCache:
 
 def _n_bytes(shapes: list[Shape]) -> int:
     """What their graphs hold. Several may share a pool."""
-    held = [shape.captured for shape in shapes]
+    held = [shape.captured for shape in shapes if shape.captured is not None]
     pools = {id(captured.graph.pool): captured.graph.pool.n_bytes for captured in held}
     return sum(pools.values()) + sum(captured.n_bytes for captured in held)
 

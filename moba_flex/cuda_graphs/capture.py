@@ -139,7 +139,7 @@ class CudaMarks:
 
     @property
     def behind(self) -> int:
-        return (self._made - self._reached.item()) % self._COUNT
+        return (self._made - int(self._reached.item())) % self._COUNT
 
     def mark(self) -> None:
         self._made = (self._made + 1) % self._COUNT

@@ -102,7 +102,7 @@ def moba_attention_cp(
     check_not_transformed(query, key, value, but="do not go through exchanges between processes: use backward() or torch.autograd.grad")
     attention = sparse(settings, sinks, return_lse)
     out, lse = across(query, key, value, group_of(mesh), exchange, attention, share_selection)
-    return (out, lse) if return_lse else out
+    return out if lse is None else (out, lse)
 
 
 def sparse(settings: AttentionSettings, sinks: Tensor | None = None, return_lse: bool = False) -> Attention:
@@ -158,9 +158,10 @@ def _keys(query: Tensor, key: Tensor, value: Tensor, group: dist.ProcessGroup, a
         heads = slice(part.start * repeats, part.stop * repeats)
         out, lse = attention(query[:, heads], part_key, part_value, heads)
         outs.append(out)
-        lses.append(lse)
+        if lse is not None:
+            lses.append(lse)
         del part_key, part_value  # before the next message takes its space
-    return torch.cat(outs, 1), None if lses[0] is None else torch.cat(lses, 1)
+    return torch.cat(outs, 1), torch.cat(lses, 1) if lses else None
 
 
 def _heads(query: Tensor, key: Tensor, value: Tensor, group: dist.ProcessGroup, attention: Attention) -> tuple[Tensor, Tensor | None]:
@@ -169,7 +170,9 @@ def _heads(query: Tensor, key: Tensor, value: Tensor, group: dist.ProcessGroup, 
         key, value = key.repeat_interleave(copies, 1), value.repeat_interleave(copies, 1)
     share = query.shape[1] // group.size()
     heads = slice(group.rank() * share, (group.rank() + 1) * share)
-    out, lse = attention(*tokens_to_heads(group, query, key, value), heads)
+    query, key, value = tokens_to_heads(group, query, key, value)
+    out, lse = attention(query, key, value, heads)
+    del query, key, value
     (out,) = heads_to_tokens(group, out)
     if lse is not None:
         lse = heads_to_tokens(group, lse[..., None])[0][..., 0]

@@ -1,6 +1,6 @@
 """What only a GPU can show: the compiled kernels against the specification, and how they behave there.
 
-Here all is routed, however few blocks there are; `test_gpu_masked.py` is about those.
+Here the operation alone; `test_gpu_decoding.py` and `test_gpu_graphs.py` hold what is around it.
 """
 
 from __future__ import annotations
