@@ -20,9 +20,9 @@ from transformers.utils import logging
 
 from ..config import UNSET, MobaConfig, given_settings, layer_indices
 from ..models.block_means import modules_with_hooks, remove_hooks
-from ..models.layers import MOBA, attention_layers, attention_of, n_layers, resolve_layers
+from ..models.layers import MOBA, attention_layers, attention_of, is_patched, n_layers, resolve_layers
 from ..models.masks import Visible
-from ..models.patch import find_layers, is_patched, patch
+from ..models.patch import find_layers, patch
 from ..models.state import choice_of, context_of, key_conv_hooks_of, set_choice, set_watcher
 from ..models.upstream import prefixes_of_peft
 from ..selection import Selection, select_blocks
@@ -159,8 +159,20 @@ def trace(
             for layer in layers:
                 set_watcher(layer, watcher)
             inner = model if prefixes_of_peft(model) else getattr(model, "base_model", model)
-            inner(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+            _read(inner, input_ids, attention_mask)
     return watcher.trace()
+
+
+def _read(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None) -> None:
+    try:
+        model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+    except (AttributeError, TypeError, ValueError) as error:
+        if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+            raise
+        raise ValueError(
+            f"{type(model).__name__} is an encoder-decoder model and does not read input_ids alone ({error}): trace takes decoder-only "
+            "models, and those that make their decoder's input of the encoder's, such as BART"
+        ) from error
 
 
 class Watcher:

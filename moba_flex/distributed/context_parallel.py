@@ -20,9 +20,8 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from ..config import MobaConfig
 from ..core.settings import AttentionSettings
-from ..models.layers import MOBA, attention_layers, show, takes_moba
+from ..models.layers import attention_layers, is_patched, name_attention, show, takes_moba
 from ..models.state import context_of, set_context
-from ..models.upstream import implementation_of
 from .attention import across, check_exchange, full, group_of, sparse
 from .collectives import gathered
 
@@ -65,7 +64,7 @@ def context_parallel(model: nn.Module, mesh: DeviceMesh | dist.ProcessGroup, *, 
     >>> dist.destroy_process_group()
     """
     layers = attention_layers(model)
-    patched = [layer for layer in layers if implementation_of(layer.config) in MOBA]
+    patched = [layer for layer in layers if is_patched([layer])]
     if not patched:
         raise ValueError(
             f"{type(model).__name__} does not use MoBA, whose attention layers context parallelism works through: patch it first"
@@ -83,6 +82,7 @@ def context_parallel(model: nn.Module, mesh: DeviceMesh | dist.ProcessGroup, *, 
     context = ContextParallel(group, exchange, patched)
     for layer in patched:
         set_context(layer, context)
+    name_attention(patched)
     context.see_whole_length(model)
     return context
 
@@ -123,6 +123,7 @@ class ContextParallel:
         for layer in self._layers:
             if context_of(layer) is self:
                 set_context(layer, None)
+        name_attention(self._layers)
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()

@@ -25,12 +25,13 @@ from ..core.settings import AttentionSettings
 from ..dispatch import attend, attend_decoding
 from ..functional import checked_settings
 from ..ops.decoding import means_for, write_means
-from .block_means import CACHE, DRAFTS, WHOLE, BlockMeans, means_of
+from .block_means import CACHE, DRAFTS, MASK, PASS, WHOLE, BlockMeans, means_of
+from .by_name import settings_by_name
 from .decision import Decision, LayerCall, LayerPath, check_supported, decide, decide_sparse
 from .key_conv import check_key_conv
-from .layers import MOBA, attention_of, original_attention, original_implementation
+from .layers import MOBA, attention_of, check_served, original_attention, original_implementation
 from .masks import MobaMask, Places, Visible
-from .state import context_of, watcher_of
+from .state import choice_of, context_of, watcher_of
 from .upstream import set_implementation
 
 
@@ -53,10 +54,19 @@ def moba_attention_forward(
     Raises ValueError for what MoBA cannot do: attention dropout or weights without "moba_naive", custom masks, biases.
     """
     cache, drafts = kwargs.pop(CACHE, None), kwargs.pop(DRAFTS, 0)
+    if (handed := kwargs.pop(MASK, None)) is not None:
+        attention_mask = handed.restore(attention_mask)
     if kwargs.pop(WHOLE, False) and isinstance(attention_mask, MobaMask):
         attention_mask = attention_mask.without_padding()
-    settings = MobaConfig.of(module.config)
+    unpatched = choice_of(module) is None
+    settings = settings_by_name(module.config, MOBA) if unpatched else MobaConfig.of(module.config)
     attention = attention_of(module, settings, named)
+    if unpatched:
+        check_served(module)
+        if isinstance(attention_mask, MobaMask) and attention_mask.is_of_drafting_layer(module.layer_idx):
+            attention = "full"
+    if (this_pass := kwargs.pop(PASS, None)) is not None:
+        attention, settings = this_pass.used(module, attention, settings)
     if attention != "full":
         check_key_conv(module, settings)
     call = LayerCall(module, query, key, value, attention_mask, settings, attention, cache, drafts, kwargs)

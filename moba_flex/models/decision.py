@@ -26,11 +26,9 @@ from transformers import Cache
 from ..backends.paths import reads_all_keys
 from ..config import MobaConfig
 from ..core.settings import AttentionSettings
+from .layers import UNKNOWN_TO_MOBA
 from .masks import MobaMask, Places, Visible
 from .state import context_of
-
-# Arguments of some models that change who sees whom, or the scores, in ways that MoBA has no form of.
-_UNKNOWN_TO_MOBA = ("position_bias", "cache", "indices", "block_indices", "sinks")
 
 
 class LayerPath(Enum):
@@ -167,7 +165,7 @@ def n_decoded(call: LayerCall) -> int:
 
 def check_supported(call: LayerCall) -> None:
     """ValueError if a layer asks for what MoBA cannot do."""
-    for name in _UNKNOWN_TO_MOBA:
+    for name in UNKNOWN_TO_MOBA:
         if call.kwargs.get(name) is not None:
             raise ValueError(f'{call.name} passes {name}, which MoBA cannot follow: use set_attention(model, "full")')
     if call.dropout and not call.naive:
@@ -181,4 +179,5 @@ def check_supported(call: LayerCall) -> None:
 
 def _needs_other_than_decoding(call: LayerCall) -> bool:
     """Whether a call wants the specification, attention weights, dropout or gradients, which decoding does not do."""
-    return bool(call.naive or call.wants_weights or call.dropout or torch.is_grad_enabled())
+    wants_gradients = torch.is_grad_enabled() and not torch.compiler.is_exporting()  # a program that is exported computes none
+    return bool(call.naive or call.wants_weights or call.dropout or wants_gradients)

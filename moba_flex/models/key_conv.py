@@ -30,7 +30,7 @@ from torch.distributed.tensor import DTensor
 from transformers.cache_utils import Cache, CacheLayerMixin, EncoderDecoderCache
 
 from ..config import MobaConfig
-from .block_means import DynamicLayerWithMeans
+from .block_means import MASK, DynamicLayerWithMeans
 from .layers import MOBA, named_full
 from .masks import MobaMask
 from .state import context_of, key_conv_hooks_of, last_keys_beside, put_last_keys, set_key_conv_hooks
@@ -108,7 +108,7 @@ class KeyConvHooks:
                 'moba_flex.set_attention(model, "full") in place of set_attn_implementation, or unpatch the model'
             )
         hidden, cache = args[0] if args else kwargs["hidden_states"], cache_in(kwargs)
-        position = _positions(kwargs.get("attention_mask"), hidden, kwargs)
+        position = _positions(kwargs[MASK].of_model if MASK in kwargs else kwargs.get("attention_mask"), hidden, kwargs)
         now = None
         if cache is not None:
             now = Pass(position, cache, *_keys_before(cache, layer))

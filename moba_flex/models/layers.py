@@ -16,10 +16,23 @@ import torch
 from torch import nn
 
 from ..config import MobaConfig
-from .state import choice_of
-from .upstream import FULL_LAYER_TYPES, attention_by_name, implementation_of, looks_up_attention, supports_sdpa
+from .state import choice_of, state_of
+from .upstream import (
+    FULL_LAYER_TYPES,
+    OPTIONAL_CODE,
+    MaskUse,
+    attention_by_name,
+    implementation_of,
+    looks_up_attention,
+    mask_use,
+    passes_to_attention,
+    set_implementation,
+    supports_sdpa,
+)
 
 MOBA = ("moba", "moba_naive")
+# Arguments of attention that change who sees whom, or the scores, in ways that MoBA has no form of.
+UNKNOWN_TO_MOBA = ("position_bias", "cache", "indices", "block_indices", "sinks")
 T = TypeVar("T")
 
 
@@ -45,13 +58,44 @@ def takes_moba(layer: nn.Module) -> bool:
     index, config = getattr(layer, "layer_idx", None), layer.config
     if index is None or getattr(layer, "is_cross_attention", False) or not getattr(layer, "is_causal", True):
         return False
-    if _is_foreign(type(layer)):
+    if _is_foreign(type(layer)) or not _is_served(layer):
         return False
     types = getattr(config, "layer_types", None)
     if types is not None and index < len(types):
         window = getattr(layer, "sliding_window", None) if getattr(layer, "is_sliding", True) else None  # EXAONE 4 has it in all layers
         return types[index] in FULL_LAYER_TYPES and window is None
     return getattr(layer, "sliding_window", getattr(config, "sliding_window", None)) is None
+
+
+def plainly_full(layer: nn.Module) -> bool:
+    """Whether a patched layer computes just what it did before, so that nothing of the package is needed around it."""
+    state = state_of(layer)
+    if state is None or state.choice is None or state.context is not None or state.key_conv is not None:
+        return False
+    return state.choice.attention == "full" or (state.choice.attention is None and state.choice.keeps_full)
+
+
+def is_patched(layers: list[nn.Module]) -> bool:
+    """Whether layers use MoBA, or would but for full attention that was chosen for them."""
+    return all(implementation_of(layer.config) in MOBA or _has_original_name(layer) for layer in layers)
+
+
+def _has_original_name(layer: nn.Module) -> bool:
+    return plainly_full(layer) and implementation_of(layer.config) == original_implementation(layer)
+
+
+def name_attention(layers: list[nn.Module], moba: str = "moba") -> None:
+    """Let configurations name what their layers use, for the model's code reads that name and its masks follow from it.
+
+    Where all layers use full attention it is the name that the model had before, so that the model is what it was. Else it is one of
+    MoBA's: `moba`, where it is none yet.
+    """
+    for config in {id(layer.config): layer.config for layer in layers}.values():
+        own = [layer for layer in layers if layer.config is config]
+        if all(map(plainly_full, own)):
+            set_implementation(config, original_implementation(own[0]))
+        elif all(choice_of(layer) is not None for layer in own) and implementation_of(config) not in MOBA:
+            set_implementation(config, moba)
 
 
 def attention_of(layer: nn.Module, settings: MobaConfig, named: str | None = None) -> str:
@@ -140,11 +184,68 @@ def default_implementation(layer_class: type) -> str:
     return "sdpa" if supports_sdpa(_source(layer_class)) else "eager"
 
 
+def _is_served(layer: nn.Module) -> bool:
+    """Whether a layer's own code finds the mask that it knows: one that only looks at it can be handed that of the original attention."""
+    if _runs_optional_code(layer):
+        return False
+    return _ignores_mask(type(layer)) or (_only_looks(type(layer)) and takes_more(type(layer)))
+
+
+def _runs_optional_code(layer: nn.Module) -> bool:
+    return any(getattr(layer, name, False) is True for name in OPTIONAL_CODE)
+
+
+def check_served(layer: nn.Module) -> None:
+    """ValueError if the code of a layer that was not patched would do something else under MoBA's name and masks."""
+    if _ignores_mask(type(layer)) and not _runs_optional_code(layer):
+        return
+    remedy = "call moba_flex.patch(model, ...)" if _is_served(layer) else "the model cannot use MoBA"
+    raise ValueError(f"the code of {type(layer).__name__} depends on its mask or on the name of its attention, which are MoBA's: {remedy}")
+
+
+def mask_use_of(layer: nn.Module) -> MaskUse:
+    """What a layer's code does with its mask, beside handing it to the attention function."""
+    if _runs_optional_code(layer):
+        return MaskUse.NAMES
+    return _mask_use(type(layer))
+
+
+_mask_use = _of_a_class(mask_use)
+
+
+# For what a graph asks: torch.compile does not know a member of an enumeration again.
+
+
+@_of_a_class
+def _ignores_mask(layer_class: type) -> bool:
+    """Whether a layer only hands its mask on, and asks for no name."""
+    return mask_use(layer_class) is MaskUse.NOTHING
+
+
+@_of_a_class
+def _only_looks(layer_class: type) -> bool:
+    """Whether a layer looks at its mask, and does no more with it."""
+    return mask_use(layer_class) is MaskUse.LOOKS
+
+
+@_of_a_class
+def mask_place(layer_class: type) -> int:
+    """The place of the mask among the arguments of a layer."""
+    return list(inspect.signature(layer_class.forward).parameters).index("attention_mask") - 1  # without self
+
+
+@_of_a_class
+def takes_more(module_class: type) -> bool:
+    """Whether a module's `forward` takes any further keyword argument."""
+    return any(p.kind is p.VAR_KEYWORD for p in inspect.signature(module_class.forward).parameters.values())
+
+
 @_of_a_class
 def _is_foreign(layer_class: type) -> bool:
     """Whether a number for each query and key is added to the scores, as in T5 and its kin, or keys are those of other states (Mllama)."""
     names = {*inspect.signature(layer_class.forward).parameters, *inspect.signature(layer_class.__init__).parameters}
-    return not names.isdisjoint({"position_bias", "has_relative_attention_bias", "cross_attention_states"})
+    foreign = {"position_bias", "has_relative_attention_bias", "cross_attention_states"}
+    return not names.isdisjoint(foreign) or not passes_to_attention(layer_class).isdisjoint(UNKNOWN_TO_MOBA)
 
 
 @_of_a_class

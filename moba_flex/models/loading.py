@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..config import MobaConfig
+from ..core.validation import check_choice
 from .key_conv import KeyConv, set_key_convs
 from .patch import ATTENTION, find_layers, patch, set_attention
 from .upstream import adapter_file, model_class_of
@@ -74,8 +75,7 @@ class AutoModelForCausalLM:
 
 
 def _check(attn: str) -> None:
-    if attn not in ATTENTION:
-        raise ValueError(f"attn must be one of {', '.join(ATTENTION)}, but is {attn!r}")
+    check_choice("attn", attn, ATTENTION)
 
 
 def _saved_config(name: str, kwargs: dict) -> transformers.PreTrainedConfig | None:

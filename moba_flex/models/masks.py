@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from ..core import validation
 from ..core.upstream import mark_dynamic
 from ..ops.decoding import FEW
-from .upstream import bidirectional_mask_function, causal_mask_function, mask_builder
+from .upstream import bidirectional_mask_function, causal_mask_function, mask_builder, mtp_offset
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ class MobaMask(BlockMask):
         self._whole: MobaMask | None = None
         self.is_part = False  # the call has more new tokens than this mask is for
         # generate makes the mask before it calls a compiled model: what changes its shape with each token must not be needed there
-        self._places = _place(request) if request["q_length"] <= FEW else None
+        self._places = None if torch.compiler.is_compiling() else _place(request)
         if isinstance(request["q_offset"], Tensor) and not torch.compiler.is_compiling() and request.get("attention_mask") is not None:
             _check_whole(request["attention_mask"])
             mark_dynamic(request["attention_mask"], 1)
@@ -105,9 +106,20 @@ class MobaMask(BlockMask):
         return self._request["batch_size"], 1, *self._lengths
 
     @property
+    def ndim(self) -> int:
+        return 4
+
+    def dim(self) -> int:
+        return 4
+
+    @property
     def is_local(self) -> bool:
         """Whether it was asked for by a layer that sees a window or a chunk."""
         return self._request.get("local_size") is not None
+
+    def is_of_drafting_layer(self, layer_idx: int) -> bool:
+        """Whether it was made for a layer of multi-token prediction, see `upstream.mtp_offset`."""
+        return self._request["kv_offset"] == mtp_offset(layer_idx)
 
     def original(self, implementation: str, device: torch.device) -> Tensor | BlockMask | None:
         """Exactly the mask that the model would have without MoBA, under `implementation`."""
@@ -141,11 +153,13 @@ class MobaMask(BlockMask):
 
     def places(self, query: Tensor, key: Tensor) -> Places | None:
         """The same for decoding, if this is decoding: a few causal tokens behind others that a cache holds."""
-        if self._places is None or self._request.get("mask_function", causal_mask_function) is not causal_mask_function:
+        if self._request.get("mask_function", causal_mask_function) is not causal_mask_function:
             return None
         if query.shape[2] == key.shape[2] or self._lengths != (query.shape[2], key.shape[2]):
             return None
-        places = self._places
+        places = _place(self._request) if self._places is None else self._places
+        if places is None:
+            return None
         if not torch.compiler.is_compiling() and self.visible(query, key).padding_mask is None:
             places = Places(places.length, None)
         return places if query.device == self._request["device"] else places.to(query.device)
@@ -198,12 +212,32 @@ class MobaMask(BlockMask):
 
     __str__ = __repr__
 
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        masks = [x for x in (*args, *(kwargs or {}).values()) if isinstance(x, MobaMask)]
+        raise_switched(_owner(masks[0]._request) if masks else "attention")
+
     def __getattr__(self, name: str):
         raise self._unknown(repr(name))
 
-    @staticmethod
-    def _unknown(what: str) -> AttributeError:
-        return AttributeError(f"the model's code reads {what} of its attention mask, which MoBA does not build: it cannot use MoBA")
+    def _unknown(self, what: str) -> AttributeError:
+        owner = _owner(self._request)
+        return AttributeError(f"{owner} reads {what} of its attention mask, which MoBA does not build: the model cannot use MoBA")
+
+
+def _owner(request: dict) -> str:
+    """For messages: whose mask it is, by the configuration with which transformers asks for it."""
+    config = request.get("config")
+    return "the code of the model" if config is None else f"the code of a model with a {type(config).__name__}"
+
+
+def raise_switched(owner: str = "attention") -> NoReturn:
+    """Attention other than MoBA got MoBA's mask: so it is where a forward pass is computed again after a switch."""
+    raise ValueError(  # not TypeError, which operators of tensors would swallow
+        f"{owner} computes with a mask of MoBA: either it cannot use MoBA, so that it needs another attn_implementation; or layers were "
+        "switched within a pass: under gradient checkpointing backward must come before set_attention, full_attention or unpatch change "
+        "what the forward pass used"
+    )
 
 
 def _may_keep() -> bool:
@@ -227,13 +261,17 @@ def _read(request: dict) -> Visible:
     if mask_function in (causal_mask_function, bidirectional_mask_function):
         padding_mask = _padding(attention_mask, seen)
         return Visible(seen, mask_function is causal_mask_function, padding_mask, starts=_starts(padding_mask))
-    if request.get("use_vmap") or attention_mask is not None or seen != request["q_length"]:
+    custom = request.get("use_vmap") or seen != request["q_length"]
+    cu_seqlens = None if custom else _sequences(mask_function, request["batch_size"], seen, request["device"])
+    padding_mask = None if custom else _padding(attention_mask, seen)
+    if custom or (padding_mask is not None and cu_seqlens is not None):
         raise ValueError(
             "MoBA cannot follow a custom mask function, only causal or bidirectional attention with padding or packed "
             'sequences: use set_attention(model, "full")'
         )
-    cu_seqlens = _sequences(mask_function, request["batch_size"], seen, request["device"])
-    return Visible(seen, True, None, cu_seqlens, None if cu_seqlens is None else int(cu_seqlens.diff().max()))
+    if cu_seqlens is None:  # a model that could join tokens of an image, and has none
+        return Visible(seen, True, padding_mask, starts=_starts(padding_mask))
+    return Visible(seen, True, None, cu_seqlens, int(cu_seqlens.diff().max()))
 
 
 def _padding(attention_mask: Tensor | None, n_key: int) -> Tensor | None:
@@ -270,7 +308,9 @@ def _first_real(attention_mask: Tensor) -> Tensor:
     return (attention_mask.cumsum(1) == 0).sum(1)
 
 
-def _place(request: dict) -> Places:
+def _place(request: dict) -> Places | None:
+    if request["q_length"] > FEW:
+        return None
     seen, attention_mask = request["q_offset"] + request["q_length"], request.get("attention_mask")
     if isinstance(seen, Tensor):
         length = seen.to(torch.int64)

@@ -12,15 +12,21 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from ..config import UNSET, MobaConfig, given_settings, layer_indices
+from ..core.messages import shown
+from ..core.validation import check_choice
 from .block_means import add_hooks, modules_with_hooks, remove_hooks
+from .by_name import remember, settings_by_name
 from .key_conv import check_key_conv, new_key_convs, remove_key_convs, set_key_convs
 from .layers import (
     MOBA,
     attention_layers,
     attention_of,
     full_layers,
+    is_patched,
     keeps_full,
+    mask_use_of,
     n_layers,
+    name_attention,
     named_full,
     original_implementation,
     resolve_layers,
@@ -28,7 +34,7 @@ from .layers import (
     takes_moba,
 )
 from .state import Choice, choice_of, context_of, set_choice
-from .upstream import implementation_of, set_implementation
+from .upstream import MaskUse, implementation_of, set_implementation
 
 ATTENTION = (*MOBA, "full")
 
@@ -90,7 +96,7 @@ def patch(
     )
     every, replaceable = find_layers(model)
     if config is not None and settings:
-        raise TypeError(f"patch takes a MobaConfig or keywords, but got both: {config!r} and {', '.join(settings)}")
+        raise TypeError(f"patch takes a MobaConfig or keywords, but got both: {shown(config)} and {', '.join(settings)}")
     if config is None and not settings:
         config = MobaConfig.of(replaceable[0].config)
         for layer in replaceable:
@@ -107,10 +113,12 @@ def patch(
 
     for layer, choice in zip(every, choices):
         set_choice(layer, choice)
-    add_hooks(model, _with_own_cache_layer(replaceable) if config.decode == "sparse" else [])
+    add_hooks(model, every, _with_own_cache_layer(replaceable) if config.decode == "sparse" else [])
     for model_config in _configs(replaceable):
         model_config.moba = config
+        remember(model_config)
         set_implementation(model_config, "moba")
+    name_attention(every)
     return model
 
 
@@ -194,9 +202,8 @@ def set_attention(model: nn.Module, attention: str, layers: Iterable[int] | None
     >>> model = set_attention(model, "full", layers=[-1])  # the last layer
     >>> model = set_attention(model, "moba")  # all layers again
     """
-    if attention not in ATTENTION:
-        raise ValueError(f"attention must be one of {', '.join(ATTENTION)}, but is {attention!r}")
-    _, replaceable = find_layers(model)
+    check_choice("attention", attention, ATTENTION)
+    every, replaceable = find_layers(model)
     chosen = replaceable
     if layers is not None:
         found = sorted({layer.layer_idx for layer in replaceable})
@@ -208,15 +215,15 @@ def set_attention(model: nn.Module, attention: str, layers: Iterable[int] | None
         patch(model)
         if layers is not None:  # the others stay as they were
             _use(replaceable, "full")
-    elif any(choice_of(layer) is None for layer in replaceable):  # loaded with "moba", perhaps with the configuration of another model
-        _own_configs(model, replaceable)
-        _use(replaceable, None)
+    elif any(choice_of(layer) is None for layer in replaceable):
+        _adopt(model, replaceable)
     if layers is None and attention != "full":
         for config in _configs(replaceable):
             set_implementation(config, attention)
         _use(chosen, None)
     else:
         _use(chosen, attention)
+    name_attention(every)
     return model
 
 
@@ -233,10 +240,14 @@ def full_attention(model: nn.Module) -> Iterator[nn.Module]:
     >>> with full_attention(model):
     ...     logits = model(torch.arange(32)[None]).logits
     """
-    _, replaceable = find_layers(model)
+    every, replaceable = find_layers(model)
+    if is_patched(replaceable) and any(choice_of(layer) is None for layer in replaceable):
+        _adopt(model, replaceable)
     before = [choice_of(layer) for layer in replaceable]
+    named = next((name for layer in replaceable if (name := implementation_of(layer.config)) in MOBA), "moba")
     if is_patched(replaceable):
         _use(replaceable, "full")
+        name_attention(every)
     within = [choice_of(layer) for layer in replaceable]
     try:
         yield model
@@ -244,6 +255,19 @@ def full_attention(model: nn.Module) -> Iterator[nn.Module]:
         for layer, choice, full in zip(replaceable, before, within):
             if choice_of(layer) is full:
                 set_choice(layer, choice)
+        name_attention(every, named)
+
+
+def _adopt(model: nn.Module, replaceable: list[nn.Module]) -> None:
+    """Patch a model that was loaded with "moba" or "moba_naive", perhaps with the configuration of another model, as what it is."""
+    named = implementation_of(replaceable[0].config)
+    _own_configs(model, replaceable)
+    for config in _configs(replaceable):
+        settings_by_name(config, MOBA)  # which writes them into it
+    patch(model)
+    for config in _configs(replaceable):
+        if implementation_of(config) in MOBA:
+            set_implementation(config, named)
 
 
 def moba_layers(model: nn.Module) -> dict[int, str]:
@@ -279,7 +303,13 @@ def find_layers(model: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
             f"{layers}{_windows(every)}"
         )
     shared = {id(layer.config) for layer in replaceable}
-    return [layer for layer in every if id(layer.config) in shared], replaceable
+    every = [layer for layer in every if id(layer.config) in shared]
+    if by_name := [layer for layer in every if mask_use_of(layer) is MaskUse.NAMES]:
+        raise ValueError(
+            f"{type(model).__name__} cannot use MoBA: the code of its {type(by_name[0]).__name__} depends on the name of the attention "
+            "implementation, and would do something else under MoBA's"
+        )
+    return every, replaceable
 
 
 def _windows(layers: list[nn.Module]) -> str:
@@ -309,10 +339,6 @@ def _own_configs(model: nn.Module, layers: list[nn.Module]) -> None:
 
     for module in holders:
         module.config = own(module.config)
-
-
-def is_patched(replaceable: list[nn.Module]) -> bool:
-    return all(implementation_of(config) in MOBA for config in _configs(replaceable))
 
 
 def _use(layers: list[nn.Module], attention: str | None) -> None:

@@ -8,6 +8,8 @@ from torch import nn
 from transformers.trainer_callback import ExportableState, TrainerCallback, TrainerControl, TrainerState
 from transformers.training_args import TrainingArguments
 
+from ..core.messages import shown
+from ..core.validation import check_choice
 from . import set_attention
 from .patch import moba_layers
 
@@ -43,10 +45,10 @@ class MobaSchedule(TrainerCallback, ExportableState):
     """
 
     def __init__(self, first: str = "moba", switch_at: float = 0.9, switch_over: float = 0.0, order: str = "last_to_first") -> None:
-        _check_choice("first", first, ATTENTION)
+        check_choice("first", first, ATTENTION)
         _check_share("switch_at", switch_at)
         _check_share("switch_over", switch_over)
-        _check_choice("order", order, ORDERS)
+        check_choice("order", order, ORDERS)
         if switch_at + switch_over > 1 + 1e-9:
             raise ValueError(
                 f"switch_at={switch_at} and switch_over={switch_over} end after the last step: their sum must be at most 1, "
@@ -96,11 +98,6 @@ class MobaSchedule(TrainerCallback, ExportableState):
         self.apply(model, state.global_step, state.max_steps)
 
 
-def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, but is {value!r}")
-
-
 def _check_share(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
-        raise ValueError(f"{name} must be a share of the steps, a number from 0 to 1, but is {value!r}")
+        raise ValueError(f"{name} must be a share of the steps, a number from 0 to 1, but is {shown(value)}")

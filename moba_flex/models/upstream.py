@@ -1,14 +1,17 @@
 """Private and undocumented API of transformers and its kin, each entry with the reason why it is used.
 
-No other file of the package reaches for it. `tests/models/test_upstream.py` fails with a sentence that names the entry when transformers
-changes it.
+No other file of the package reaches for it. `tests/models/test_transformers_api.py` fails with a sentence that names the entry when
+transformers changes it.
 """
 
 from __future__ import annotations
 
+import ast
 import inspect
 import sys
+import textwrap
 from collections.abc import Callable, Iterable
+from enum import Enum
 from types import ModuleType
 
 from torch import Tensor, nn
@@ -27,6 +30,7 @@ __all__ = [
     "FULL_LAYER_TYPES",
     "GROWING_LAYERS",
     "MASK_REQUEST",
+    "MaskUse",
     "adapter_file",
     "attention_by_name",
     "bidirectional_mask_function",
@@ -36,7 +40,10 @@ __all__ = [
     "is_offloaded",
     "looks_up_attention",
     "mask_builder",
+    "mask_use",
     "model_class_of",
+    "mtp_offset",
+    "passes_to_attention",
     "prefixes_of_peft",
     "reads_as_it_lies",
     "set_implementation",
@@ -76,6 +83,66 @@ def looks_up_attention(layer_class: type) -> ModuleType | None:
     return None
 
 
+class MaskUse(Enum):
+    """What the code of an attention layer does with its mask, beside handing it to the attention function."""
+
+    NOTHING = 0
+    LOOKS = 1  # whether there is one, or of what class it is
+    CHANGES = 2  # it reads values, or makes another mask
+    NAMES = 3  # it asks for the name of its implementation, which is MoBA's as long as any layer uses that
+
+
+# Code that runs only if the layer has an attribute of this name that is true: GPT-2's own attention, which upcasts.
+OPTIONAL_CODE = {"reorder_and_upcast_attn": "_upcast_and_reordered_attn"}
+
+
+def mask_use(layer_class: type) -> MaskUse:
+    """What the `forward` of a layer does with its mask, by its source: a layer says it nowhere else."""
+    tree = _forward_tree(layer_class)
+    uses = [] if tree is None else [_use_of(node, tree) for node in ast.walk(tree)]
+    return max(uses, key=lambda use: use.value, default=MaskUse.NOTHING)
+
+
+def passes_to_attention(layer_class: type) -> frozenset[str]:
+    """The names of the arguments that a layer's `forward` hands to its attention function, beside those that all have."""
+    tree = _forward_tree(layer_class)
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)] if tree is not None else []
+    return frozenset(
+        word.arg for call in calls if ast.unparse(call.func).endswith("attention_interface") for word in call.keywords if word.arg
+    )
+
+
+def _forward_tree(layer_class: type) -> ast.AST | None:
+    for cls in layer_class.__mro__:
+        if "forward" in cls.__dict__:
+            try:
+                return ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(cls.__dict__["forward"]))))
+            except (OSError, TypeError, SyntaxError):
+                return None
+    return None
+
+
+def _use_of(node: ast.AST, tree: ast.AST) -> MaskUse:
+    """What one expression does with the mask, or with the name of the implementation."""
+    children = [child.value if isinstance(child, ast.keyword) else child for child in ast.iter_child_nodes(node)]
+    inside = [child.id for child in children if isinstance(child, ast.Name) and isinstance(child.ctx, ast.Load)]
+    if isinstance(node, ast.Compare) and "_attn_implementation" in ast.unparse(node):
+        optional = any(f"self.{name}" in ast.unparse(tree) for name in OPTIONAL_CODE)
+        return MaskUse.NOTHING if optional else MaskUse.NAMES
+    if "attention_mask" not in inside:
+        return MaskUse.NOTHING
+    if isinstance(node, ast.Compare):
+        plain = all(isinstance(operator, (ast.Is, ast.IsNot)) for operator in node.ops)
+        return MaskUse.LOOKS if plain else MaskUse.CHANGES
+    if isinstance(node, (ast.BoolOp, ast.If)) or (isinstance(node, ast.Call) and ast.unparse(node.func) == "isinstance"):
+        return MaskUse.LOOKS
+    if isinstance(node, ast.Call):
+        name = ast.unparse(node.func)
+        handed_on = name.endswith("attention_interface") or name.removeprefix("self.") in OPTIONAL_CODE.values()
+        return MaskUse.NOTHING if handed_on else MaskUse.CHANGES
+    return MaskUse.CHANGES if isinstance(node, (ast.Attribute, ast.Subscript, ast.BinOp, ast.UnaryOp)) else MaskUse.NOTHING
+
+
 def attention_by_name(source: ModuleType | None, implementation: str) -> Callable | None:
     """The function behind a name, as a layer of that source finds it: eager attention is the source's own, and in no registry."""
     registry = getattr(source, "ALL_ATTENTION_FUNCTIONS", ALL_ATTENTION_FUNCTIONS)
@@ -104,6 +171,14 @@ def cache_in(kwargs: dict) -> Cache | None:
 def reads_as_it_lies(cache: Cache, cache_layer: CacheLayerMixin, key: Tensor) -> bool:
     """Whether `key` is what a cache layer holds. A layer of an offloaded cache has moved its keys on by the time that it is asked."""
     return cache_layer.keys is key or cache.offloading
+
+
+def mtp_offset(layer_idx: int) -> int:
+    """The `kv_offset` of masks for a layer of multi-token prediction: its `MtpCache` counts positions ahead, and no argument says so.
+
+    Such layers are built from the configuration of the model for which they draft, and belong to none that could be patched.
+    """
+    return layer_idx + 1
 
 
 def is_offloaded(modules: Iterable[nn.Module]) -> bool:

@@ -7,8 +7,10 @@ import torch
 from support.families import FAMILIES, HYBRID, TOKENS, assert_close, build, gradients, logits, padded, tokens
 from torch import Tensor, nn
 from transformers import DataCollatorWithFlattening, StaticCache
+from transformers.masking_utils import blockwise_overlay, causal_mask_function, or_masks
 
 from moba_flex.models import attention_function, patch, set_attention
+from moba_flex.models.masks import MobaMask, moba_mask
 
 LENGTHS = (13, 1, 26)
 TELLS_PACKED = [family for family in FAMILIES if family != "gpt_oss"]  # transformers' GPT-OSS makes its mask without position_ids
@@ -185,3 +187,22 @@ def test_packed_sequences_that_read_every_block_keep_out_of_attention_that_does_
     assert calls == ["MoBA"] * n_layers
     logits(model, ids, use_cache=False)
     assert calls == ["MoBA"] * n_layers + ["original"] * n_layers
+
+
+def test_a_model_that_could_join_the_tokens_of_an_image_takes_padded_text():
+    """Its mask function is a custom one all the same, which joins nothing here."""
+    ids = torch.zeros(2, 12, dtype=torch.int64)
+    padding = torch.ones_like(ids)
+    padding[0, :5] = 0
+    empty = torch.empty(2, 1, 12, 0)
+
+    def mask(groups: torch.Tensor) -> MobaMask:
+        joined = or_masks(causal_mask_function, blockwise_overlay(groups))
+        return moba_mask(2, 12, 12, mask_function=joined, attention_mask=padding.bool())
+
+    visible = mask(torch.full_like(ids, -1)).visible(empty, empty)
+    assert visible.causal and visible.starts == (5, 0) and torch.equal(visible.padding_mask, padding.bool())
+    image = torch.full_like(ids, -1)
+    image[:, 6:9] = 0
+    with pytest.raises(ValueError, match="tokens see later ones"):
+        mask(image).visible(empty, empty)

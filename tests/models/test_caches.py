@@ -352,10 +352,10 @@ def test_unpatch_takes_the_hooks_away():
     model = build()
     before = [dict(module._forward_pre_hooks) for module in model.modules()]
     patch(model, **FULL)
-    assert sum(len(module._forward_pre_hooks) for module in model.modules()) == 1  # full decoding wants no layer's cache
+    assert sum(len(module._forward_pre_hooks) for module in model.modules()) == 2  # full decoding wants no layer's cache
     patch(model, **SPARSE)
     patch(model, **FULL)
-    assert sum(len(module._forward_pre_hooks) for module in model.modules()) == 4  # three layers and the model
+    assert sum(len(module._forward_pre_hooks) for module in model.modules()) == 5  # three layers, and the model with and without its head
     for same in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), model):
         unpatch(same)
         assert [dict(module._forward_pre_hooks) for module in same.modules()] == before

@@ -1,0 +1,80 @@
+"""Models that use MoBA without having been patched: loaded with `attn_implementation="moba"`, and no settings were saved with them.
+
+The loader may be a library: TRL's trainers load a reference model by the name of the policy's implementation. It must compute what the
+policy computes, so it takes the settings of the process's patched models of its kind, and says so.
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+
+import torch
+from transformers import PreTrainedConfig
+
+from ..config import DEFAULT, MobaConfig
+from .upstream import implementation_of
+
+_Kind = tuple[type[PreTrainedConfig], tuple[object, ...]]
+_SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size")
+_PATCHED: list[weakref.ref[PreTrainedConfig]] = []  # configurations that `patch` wrote settings into
+_DEFAULTED: dict[int, weakref.ref[PreTrainedConfig]] = {}  # configurations of loaded models that have the defaults
+_TRACED: dict[_Kind, MobaConfig] = {}  # what a graph that is traced takes
+
+
+def remember(config: PreTrainedConfig) -> None:
+    """`patch` has written settings into this configuration."""
+    _PATCHED[:] = [ref for ref in _PATCHED if ref() is not None and ref() is not config]
+    _PATCHED.append(weakref.ref(config))
+
+
+def settings_by_name(config: PreTrainedConfig, implementations: tuple[str, ...]) -> MobaConfig:
+    """The settings of a layer that was not patched: those in its configuration, or else, with a warning, of models that were patched.
+
+    Only patched models of its class and sizes count. Their vocabulary may have grown. Raises ValueError if they differ, or have
+    convolutions of keys, whose weights a loaded model lacks.
+    """
+    if getattr(config, "moba", None) is not None:
+        return MobaConfig.of(config)
+    kind = _kind(config)
+    if torch.compiler.is_compiling():  # in a graph nothing can be searched for or written
+        return _TRACED[kind] if _trace(kind, implementations) else DEFAULT
+    if (ref := _DEFAULTED.get(id(config))) is not None and ref() is config:
+        return DEFAULT
+    settings = _found(kind, implementations)
+    if settings is DEFAULT:  # what is patched later changes nothing, and what is saved says nothing of it
+        key = id(config)
+        _DEFAULTED[key] = weakref.ref(config, lambda _: _DEFAULTED.pop(key, None))
+    else:
+        config.moba = settings
+    return settings
+
+
+def _kind(config: PreTrainedConfig) -> _Kind:
+    return type(config), tuple(getattr(config, name, None) for name in _SIZES)
+
+
+@torch.compiler.assume_constant_result
+def _trace(kind: _Kind, implementations: tuple[str, ...]) -> bool:
+    """Called while a graph is traced: leaves the settings in `_TRACED`."""
+    _TRACED[kind] = _found(kind, implementations)
+    return True
+
+
+def _found(kind: _Kind, implementations: tuple[str, ...]) -> MobaConfig:
+    patched = [config for ref in _PATCHED if (config := ref()) is not None and _kind(config) == kind]
+    patched = [config for config in patched if getattr(config, "moba", None) is not None and implementation_of(config) in implementations]
+    different = list(dict.fromkeys(str(MobaConfig.of(config)) for config in patched))
+    loaded = f'a model with a {kind[0].__name__} was loaded with attn_implementation="moba", and no settings of MoBA were saved with it'
+    remedy = "Call moba_flex.patch(model, ...) on the loaded model, a trainer's reference model say, with its own"
+    if len(different) > 1:
+        raise ValueError(f"{loaded}. This process has patched models of its kind with different settings: {'; '.join(different)}. {remedy}")
+    settings = MobaConfig.of(patched[-1]) if patched else DEFAULT
+    if settings.key_conv:
+        raise ValueError(
+            f"{loaded}. This process's patched model of its kind has key_conv={settings.key_conv}, whose weights the loaded one lacks: "
+            "save the patched model and load it with moba_flex.AutoModelForCausalLM.from_pretrained"
+        )
+    whose = "those of this process's patched model of that kind" if patched else "the defaults"
+    warnings.warn(f"{loaded}: it takes {whose}, {settings}. moba_flex.patch(model, ...) sets others", stacklevel=2)
+    return settings

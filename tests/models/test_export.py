@@ -1,0 +1,74 @@
+"""torch.compile and torch.export of patched models, with a head and without."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support.families import FAMILIES, SPARSE, build, each_decode, tokens
+from transformers import (
+    GenerationConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    LlamaForTokenClassification,
+    LlamaModel,
+    PreTrainedModel,
+)
+
+from moba_flex.models import patch, set_attention
+
+CLASSES = (LlamaForCausalLM, LlamaModel, LlamaForSequenceClassification, LlamaForTokenClassification)
+
+
+def headless(cls: type[PreTrainedModel]) -> PreTrainedModel:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    config = FAMILIES["llama"]()
+    config.use_cache = False
+    return patch(cls(config).eval(), **SPARSE)
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+@torch.no_grad()
+def test_a_model_is_one_graph_whatever_its_head(cls):
+    model, ids = headless(cls), tokens()
+    expected = model(ids)[0]
+    torch.testing.assert_close(torch.compile(model, backend="aot_eager", fullgraph=True)(ids)[0], expected)
+    program = torch.export.export(model, (ids,), strict=False)
+    torch.testing.assert_close(program.module()(ids)[0], expected)
+
+
+@each_decode
+@torch.no_grad()
+def test_a_dynamic_length_is_exported(decode):
+    model, ids = build(), tokens()
+    patch(model, **SPARSE, decode=decode).config.use_cache = False
+    length = torch.export.Dim("n", min=20, max=200)
+    mask = torch.ones_like(ids)
+    shapes = {"input_ids": {1: length}, "attention_mask": {1: length}}
+    program = torch.export.export(model, (ids,), {"attention_mask": mask}, dynamic_shapes=shapes, strict=False).module()
+    for n in (20, 33, 100):
+        ids = tokens(2, n)
+        mask = torch.ones_like(ids)
+        torch.testing.assert_close(program(ids, attention_mask=mask).logits, model(ids, attention_mask=mask).logits)
+
+
+@each_decode
+@pytest.mark.parametrize("gradients", [False, True])
+def test_the_module_that_transformers_exports_decodes(decode, gradients):
+    executorch = pytest.importorskip("transformers.integrations.executorch")
+    model = patch(build(), **SPARSE, decode=decode)
+    cache = {"batch_size": 1, "max_cache_len": 64, "device": "cpu"}
+    model.generation_config = GenerationConfig(use_cache=True, cache_implementation="static", max_length=64, cache_config=cache)
+    with torch.set_grad_enabled(gradients):
+        module = executorch.TorchExportableModuleForDecoderOnlyLM(model, batch_size=1, max_cache_len=64, device=torch.device("cpu"))
+        module.export(input_ids=tokens(1, 1), cache_position=torch.tensor([0]))
+
+
+@torch.no_grad()
+def test_the_specification_exports_as_plain_pytorch():
+    """Which is what a format without custom operators needs, such as ONNX."""
+    model = set_attention(patch(build(), **SPARSE), "moba_naive")
+    model.config.use_cache = False
+    program = torch.export.export(model, (tokens(),), strict=False)
+    own = {str(node.target) for node in program.graph.nodes if str(node.target).startswith("moba_flex")}
+    assert not own

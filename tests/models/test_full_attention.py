@@ -1,0 +1,138 @@
+"""Full attention of a patched model is the unpatched model bit for bit, and a pass that is computed again is the same pass."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import transformers
+from support.families import SPARSE, build, each_family, logits, padded, tokens
+from torch import Tensor
+from transformers import GPT2Config, GPT2LMHeadModel, MoonshineConfig, MoonshineForConditionalGeneration, PreTrainedModel
+
+from moba_flex.models import full_attention, patch, set_attention, unpatch
+from moba_flex.models.layers import mask_use_of
+from moba_flex.models.upstream import MaskUse
+
+
+def moonshine() -> tuple[PreTrainedModel, dict[str, Tensor]]:
+    """Its decoder's layers are causal where their mask is None."""
+    sizes = {f"{part}num_attention_heads": 4 for part in ("encoder_", "decoder_")}
+    sizes |= {f"{part}num_key_value_heads": 4 for part in ("encoder_", "decoder_")}
+    sizes |= {f"{part}num_hidden_layers": 2 for part in ("", "encoder_", "decoder_")}
+    config = MoonshineConfig(vocab_size=64, hidden_size=32, intermediate_size=32, initializer_range=0.3, **sizes)
+    model = MoonshineForConditionalGeneration._from_config(config).eval()
+    return model, {"input_values": torch.randn(2, 4000), "decoder_input_ids": tokens(2, 30)}
+
+
+FULL = {
+    "set_attention": lambda model: set_attention(patch(model, **SPARSE), "full"),
+    "one layer after another": lambda model: set_attention(set_attention(patch(model, **SPARSE), "full", [0]), "full", [1]),
+    "full_attention_layers": lambda model: patch(model, **SPARSE, full_attention_layers=[0, 1]),
+    "one block": lambda model: patch(model, block_size=64, top_k=2),
+}
+
+
+@pytest.mark.parametrize("how", FULL)
+def test_a_layer_whose_code_looks_at_its_mask_sees_the_one_that_it_had(how):
+    model, inputs = moonshine()
+    before = logits(model, inputs)
+    assert torch.equal(logits(FULL[how](model), inputs), before), how
+    changed = {**inputs, "decoder_input_ids": inputs["decoder_input_ids"].clone()}
+    changed["decoder_input_ids"][:, -1] = 5
+    assert torch.equal(logits(model, changed)[:, :-1], before[:, :-1]), f"{how}: future tokens are seen"
+
+
+def test_a_layer_whose_code_looks_at_its_mask_uses_moba():
+    model, inputs = moonshine()
+    before = logits(model, inputs)
+    sparse = logits(patch(model, **SPARSE), inputs)
+    assert (sparse - before).abs().max() > 1e-3, "MoBA was not used"
+    torch.testing.assert_close(logits(set_attention(model, "moba_naive"), inputs), sparse)
+    assert torch.equal(logits(unpatch(model), inputs), before)
+
+
+def test_such_a_layer_generates_what_it_generated():
+    model, inputs = moonshine()
+    call = {"input_values": inputs["input_values"], "max_new_tokens": 10, "do_sample": False}
+    before = model.generate(**call)
+    assert torch.equal(patch(model, block_size=64, top_k=2).generate(**call), before)
+
+
+@each_family
+@pytest.mark.parametrize("side", ["none", "left"])
+def test_full_attention_is_the_unpatched_model_bit_for_bit(family, side):
+    model, inputs = build(family), padded(side)
+    before, name = logits(model, inputs), model.config._attn_implementation
+    with full_attention(patch(model, **SPARSE)):
+        assert torch.equal(logits(model, inputs), before), f"{family}, padding {side}"
+        assert model.config._attn_implementation == name
+    assert model.config._attn_implementation == "moba"
+    assert torch.equal(logits(set_attention(model, "full"), inputs), before), f"{family}, padding {side}"
+
+
+def test_the_name_that_was_there_comes_back_after_full_attention():
+    model = set_attention(patch(build(), **SPARSE), "moba_naive")
+    with full_attention(model):
+        assert model.config._attn_implementation == "sdpa"
+    assert model.config._attn_implementation == "moba_naive"
+
+
+def test_a_layer_whose_code_depends_on_the_name_of_its_attention_is_refused():
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 64}
+    with pytest.raises(ValueError, match="GPT2LMHeadModel has no layer that MoBA can replace"):
+        patch(GPT2LMHeadModel(GPT2Config(**sizes, reorder_and_upcast_attn=True)), **SPARSE)
+    patch(GPT2LMHeadModel(GPT2Config(**sizes)), **SPARSE)
+
+
+@pytest.mark.parametrize("name", ["deepseek_v32.DeepseekV32Attention", "doge.DogeAttention", "deepseek_v4.DeepseekV4Attention"])
+def test_layers_that_make_masks_of_their_own_are_known(name):
+    module, _, layer = name.partition(".")
+    try:
+        source = __import__(f"transformers.models.{module}.modeling_{module}", fromlist=[layer])
+    except ModuleNotFoundError:
+        pytest.skip(f"transformers {transformers.__version__} has no {module}")
+    assert mask_use_of(object.__new__(getattr(source, layer))) in (MaskUse.CHANGES, MaskUse.NAMES)
+
+
+# A pass that is computed again
+
+
+def gradients_under_checkpoints(model: PreTrainedModel, reentrant: bool | None, switch) -> Tensor:
+    """`switch` is called between forward and backward, where checkpointed layers are computed again."""
+    model, ids = copy.deepcopy(model).train(), tokens(1)
+    if reentrant is not None:
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        model.enable_input_require_grads()
+    loss = model(ids, labels=ids, use_cache=False).loss
+    switch(model)
+    loss.backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("first", ["full", "one layer full"])
+def test_what_a_layer_used_in_forward_is_what_recomputation_uses(reentrant, first):
+    model = set_attention(patch(build(), **SPARSE), "full", [0] if first == "one layer full" else None)
+    expected = gradients_under_checkpoints(model, None, lambda _: None)
+    for switch in (lambda model: set_attention(model, "moba"), lambda model: patch(model, block_size=4, top_k=3)):
+        found = gradients_under_checkpoints(model, reentrant, switch)
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_recomputation_of_moba_with_other_settings_is_that_of_forward(reentrant):
+    model = patch(build(), **SPARSE)
+    expected = gradients_under_checkpoints(model, None, lambda _: None)
+    found = gradients_under_checkpoints(model, reentrant, lambda model: patch(model, block_size=4, top_k=3))
+    torch.testing.assert_close(found, expected)
+    found = gradients_under_checkpoints(model, reentrant, lambda model: set_attention(model, "full", [0, 2]))
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("switch", [lambda model: set_attention(model, "full"), unpatch], ids=["full", "unpatch"])
+def test_recomputation_of_moba_by_other_attention_says_what_to_do(reentrant, switch):
+    with pytest.raises(ValueError, match="backward must come before set_attention"):
+        gradients_under_checkpoints(patch(build(), **SPARSE), reentrant, switch)

@@ -1,0 +1,136 @@
+"""A model that is loaded with `attn_implementation="moba"` and has no saved settings never computes something else in silence."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+from support.families import SPARSE, build, logits, tokens
+from transformers import AutoModelForCausalLM, BloomConfig, BloomForCausalLM, PreTrainedModel
+
+from moba_flex.models import full_attention, patch, set_attention
+
+
+@pytest.fixture
+def folder(tmp_path) -> str:
+    build().save_pretrained(tmp_path)
+    return str(tmp_path)
+
+
+def load(folder: str, name: str = "moba") -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(folder, attn_implementation=name)
+
+
+def test_it_takes_the_settings_of_the_patched_model_and_says_so(folder):
+    policy = patch(build(), **SPARSE, full_attention_layers=[-1])
+    reference, ids = load(folder, policy.config._attn_implementation), tokens()
+    with pytest.warns(UserWarning, match=r"patched model of that kind, MobaConfig\(block_size=8, top_k=2"):
+        found = logits(reference, ids)
+    assert torch.equal(found, logits(policy, ids))
+    assert reference.config.moba == policy.config.moba
+
+
+def test_it_keeps_them(folder, recwarn):
+    policy = patch(build(), **SPARSE)
+    reference, ids = load(folder), tokens()
+    before = logits(reference, ids)
+    patch(policy, block_size=4, top_k=3)
+    recwarn.clear()
+    assert torch.equal(logits(reference, ids), before)
+    assert not [w for w in recwarn if "no settings of MoBA" in str(w.message)], "it warns once"
+
+
+def test_patched_models_that_differ_are_an_error(folder):
+    models = patch(build(), **SPARSE), patch(build(), block_size=16, top_k=2)
+    with pytest.raises(ValueError, match=r"different settings: MobaConfig.*Call moba_flex.patch\(model, ...\) on the loaded model"):
+        load(folder)(tokens())
+    del models
+
+
+def test_patched_models_of_other_sizes_do_not_count(folder):
+    smaller, policy = patch(build(num_hidden_layers=2), block_size=16, top_k=3), patch(build(), **SPARSE)
+    reference, ids = load(folder), tokens()
+    assert torch.equal(logits(reference, ids), logits(policy, ids))
+    del policy
+    gc.collect()
+    with pytest.warns(UserWarning, match="it takes the defaults"):
+        logits(load(folder), ids)
+    del smaller
+
+
+def test_they_stay_what_they_are_when_layers_are_switched(folder):
+    policy, ids = patch(build(), **SPARSE), tokens()
+    for switched in (lambda model: set_attention(model, "moba"), lambda model: set_attention(set_attention(model, "full"), "moba")):
+        assert torch.equal(logits(switched(load(folder)), ids), logits(policy, ids))
+    reference = load(folder)
+    with full_attention(reference):
+        logits(reference, ids)
+    assert torch.equal(logits(reference, ids), logits(policy, ids))
+
+
+def test_a_convolution_of_keys_cannot_be_taken_over(folder):
+    policy = patch(build(), **SPARSE, key_conv=3)
+    with pytest.raises(ValueError, match="has key_conv=3, whose weights the loaded one lacks"):
+        load(folder)(tokens())
+    del policy
+
+
+def test_without_a_patched_model_it_warns_of_the_defaults(folder):
+    model, ids = load(folder), tokens()
+    with pytest.warns(UserWarning, match=r"it takes the defaults, MobaConfig\(block_size=4096, top_k=12"):
+        found = logits(model, ids)
+    assert torch.equal(found, logits(build(), ids)), "prompts of a block read every key"
+
+
+def test_full_attention_of_the_policy_is_that_of_the_reference(folder):
+    policy = set_attention(patch(build(), **SPARSE), "full")
+    reference, ids = load(folder, policy.config._attn_implementation), tokens()
+    assert torch.equal(logits(reference, ids), logits(policy, ids))
+
+
+def test_a_compiled_model_takes_them_too(folder):
+    policy = patch(build(), **SPARSE)
+    model, ids = load(folder).eval(), tokens()
+    call = {"attention_mask": torch.ones_like(ids), "use_cache": False}
+    expected = logits(policy, ids, **call)
+    assert not torch.equal(expected, logits(build(), ids, **call))
+    for _ in range(2):  # the second time its configuration has the settings
+        torch._dynamo.reset()
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        torch.testing.assert_close(logits(compiled, ids, **call), expected)
+        logits(model, ids)
+
+
+def test_a_refused_model_loaded_by_name_says_that_it_cannot_use_moba():
+    config = BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=4)
+    message = r"the code of a model with a BloomConfig computes with a mask of MoBA.*it needs another attn_implementation"
+    with pytest.raises(ValueError, match=message):
+        BloomForCausalLM._from_config(config, attn_implementation="moba")(tokens())
+
+
+@pytest.mark.parametrize("trainer", ["DPO", "KTO"])
+def test_trl_trains_against_a_reference_of_the_same_settings(tiny, tmp_path, trainer):
+    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+    from transformers import AutoTokenizer
+
+    prompts = [" ".join(f"w{(7 * i + j) % 50}" for j in range(30)) for i in range(8)]
+    if trainer == "KTO":
+        texts = [{"prompt": x, "completion": f" w{i} w1 w2 w3", "label": i % 2 == 0} for i, x in enumerate(prompts)]
+    else:
+        texts = [{"prompt": x, "chosen": f" w{i} w1 w2 w3", "rejected": f" w{i + 1} w4 w5"} for i, x in enumerate(prompts)]
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    tokenizer.eos_token = tokenizer.pad_token = tokenizer.convert_ids_to_tokens(0)
+    model = patch(AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32), **SPARSE)
+    args = {"max_steps": 1, "logging_steps": 1, "per_device_train_batch_size": 4, "use_cpu": True, "bf16": False, "disable_tqdm": True}
+    args |= {"report_to": "none", "save_strategy": "no", "output_dir": str(tmp_path)}
+    run = getattr(trl, f"{trainer}Trainer")(
+        model,
+        args=getattr(trl, f"{trainer}Config")(**args),
+        train_dataset=datasets.Dataset.from_list(texts),
+        processing_class=tokenizer,
+    )
+    run.train()
+    assert run.ref_model.config.moba == model.config.moba
+    expected = 0.6931 if trainer == "DPO" else 0.5
+    assert run.state.log_history[0]["loss"] == pytest.approx(expected, abs=1e-3), "policy and reference are one model before the first step"
