@@ -111,7 +111,8 @@ def reference_attention(
     q, k, v = query.to(wide), key.to(wide).repeat_interleave(repeats, 1), value.to(wide).repeat_interleave(repeats, 1)
     score = _inner_products(q, k) * settings.scale
     if settings.softcap is not None:
-        score = settings.softcap * torch.tanh(score / settings.softcap)
+        capped = settings.softcap * torch.tanh(score.double() / settings.softcap)  # a gradient times the softcap may overflow float32
+        score = capped.to(wide)
     some = visible.any(-1, keepdim=True)
     score = score.masked_fill(~visible, -math.inf).masked_fill(~some, 0)  # finite where nothing is read, so that gradients are 0
     if sinks is not None:  # one more key for each head, with a value of 0

@@ -71,6 +71,7 @@ class _Known:
     """What one implementation's check has found, for the next: most choose and see the same."""
 
     selected: Tensor | None = None
+    certain: bool = True  # whether rounding cannot change the choice
     visible: Tensor | None = None
     wanted: Expected | None = None
 
@@ -90,12 +91,13 @@ def _visible(draw: Draw, tensors: dict[str, Tensor], implementation: str, known:
         of_key = block_of_key(key, mask, case.block_size)
     selected, of_key, tensors = selected.cpu(), of_key.cpu(), {name: x.cpu() for name, x in tensors.items()}
     if known.selected is None or not torch.equal(known.selected, selected):
-        _check_selection(draw, tensors, selected, of_key, implementation)
+        known.certain = _check_selection(draw, tensors, selected, of_key, implementation)
         known.selected, known.visible, known.wanted = selected, visible_keys(case, tensors, selected), None
     return known.visible
 
 
-def _check_selection(draw: Draw, tensors: dict[str, Tensor], selected: Tensor, of_key: Tensor, implementation: str) -> None:
+def _check_selection(draw: Draw, tensors: dict[str, Tensor], selected: Tensor, of_key: Tensor, implementation: str) -> bool:
+    """Whether rounding cannot change the choice."""
     case, n_blocks = draw.case, draw.case.n_blocks
     query, key = tensors["query"].double(), tensors["key"].double()
     hidden = (of_key < 0)[:, None, :, None]
@@ -133,7 +135,7 @@ def _check_selection(draw: Draw, tensors: dict[str, Tensor], selected: Tensor, o
     if bool((forced & ~selected).any()) or bool((selected & ~past & ~((block == own) if case.causal else past)).any()):
         raise Wrong(f"{implementation} leaves out a forced block, or reads one that is not there")
     if bool(doubtful.any()) or not bool((rounding < _LARGEST).all()):
-        return
+        return False
     worst = torch.where(free, score + tolerance, torch.inf).amin(-1)
     best = torch.where(candidate & ~selected, score - tolerance, -torch.inf).amax(-1)
     if bool((best > worst).any()):
@@ -141,14 +143,19 @@ def _check_selection(draw: Draw, tensors: dict[str, Tensor], selected: Tensor, o
         raise Wrong(
             f"{implementation}: query {n} of head {h}, row {b} leaves out a block that scores {float((best - worst)[b, h, n]):.2g} more"
         )
-    if draw.values not in ("integers", "equal keys", "repeated blocks"):
-        return
-    alike = (mean[..., :, None, :] == mean[..., None, :, :]).all(-1) & _same_keys(key, of_key, n_blocks, case)  # [B, H, C, C]
-    earlier = alike & (block[None] < block[:, None])  # [c, earlier one]
-    left_out = (candidate & ~selected).double() @ earlier.double().mT  # [B, H, Nq, C]: earlier equals of c that are left out
-    if bool(((left_out > 0) & free).any()):
-        b, h, n, c = (int(i) for i in ((left_out > 0) & free).nonzero()[0])
-        raise Wrong(f"{implementation}: query {n} of head {h}, row {b} reads block {c}, and leaves out an earlier one with the same keys")
+    left_out = candidate & ~selected
+    if draw.values in ("integers", "equal keys", "repeated blocks"):
+        alike = (mean[..., :, None, :] == mean[..., None, :, :]).all(-1) & _same_keys(key, of_key, n_blocks, case)  # [B, H, C, C]
+        earlier = alike & (block[None] < block[:, None])  # [c, earlier one]
+        wrong = (left_out.double() @ earlier.double().mT > 0) & free  # [B, H, Nq, C]: an earlier equal of c is left out
+        if bool(wrong.any()):
+            b, h, n, c = (int(i) for i in wrong.nonzero()[0])
+            raise Wrong(
+                f"{implementation}: query {n} of head {h}, row {b} reads block {c}, and leaves out an earlier one with the same keys"
+            )
+        left_out = left_out & (free.double() @ alike.double() == 0)  # a tie with one that is read is no matter of rounding
+    least = torch.where(free, score - tolerance, torch.inf).amin(-1)
+    return not bool((torch.where(left_out, score + tolerance, -torch.inf).amax(-1) > least).any())
 
 
 def _same_keys(key: Tensor, of_key: Tensor, n_blocks: int, case: Case) -> Tensor:
@@ -219,6 +226,8 @@ def _check_results(draw: Draw, tensors: dict[str, Tensor], visible: Tensor, impl
     wanted = known.wanted
     nan = {name: x.isnan().any(-1) for name, x in tensors.items() if name != "sinks"}
     sees_nan = some & (nan["query"] | (visible & (nan["key"] | nan["value"]).repeat_interleave(case.repeats, 1)[:, :, None]).any(-1))
+    infinite = {name: tensors[name].isinf().any(-1) for name in ("query", "key")}  # a score of -inf is as good as a mask
+    sees_nan &= ~(infinite["query"] | (visible & infinite["key"].repeat_interleave(case.repeats, 1)[:, :, None]).any(-1))
     if draw.case.value_width and bool(results["out"][sees_nan].isfinite().all(-1).any()):
         raise Wrong(f"{implementation}: NaN does not reach an output that sees it")
     _check_hull(draw, tensors, visible, results["out"], wanted, implementation)
@@ -319,7 +328,10 @@ def _check_packed(draw: Draw, tensors: dict[str, Tensor], implementation: str) -
             continue
         alone = draw.but(n_key=length, n_query=length, lengths=None)
         mine = {name: x if name == "sinks" else x[:, :, part] for name, x in tensors.items()}
-        visible = _visible(alone, mine, implementation, _Known())
+        known = _Known()
+        visible = _visible(alone, mine, implementation, known)
+        if not known.certain:
+            continue
         given = {name: x[part].transpose(0, 1)[None].cpu() for name, x in upstream.items()}
         mine = {name: x.cpu() for name, x in mine.items()}
         sizes = _sizes(alone, mine, visible)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LAYOUTS = ("contiguous", "tokens first", "width first", "sliced", "every other", "expanded")
+SAME_KERNELS = 250  # compiling one takes seconds
 VALUES = ("normal", "integers", "repeated blocks", "equal keys", "large", "tiny")
 
 
@@ -95,9 +96,25 @@ def _laid_out(x: Tensor, layout: str) -> Tensor:
     return x
 
 
-def draw(seed: int, number: int) -> Draw:
-    """Case `number` of `seed`, the same in every run."""
-    rng = random.Random(f"{seed}/{number}")
+def draw(seed: int, number: int, device: str = "cpu") -> Draw:
+    """Case `number` of `seed` for a device, the same in every run.
+
+    On a GPU a case in `SAME_KERNELS` has a width, block size and whatever else a kernel is compiled for that none before it had.
+    """
+    one = _draw(seed, str(number))
+    if device == "cpu":
+        return one
+    like = _draw(seed, f"kernels {number // SAME_KERNELS}")
+    width, value_width = (
+        random.Random(f"{seed}/{name} {number // SAME_KERNELS}").choice([size, 64, 128])
+        for name, size in (("width", like.case.width), ("value width", like.case.value_width))
+    )
+    kernels = {"width": width, "value_width": value_width, "block_size": like.case.block_size, "dtype": like.dtype}
+    return one.but(**kernels, heads=one.case.groups * like.case.repeats, scale=like.case.scale, softcap=like.case.softcap)
+
+
+def _draw(seed: int, name: str) -> Draw:
+    rng = random.Random(f"{seed}/{name}")
     pick = rng.choice
     long = rng.random() < 0.1
     lengths = tuple(pick([0, rng.randint(1, 30)]) for _ in range(rng.randint(1, 5))) if rng.random() < 0.12 else None

@@ -8,9 +8,9 @@ import re
 import pytest
 import torch
 
-from fuzz.__main__ import State, main, try_cases
 from fuzz.check import check
 from fuzz.draws import LAYOUTS, VALUES, draw
+from fuzz.run import State, main, try_cases
 from moba_flex.backends import eager
 from moba_flex.core import hidden
 from moba_flex.ops import decoding, gate
