@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from functools import cache
+from functools import cache, wraps
 from types import FunctionType
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from ..core.upstream import mark_dynamic
+from ..core.upstream import FailOnRecompileLimitHit, any_number_of_compilations, mark_dynamic
 
 T = TypeVar("T")
 
@@ -42,4 +42,19 @@ def compiled(call: Callable[..., T], settings: tuple[Hashable, ...]) -> Callable
     variable of the kernel, and eight combinations would exhaust the limit on recompilations.
     """
     code = call.__code__.replace(co_name=f"{call.__name__}_{settings}")
-    return torch.compile(FunctionType(code, call.__globals__, None, None, call.__closure__), fullgraph=True)
+    function = torch.compile(FunctionType(code, call.__globals__, None, None, call.__closure__), fullgraph=True)
+    limit_hit = False
+
+    @wraps(call)
+    def unlimited(*tensors: Tensor | None) -> T:
+        """Sizes of 1 are constants of a compilation, and so is whether there are 128 queries: together these can be more than eight."""
+        nonlocal limit_hit
+        if not limit_hit:
+            try:
+                return function(*tensors)
+            except FailOnRecompileLimitHit:  # raised before anything is computed
+                limit_hit = True
+        with any_number_of_compilations():
+            return function(*tensors)
+
+    return unlimited

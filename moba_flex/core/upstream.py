@@ -6,13 +6,18 @@ changes it.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
+
 import torch
 from torch import Tensor
+from torch._dynamo.exc import FailOnRecompileLimitHit  # all that tells a call that was refused from one that failed
 from torch._higher_order_ops.flex_attention import flex_attention_backward  # gradients for any log-sum-exp, which autograd cannot ask for
 from torch._subclasses.fake_tensor import FakeTensor  # has no values that could be checked
 
 __all__ = [
+    "FailOnRecompileLimitHit",
     "FakeTensor",
+    "any_number_of_compilations",
     "assert_in_graph",
     "copy_all",
     "flex_attention_backward",
@@ -29,6 +34,11 @@ __all__ = [
 def assert_in_graph(condition: Tensor, message: str) -> None:
     """A check that a traced graph makes of its data, RuntimeError on a CPU; on a GPU the device stops, and nothing is read back."""
     torch._assert_async(condition, message)
+
+
+def any_number_of_compilations() -> AbstractContextManager[None]:
+    """Within it a function is compiled as often as it must be: the limit is one number for a whole process."""
+    return torch._dynamo.config.patch(recompile_limit=1 << 30, accumulated_recompile_limit=1 << 30)
 
 
 def functorch_transform() -> str | None:

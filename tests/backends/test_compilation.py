@@ -10,7 +10,7 @@ from support.cases import unchecked
 
 from moba_flex import moba_attention
 from moba_flex.backends import flex_calls
-from moba_flex.backends.compilation import compiled
+from moba_flex.backends.compilation import any_length, compiled
 
 
 @pytest.fixture
@@ -74,6 +74,16 @@ def test_all_routed_lengths_share_one_compilation_of_each_call(traced):
         for rows in (1, 2):
             call(*lengths, rows)
     assert len(traced) == len(set(traced)) == 4, traced  # local and routed, forward and backward
+
+
+def test_more_compilations_than_torch_compile_allows_are_no_error(traced):
+    """Each set of sizes of 1 has one of its own."""
+    double = compiled(lambda *tensors: [2 * x for x in tensors], ("doubled",))
+    for ones in range(16):
+        tensors = [torch.ones(1 if ones >> i & 1 else 3, 2) for i in range(4)]
+        assert [x.tolist() for x in double(*any_length(*tensors))] == [(2 * x).tolist() for x in tensors]
+    assert len(traced) == 16 > torch._dynamo.config.recompile_limit
+    assert double(*any_length(*tensors))[0].shape == (1, 2) and len(traced) == 16
 
 
 def test_a_later_compilation_serves_all_lengths_too(traced):

@@ -167,7 +167,24 @@ def release_broken_pool() -> None:
         torch._C._cuda_endAllocateToPool(device, pool.id)
 
 
+def recompile_limit() -> None:
+    torch.compiler.reset()
+    traced = []
+    compiled = torch.compile(lambda x: x + 1, backend=lambda graph, _: traced.append(1) or graph.forward, fullgraph=True, dynamic=False)
+    limit = torch._dynamo.config.recompile_limit
+    with pytest.raises(upstream.FailOnRecompileLimitHit):
+        for length in range(2, limit + 10):
+            compiled(torch.ones(length))
+    with upstream.any_number_of_compilations():
+        for length in range(2, limit + 10):
+            compiled(torch.ones(length))
+    assert len(traced) == limit + 8, f"{limit + 8} lengths took {len(traced)} compilations"
+    torch.compiler.reset()
+
+
 CANARIES: dict[str, Callable[[], None]] = {
+    "FailOnRecompileLimitHit": recompile_limit,
+    "any_number_of_compilations": recompile_limit,
     "FakeTensor": fake_tensor,
     "assert_in_graph": assert_in_graph,
     "copy_all": copy_all,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LAYOUTS = ("contiguous", "tokens first", "width first", "sliced", "every other", "expanded")
-SAME_KERNELS = 250  # compiling one takes seconds
+SAME_KERNELS = 500  # compiling one takes seconds
 VALUES = ("normal", "integers", "repeated blocks", "equal keys", "large", "tiny")
 
 
@@ -99,18 +99,30 @@ def _laid_out(x: Tensor, layout: str) -> Tensor:
 def draw(seed: int, number: int, device: str = "cpu") -> Draw:
     """Case `number` of `seed` for a device, the same in every run.
 
-    On a GPU a case in `SAME_KERNELS` has a width, block size and whatever else a kernel is compiled for that none before it had.
+    On a GPU `SAME_KERNELS` cases in a row have all that a kernel is compiled for in common. A size of 1 is such a thing to torch.compile,
+    and so is whether there are 128 queries: three in four of these rows of cases have several of everything.
     """
     one = _draw(seed, str(number))
     if device == "cpu":
         return one
-    like = _draw(seed, f"kernels {number // SAME_KERNELS}")
-    width, value_width = (
-        random.Random(f"{seed}/{name} {number // SAME_KERNELS}").choice([size, 64, 128])
-        for name, size in (("width", like.case.width), ("value width", like.case.value_width))
-    )
-    kernels = {"width": width, "value_width": value_width, "block_size": like.case.block_size, "dtype": like.dtype}
-    return one.but(**kernels, heads=one.case.groups * like.case.repeats, scale=like.case.scale, softcap=like.case.softcap)
+    family = f"kernels {number // SAME_KERNELS}"
+    like, rng, own = _draw(seed, family), random.Random(f"{seed}/more {family}"), random.Random(f"{seed}/more {number}")
+    block_size = rng.choice([like.case.block_size, 16, 32, 64, 128])
+    kernels = {
+        "width": rng.choice([like.case.width, 64, 128]),
+        "value_width": rng.choice([like.case.value_width, 64, 128]),
+        "block_size": block_size,
+        "scale": like.case.scale,
+        "softcap": like.case.softcap,
+        "dtype": rng.choice([like.dtype, "float32", "bfloat16", "float16"]),
+        "threads": 1,
+    }
+    groups = one.case.groups
+    if rng.random() < 0.75 and one.lengths is None:
+        n_key, batch, groups = own.randint(130 + block_size, 300 + 2 * block_size), own.randint(2, 3), own.randint(2, 3)
+        kernels |= {"batch": batch, "groups": groups, "n_key": n_key, "n_query": own.choice([n_key, n_key, own.randint(129, n_key)])}
+        kernels["padding"] = None if one.case.padding is None else _paddings(own, batch, n_key)
+    return one.but(**kernels, heads=groups * like.case.repeats)
 
 
 def _draw(seed: int, name: str) -> Draw:

@@ -89,7 +89,7 @@ def test_a_planted_fault_is_found_and_printed_as_a_test(fault: str, monkeypatch)
 
 
 def _run(state, *more: str) -> int:
-    return main(["--state", str(state), "--chunk", "10", *more])
+    return main(["--state", str(state), "--chunk", "10", "--processes", "1", *more])
 
 
 def test_a_run_goes_on_where_the_last_one_stopped(tmp_path, capsys):
@@ -114,7 +114,7 @@ def test_processes_share_the_cases(tmp_path, capsys):
 
 def test_failures_are_kept_printed_and_end_a_run_that_has_enough(tmp_path, capsys, monkeypatch):
     _plant(monkeypatch, "the gradient of keys is doubled")
-    monkeypatch.setattr("fuzz.shrink.SECONDS", 0.1)
+    monkeypatch.setattr("fuzz.run.SECONDS", 0.1)
     state = tmp_path / "state.json"
     assert _run(state, "--cases", "1000", "--most-failures", "1") == 1
     kept, printed = json.loads(state.read_text()), capsys.readouterr().out
