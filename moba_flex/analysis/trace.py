@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from ..config import UNSET, MobaConfig, given_settings, layer_indices
-from ..models.block_means import modules_with_hooks, remove_hooks
+from ..models.call_hooks import modules_with_hooks, remove_hooks
 from ..models.layers import MOBA, attention_layers, attention_of, is_patched, n_layers, resolve_layers
 from ..models.masks import Visible
 from ..models.patch import find_layers, patch

@@ -19,6 +19,7 @@ __all__ = [
     "FakeTensor",
     "any_number_of_compilations",
     "assert_in_graph",
+    "computes_gradients",
     "copy_all",
     "flex_attention_backward",
     "functorch_transform",
@@ -39,6 +40,11 @@ def assert_in_graph(condition: Tensor, message: str) -> None:
 def any_number_of_compilations() -> AbstractContextManager[None]:
     """Within it a function is compiled as often as it must be: the limit is one number for a whole process."""
     return torch._dynamo.config.patch(recompile_limit=1 << 30, accumulated_recompile_limit=1 << 30)
+
+
+def computes_gradients() -> bool:
+    """Whether this thread is within a backward pass, where checkpoints compute forward passes again: they do not say so."""
+    return torch._C._current_graph_task_id() != -1
 
 
 def functorch_transform() -> str | None:

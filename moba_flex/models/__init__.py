@@ -8,6 +8,9 @@
 | `decision.py` | what a layer's call does, and why |
 | `layers.py` | which modules are attention layers, and what each of them uses |
 | `masks.py` | what a forward pass says about who may see whom |
+| `call_hooks.py` | what attention functions get to know beyond what transformers tells them |
+| `recomputation.py` | layers that gradient checkpoints compute again |
+| `by_name.py` | models that were loaded by name and not patched |
 | `block_means.py` | the means of key blocks, beside a cache's keys |
 | `key_conv.py` | the convolution of keys |
 | `state.py` | what is kept on a model's layers and on a cache's |

@@ -25,12 +25,14 @@ from ..core.settings import AttentionSettings
 from ..dispatch import attend, attend_decoding
 from ..functional import checked_settings
 from ..ops.decoding import means_for, write_means
-from .block_means import CACHE, DRAFTS, MASK, PASS, WHOLE, BlockMeans, means_of
+from .block_means import BlockMeans, means_of
 from .by_name import settings_by_name
+from .call_hooks import CACHE, DRAFTS, MASK, PASS, WHOLE
 from .decision import Decision, LayerCall, LayerPath, check_supported, decide, decide_sparse
 from .key_conv import check_key_conv
 from .layers import MOBA, attention_of, check_served, original_attention, original_implementation
 from .masks import MobaMask, Places, Visible
+from .recomputation import check_pass_is_known
 from .state import choice_of, context_of, watcher_of
 from .upstream import set_implementation
 
@@ -67,6 +69,8 @@ def moba_attention_forward(
             attention = "full"
     if (this_pass := kwargs.pop(PASS, None)) is not None:
         attention, settings = this_pass.used(module, attention, settings)
+    elif not isinstance(attention_mask, MobaMask):
+        check_pass_is_known(module)
     if attention != "full":
         check_key_conv(module, settings)
     call = LayerCall(module, query, key, value, attention_mask, settings, attention, cache, drafts, kwargs)

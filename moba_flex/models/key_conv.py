@@ -30,7 +30,8 @@ from torch.distributed.tensor import DTensor
 from transformers.cache_utils import Cache, CacheLayerMixin, EncoderDecoderCache
 
 from ..config import MobaConfig
-from .block_means import MASK, DynamicLayerWithMeans
+from .block_means import DynamicLayerWithMeans
+from .call_hooks import MASK
 from .layers import MOBA, named_full
 from .masks import MobaMask
 from .state import context_of, key_conv_hooks_of, last_keys_beside, put_last_keys, set_key_conv_hooks

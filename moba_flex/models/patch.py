@@ -14,8 +14,8 @@ from transformers import PreTrainedConfig
 from ..config import UNSET, MobaConfig, given_settings, layer_indices
 from ..core.messages import shown
 from ..core.validation import check_choice
-from .block_means import add_hooks, modules_with_hooks, remove_hooks
 from .by_name import remember, settings_by_name
+from .call_hooks import add_hooks, modules_with_hooks, remove_hooks
 from .key_conv import check_key_conv, new_key_convs, remove_key_convs, set_key_convs
 from .layers import (
     MOBA,
@@ -33,6 +33,7 @@ from .layers import (
     show,
     takes_moba,
 )
+from .recomputation import before_switch
 from .state import Choice, choice_of, context_of, set_choice
 from .upstream import MaskUse, implementation_of, set_implementation
 
@@ -107,6 +108,7 @@ def patch(
     choices = [_choice(layer, config) for layer in every]
     if new_key_convs(replaceable, config):
         _check_not_wrapped(model, config.key_conv)
+    before_switch(model)
     set_key_convs(replaceable, config)
     if any(choice_of(layer) is None for layer in replaceable):
         _own_configs(model, replaceable)
@@ -161,6 +163,7 @@ def unpatch(model: nn.Module) -> nn.Module:
     layers = attention_layers(model)
     if any(context_of(layer) is not None for layer in layers):
         raise ValueError(f"{type(model).__name__} is context-parallel, which it can only be with MoBA: call ContextParallel.remove() first")
+    before_switch(model)
     ours = [layer for layer in layers if hasattr(layer.config, "moba") or implementation_of(layer.config) in MOBA]
     if any(choice_of(layer) is None for layer in ours):
         _own_configs(model, ours)
@@ -209,6 +212,7 @@ def set_attention(model: nn.Module, attention: str, layers: Iterable[int] | None
         found = sorted({layer.layer_idx for layer in replaceable})
         wanted = resolve_layers("layers", layer_indices("layers", layers), n_layers(replaceable[0]), found, model)
         chosen = [layer for layer in replaceable if layer.layer_idx in wanted]
+    before_switch(model)
     if not is_patched(replaceable):
         if attention == "full":
             return model
@@ -241,6 +245,7 @@ def full_attention(model: nn.Module) -> Iterator[nn.Module]:
     ...     logits = model(torch.arange(32)[None]).logits
     """
     every, replaceable = find_layers(model)
+    before_switch(model)
     if is_patched(replaceable) and any(choice_of(layer) is None for layer in replaceable):
         _adopt(model, replaceable)
     before = [choice_of(layer) for layer in replaceable]
@@ -252,6 +257,7 @@ def full_attention(model: nn.Module) -> Iterator[nn.Module]:
     try:
         yield model
     finally:
+        before_switch(model)
         for layer, choice, full in zip(replaceable, before, within):
             if choice_of(layer) is full:
                 set_choice(layer, choice)

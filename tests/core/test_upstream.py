@@ -167,6 +167,24 @@ def release_broken_pool() -> None:
         torch._C._cuda_endAllocateToPool(device, pool.id)
 
 
+def computes_gradients() -> None:
+    said = []
+
+    class Asks(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            said.append(upstream.computes_gradients())
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            said.append(upstream.computes_gradients())
+            return grad
+
+    Asks.apply(torch.ones(1, requires_grad=True)).backward()
+    assert [*said, upstream.computes_gradients()] == [False, True, False], f"in forward, in backward and after them it says {said}"
+
+
 def recompile_limit() -> None:
     torch.compiler.reset()
     traced = []
@@ -187,6 +205,7 @@ CANARIES: dict[str, Callable[[], None]] = {
     "any_number_of_compilations": recompile_limit,
     "FakeTensor": fake_tensor,
     "assert_in_graph": assert_in_graph,
+    "computes_gradients": computes_gradients,
     "copy_all": copy_all,
     "flex_attention_backward": flex_attention_backward,
     "functorch_transform": functorch_transform,

@@ -9,6 +9,7 @@ import torch
 import transformers
 from support.families import SPARSE, build, each_family, logits, padded, tokens
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from transformers import GPT2Config, GPT2LMHeadModel, MoonshineConfig, MoonshineForConditionalGeneration, PreTrainedModel
 
 from moba_flex.models import full_attention, patch, set_attention, unpatch
@@ -136,3 +137,30 @@ def test_recomputation_of_moba_with_other_settings_is_that_of_forward(reentrant)
 def test_recomputation_of_moba_by_other_attention_says_what_to_do(reentrant, switch):
     with pytest.raises(ValueError, match="backward must come before set_attention"):
         gradients_under_checkpoints(patch(build(), **SPARSE), reentrant, switch)
+
+
+def gradients_of_a_model_in_a_checkpoint(model: PreTrainedModel, reentrant: bool, *switches) -> Tensor:
+    model, ids = copy.deepcopy(model).train(), tokens(1)
+    model.enable_input_require_grads()
+    embedded = model.get_input_embeddings()(ids)
+    for switch in switches:
+        logits = checkpoint(lambda x: model(inputs_embeds=x, use_cache=False).logits, embedded, use_reentrant=reentrant)
+        switch(model)
+    logits.square().mean().backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_checkpoint_around_a_whole_model_whose_attention_was_switched_is_an_error(reentrant):
+    model, nothing = patch(build(), **SPARSE), lambda _: None
+    gradients_of_a_model_in_a_checkpoint(model, reentrant, nothing)
+    gradients_of_a_model_in_a_checkpoint(model, reentrant, lambda model: set_attention(model, "full"), nothing)  # before the forward pass
+    for switch in (lambda model: set_attention(model, "full"), lambda model: patch(model, block_size=4, top_k=3)):
+        with pytest.raises(ValueError, match=r"Llama.* again, whose attention was switched after its forward pass"):
+            gradients_of_a_model_in_a_checkpoint(model, reentrant, switch)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_patching_between_forward_and_backward_under_checkpoints_is_an_error(reentrant):
+    with pytest.raises(ValueError, match="LlamaAttention again, which was patched after its forward pass"):
+        gradients_under_checkpoints(build(), reentrant, lambda model: patch(model, **SPARSE))

@@ -1,0 +1,172 @@
+"""Hooks that tell attention functions what transformers does not: the cache, drafts, the mask that a layer's own code was given.
+
+They add keyword arguments, which reach the attention function untouched, and remember nothing on the model.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .layers import MOBA, attention_layers, mask_place, mask_use_of, original_implementation, takes_moba, takes_more
+from .masks import MobaMask, raise_switched
+from .recomputation import ForwardPass, check_not_switched
+from .state import call_hook_of, set_call_hook
+from .upstream import DRAFTED_POSITIONS, MaskUse, cache_in, implementation_of
+
+# Keyword arguments that hooks add and the attention function takes out.
+CACHE, DRAFTS, WHOLE, MASK, PASS = "moba_cache", "moba_drafts", "moba_whole", "moba_mask", "moba_pass"
+_PACKED = ("cu_seq_lens_q", "cu_seq_lens_k")
+
+
+def pass_cache(layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+    """A forward pre-hook of attention layers: the attention function gets the cache."""
+    cache = cache_in(kwargs)
+    return (args, {**kwargs, CACHE: cache}) if cache is not None else None
+
+
+def pass_mask(layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+    """A forward pre-hook of attention layers whose code looks at its mask: it gets the one that it had before MoBA, and the attention
+    function both. The cache too."""
+    place = mask_place(type(layer))
+    mask = args[place] if len(args) > place else kwargs.get("attention_mask")
+    more = {CACHE: cache_in(kwargs)} if takes_more(type(layer)) else {}
+    if not isinstance(mask, MobaMask):
+        return args, {**kwargs, **more}
+    if implementation_of(layer.config) not in MOBA:
+        raise_switched()
+    tensors = (x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
+    original = mask.original(original_implementation(layer), next(tensors).device)
+    if len(args) > place:
+        args = (*args[:place], original, *args[place + 1 :])
+    else:
+        kwargs = {**kwargs, "attention_mask": original}
+    if more:
+        more[MASK] = HandedMask(original, mask)
+    return args, {**kwargs, **more}
+
+
+@dataclass(frozen=True)
+class HandedMask:
+    """The mask that a layer was given in place of the model's."""
+
+    given: object
+    of_model: MobaMask
+
+    def restore(self, mask: object) -> object:
+        """The model's mask, unless the layer has made another of what it was given."""
+        return self.of_model if mask is self.given else mask
+
+
+def pass_call_of_stack(model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+    """`pass_call` of models that call attention layers themselves. In training these get to know of which pass they are."""
+    more = _drafts(model, kwargs) or _whole(model, args, kwargs) or _mask_made_before(model, kwargs)
+    if not torch.compiler.is_compiling():
+        check_not_switched(model)
+        if model.training and torch.is_grad_enabled():
+            more[PASS] = ForwardPass()
+    return (args, {**kwargs, **more}) if more else None
+
+
+def pass_call(model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+    """A forward pre-hook of models: attention functions get to know what only the whole call says."""
+    more = _drafts(model, kwargs) or _whole(model, args, kwargs)
+    return (args, {**kwargs, **more}) if more else None
+
+
+def _mask_made_before(model: PreTrainedModel, kwargs: dict) -> dict:
+    """The mask that full attention of the whole model knows, where it is called with one that was made for MoBA."""
+    masks, name = kwargs.get("attention_mask"), implementation_of(model.config)
+    if name in MOBA:
+        return {}
+    if isinstance(masks, MobaMask):
+        return {"attention_mask": masks.original(name, model.device)}
+    if isinstance(masks, dict) and any(isinstance(mask, MobaMask) for mask in masks.values()):  # of layers of several kinds
+        return {
+            "attention_mask": {
+                kind: mask.original(name, model.device) if isinstance(mask, MobaMask) else mask for kind, mask in masks.items()
+            }
+        }
+    return {}
+
+
+def _drafts(model: nn.Module, kwargs: dict) -> dict:
+    """How many tokens are drafts.
+
+    Assisted and prompt-lookup generation verify n drafted tokens by asking for the logits of the last n + 1 positions. Only the number
+    of these tells drafts from a prompt, with which they may share a call.
+    """
+    keep = kwargs.get(DRAFTED_POSITIONS)
+    trains = model.training and torch.is_grad_enabled()  # PEFT trains prefixes as caches
+    drafts = not trains and cache_in(kwargs) is not None and isinstance(keep, int) and keep >= 2
+    return {DRAFTS: keep - 1} if drafts else {}
+
+
+def _whole(model: nn.Module, args: tuple, kwargs: dict) -> dict:
+    """In a compiled graph: that each row is one sequence without padding, where the call names neither a mask nor positions.
+
+    Without a cache transformers looks for packed sequences in positions that it made itself, and in a graph cannot see that there are
+    none. A mask keeps it from looking.
+    """
+    given = [cache_in(kwargs), *(kwargs.get(name) for name in ("attention_mask", "position_ids", *_PACKED))]
+    if not torch.compiler.is_compiling() or len(args) > 1 or any(x is not None for x in given):
+        return {}
+    use_cache = kwargs.get("use_cache")
+    if getattr(model.config, "use_cache", True) if use_cache is None else use_cache:
+        return {}
+    tokens = kwargs.get("inputs_embeds")
+    tokens = (args[0] if args else kwargs.get("input_ids")) if tokens is None else tokens
+    if tokens is None:
+        return {}
+    return {"attention_mask": torch.ones(tokens.shape[:2], dtype=torch.int64, device=tokens.device), WHOLE: True}
+
+
+def add_hooks(model: nn.Module, layers: list[nn.Module], with_cache: list[nn.Module]) -> None:
+    """Hooks for a model and those of its attention layers that look at their mask or need the cache. Those that have theirs keep them."""
+    wanted = [(layer, pass_mask) for layer in layers if mask_use_of(layer) is not MaskUse.NOTHING]
+    wanted += [(layer, pass_cache) for layer in with_cache]
+    wanted += _of_models(model)
+    for module, hook in wanted:
+        if call_hook_of(module) is None and (hook is pass_mask or takes_more(type(module))):
+            set_call_hook(module, module.register_forward_pre_hook(hook, with_kwargs=True))
+
+
+def _of_models(model: nn.Module) -> list[tuple[PreTrainedModel, Callable]]:
+    """The models that a call goes through, with their hooks: those with a head, and the stacks of layers, which may be called alone."""
+    parts = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
+    stacks = [part for part in parts if _is_stack(part)]
+    with_head = [part for part in parts if part not in stacks and _takes(part, DRAFTED_POSITIONS)]
+    return [*((part, pass_call) for part in with_head), *((part, pass_call_of_stack) for part in stacks)]
+
+
+def _is_stack(model: PreTrainedModel) -> bool:
+    """Whether a model calls replaceable attention layers itself, not through another model, and takes a mask for them."""
+    if not _takes(model, "attention_mask") or not any(takes_moba(layer) for layer in attention_layers(model)):
+        return False
+    return not any(
+        isinstance(part, PreTrainedModel) and part is not model and attention_layers(part) and any(map(takes_moba, attention_layers(part)))
+        for part in model.modules()
+    )
+
+
+def modules_with_hooks(model: nn.Module) -> set[nn.Module]:
+    """The modules that have a hook of `add_hooks`."""
+    return {module for module in model.modules() if call_hook_of(module) is not None}
+
+
+def remove_hooks(modules: Iterable[nn.Module]) -> None:
+    """Undo `add_hooks` for modules that are `modules_with_hooks`."""
+    for module in modules:
+        if (handle := call_hook_of(module)) is not None:
+            handle.remove()
+            set_call_hook(module, None)
+
+
+def _takes(module: nn.Module, name: str) -> bool:
+    """Whether a module's `forward` has an argument of this name."""
+    return name in inspect.signature(module.forward).parameters
