@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from ..config import MobaConfig
 from ..core.upstream import computes_gradients
 from .layers import attention_layers, attention_of
-from .state import choice_of, is_switched, set_switched
+from .state import choice_of
 
 _REMEDY = "backward must come before patch, set_attention, full_attention or unpatch change what the forward pass used"
 
@@ -38,6 +38,7 @@ class ForwardPass:
 
 
 _PASSES: weakref.WeakSet[ForwardPass] = weakref.WeakSet()  # checkpoints hold a pass until its backward pass is over
+_SWITCHED: weakref.WeakSet[PreTrainedModel] = weakref.WeakSet()  # after their last forward pass
 
 
 def before_switch(model: nn.Module) -> None:
@@ -47,9 +48,7 @@ def before_switch(model: nn.Module) -> None:
         used = {layer: (attention_of(layer, settings), settings) for layer in patched for settings in [MobaConfig.of(layer.config)]}
         for each in passes:
             each.keep(used)
-    for part in model.modules():
-        if isinstance(part, PreTrainedModel):
-            set_switched(part, True)
+    _SWITCHED.update(part for part in model.modules() if isinstance(part, PreTrainedModel))
 
 
 def check_not_switched(model: PreTrainedModel) -> None:
@@ -58,8 +57,8 @@ def check_not_switched(model: PreTrainedModel) -> None:
     Then no argument could tell what that one used.
     """
     if not computes_gradients():
-        set_switched(model, None)
-    elif is_switched(model):
+        _SWITCHED.discard(model)
+    elif model in _SWITCHED:
         raise ValueError(
             f"a checkpoint computes {type(model).__name__} again, whose attention was switched after its forward pass: {_REMEDY}"
         )

@@ -34,14 +34,13 @@ class Choice:
 
 @dataclass(eq=False)
 class LayerState:
-    """All that the package keeps on one attention layer. Of models only the last two are set."""
+    """All that the package keeps on one attention layer. Of other modules only `call_hook` is set."""
 
     choice: Choice | None = None  # None: not patched, though its configuration may name "moba"
     context: ContextParallel | None = None  # the processes that share its sequences
     watcher: Watcher | None = None  # gets to see queries and keys
     key_conv: KeyConvHooks | None = None  # what calls its `key_conv`
     call_hook: RemovableHandle | None = None  # of the hook that tells the attention function more about a call
-    switched: bool | None = None  # whether a model's attention was switched after its last forward pass
 
     def is_empty(self) -> bool:
         return all(value is None for value in vars(self).values())
@@ -82,12 +81,6 @@ def call_hook_of(module: nn.Module) -> RemovableHandle | None:
     return None if state is None else state.call_hook
 
 
-def is_switched(model: nn.Module) -> bool:
-    """Whether a model's attention was switched after its last forward pass."""
-    state = model.__dict__.get(_NAME)
-    return state is not None and bool(state.switched)
-
-
 def set_choice(layer: nn.Module, choice: Choice | None) -> None:
     """Set what a layer uses; None: it is not patched."""
     _set(layer, choice=choice)
@@ -111,12 +104,6 @@ def set_key_conv_hooks(layer: nn.Module, hooks: KeyConvHooks | None) -> None:
 def set_call_hook(module: nn.Module, handle: RemovableHandle | None) -> None:
     """Set the handle of a module's hook that passes on more about a call."""
     _set(module, call_hook=handle)
-
-
-def set_switched(model: nn.Module, switched: bool | None) -> None:
-    """Set whether a model's attention was switched after its last forward pass."""
-    if is_switched(model) != bool(switched):
-        _set(model, switched=switched)
 
 
 def _set(module: nn.Module, **entry: object) -> None:
