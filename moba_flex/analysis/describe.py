@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
+from transformers import PreTrainedConfig
 
 from ..config import MobaConfig, changed_settings
 from ..core.messages import shown
@@ -151,15 +152,17 @@ def _describe(layer: nn.Module, name: str, length: int | None, refusal: str | No
     elif length is not None and settings is not None:
         share = share_of_keys(length, length, settings.block_size, settings.top_k)
         sparse = length > settings.block_size * settings.top_k
-    blocks = (None, None, None) if settings is None else (settings.block_size, settings.top_k, settings.decode)
-    return LayerDescription(_index(layer, name), name, attention, reason, *blocks, share, sparse)
+    index = _index(layer, name)
+    if settings is None:
+        return LayerDescription(index, name, attention, reason, share_of_keys=share, sparse=sparse)
+    return LayerDescription(index, name, attention, reason, settings.block_size, settings.top_k, settings.decode, share, sparse)
 
 
 def _used(layer: nn.Module, name: str, refusal: str | None) -> tuple[str, str, MobaConfig | None]:
     """What a layer uses, why, and the settings if it is MoBA."""
     if not takes_moba(layer):
         return *_own_kind(layer, name), None
-    config, choice = layer.config, choice_of(layer)
+    config, choice = _config(layer), choice_of(layer)
     named = implementation_of(config)
     if choice is None and named not in MOBA:
         saved = getattr(config, "moba", None) is not None
@@ -189,11 +192,11 @@ def _own_kind(layer: nn.Module, name: str) -> tuple[str, str]:
         return "cross", "it reads the keys of others"
     if not getattr(layer, "is_causal", True):
         return "bidirectional", "it is not causal"
-    index, types = getattr(layer, "layer_idx", None), getattr(layer.config, "layer_types", None)
+    index, types = getattr(layer, "layer_idx", None), getattr(_config(layer), "layer_types", None)
     if types is not None and index is not None and index < len(types) and types[index] not in FULL_LAYER_TYPES:
         kind = {"sliding_attention": "sliding window", "chunked_attention": "chunked"}.get(types[index], types[index].replace("_", " "))
         return kind, "layer_types"
-    window = getattr(layer, "sliding_window", getattr(layer.config, "sliding_window", None))
+    window = getattr(layer, "sliding_window", getattr(_config(layer), "sliding_window", None))
     if window is not None:
         return "sliding window", f"sliding_window={window}"
     return "full", "MoBA cannot replace it"
@@ -206,7 +209,7 @@ def _notes(every: Iterable[nn.Module], layers: Sequence[LayerDescription], lengt
     used: dict[str, MobaConfig] = {}
     for module, layer in zip(every, layers):
         if layer.attention in MOBA:
-            settings = settings_to_come(module.config, MOBA)
+            settings = settings_to_come(_config(module), MOBA)
             used.setdefault(str(settings), settings)
     for settings in used.values():
         other = [f"{name}={value!r}" for name, value in changed_settings(settings).items() if name not in _IN_TABLE]
@@ -218,6 +221,10 @@ def _notes(every: Iterable[nn.Module], layers: Sequence[LayerDescription], lengt
 
 
 _IN_TABLE = ("block_size", "top_k", "decode", "full_attention_layers")
+
+
+def _config(layer: nn.Module) -> PreTrainedConfig:
+    return cast(PreTrainedConfig, layer.config)
 
 
 def _index(layer: nn.Module, name: str) -> int | None:
