@@ -17,7 +17,6 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..config import MobaConfig
-from ..core.messages import shown
 from .layers import attention_layers, takes_moba
 from .state import save_hook_of, set_save_hook
 from .upstream import ADAPTER_SAVER, adapter_configs_of, file_of_repository
@@ -91,4 +90,4 @@ def settings_beside_adapter(name: str, where: dict) -> MobaConfig | None:
     try:
         return MobaConfig.from_dict(json.loads(Path(file).read_text()))
     except ValueError as error:
-        raise ValueError(f"the settings of MoBA in {shown(str(file))} cannot be used: {error}") from error
+        raise ValueError(f"the settings of MoBA in {file} cannot be used: {error}") from error

@@ -105,10 +105,14 @@ class AutoModelForCausalLM:
         if config is not None and (settings or _settings(config)).key_conv:
             original = model_class
             loader = loader if original is None else _with_key_convs(original, settings)  # which says what it does not know
-        loaded = loader.from_pretrained(name, *args, **kwargs)
-        model, *more = loaded if isinstance(loaded, tuple) else (loaded,)  # with `output_loading_info=True`
-        if original is not None:
+        if original is None:
+            loaded = loader.from_pretrained(name, *args, **kwargs)
+            model, *more = loaded if isinstance(loaded, tuple) else (loaded,)  # with `output_loading_info=True`
+        else:
+            model, info = loader.from_pretrained(name, *args, **{**kwargs, "output_loading_info": True})
             model.__class__ = original
+            _begin_with_zeros(model, info["missing_keys"])
+            more = [info] if kwargs.get("output_loading_info") else []
         model = _use(model, attn, settings)
         return (model, *more) if more else model
 
@@ -154,7 +158,8 @@ def _checked(attn: str, **settings: object) -> MobaConfig | None:
     check_choice("attn", attn, ATTENTION)
     given = given_settings(**settings)
     if given and attn == "full":
-        raise ValueError(f'attn="full" loads without MoBA, but its {", ".join(given)} is given: use attn="moba", or leave settings out')
+        names = ", ".join(given)
+        raise ValueError(f'attn="full" loads without MoBA, but has settings of it ({names}): use attn="moba", or leave them out')
     return MobaConfig.from_dict(given) if given else None
 
 
@@ -224,11 +229,14 @@ def _with_key_convs(original: type[PreTrainedModel], settings: MobaConfig | None
             _, replaceable = find_layers(self)
             set_key_convs(replaceable, settings or MobaConfig.of(replaceable[0].config))
 
-        def _init_weights(self, module: nn.Module) -> None:  # of what the files do not hold
-            if isinstance(module, KeyConv):
-                nn.init.zeros_(module.weight)
-            else:
-                super()._init_weights(module)
-
     WithKeyConvs.__name__ = original.__name__
     return WithKeyConvs
+
+
+def _begin_with_zeros(model: PreTrainedModel, missing: Iterable[str]) -> None:
+    """Convolutions of keys that the model's files do not hold change nothing. What an adapter holds in their place stays."""
+    absent = set(missing)
+    for name, module in model.named_modules():
+        place, _, inside = name.rpartition(".key_conv")
+        if isinstance(module, KeyConv) and f"{place}.key_conv.weight" in absent and "modules_to_save" not in inside:
+            nn.init.zeros_(module.weight)

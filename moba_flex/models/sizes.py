@@ -17,7 +17,7 @@ from ..config import MobaConfig
 SIZES = (
     (4_096, 64, 12),
     (8_192, 64, 24),
-    (131_072, 128, 8),
+    (524_288, 128, 8),
     (1_048_576, 128, 16),
 )
 # Shorter prompts say nothing of what a model is for: nearly all models get some, and MoBA is not faster there.
