@@ -122,7 +122,7 @@ def describe(model: nn.Module, length: int | None = None) -> Description:
     >>> print(describe(model, length=1024))
     LlamaForCausalLM: 4 attention layers, 3 with MoBA
     layers  attention  block size  top-k  decode  keys read of 1,024  why
-    0-2     moba       64          3      full    28.6%               configured
+    0-2     moba       64          3      full    29.0%               configured
     3       full                                  100.0%              full_attention_layers
     >>> describe(model).layers[3].reason
     'full_attention_layers'

@@ -9,7 +9,6 @@ from contextlib import suppress
 from pathlib import Path
 
 import transformers
-from torch import nn
 from transformers import PreTrainedModel
 
 from ..config import DEFAULT, UNSET, MobaConfig, given_settings
@@ -19,7 +18,7 @@ from .adapters import SETTINGS_FILE, settings_beside_adapter
 from .key_conv import KeyConv, set_key_convs
 from .layers import full_layers, n_layers_of
 from .patch import ATTENTION, find_layers, patch, set_attention
-from .upstream import adapter_file, model_class_of
+from .upstream import adapter_file, model_class_of, zero_unless_read
 
 # The arguments that say where a model's files are.
 _WHERE = (
@@ -105,14 +104,10 @@ class AutoModelForCausalLM:
         if config is not None and (settings or _settings(config)).key_conv:
             original = model_class
             loader = loader if original is None else _with_key_convs(original, settings)  # which says what it does not know
-        if original is None:
-            loaded = loader.from_pretrained(name, *args, **kwargs)
-            model, *more = loaded if isinstance(loaded, tuple) else (loaded,)  # with `output_loading_info=True`
-        else:
-            model, info = loader.from_pretrained(name, *args, **{**kwargs, "output_loading_info": True})
+        loaded = loader.from_pretrained(name, *args, **kwargs)
+        model, *more = loaded if isinstance(loaded, tuple) else (loaded,)  # with `output_loading_info=True`
+        if original is not None:
             model.__class__ = original
-            _begin_with_zeros(model, info["missing_keys"])
-            more = [info] if kwargs.get("output_loading_info") else []
         model = _use(model, attn, settings)
         return (model, *more) if more else model
 
@@ -229,14 +224,11 @@ def _with_key_convs(original: type[PreTrainedModel], settings: MobaConfig | None
             _, replaceable = find_layers(self)
             set_key_convs(replaceable, settings or MobaConfig.of(replaceable[0].config))
 
+        def initialize_weights(self) -> None:  # of what the files do not hold; each model within this one has an `_init_weights` of its own
+            super().initialize_weights()
+            for module in self.modules():
+                if isinstance(module, KeyConv):
+                    zero_unless_read(module.weight)
+
     WithKeyConvs.__name__ = original.__name__
     return WithKeyConvs
-
-
-def _begin_with_zeros(model: PreTrainedModel, missing: Iterable[str]) -> None:
-    """Convolutions of keys that the model's files do not hold change nothing. What an adapter holds in their place stays."""
-    absent = set(missing)
-    for name, module in model.named_modules():
-        place, _, inside = name.rpartition(".key_conv")
-        if isinstance(module, KeyConv) and f"{place}.key_conv.weight" in absent and "modules_to_save" not in inside:
-            nn.init.zeros_(module.weight)

@@ -15,7 +15,7 @@ from enum import Enum
 from types import ModuleType
 
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel, cache_utils
+from transformers import PreTrainedConfig, PreTrainedModel, cache_utils, initialization
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 from transformers.masking_utils import (
     ALL_MASK_ATTENTION_FUNCTIONS,  # builds the mask that a layer with full attention always had
@@ -51,6 +51,7 @@ __all__ = [
     "reads_as_it_lies",
     "set_implementation",
     "supports_sdpa",
+    "zero_unless_read",
 ]
 
 # Arguments with which `create_causal_mask` and its like call a mask function, beyond those that transformers documents.
@@ -189,6 +190,14 @@ def mtp_offset(layer_idx: int) -> int:
 def is_offloaded(modules: Iterable[nn.Module]) -> bool:
     """Whether accelerate loads a module's weights with each call: it says so by an attribute alone."""
     return any(hasattr(module, "_hf_hook") for module in modules)
+
+
+def zero_unless_read(weight: nn.Parameter) -> None:
+    """Zero a weight that `from_pretrained` found in no file; those that it did find have a private mark, which `initialization` heeds.
+
+    `PreTrainedModel.initialize_weights` is where it is called, which is documented nowhere.
+    """
+    initialization.zeros_(weight)
 
 
 def model_class_of(config: PreTrainedConfig, auto_class: type) -> type[PreTrainedModel] | None:

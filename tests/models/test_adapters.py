@@ -108,6 +108,8 @@ def test_convolutions_that_an_adapter_has_copied_are_loaded(base, tmp_path):
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "adapter")
     assert loaded.config.moba.key_conv == 3
     torch.testing.assert_close(logits(loaded, tokens()), logits(model, tokens()))
+    wrapped = [module for module in loaded.modules() if hasattr(module, "modules_to_save")]
+    assert wrapped and not any(module.original_module.weight.any() for module in wrapped), "those of the model itself begin with zeros"
 
 
 def test_an_adapter_without_settings_says_what_is_missing(base, tmp_path):

@@ -132,6 +132,27 @@ def test_an_auto_class_tells_what_it_would_build():
     assert found is LlamaForCausalLM, changed("model_class_of", "`_model_mapping` of auto classes is another")
 
 
+def test_weights_are_initialized_where_no_file_holds_them(tmp_path):
+    build().save_pretrained(tmp_path)
+    called = []
+
+    class Canary(LlamaForCausalLM):
+        def __init__(self, config):
+            super().__init__(config)
+            self.missing = torch.nn.Parameter(torch.ones(2))
+
+        def initialize_weights(self):
+            super().initialize_weights()
+            called.append(self)
+            for weight in (self.missing, self.lm_head.weight):
+                upstream.zero_unless_read(weight)
+
+    model = Canary.from_pretrained(tmp_path)
+    assert called == [model], changed("zero_unless_read", "`initialize_weights` is not what initializes what files do not hold")
+    assert not model.missing.any(), changed("zero_unless_read", "a weight that no file holds is not zeroed")
+    assert model.lm_head.weight.any(), changed("zero_unless_read", "a weight that was read is zeroed")
+
+
 def test_an_adapter_is_found_by_its_file(tmp_path):
     pytest.importorskip("peft")
     (tmp_path / "adapter_config.json").write_text("{}")
