@@ -11,6 +11,7 @@ import peft
 import pytest
 import torch
 import transformers
+from packaging.version import Version
 from support.families import SPARSE, build, logits, snapshot, tokens
 from transformers import Trainer, TrainingArguments
 
@@ -98,6 +99,7 @@ def test_peft_loads_such_a_folder_without_a_word(base, tmp_path):
     assert not [name for name in config.to_dict() if "moba" in name]
 
 
+@pytest.mark.skipif(Version(transformers.__version__) < Version("5.24"), reason="this version loads no copies that PEFT makes of modules")
 def test_convolutions_that_an_adapter_has_copied_are_loaded(base, tmp_path):
     model = peft.get_peft_model(patch(base, **SPARSE, key_conv=3), lora(modules_to_save=["key_conv"]))
     with torch.no_grad():
