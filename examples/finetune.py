@@ -19,7 +19,6 @@ if __name__ == "__main__":
 
 import argparse
 import importlib.util
-import json
 from pathlib import Path
 
 import torch
@@ -63,8 +62,6 @@ def fine_tune(args: argparse.Namespace, texts: list[str], settings: moba_flex.Mo
     if not stop.wanted:
         trainer.save_model()
         tokenizer.save_pretrained(args.output)
-        if args.lora:  # an adapter's own files do not hold them; llama.py --adapted reads these
-            (args.output / "moba.json").write_text(json.dumps(dict(settings)))
     return trainer
 
 

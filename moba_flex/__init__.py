@@ -4,6 +4,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 from . import compat
+from .analysis.describe import Description, LayerDescription, describe
 from .analysis.explain import Explanation, explain
 from .analysis.figures import visualize
 from .analysis.trace import Trace, trace
@@ -20,12 +21,15 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AutoModelForCausalLM",
+    "Description",
     "Explanation",
+    "LayerDescription",
     "MobaConfig",
     "MobaSchedule",
     "Selection",
     "Trace",
     "compat",
+    "describe",
     "distributed",
     "explain",
     "full_attention",
@@ -52,3 +56,7 @@ def __getattr__(name: str) -> object:
     if name == "distributed":
         return importlib.import_module(".distributed", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

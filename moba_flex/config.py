@@ -16,12 +16,13 @@ KERNEL_SIZES = (0, 3, 5)
 _BLOCKS = ("block_size", "top_k", "sink_blocks", "recent_blocks", "share_selection")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class MobaConfig(dict[str, Any]):
     """How a model's full-attention layers use MoBA; what `moba_flex.patch` takes in place of keywords.
 
     It lives in the configuration of the patched model, `model.config.moba`. It is a read-only dict of its own fields,
-    so that transformers writes it to `config.json` and reads it back like any other entry.
+    so that transformers writes it to `config.json` and reads it back like any other entry. Printed, it shows `block_size`, `top_k`
+    and what differs from the defaults.
 
     Args:
         block_size: tokens per block, at least 1.
@@ -29,15 +30,15 @@ class MobaConfig(dict[str, Any]):
         sink_blocks: how many blocks at the start of the sequence are always among the `top_k`.
         recent_blocks: how many blocks just before the own one are always among the `top_k`.
         share_selection: whether the query heads of a key head choose together, by the sum of their scores.
-        key_conv: the kernel size, 3 or 5, of a depthwise causal convolution over keys that helps the gate (FlashMoBA, arXiv 2511.11571),
-            for training: its parameters are saved with the model and begin as zeros, which change nothing. 0: none. A model that was
-            saved with it is loaded by `moba_flex.AutoModelForCausalLM`.
-        full_attention_layers: the layers that keep full attention; negative numbers count from the last layer. The
-            report keeps the last three (section 2.2, layer-wise hybrid).
-        decode: "full" lets tokens that are generated one by one read all keys, as in the report; "sparse" only their
-            `top_k` blocks.
-        implementation: "flex", "triton", "eager", "naive" or "auto", see `moba_flex.moba_attention`. Except with "eager" and "naive" a
-            prompt of at most `top_k` blocks is read with the attention that the model had before.
+        key_conv: the kernel size, 3 or 5, of a causal convolution over keys, for training (FlashMoBA, arXiv 2511.11571); 0: none.
+        full_attention_layers: the layers that keep full attention; negative numbers count from the last.
+        decode: what generated tokens read: "full", all keys, as in the report; "sparse", only their `top_k` blocks.
+        implementation: "flex", "triton", "eager", "naive" or "auto", see `moba_flex.moba_attention`.
+
+    With `key_conv` a depthwise convolution over keys helps the gate. Its weights are saved with the model and begin as zeros, which
+    change nothing; `moba_flex.AutoModelForCausalLM` loads such a model. The report keeps the last three layers full (section 2.2,
+    layer-wise hybrid). Except with "eager" and "naive" a prompt of at most `top_k` blocks is read with the attention that the model had
+    before.
 
     Raises:
         ValueError: a setting is out of range; the message says which, what it was and what it must be.
@@ -70,6 +71,10 @@ class MobaConfig(dict[str, Any]):
     def to_dict(self) -> dict[str, Any]:
         """A plain dict of plain JSON values."""
         return dict(self)
+
+    def __repr__(self) -> str:
+        shown_ones = {"block_size": self.block_size, "top_k": self.top_k, **changed_settings(self)}
+        return f"MobaConfig({', '.join(f'{name}={value!r}' for name, value in shown_ones.items())})"
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> MobaConfig:
@@ -124,6 +129,12 @@ def layer_indices(name: str, layers: object) -> tuple[int, ...]:
     if listed is None or any(isinstance(layer, bool) or not isinstance(layer, int) for layer in listed):
         raise ValueError(f"{name} must be a list or tuple of ints, but is {shown(layers)}")
     return listed
+
+
+def changed_settings(settings: MobaConfig) -> dict[str, Any]:
+    """Those that differ from the defaults."""
+    values = {field.name: (getattr(settings, field.name), field.default) for field in fields(settings)}
+    return {name: value for name, (value, default) in values.items() if value != default}
 
 
 def given_settings(**settings: object) -> dict[str, object]:

@@ -14,7 +14,9 @@ import moba_flex
 
 MADE_BY = {
     "ContextParallel": "context_parallel",
+    "Description": "describe",
     "Explanation": "explain",
+    "LayerDescription": "describe",
     "Selection": "select_blocks",
     "Trace": "trace",
 }  # whose example shows them

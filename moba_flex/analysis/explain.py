@@ -142,11 +142,27 @@ def explain(
 
 
 def share_of_keys(n_query: int, n_key: int, block_size: int, top_k: int, causal: bool = True) -> float:
-    """The keys that the last `n_query` of `n_key` tokens read at most, over those of full attention; exact for whole blocks."""
+    """The keys that the last `n_query` of `n_key` tokens read at most, over those of full attention.
+
+    It is exact where queries are causal: they choose among whole blocks.
+    """
     if not n_query:
         return 1.0
-    position = torch.arange(n_key - n_query, n_key, dtype=torch.float64)
     if not causal:
         return min(1.0, top_k * block_size / n_key)
-    read = torch.minimum(position + 1, (top_k - 1) * block_size + position % block_size + 1)
-    return float(read.sum() / (position + 1).sum())
+    before = n_key - n_query
+    read = _keys_read(n_key, block_size, top_k) - _keys_read(before, block_size, top_k)
+    return read / (_up_to(n_key) - _up_to(before))
+
+
+def _keys_read(n: int, block_size: int, top_k: int) -> int:
+    """By the first `n` tokens together: all keys up to their own while there are `top_k` blocks, then `top_k - 1` and part of their own."""
+    dense = min(n, block_size * top_k)
+    blocks, rest = divmod(n - dense, block_size)
+    own = blocks * _up_to(block_size) + _up_to(rest)
+    return _up_to(dense) + (n - dense) * (top_k - 1) * block_size + own
+
+
+def _up_to(n: int) -> int:
+    """1 + 2 + ... + n: the keys that `n` causal queries see."""
+    return n * (n + 1) // 2

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from ..config import UNSET, MobaConfig, given_settings, layer_indices
+from ..models.adapters import modules_with_save_hooks, save_adapters_alone
 from ..models.call_hooks import modules_with_hooks, remove_hooks
 from ..models.layers import MOBA, attention_layers, attention_of, is_patched, n_layers, resolve_layers
 from ..models.masks import Visible
@@ -27,14 +28,16 @@ from ..models.state import choice_of, context_of, key_conv_hooks_of, set_choice,
 from ..models.upstream import prefixes_of_peft
 from ..selection import Selection, select_blocks
 from . import figures
+from .tables import table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Trace:
-    """Which blocks the layers of a model read; what `trace` returns. All tensors are on the CPU.
+    """Which blocks the layers of a model read; what `trace` returns. All tensors are on the CPU. Printed, it is a table with a line for
+    each layer.
 
     Attributes:
         layers: the indices of the L layers that use MoBA.
@@ -71,12 +74,36 @@ class Trace:
             "candidates": self.candidates.expand(shape).flatten().tolist(),
         }
 
+    def __repr__(self) -> str:
+        heads, n_blocks = self.chosen.shape[1:]
+        names = ["layer", "keys read", "overlap", "overlap of heads", "block chosen most"]
+        rows = [
+            [str(layer), f"{self.share_of_keys[i].mean():.1%}", *_overlap(self.overlap[i]), self._favourite(i)]
+            for i, layer in enumerate(self.layers)
+        ]
+        of = f"Trace of {len(self.layers)} MoBA layer{'s' * (len(self.layers) != 1)}, {heads} heads, {n_blocks} blocks"
+        kept = f"selections of {', '.join(map(str, sorted(self.selections)))}"
+        return "\n".join([of, *table(names, rows), *([kept] if self.selections else [])])
+
+    def _favourite(self, i: int) -> str:
+        """The past block that most of those queries read that may, over all heads, and which share of them."""
+        chosen, could = self.chosen[i].sum(0), self.candidates * self.chosen.shape[1]
+        share = torch.where(could > 0, chosen / could.clamp(min=1), 0.0)
+        block = int(share.argmax())
+        return f"{block} ({share[block]:.0%})" if chosen.any() else "-"
+
     def figure(self) -> Figure:
         """A matplotlib figure of all layers: the overlap of each head, how often each block is chosen, and the mean share of keys.
 
         Raises ImportError without matplotlib, which the extra `viz` brings.
         """
         return figures.trace_figure(self)
+
+
+def _overlap(heads: Tensor) -> tuple[str, str]:
+    """The mean over a layer's heads, and the least and most of them."""
+    known = heads[~heads.isnan()]
+    return (f"{known.mean():.0%}", f"{known.min():.0%} to {known.max():.0%}") if len(known) else ("-", "-")
 
 
 @torch.no_grad()
@@ -258,7 +285,7 @@ def _left_as_it_was(model: nn.Module) -> Iterator[None]:
     configs = {id(layer.config): (layer.config, dict(layer.config.__dict__)) for layer in layers}.values()
     choices = [(layer, choice_of(layer)) for layer in layers]
     modes = [(module, module.training) for module in model.modules()]
-    had_hooks = modules_with_hooks(model)
+    had_hooks, had_save_hooks = modules_with_hooks(model), modules_with_save_hooks(model)
     try:
         yield
     finally:
@@ -279,3 +306,4 @@ def _left_as_it_was(model: nn.Module) -> Iterator[None]:
         for module, training in modes:
             module.training = training
         remove_hooks(modules_with_hooks(model) - had_hooks)
+        save_adapters_alone(modules_with_save_hooks(model) - had_save_hooks)

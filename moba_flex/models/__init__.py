@@ -4,6 +4,8 @@
 |---|---|
 | `patch.py` | switching a model's attention to MoBA and back |
 | `loading.py` | loading and patching in one call |
+| `adapters.py` | the settings beside PEFT's adapters |
+| `sizes.py` | which settings suit a length, and a warning where those of a model do nothing |
 | `attention_function.py` | the function that each layer calls |
 | `decision.py` | what a layer's call does, and why |
 | `layers.py` | which modules are attention layers, and what each of them uses |

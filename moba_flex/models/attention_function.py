@@ -33,6 +33,7 @@ from .key_conv import check_key_conv
 from .layers import MOBA, attention_of, check_served, original_attention, original_implementation
 from .masks import MobaMask, Places, Visible
 from .recomputation import check_pass_is_known
+from .sizes import note_sparse, warn_of_no_effect
 from .state import choice_of, context_of, watcher_of
 from .upstream import set_implementation
 
@@ -145,7 +146,10 @@ def _moba(call: LayerCall, decision: Decision) -> tuple[Tensor, Tensor | None]:
     if means is not None and visible.causal and not torch.compiler.is_compiling():
         means.take_in(query.shape[2], visible.n_key, cached, settings.block_size, visible.start(key.device), visible.starts)
     if reads_all:
+        if watcher is None:
+            warn_of_no_effect(call.layer.config, settings, query.shape[2], visible.n_key)
         return _original(call)[0], None
+    note_sparse(call.layer.config, settings)
     if call.dropout or call.wants_weights:
         out, weights = _attend_with_weights(query, key, value, visible, call.dropout, operation)
         return out.transpose(1, 2).contiguous(), weights if call.wants_weights else None

@@ -62,19 +62,39 @@ def _trace(kind: _Kind, implementations: tuple[str, ...]) -> bool:
 
 
 def _found(kind: _Kind, implementations: tuple[str, ...]) -> MobaConfig:
+    settings, is_patched = _search(kind, implementations)
+    whose = "those of this process's patched model of that kind" if is_patched else "the defaults"
+    warnings.warn(f"{_loaded(kind)}: it takes {whose}, {settings}. moba_flex.patch(model, ...) sets others", stacklevel=2)
+    return settings
+
+
+def settings_to_come(config: PreTrainedConfig, implementations: tuple[str, ...]) -> MobaConfig:
+    """What `settings_by_name` returns or raises, without a warning and without a trace: for those who only look."""
+    if getattr(config, "moba", None) is not None:
+        return MobaConfig.of(config)
+    if (ref := _DEFAULTED.get(id(config))) is not None and ref() is config:
+        return DEFAULT
+    return _search(_kind(config), implementations)[0]
+
+
+def _search(kind: _Kind, implementations: tuple[str, ...]) -> tuple[MobaConfig, bool]:
+    """The settings of this process's patched models of a kind, and whether there are any such models."""
     patched = [config for ref in _PATCHED if (config := ref()) is not None and _kind(config) == kind]
     patched = [config for config in patched if getattr(config, "moba", None) is not None and implementation_of(config) in implementations]
     different = list(dict.fromkeys(str(MobaConfig.of(config)) for config in patched))
-    loaded = f'a model with a {kind[0].__name__} was loaded with attn_implementation="moba", and no settings of MoBA were saved with it'
     remedy = "Call moba_flex.patch(model, ...) on the loaded model, a trainer's reference model say, with its own"
     if len(different) > 1:
-        raise ValueError(f"{loaded}. This process has patched models of its kind with different settings: {'; '.join(different)}. {remedy}")
+        raise ValueError(
+            f"{_loaded(kind)}. This process has patched models of its kind with different settings: {'; '.join(different)}. {remedy}"
+        )
     settings = MobaConfig.of(patched[-1]) if patched else DEFAULT
     if settings.key_conv:
         raise ValueError(
-            f"{loaded}. This process's patched model of its kind has key_conv={settings.key_conv}, whose weights the loaded one lacks: "
-            "save the patched model and load it with moba_flex.AutoModelForCausalLM.from_pretrained"
+            f"{_loaded(kind)}. This process's patched model of its kind has key_conv={settings.key_conv}, whose weights the loaded one "
+            "lacks: save the patched model and load it with moba_flex.AutoModelForCausalLM.from_pretrained"
         )
-    whose = "those of this process's patched model of that kind" if patched else "the defaults"
-    warnings.warn(f"{loaded}: it takes {whose}, {settings}. moba_flex.patch(model, ...) sets others", stacklevel=2)
-    return settings
+    return settings, bool(patched)
+
+
+def _loaded(kind: _Kind) -> str:
+    return f'a model with a {kind[0].__name__} was loaded with attn_implementation="moba", and no settings of MoBA were saved with it'

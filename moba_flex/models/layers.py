@@ -14,6 +14,7 @@ from typing import TypeVar
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 
 from ..config import MobaConfig
 from .state import choice_of, state_of
@@ -128,25 +129,32 @@ def named_full(layer: nn.Module, settings: MobaConfig) -> bool:
 
 def n_layers(layer: nn.Module) -> int:
     """How many layers there are in a causal layer's stack: `num_hidden_layers` may be an encoder's, where the configuration is of both."""
-    return getattr(layer.config, "decoder_layers", None) or layer.config.num_hidden_layers
+    return n_layers_of(layer.config)
 
 
-def full_layers(settings: MobaConfig, n_layers: int, model: nn.Module) -> list[int]:
+def n_layers_of(config: PreTrainedConfig) -> int:
+    """The same by a configuration."""
+    return getattr(config, "decoder_layers", None) or config.num_hidden_layers
+
+
+def full_layers(settings: MobaConfig, n_layers: int, model: nn.Module | type) -> list[int]:
     """`full_attention_layers` counted from 0; ValueError, naming the model's class, if one is not there."""
     if not settings.full_attention_layers:
         return []
     return resolve_layers("full_attention_layers", settings.full_attention_layers, n_layers, range(n_layers), model)
 
 
-def resolve_layers(name: str, layers: tuple[int, ...], n_layers: int, found: range | list[int], model: nn.Module) -> list[int]:
+def resolve_layers(name: str, layers: tuple[int, ...], n_layers: int, found: range | list[int], model: nn.Module | type) -> list[int]:
     """Layer indices counted from 0, where negative ones count from the last of `n_layers`.
 
-    Raises ValueError, naming the model's class and the layers that were found, for an index that is not among them.
+    Raises ValueError, naming the class of the model, which may be given itself, and the layers that were found, for an index that is not
+    among them.
     """
+    model_class = model if isinstance(model, type) else type(model)
     resolved = [layer if layer >= 0 else n_layers + layer for layer in layers]
     for given, layer in zip(layers, resolved):
         if layer not in found:
-            raise ValueError(f"{name} has {given}, but {type(model).__name__} has the layers {show(found)}")
+            raise ValueError(f"{name} has {given}, but {model_class.__name__} has the layers {show(found)}")
     return resolved
 
 

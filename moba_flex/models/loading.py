@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+import warnings
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
 import transformers
-from torch import nn
 from transformers import PreTrainedModel
 
-from ..config import MobaConfig
+from ..config import DEFAULT, UNSET, MobaConfig, given_settings
+from ..core.messages import shown
 from ..core.validation import check_choice
+from .adapters import SETTINGS_FILE, settings_beside_adapter
 from .key_conv import KeyConv, set_key_convs
+from .layers import full_layers, n_layers_of
 from .patch import ATTENTION, find_layers, patch, set_attention
-from .upstream import adapter_file, model_class_of
+from .upstream import adapter_file, model_class_of, zero_unless_read
 
 # The arguments that say where a model's files are.
 _WHERE = (
@@ -24,21 +28,45 @@ _WHERE = (
 
 
 class AutoModelForCausalLM:
-    """`transformers.AutoModelForCausalLM` with one more argument, `attn`."""
+    """`transformers.AutoModelForCausalLM` with more arguments: `attn`, and the settings of MoBA."""
 
     @classmethod
-    def from_pretrained(cls, name: str, *args, attn: str = "moba", **kwargs) -> PreTrainedModel:
+    def from_pretrained(
+        cls,
+        name: str,
+        *args,
+        attn: str = "moba",
+        block_size: int = UNSET,
+        top_k: int = UNSET,
+        sink_blocks: int = UNSET,
+        recent_blocks: int = UNSET,
+        share_selection: bool = UNSET,
+        key_conv: int = UNSET,
+        full_attention_layers: Iterable[int] = UNSET,
+        decode: str = UNSET,
+        implementation: str = UNSET,
+        **kwargs,
+    ) -> PreTrainedModel:
         """Load a causal language model and let it use MoBA.
 
         Args:
             name: a name on the hub or a local folder, of a model or of PEFT's adapter to one.
-            attn: "moba", "moba_naive" (the dense specification) or "full". Settings that were saved with the model
-                apply, else those of `MobaConfig()`; `patch` replaces them.
+            attn: "moba", "moba_naive" (the dense specification) or "full".
+            block_size, top_k, ...: the settings, as for `patch`. Where some are given, the others have their defaults. Where none is, those
+                apply that were saved with the adapter or the model, else the defaults.
             args, kwargs: as for `transformers.AutoModelForCausalLM.from_pretrained`. `attn_implementation` is what
                 layers with full attention use.
 
+        Returns:
+            The model, patched; with `attn="full"` as transformers loads it, unless it was saved with a `key_conv`.
+
         Raises:
-            ValueError: there is no such `attn`, or the model has no layer that MoBA can replace.
+            ValueError: there is no such `attn`, a setting is out of range or is given with `attn="full"`, or the model has no layer that
+                MoBA can replace. Nothing is loaded but for the last.
+            TypeError: `config` is a `MobaConfig`.
+
+        Warns:
+            UserWarning: an adapter has no settings beside it, nor has its model, and none are given, so that the defaults apply.
 
         >>> import tempfile
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -46,41 +74,99 @@ class AutoModelForCausalLM:
         >>> tiny = LlamaConfig(vocab_size=32, hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
         >>> folder = tempfile.mkdtemp()
         >>> patch(LlamaForCausalLM(tiny), block_size=16, top_k=2).save_pretrained(folder)
-        >>> AutoModelForCausalLM.from_pretrained(folder).config.moba.block_size
-        16
+        >>> AutoModelForCausalLM.from_pretrained(folder).config.moba
+        MobaConfig(block_size=16, top_k=2)
+        >>> AutoModelForCausalLM.from_pretrained(folder, attn="moba", block_size=8, top_k=3).config.moba
+        MobaConfig(block_size=8, top_k=3)
         """
-        _check(attn)
+        given = _checked(
+            attn,
+            block_size=block_size,
+            top_k=top_k,
+            sink_blocks=sink_blocks,
+            recent_blocks=recent_blocks,
+            share_selection=share_selection,
+            key_conv=key_conv,
+            full_attention_layers=full_attention_layers,
+            decode=decode,
+            implementation=implementation,
+        )
         loader = transformers.AutoModelForCausalLM
         config = kwargs.get("config")
+        if isinstance(config, MobaConfig):
+            raise TypeError(f"config must be the model's configuration, but is {shown(config)}: give its settings by name, **config")
         if not isinstance(config, transformers.PreTrainedConfig):  # or the place of one
             config = _saved_config(name if config is None else config, kwargs)
+        settings = given or _settings_of_adapter(name, attn, config, kwargs)
+        model_class = None if config is None else model_class_of(config, loader)
+        _check_layers(given, config, model_class)
         original = None
-        if config is not None and _settings(config).key_conv:
-            original = model_class_of(config, loader)
-            loader = loader if original is None else _with_key_convs(original)  # which says what it does not know
+        if config is not None and (settings or _settings(config)).key_conv:
+            original = model_class
+            loader = loader if original is None else _with_key_convs(original, settings)  # which says what it does not know
         loaded = loader.from_pretrained(name, *args, **kwargs)
         model, *more = loaded if isinstance(loaded, tuple) else (loaded,)  # with `output_loading_info=True`
         if original is not None:
             model.__class__ = original
-        model = _use(model, attn)
+        model = _use(model, attn, settings)
         return (model, *more) if more else model
 
     @classmethod
-    def from_config(cls, config: transformers.PreTrainedConfig, attn: str = "moba", **kwargs) -> PreTrainedModel:
+    def from_config(
+        cls,
+        config: transformers.PreTrainedConfig,
+        attn: str = "moba",
+        *,
+        block_size: int = UNSET,
+        top_k: int = UNSET,
+        sink_blocks: int = UNSET,
+        recent_blocks: int = UNSET,
+        share_selection: bool = UNSET,
+        key_conv: int = UNSET,
+        full_attention_layers: Iterable[int] = UNSET,
+        decode: str = UNSET,
+        implementation: str = UNSET,
+        **kwargs,
+    ) -> PreTrainedModel:
         """The same for a new model with random weights."""
-        _check(attn)
-        model = transformers.AutoModelForCausalLM.from_config(config, **kwargs)
-        settings = _settings(model.config)
-        return _use(patch(model, settings) if settings.key_conv else model, attn)
+        given = _checked(
+            attn,
+            block_size=block_size,
+            top_k=top_k,
+            sink_blocks=sink_blocks,
+            recent_blocks=recent_blocks,
+            share_selection=share_selection,
+            key_conv=key_conv,
+            full_attention_layers=full_attention_layers,
+            decode=decode,
+            implementation=implementation,
+        )
+        loader = transformers.AutoModelForCausalLM
+        _check_layers(given, config, model_class_of(config, loader))
+        model = loader.from_config(config, **kwargs)
+        settings = given or _settings(model.config)
+        return _use(patch(model, settings) if settings.key_conv else model, attn, given)
 
 
-def _check(attn: str) -> None:
+def _checked(attn: str, **settings: object) -> MobaConfig | None:
+    """The settings that are given, None if there are none."""
     check_choice("attn", attn, ATTENTION)
+    given = given_settings(**settings)
+    if given and attn == "full":
+        names = ", ".join(given)
+        raise ValueError(f'attn="full" loads without MoBA, but has settings of it ({names}): use attn="moba", or leave them out')
+    return MobaConfig.from_dict(given) if given else None
+
+
+def _check_layers(given: MobaConfig | None, config: transformers.PreTrainedConfig | None, model_class: type | None) -> None:
+    """ValueError, before anything is loaded, if `full_attention_layers` names a layer that is not there."""
+    if given is not None and config is not None and model_class is not None:
+        full_layers(given, n_layers_of(config.get_text_config(decoder=True)), model_class)
 
 
 def _saved_config(name: str, kwargs: dict) -> transformers.PreTrainedConfig | None:
     """The configuration of the model, or of the one that an adapter is to; None for what is not there: the loader then says why."""
-    where = {k: kwargs[k] for k in _WHERE if k in kwargs}
+    where = _where(kwargs)
     with suppress(OSError, ValueError):
         return transformers.AutoConfig.from_pretrained(name, **where)
     with suppress(OSError, ValueError):
@@ -89,10 +175,33 @@ def _saved_config(name: str, kwargs: dict) -> transformers.PreTrainedConfig | No
     return None
 
 
+def _where(kwargs: dict) -> dict:
+    return {k: kwargs[k] for k in _WHERE if k in kwargs}
+
+
 def _base_of_adapter(name: str, where: dict) -> str | None:
     """The name of the model that PEFT's adapter is to, as transformers finds it."""
     file = adapter_file(name, where)
     return file and json.loads(Path(file).read_text()).get("base_model_name_or_path")
+
+
+def _settings_of_adapter(name: str, attn: str, config: transformers.PreTrainedConfig | None, kwargs: dict) -> MobaConfig | None:
+    """Those beside an adapter; None for models, and with a warning for adapters that have none and are to a model that has none."""
+    where, file = _where(kwargs), None
+    with suppress(OSError, ValueError):  # loading says what is wrong
+        file = adapter_file(name, where)
+    if file is None:
+        return None
+    settings = settings_beside_adapter(name, where)
+    if attn == "full":
+        return settings if settings is not None and settings.key_conv else None
+    if settings is None and getattr(config and config.get_text_config(decoder=True), "moba", None) is None:
+        warnings.warn(
+            f"the adapter {shown(str(name))} has no {SETTINGS_FILE} with the settings of MoBA that it was trained with, so the defaults "
+            f"apply, {DEFAULT}: give them, from_pretrained(..., block_size=..., top_k=...)",
+            stacklevel=3,
+        )
+    return settings
 
 
 def _settings(config: transformers.PreTrainedConfig) -> MobaConfig:
@@ -100,26 +209,26 @@ def _settings(config: transformers.PreTrainedConfig) -> MobaConfig:
     return MobaConfig.of(config.get_text_config(decoder=True))
 
 
-def _use(model: PreTrainedModel, attn: str) -> PreTrainedModel:
-    if attn == "full" and not _settings(model.config).key_conv:
+def _use(model: PreTrainedModel, attn: str, settings: MobaConfig | None) -> PreTrainedModel:
+    if attn == "full" and not (settings or _settings(model.config)).key_conv:
         return model
-    return set_attention(patch(model), attn)
+    return set_attention(patch(model, settings), attn)
 
 
-def _with_key_convs(original: type[PreTrainedModel]) -> type[PreTrainedModel]:
+def _with_key_convs(original: type[PreTrainedModel], settings: MobaConfig | None) -> type[PreTrainedModel]:
     """A class of models that have their convolutions of keys before their weights are read."""
 
     class WithKeyConvs(original):
         def __init__(self, config: transformers.PreTrainedConfig, *args, **kwargs) -> None:
             super().__init__(config, *args, **kwargs)
             _, replaceable = find_layers(self)
-            set_key_convs(replaceable, MobaConfig.of(replaceable[0].config))
+            set_key_convs(replaceable, settings or MobaConfig.of(replaceable[0].config))
 
-        def _init_weights(self, module: nn.Module) -> None:  # of what the files do not hold
-            if isinstance(module, KeyConv):
-                nn.init.zeros_(module.weight)
-            else:
-                super()._init_weights(module)
+        def initialize_weights(self) -> None:  # of what the files do not hold; each model within this one has an `_init_weights` of its own
+            super().initialize_weights()
+            for module in self.modules():
+                if isinstance(module, KeyConv):
+                    zero_unless_read(module.weight)
 
     WithKeyConvs.__name__ = original.__name__
     return WithKeyConvs

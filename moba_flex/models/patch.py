@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig
 from ..config import UNSET, MobaConfig, given_settings, layer_indices
 from ..core.messages import shown
 from ..core.validation import check_choice
+from .adapters import modules_with_save_hooks, save_adapters_alone, save_settings_with_adapters
 from .by_name import remember, settings_by_name
 from .call_hooks import add_hooks, modules_with_hooks, remove_hooks
 from .key_conv import check_key_conv, new_key_convs, remove_key_convs, set_key_convs
@@ -61,9 +62,17 @@ def patch(
         model: a transformers model, or a module that holds one. Not a part of a model: what is above it would save without the settings.
         config: the settings, a `MobaConfig` or a dict. None: the keywords; without any, those in `model.config.moba`, which loading a
             saved model restores, or else the defaults.
-        block_size: tokens per block; 4096 if other settings are given without it.
-        top_k: how many blocks a query reads, its own one included; likewise 12.
-        sink_blocks, recent_blocks, share_selection, key_conv, full_attention_layers, decode, implementation: see `MobaConfig`.
+        block_size: tokens per block, at least 1.
+        top_k: how many blocks a query reads, its own one included.
+        sink_blocks: how many blocks at the start of the sequence are always among the `top_k`.
+        recent_blocks: how many blocks just before the own one are always among the `top_k`.
+        share_selection: whether the query heads of a key head choose together, by the sum of their scores.
+        key_conv: the kernel size, 3 or 5, of a causal convolution over keys, for training; 0: none.
+        full_attention_layers: the layers that keep full attention; negative numbers count from the last.
+        decode: what generated tokens read: "full", all keys; "sparse", only their `top_k` blocks.
+        implementation: "flex", "triton", "eager", "naive" or "auto", see `moba_attention`.
+
+    Where some settings are given, the others have the defaults of `MobaConfig`: `block_size=4096, top_k=12`, and so on.
 
     Returns:
         The same model. Sliding-window and other layers that are not full causal self-attention stay what they are. The
@@ -115,6 +124,7 @@ def patch(
 
     for layer, choice in zip(every, choices):
         set_choice(layer, choice)
+    save_settings_with_adapters(model)
     add_hooks(model, every, _with_own_cache_layer(replaceable) if config.decode == "sparse" else [])
     for model_config in _configs(replaceable):
         model_config.moba = config
@@ -178,6 +188,7 @@ def unpatch(model: nn.Module) -> nn.Module:
     for layer in layers:
         set_choice(layer, None)
     remove_hooks(modules_with_hooks(model))
+    save_adapters_alone(modules_with_save_hooks(model))
     remove_key_convs(layers)
     return model
 

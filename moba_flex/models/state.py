@@ -34,13 +34,14 @@ class Choice:
 
 @dataclass(eq=False)
 class LayerState:
-    """All that the package keeps on one attention layer. Of other modules only `call_hook` is set."""
+    """All that the package keeps on one attention layer. Of other modules only `call_hook` and `save_hook` are set."""
 
     choice: Choice | None = None  # None: not patched, though its configuration may name "moba"
     context: ContextParallel | None = None  # the processes that share its sequences
     watcher: Watcher | None = None  # gets to see queries and keys
     key_conv: KeyConvHooks | None = None  # what calls its `key_conv`
     call_hook: RemovableHandle | None = None  # of the hook that tells the attention function more about a call
+    save_hook: RemovableHandle | None = None  # of the hook that lets adapters be saved with the model's settings
 
     def is_empty(self) -> bool:
         return all(value is None for value in vars(self).values())
@@ -81,6 +82,12 @@ def call_hook_of(module: nn.Module) -> RemovableHandle | None:
     return None if state is None else state.call_hook
 
 
+def save_hook_of(module: nn.Module) -> RemovableHandle | None:
+    """The handle of a module's hook that lets adapters be saved with the model's settings, or None."""
+    state = module.__dict__.get(_NAME)
+    return None if state is None else state.save_hook
+
+
 def set_choice(layer: nn.Module, choice: Choice | None) -> None:
     """Set what a layer uses; None: it is not patched."""
     _set(layer, choice=choice)
@@ -104,6 +111,11 @@ def set_key_conv_hooks(layer: nn.Module, hooks: KeyConvHooks | None) -> None:
 def set_call_hook(module: nn.Module, handle: RemovableHandle | None) -> None:
     """Set the handle of a module's hook that passes on more about a call."""
     _set(module, call_hook=handle)
+
+
+def set_save_hook(module: nn.Module, handle: RemovableHandle | None) -> None:
+    """Set the handle of a module's hook that lets adapters be saved with the model's settings."""
+    _set(module, save_hook=handle)
 
 
 def _set(module: nn.Module, **entry: object) -> None:

@@ -15,7 +15,7 @@ from enum import Enum
 from types import ModuleType
 
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel, cache_utils
+from transformers import PreTrainedConfig, PreTrainedModel, cache_utils, initialization
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 from transformers.masking_utils import (
     ALL_MASK_ATTENTION_FUNCTIONS,  # builds the mask that a layer with full attention always had
@@ -23,19 +23,22 @@ from transformers.masking_utils import (
     causal_mask_function,  # tells plain causal requests from those of packed sequences and custom masks
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.utils import find_adapter_config_file, is_peft_available
+from transformers.utils import cached_file, find_adapter_config_file, is_peft_available
 
 __all__ = [
+    "ADAPTER_SAVER",
     "DRAFTED_POSITIONS",
     "FULL_LAYER_TYPES",
     "GROWING_LAYERS",
     "MASK_REQUEST",
     "MaskUse",
+    "adapter_configs_of",
     "adapter_file",
     "attention_by_name",
     "bidirectional_mask_function",
     "cache_in",
     "causal_mask_function",
+    "file_of_repository",
     "implementation_of",
     "is_offloaded",
     "looks_up_attention",
@@ -48,6 +51,7 @@ __all__ = [
     "reads_as_it_lies",
     "set_implementation",
     "supports_sdpa",
+    "zero_unless_read",
 ]
 
 # Arguments with which `create_causal_mask` and its like call a mask function, beyond those that transformers documents.
@@ -56,6 +60,8 @@ MASK_REQUEST = ("q_offset", "kv_offset", "mask_function", "attention_mask", "all
 DRAFTED_POSITIONS = "logits_to_keep"
 # Entries of `config.layer_types` that mean full attention: "attention" before 5.18; "hybrid" layers have a state-space part beside it.
 FULL_LAYER_TYPES = ("full_attention", "attention", "hybrid")
+# The method of PEFT's `PeftConfig` by which its models write `adapter_config.json`, after they have made their state dict.
+ADAPTER_SAVER = "save_pretrained"
 # Kinds of cache layers that only grow. The second is that of hybrid models, and is not in all versions.
 GROWING_LAYERS: tuple[type[CacheLayerMixin], ...] = (
     DynamicLayer,
@@ -186,6 +192,14 @@ def is_offloaded(modules: Iterable[nn.Module]) -> bool:
     return any(hasattr(module, "_hf_hook") for module in modules)
 
 
+def zero_unless_read(weight: nn.Parameter) -> None:
+    """Zero a weight that `from_pretrained` found in no file; those that it did find have a private mark, which `initialization` heeds.
+
+    `PreTrainedModel.initialize_weights` is where it is called, which is documented nowhere.
+    """
+    initialization.zeros_(weight)
+
+
 def model_class_of(config: PreTrainedConfig, auto_class: type) -> type[PreTrainedModel] | None:
     """The class that an auto class would build, which it does not tell."""
     return auto_class._model_mapping.get(type(config), None)
@@ -195,7 +209,24 @@ def adapter_file(name: str, where: dict) -> str | None:
     """The file of PEFT's adapter in a folder or repository, as transformers finds it, or None."""
     if not is_peft_available():
         return None
-    return find_adapter_config_file(name, **{k: where[k] for k in ("cache_dir", "local_files_only", "token", "revision") if k in where})
+    return find_adapter_config_file(name, **_place(where))
+
+
+def file_of_repository(name: str, file: str, where: dict) -> str | None:
+    """A file of a folder or repository, or None: only private arguments of `cached_file` keep it from raising what loading will raise."""
+    quiet = {f"_raise_exceptions_for_{what}": False for what in ("gated_repo", "missing_entries", "connection_errors")}
+    return cached_file(name, file, **_place(where), **quiet)
+
+
+def _place(where: dict) -> dict:
+    names = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+    return {k: where[k] for k in names if where.get(k) is not None}
+
+
+def adapter_configs_of(module: nn.Module) -> list:
+    """The `PeftConfig` of each adapter of a model: PEFT leaves them on the model that it wraps, and says so nowhere."""
+    configs = module.__dict__.get("peft_config") or module.__dict__.get("_peft_config")  # the second: prefixes, on PEFT's own model
+    return list(configs.values()) if isinstance(configs, dict) else []
 
 
 def prefixes_of_peft(model: nn.Module) -> bool:

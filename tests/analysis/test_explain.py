@@ -116,3 +116,11 @@ def test_bad_input_is_refused_as_the_operation_refuses_it():
 
 def test_it_is_data_too():
     assert explain(*tensors(), **CALL).to_dict()["path"] == "routed"
+
+
+@pytest.mark.parametrize("block_size, top_k", [(1, 1), (4, 1), (4, 2), (5, 3), (16, 2), (200, 3)])
+@pytest.mark.parametrize("n_query, n_key", [(1, 1), (60, 60), (7, 61), (1, 60)])
+def test_the_share_of_keys_is_the_sum_over_queries(block_size, top_k, n_query, n_key):
+    positions = range(n_key - n_query, n_key)
+    read = sum(min(i + 1, (top_k - 1) * block_size + i % block_size + 1) for i in positions)
+    assert share_of_keys(n_query, n_key, block_size, top_k) == read / sum(i + 1 for i in positions)

@@ -63,6 +63,17 @@ def batch(side: str = "none", lengths: tuple[int, ...] = (TOKENS, 22, 1)) -> dic
     return {"input_ids": ids * mask, "attention_mask": mask}
 
 
+def test_it_prints_as_a_table_with_a_line_for_each_layer():
+    model = build()
+    lines = str(trace(model, **batch(), **SPARSE, full_attention_layers=[0], selections=[-1])).splitlines()
+    assert lines[0] == "Trace of 3 MoBA layers, 4 heads, 10 blocks"
+    assert lines[1].split("  ") == ["layer", "keys read", "overlap", "overlap of heads", "block chosen most"]
+    assert [line.split()[0] for line in lines[2:5]] == ["1", "2", "3"]
+    assert all(line.endswith("0 (100%)") for line in lines[2:5]), "the sink"
+    assert lines[5:] == ["selections of 3"]
+    assert "nan" not in str(trace(model, torch.ones(1, 3, dtype=torch.int64), block_size=4, top_k=1))
+
+
 def selections_by_hand(model: PreTrainedModel, inputs: dict[str, Tensor], monkeypatch, **blocks) -> list[Selection]:
     """What `select_blocks` says of the queries and keys that reach the operation, one a layer."""
     seen = []

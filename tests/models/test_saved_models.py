@@ -79,6 +79,47 @@ def test_the_short_form_takes_what_transformers_takes(attn, tmp_path):
         AutoModelForCausalLM.from_pretrained(tmp_path, attn="sparse")
 
 
+def test_loading_takes_the_settings_of_patch(tmp_path):
+    model = patch(build(), block_size=16, top_k=3)
+    model.save_pretrained(tmp_path)
+    given = {**SPARSE, "sink_blocks": 1, "full_attention_layers": [-1], "decode": "sparse"}
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, attn="moba", **given)
+    assert loaded.config.moba == MobaConfig(**given)
+    assert torch.equal(logits(loaded, tokens()), logits(patch(model, **given), tokens()))
+    assert AutoModelForCausalLM.from_pretrained(tmp_path, top_k=2).config.moba == MobaConfig(top_k=2), "those not given are the defaults"
+    assert AutoModelForCausalLM.from_pretrained(tmp_path, attn="moba_naive", **SPARSE).config._attn_implementation == "moba_naive"
+    assert AutoModelForCausalLM.from_pretrained(tmp_path, **MobaConfig(**SPARSE)).config.moba == MobaConfig(**SPARSE)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path, config=model.config, **SPARSE).config.moba == MobaConfig(**SPARSE)
+    assert AutoModelForCausalLM.from_config(FAMILIES["llama"](), **SPARSE).config.moba == MobaConfig(**SPARSE)
+
+
+def test_convolutions_that_are_asked_for_at_loading_are_new_and_change_nothing(tmp_path):
+    model = build()
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, **SPARSE, key_conv=3)
+    assert loaded.config.moba.key_conv == 3 and type(loaded) is type(model)
+    assert torch.equal(logits(loaded, tokens()), logits(patch(model, **SPARSE), tokens()))
+    assert AutoModelForCausalLM.from_config(FAMILIES["llama"](), **SPARSE, key_conv=3).config.moba.key_conv == 3
+
+
+@pytest.mark.parametrize(
+    "given, error, message",
+    [
+        ({"block_size": 0}, ValueError, "block_size must be an int of at least 1, but is 0"),
+        ({"decode": "dense"}, ValueError, "decode must be one of full, sparse, but is 'dense'"),
+        ({"full_attention_layers": [4]}, ValueError, "full_attention_layers has 4, but LlamaForCausalLM has the layers 0 to 3"),
+        ({"attn": "full", "top_k": 2, "block_size": 8}, ValueError, r'attn="full" loads without MoBA, .* \(block_size, top_k\): use attn='),
+        ({"config": MobaConfig(**SPARSE)}, TypeError, r"config must be the model's configuration, .* by name, \*\*config"),
+    ],
+    ids=str,
+)
+def test_wrong_settings_are_refused_before_anything_is_loaded(given, error, message, tmp_path, monkeypatch):
+    build().save_pretrained(tmp_path)
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", lambda *args, **kwargs: pytest.fail("it was loaded"))
+    with pytest.raises(error, match=message):
+        AutoModelForCausalLM.from_pretrained(tmp_path, **given)
+
+
 def test_a_configuration_may_be_given_as_a_place(tmp_path):
     model = patch(build(), **SPARSE)
     model.save_pretrained(tmp_path)

@@ -132,10 +132,53 @@ def test_an_auto_class_tells_what_it_would_build():
     assert found is LlamaForCausalLM, changed("model_class_of", "`_model_mapping` of auto classes is another")
 
 
+def test_weights_are_initialized_where_no_file_holds_them(tmp_path):
+    build().save_pretrained(tmp_path)
+    called = []
+
+    class Canary(LlamaForCausalLM):
+        def __init__(self, config):
+            super().__init__(config)
+            self.missing = torch.nn.Parameter(torch.ones(2))
+
+        def initialize_weights(self):
+            super().initialize_weights()
+            called.append(self)
+            for weight in (self.missing, self.lm_head.weight):
+                upstream.zero_unless_read(weight)
+
+    model = Canary.from_pretrained(tmp_path)
+    assert called == [model], changed("zero_unless_read", "`initialize_weights` is not what initializes what files do not hold")
+    assert not model.missing.any(), changed("zero_unless_read", "a weight that no file holds is not zeroed")
+    assert model.lm_head.weight.any(), changed("zero_unless_read", "a weight that was read is zeroed")
+
+
 def test_an_adapter_is_found_by_its_file(tmp_path):
     pytest.importorskip("peft")
     (tmp_path / "adapter_config.json").write_text("{}")
     assert upstream.adapter_file(str(tmp_path), {}), changed("adapter_file", "`find_adapter_config_file` finds no adapter_config.json")
+
+
+def test_a_file_of_a_folder_is_found_or_missing_without_an_error(tmp_path):
+    (tmp_path / "there.json").write_text("{}")
+    found = [upstream.file_of_repository(str(tmp_path), name, {}) for name in ("there.json", "missing.json")]
+    what = "`cached_file` does not return a path, or None for what is missing"
+    assert found[0] and found[0].endswith("there.json") and found[1] is None, changed("file_of_repository", what)
+
+
+def test_peft_saves_an_adapter_by_its_configuration_after_the_state_dict(tmp_path, monkeypatch):
+    peft = pytest.importorskip("peft")
+    base, calls = build(), []
+    model = peft.get_peft_model(base, peft.LoraConfig(target_modules=["q_proj"]))
+    configs = upstream.adapter_configs_of(base)
+    assert configs == list(model.peft_config.values()), changed("adapter_configs_of", "PEFT leaves no `peft_config` on the model")
+    assert configs[0] is model.peft_config["default"], changed("adapter_configs_of", "`peft_config` of the model is a copy")
+    base.register_state_dict_pre_hook(lambda *_: calls.append("state dict"))
+    setattr(configs[0], upstream.ADAPTER_SAVER, lambda *args, **kwargs: calls.append("saved"))
+    model.save_pretrained(tmp_path)
+    assert calls == ["state dict", "saved"], changed("ADAPTER_SAVER", f"saving an adapter calls {calls}")
+    prompts = peft.get_peft_model(build(), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    assert upstream.adapter_configs_of(prompts), changed("adapter_configs_of", "a model with prompts has no `_peft_config`")
 
 
 def test_peft_says_that_a_model_is_its_own():

@@ -1,0 +1,76 @@
+"""Which `block_size` and `top_k` suit a length, and a warning where those of a model do nothing.
+
+`docs/how-to/block-size.md` has the same table, with what was measured.
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+
+import torch
+from transformers import PreTrainedConfig
+
+from ..config import MobaConfig
+
+# The longest prompt, `block_size` and `top_k`. A longer prompt has the last ones.
+SIZES = (
+    (4_096, 64, 12),
+    (8_192, 64, 24),
+    (524_288, 128, 8),
+    (1_048_576, 128, 16),
+)
+# Shorter prompts say nothing of what a model is for: nearly all models get some, and MoBA is not faster there.
+SHORTEST_TOLD = 1024
+
+# What is known of a model: its settings when a prompt was sparse, or when it was told that none is.
+_KNOWN: dict[int, tuple[weakref.ref[PreTrainedConfig], MobaConfig]] = {}
+
+
+def suggested_blocks(n_tokens: int) -> tuple[int, int]:
+    """`block_size` and `top_k` to start with for prompts of that length.
+
+    >>> from moba_flex.models.sizes import suggested_blocks
+    >>> suggested_blocks(8_192), suggested_blocks(32_768)
+    ((64, 24), (128, 8))
+    """
+    return next(((block_size, top_k) for longest, block_size, top_k in SIZES if n_tokens <= longest), SIZES[-1][1:])
+
+
+def without_effect(n_tokens: int, settings: MobaConfig) -> str:
+    """Why MoBA does nothing to a prompt of at most `block_size * top_k` tokens, and which settings would."""
+    block_size, top_k = settings.block_size, settings.top_k
+    n_blocks = -(-n_tokens // block_size)
+    blocks = "1 block" if n_blocks == 1 else f"{n_blocks:,} blocks"
+    said = f"a prompt of {n_tokens:,} tokens has {blocks} of block_size={block_size}, and top_k={top_k} reads them all: attention is full"
+    smaller, fewer = suggested_blocks(n_tokens)
+    if n_tokens <= smaller * fewer:
+        return f"{said}. MoBA is for longer prompts"
+    return f"{said}. Smaller settings for this length: patch(model, block_size={smaller}, top_k={fewer})"
+
+
+def note_sparse(config: PreTrainedConfig, settings: MobaConfig) -> None:
+    """A prompt of a model was sparse: shorter ones need no warning."""
+    if not torch.compiler.is_compiling() and not _is_known(config, settings):
+        _know(config, settings)
+
+
+def warn_of_no_effect(config: PreTrainedConfig, settings: MobaConfig, n_new: int, n_tokens: int) -> None:
+    """Say once for each model and its settings that a prompt, `n_new` of whose `n_tokens` are new, was read whole."""
+    if n_new < SHORTEST_TOLD or torch.compiler.is_compiling() or _is_known(config, settings):
+        return
+    _know(config, settings)
+    warnings.warn(
+        f"MoBA has no effect: {without_effect(n_tokens, settings)}. moba_flex.describe(model, length={n_tokens}) shows each layer",
+        stacklevel=2,
+    )
+
+
+def _is_known(config: PreTrainedConfig, settings: MobaConfig) -> bool:
+    known = _KNOWN.get(id(config))
+    return known is not None and known[0]() is config and (known[1] is settings or known[1] == settings)
+
+
+def _know(config: PreTrainedConfig, settings: MobaConfig) -> None:
+    key = id(config)
+    _KNOWN[key] = weakref.ref(config, lambda _: _KNOWN.pop(key, None)), settings
