@@ -172,12 +172,22 @@ def small_config(config_class: type[PreTrainedConfig], n_layers: int = 2, **othe
     computed = isinstance(getattr(config_class, getattr(config_class, "attribute_map", {}).get("layer_types", ""), None), property)
     if types and "layer_types" in known and not computed:
         chosen["layer_types"] = _layer_types(list(types), n_layers)
+    if "sliding_window" in chosen and "sliding_attention" not in (types or ()) and _allows(config_class, sliding_window=None):
+        chosen["sliding_window"] = None  # else all layers have it
     rope = _value(default, "rope_parameters") or {}
     if "mrope_section" in rope:
         chosen["rope_parameters"] = {**rope, "mrope_section": [2, 1, 1]}
     elif "rope_type" in rope and other.get("plain_rope"):
         chosen["rope_parameters"] = {"rope_type": "default", "rope_theta": 10000.0}
     return config_class(**chosen | OWN.get(config_class.__name__, {}))
+
+
+def _allows(config_class: type[PreTrainedConfig], **values: Any) -> bool:
+    try:
+        config_class(**values)
+    except Exception:
+        return False
+    return True
 
 
 def _value(config: PreTrainedConfig, name: str) -> Any:
