@@ -17,6 +17,7 @@ from .core.autocast import without_autocast
 from .core.chunking import launches
 from .core.dtypes import wide
 from .core.settings import AttentionSettings
+from .core.validation import CUDA_IMPLEMENTATIONS
 from .ops import kernels
 from .ops.decoding import decode_plain
 
@@ -59,7 +60,7 @@ def decode_operator(
     """`decode` for PyTorch, which knows no settings objects."""
     settings = AttentionSettings.from_arguments(sizes, causal, share_selection, scale, softcap, implementation)
     with without_autocast(query), torch.cuda.device_of(query):
-        if settings.implementation in ("flex", "triton"):
+        if settings.implementation in CUDA_IMPLEMENTATIONS:
             return _launched_by_rows(query, key, value, means, length, start, settings)
         return decode_plain(query, key, value, means, length, start, settings)
 

@@ -12,6 +12,7 @@ import math
 import torch
 from torch import Tensor
 
+from .core.dtypes import wide
 from .core.hidden import all_finite, finite, visible_product
 from .core.settings import AttentionSettings
 from .ops.gate import first_of_equals, means_of
@@ -107,16 +108,16 @@ def reference_attention(
         key, value = (x.masked_fill(~real[:, None, :, None], 0) for x in (key, value))
         query = query.masked_fill(~real[:, None, n_key - n_query :, None], 0)
 
-    wide, repeats = torch.promote_types(query.dtype, torch.float32), query.shape[1] // key.shape[1]
-    q, k, v = query.to(wide), key.to(wide).repeat_interleave(repeats, 1), value.to(wide).repeat_interleave(repeats, 1)
+    dtype, repeats = wide(query.dtype), query.shape[1] // key.shape[1]
+    q, k, v = query.to(dtype), key.to(dtype).repeat_interleave(repeats, 1), value.to(dtype).repeat_interleave(repeats, 1)
     score = _inner_products(q, k) * settings.scale
     if settings.softcap is not None:
         capped = settings.softcap * torch.tanh(score.double() / settings.softcap)  # a gradient times the softcap may overflow float32
-        score = capped.to(wide)
+        score = capped.to(dtype)
     some = visible.any(-1, keepdim=True)
     score = score.masked_fill(~visible, -math.inf).masked_fill(~some, 0)  # finite where nothing is read, so that gradients are 0
     if sinks is not None:  # one more key for each head, with a value of 0
-        score = torch.cat([score, sinks.to(wide)[:, None, None].expand(*score.shape[:3], 1)], -1)
+        score = torch.cat([score, sinks.to(dtype)[:, None, None].expand(*score.shape[:3], 1)], -1)
     weight = score.softmax(-1)[..., :n_key].masked_fill(~visible, 0)  # which a row of NaN is not there
     out = weight @ v if all_finite(v) else visible_product(weight, visible, v)
     lse = torch.where(some[..., 0], _log_sum_exp(score), -math.inf)

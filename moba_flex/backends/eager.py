@@ -23,6 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..core.dtypes import wide
 from ..core.hidden import visible_product
 from ..core.layout import BlockLayout
 from ..core.settings import AttentionSettings
@@ -51,7 +52,7 @@ _ROUNDED = 2.0**-16  # a larger relative error of weights, from a rounded log-su
 
 
 def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return x.to(wide(x.dtype))
 
 
 def _scores(query: Tensor, key: Tensor, settings: AttentionSettings, safe: bool) -> Tensor:
@@ -197,8 +198,8 @@ def local(
 
     The output is that of `into` where it can hold it, so that no other memory need be taken for it.
     """
-    wide, known = torch.promote_types(query.dtype, torch.float32), _range_of(query, key, value, settings)
-    out = into[0] if into[0].dtype == wide and into[0].is_contiguous() else into[0].new_empty(into[0].shape, dtype=wide)
+    dtype, known = wide(query.dtype), _range_of(query, key, value, settings)
+    out = into[0] if into[0].dtype == dtype and into[0].is_contiguous() else into[0].new_empty(into[0].shape, dtype=dtype)
     lse = into[1].new_empty(into[1].shape, dtype=torch.float64)
     for own, (q, o, l), (k, v) in _local_heads(layout, (query, out, lse), (key, value)):
         l.copy_(_attend(_wide(q), _wide(k[own]), _wide(v[own]), True, settings, known, into=o)[1])
@@ -314,7 +315,7 @@ def _sum_routed(
     known = _range_of(query, key, value, settings)
     if not known.safe:
         return False
-    small, dtype = known.small, torch.promote_types(query.dtype, torch.float32)
+    small, dtype = known.small, wide(query.dtype)
     q = _wide(query).flatten(0, 2)
     k, v = _tiles(_wide(key) * settings.scale, layout), _tiles(_wide(value), layout)
     relative = None if small else lse.to(dtype).flatten()
@@ -352,7 +353,7 @@ def _tiles(x: Tensor, layout: BlockLayout) -> tuple[Tensor, ...]:
 
 def _range_of(query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings) -> _Range:
     """`small`: sums of values weighted with `exp(score)` stay far from float32's limits too. A product is at most that of the lengths."""
-    lengths = [float(torch.linalg.vector_norm(x, dim=-1, dtype=torch.promote_types(x.dtype, torch.float32)).max()) for x in (query, key)]
+    lengths = [float(torch.linalg.vector_norm(x, dim=-1, dtype=wide(x.dtype)).max()) for x in (query, key)]
     score, values = lengths[0] * lengths[1] * abs(settings.scale), _largest(value) * key.shape[2]
     safe = max(score, lengths[0] * lengths[1], lengths[1] * abs(settings.scale)) < _SAFE and values < _SAFE  # False for NaN
     return _Range(safe and score < _SMALL_SCORE and values < _SMALL_SUM, safe)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ..core.settings import AttentionSettings
+from ..core.validation import CUDA_IMPLEMENTATIONS
 from ..ops import kernels
 from . import flash
 
@@ -36,7 +37,6 @@ class Path(Enum):
 # Of one tensor of a captured call: 8,192 tokens of 32 heads of width 128. Copies of larger ones cost the GPU more than launches the host.
 MAX_CAPTURED_ELEMENTS = 1 << 25
 MAX_ONE_PASS_BLOCK, MAX_ONE_PASS_WIDTH = 256, 256
-_CUDA = ("flex", "triton")
 _HALF = (torch.bfloat16, torch.float16)  # what float32 means on a GPU follows from settings that may change
 
 
@@ -69,7 +69,7 @@ def dense_obstacle(
     query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings, sequences: bool, sinks: bool, return_lse: bool
 ) -> str | None:
     """What keeps a call from PyTorch's fused attention."""
-    if settings.implementation not in _CUDA:
+    if settings.implementation not in CUDA_IMPLEMENTATIONS:
         return 'only "flex" takes it, the implementation for CUDA'
     if return_lse:
         return "it returns the log-sum-exp"
@@ -87,15 +87,11 @@ def dense_obstacle(
 
 def one_pass_obstacle(query: Tensor, value: Tensor, slots: int) -> str | None:
     """What keeps blocks of `slots` slots from a forward pass of one kernel, `implementation="triton"`."""
-    if not query.is_cuda or kernels is None:
-        return "it is for CUDA"
-    if query.dtype not in _HALF:
-        return "it computes in bfloat16 and float16"
-    if slots > MAX_ONE_PASS_BLOCK or max(query.shape[-1], value.shape[-1]) > MAX_ONE_PASS_WIDTH:
-        return "it takes blocks of up to 256 tokens and widths of up to 256"
-    return (
-        None if kernels.forward.fits(query, value, slots) else "it needs an NVIDIA GPU whose shared memory holds a block's keys and values"
-    )
+    if (obstacle := _one_kernel_obstacle(query, value, slots)) is not None:
+        return obstacle
+    assert kernels is not None  # which is part of that
+    fits = kernels.forward.fits(query, value, slots)
+    return None if fits else "it needs an NVIDIA GPU whose shared memory holds a block's keys and values"
 
 
 def one_pass_backward_obstacle(query: Tensor, value: Tensor, slots: int) -> str | None:
@@ -104,20 +100,28 @@ def one_pass_backward_obstacle(query: Tensor, value: Tensor, slots: int) -> str 
     A block of many keys is cut into sub-blocks, each of which writes rows of its own: up to three need no more memory than the copied
     rows of FlexAttention's would.
     """
+    if (obstacle := _one_kernel_obstacle(query, value, slots)) is not None:
+        return obstacle
+    assert kernels is not None  # which is part of that
+    return None if kernels.backward.sub_blocks(query, value, slots) <= 3 else "it would need more than three sub-blocks"
+
+
+def _one_kernel_obstacle(query: Tensor, value: Tensor, slots: int) -> str | None:
+    """What keeps blocks from any kernel of this package that takes all rows of a block."""
     if not query.is_cuda or kernels is None:
         return "it is for CUDA"
     if query.dtype not in _HALF:
         return "it computes in bfloat16 and float16"
     if slots > MAX_ONE_PASS_BLOCK or max(query.shape[-1], value.shape[-1]) > MAX_ONE_PASS_WIDTH:
         return "it takes blocks of up to 256 tokens and widths of up to 256"
-    return None if kernels.backward.sub_blocks(query, value, slots) <= 3 else "it would need more than three sub-blocks"
+    return None
 
 
 def capture_obstacle(tensors: tuple[Tensor | None, ...], settings: AttentionSettings, dense_layout: bool) -> str | None:
     """What keeps a call from a CUDA graph. `tensors` are its operands, the query or its gradient first."""
     first = tensors[0]
     assert first is not None
-    if settings.implementation not in _CUDA or not first.is_cuda:
+    if settings.implementation not in CUDA_IMPLEMENTATIONS or not first.is_cuda:
         return "it is not on a GPU"
     if first.dtype not in _HALF:
         return "it is neither in bfloat16 nor in float16"

@@ -10,7 +10,8 @@ from torch import Tensor
 from .messages import shown, to_int
 from .upstream import FakeTensor, assert_in_graph, functorch_transform, has_tangent, is_vmapped
 
-IMPLEMENTATIONS = ("auto", "flex", "triton", "eager", "naive")
+CUDA_IMPLEMENTATIONS = ("flex", "triton")
+IMPLEMENTATIONS = ("auto", *CUDA_IMPLEMENTATIONS, "eager", "naive")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _FLOAT32 = torch.finfo(torch.float32)
 
@@ -266,10 +267,10 @@ def resolve_implementation(implementation: str, query: Tensor) -> str:
     check_choice("implementation", implementation, IMPLEMENTATIONS)
     if implementation == "auto":
         return "flex" if query.is_cuda and query.dtype != torch.float64 else "eager"
-    if implementation in ("flex", "triton") and not query.is_cuda:
+    if implementation in CUDA_IMPLEMENTATIONS and not query.is_cuda:
         raise ValueError(
             f'implementation="{implementation}" needs CUDA tensors, but query is on {query.device}: use "eager" or "auto" there'
         )
-    if implementation in ("flex", "triton") and query.dtype == torch.float64:
+    if implementation in CUDA_IMPLEMENTATIONS and query.dtype == torch.float64:
         raise ValueError(f'implementation="{implementation}" computes in float32 at most: use "eager" for float64')
     return implementation

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..core.dtypes import wide
 from ..core.layout import BlockLayout
 from ..core.settings import AttentionSettings
 
@@ -27,7 +28,7 @@ def means_of(blocks: Tensor, count: Tensor | int) -> Tensor:
 
     Equal blocks have equal means bit for bit, whoever asks: the order of a sum follows from strides, so these are always the same.
     """
-    return blocks.contiguous().sum(-2, dtype=torch.promote_types(blocks.dtype, torch.float32)) / count
+    return blocks.contiguous().sum(-2, dtype=wide(blocks.dtype)) / count
 
 
 def some_are_equal(mean: Tensor, exists: Tensor) -> bool:

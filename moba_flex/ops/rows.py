@@ -62,7 +62,7 @@ def sum_rows(grad: Tensor, row_grad: Tensor, routes: Routes, into: Tensor) -> No
 
 def delta(out: Tensor, grad: Tensor, grad_lse: Tensor | None) -> Tensor:
     """`out . grad - grad_lse` `[B, H, N]`, in float32 at least: what every score's gradient has subtracted."""
-    total = (out.to(torch.promote_types(out.dtype, torch.float32)) * grad).sum(-1)
+    total = (out.to(wide(out.dtype)) * grad).sum(-1)
     return total if grad_lse is None else total - grad_lse
 
 
@@ -78,7 +78,7 @@ def _take_rows(rows: Tensor, pair: Tensor) -> Tensor:
 
 def _sum_of_rows(rows: Tensor, pair: Tensor, weight: Tensor | None = None) -> Tensor:
     """`[R, D]`, rows of each query `[n, S]`, -1 for none -> their sum `[n, D]`, weighted by `weight [n, S]`, in float32 at least."""
-    taken = _take_rows(rows, pair).to(torch.promote_types(rows.dtype, torch.float32)).masked_fill((pair < 0)[..., None], 0)
+    taken = _take_rows(rows, pair).to(wide(rows.dtype)).masked_fill((pair < 0)[..., None], 0)
     return taken.sum(1) if weight is None else torch.bmm(weight[:, None], taken)[:, 0]
 
 
