@@ -116,6 +116,7 @@ VARIANTS: tuple[dict[str, Any], ...] = (
     {},
     dict.fromkeys(KEY_HEADS, 4),
     {"plain_rope": True},
+    {"sliding_window": 8},
     {"head_dim": 4, **dict.fromkeys(KEY_HEADS, 4)},
     {**dict.fromkeys(KEY_HEADS, 4), "head_dim": 8, "rotary_dim": 4},
     {**dict.fromkeys(WIDTHS, 64), **dict.fromkeys(KEY_HEADS, 4), "head_dim": 16, "num_experts_per_tok": 1},
@@ -172,7 +173,8 @@ def small_config(config_class: type[PreTrainedConfig], n_layers: int = 2, **othe
     computed = isinstance(getattr(config_class, getattr(config_class, "attribute_map", {}).get("layer_types", ""), None), property)
     if types and "layer_types" in known and not computed:
         chosen["layer_types"] = _layer_types(list(types), n_layers)
-    if "sliding_window" in chosen and "sliding_attention" not in (types or ()) and _allows(config_class, sliding_window=None):
+    windows = "sliding_window" in other or "sliding_attention" in (types or ())
+    if "sliding_window" in chosen and not windows and _allows(config_class, sliding_window=None):
         chosen["sliding_window"] = None  # else all layers have it
     rope = _value(default, "rope_parameters") or {}
     if "mrope_section" in rope:
