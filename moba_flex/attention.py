@@ -8,7 +8,7 @@ Queries are sent to key blocks as a mixture of experts sends tokens to experts, 
 4. merge   a query's output is the softmax-weighted sum of its partial outputs, by their log-sum-exps.
 
 The steps come from a backend, `backends/eager.py` (any device) or `backends/flex.py` (CUDA); `backends/protocol.py` says what each must
-do, and steps 3 and 4 are its `attend`. Here they are put together and worked through in chunks of a bounded size. `operator.py` makes
+do, and steps 3 and 4 are its `attend`. Here they are put together and worked through in pieces of a bounded size. `operator.py` makes
 one differentiable operator of them; `backends/paths.py` decides which calls come here at all.
 
 B rows, H query heads, G key heads, N tokens, Q query blocks, C key blocks, P slots per block, S chosen blocks per query, D width.
@@ -16,18 +16,23 @@ B rows, H query heads, G key heads, N tokens, Q query blocks, C key blocks, P sl
 
 from __future__ import annotations
 
+from itertools import product
+
 import torch
 from torch import Tensor
 
 from .backends import backend_of
 from .backends.protocol import Backend
-from .core.chunking import Chunk, chunks, launches
+from .core.chunking import Piece, chunks, launches, pieces
 from .core.dtypes import wide
 from .core.layout import BlockLayout
 from .core.settings import AttentionSettings
+from .core.side_by_side import side_by_side
 from .core.strides import empty_with_strides_of, keep_strides
 from .ops.routing import Routes
 from .ops.rows import write
+
+HEAD_BY_HEAD_FROM = 1 << 18  # elements of a query
 
 
 @torch.no_grad()
@@ -36,16 +41,20 @@ def forward(query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, sett
     backend = backend_of(settings)
     q = query_slots(query, layout, backend)
     k, v = layout.key_slots(key).contiguous(), layout.key_slots(value).contiguous()
-    plan = planned_chunks(q, k, v, layout, settings, backend)
+    plan = planned_pieces(q, k, v, layout, settings, backend)
 
     chosen = gate(q, k, layout, settings, backend)
     out, lse = empty_with_strides_of(q, q.shape[2], v.shape[-1]), q.new_empty(q.shape[:3], dtype=wide(q.dtype))
-    for rows, groups, parts in plan:
-        for heads, blocks in parts:
-            part, at = layout.part(rows, blocks), (rows, heads, layout.slots(blocks))
-            operands, into = (q[at], k[rows, groups], v[rows, groups]), (out[at], lse[at])
-            routes = route(chosen[at], operands[1], blocks, layout, settings, backend)
-            backend.attend(*operands, routes, part, settings, into)
+
+    def attend(piece: Piece) -> None:
+        rows, groups, heads, blocks = piece[:4]
+        part, at = layout.part(rows, blocks), (rows, heads, layout.slots(blocks))
+        operands, into = (q[at], k[rows, groups], v[rows, groups]), (out[at], lse[at])
+        routes = route(chosen[at], operands[1], blocks, layout, settings, backend)
+        backend.attend(*operands, routes, part, settings, into)
+
+    for _ in side_by_side(attend, plan, q.device):
+        pass
     return layout.query_tokens(out), layout.query_tokens(lse, fill=-torch.inf), chosen
 
 
@@ -69,19 +78,33 @@ def backward(
     q, grad = (query_slots(x, layout, backend) for x in (query, grad))
     k, v, lse, delta = (x.contiguous() for x in (layout.key_slots(key), layout.key_slots(value), *map(layout.query_slots, (lse, delta))))
     grad_q, grad_k, grad_v = (x.new_empty(x.shape) for x in (q, k, v))
-    for rows, groups, parts in planned_chunks(q, k, v, layout, settings, backend):
-        of_keys, totals = (grad_k[rows, groups], grad_v[rows, groups]), None
-        if len(parts) > 1:  # the gradients of a key are then a sum over parts, in float32 at least
-            totals = tuple(torch.zeros_like(x, dtype=wide(x.dtype)) for x in of_keys)
-        for heads, blocks in parts:
-            part, at = layout.part(rows, blocks), (rows, heads, layout.slots(blocks))
-            operands = (q[at], k[rows, groups], v[rows, groups], grad[at], lse[at], delta[at])
-            routes = route(chosen[at], operands[1], blocks, layout, settings, backend)
-            backend.backward(*operands, routes, part, settings, (grad_q[at], *of_keys))
-            for total, x in zip(totals or (), of_keys):
-                total += x
-        if totals is not None:
-            write(totals, of_keys)
+    plan = planned_pieces(q, k, v, layout, settings, backend)
+
+    def differentiate(piece: Piece) -> tuple[Tensor, Tensor]:
+        rows, groups, heads, blocks = piece[:4]
+        part, at = layout.part(rows, blocks), (rows, heads, layout.slots(blocks))
+        operands = (q[at], k[rows, groups], v[rows, groups], grad[at], lse[at], delta[at])
+        into = grad_k[rows, groups], grad_v[rows, groups]
+        if not piece.alone:
+            into = empty(into[0]), empty(into[1])
+        routes = route(chosen[at], operands[1], blocks, layout, settings, backend)
+        backend.backward(*operands, routes, part, settings, (grad_q[at], *into))
+        return into
+
+    def empty(x: Tensor) -> Tensor:
+        return torch.empty_like(x, dtype=wide(x.dtype) if backend.HEAD_BY_HEAD else x.dtype)
+
+    totals: tuple[Tensor, ...] = ()
+    for of_keys, piece in zip(side_by_side(differentiate, plan, q.device), plan):
+        if piece.alone:
+            continue
+        places = (grad_k[piece.rows, piece.groups], grad_v[piece.rows, piece.groups])
+        if piece.is_first:  # the gradients of a key are then a sum over pieces, always in this order, in float32 at least
+            totals = tuple(torch.zeros_like(x, dtype=wide(x.dtype)) for x in places)
+        for total, x in zip(totals, of_keys):
+            total += x
+        if piece.is_last:
+            write(totals, places)
     return layout.query_tokens(grad_q), layout.key_tokens(grad_k), layout.key_tokens(grad_v)
 
 
@@ -98,11 +121,19 @@ def gate(query: Tensor, key: Tensor, layout: BlockLayout, settings: AttentionSet
     repeats = query.shape[1] // key.shape[1] if settings.share_selection else 1
     if settings.share_selection:
         query = query.unflatten(1, (-1, repeats)).sum(2, dtype=wide(query.dtype))
-    some, every = launches(*query.shape[:2]), slice(0, layout.n_query_blocks)
-    if len(some) == 1:
-        chosen = backend.choose(query, key, layout, settings)
+    every = slice(0, layout.n_query_blocks)
+    if _head_by_head(query, backend):
+        ratio = query.shape[1] // key.shape[1]
+        some = [(slice(b, b + 1), slice(h, h + 1), slice(h // ratio, h // ratio + 1)) for b, h in product(*map(range, query.shape[:2]))]
     else:
-        chosen = torch.cat([backend.choose(query[rows], key[rows], layout.part(rows, every), settings) for rows in some])
+        some = [(rows, slice(None), slice(None)) for rows in launches(*query.shape[:2])]
+
+    def choose(piece: tuple[slice, slice, slice]) -> Tensor:
+        rows, heads, groups = piece
+        return backend.choose(query[rows, heads], key[rows, groups], layout.part(rows, every), settings)
+
+    parts = list(side_by_side(choose, some, query.device))
+    chosen = parts[0] if len(parts) == 1 else torch.cat(parts).view(*query.shape[:3], -1)
     return chosen.repeat_interleave(repeats, 1) if settings.share_selection else chosen
 
 
@@ -112,10 +143,15 @@ def route(chosen: Tensor, key: Tensor, blocks: slice, layout: BlockLayout, setti
     return backend.route(chosen, key.shape[1], layout.n_key_blocks, pairs) if pairs else None
 
 
-def planned_chunks(
+def planned_pieces(
     query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, settings: AttentionSettings, backend: Backend
-) -> list[Chunk]:
-    """The chunks of a call, worked out once for all calls with the same layout and shapes."""
-    most = backend.MAX_TENSOR_ELEMENTS
-    name = ("chunks", query.shape, key.shape[1], value.shape[-1], query.dtype, settings.n_routed, settings.working_memory, most)
-    return layout.cached(name, lambda: list(chunks(query, key, value, layout, settings, most)))
+) -> list[Piece]:
+    """The pieces of a call, worked out once for all calls with the same layout and shapes."""
+    most, alone = backend.MAX_TENSOR_ELEMENTS, _head_by_head(query, backend)
+    name = ("pieces", query.shape, key.shape[1], value.shape[-1], query.dtype, settings.n_routed, settings.working_memory, most, alone)
+    return layout.cached(name, lambda: pieces(chunks(query, key, value, layout, settings, most, alone)))
+
+
+def _head_by_head(query: Tensor, backend: Backend) -> bool:
+    """Whether each query head is a piece of its own. Small calls are sooner done in one."""
+    return backend.HEAD_BY_HEAD and query.numel() >= HEAD_BY_HEAD_FROM

@@ -31,10 +31,11 @@ from ..ops.gate import choose
 from ..ops.routing import order_pairs
 from ..ops.rows import delta, over_no_keys, write
 
-__all__ = ["MAX_TENSOR_ELEMENTS", "READS_STRIDES", "attend", "backward", "choose", "delta", "route", "slots_per_block"]
+__all__ = ["HEAD_BY_HEAD", "MAX_TENSOR_ELEMENTS", "READS_STRIDES", "attend", "backward", "choose", "delta", "route", "slots_per_block"]
 
 MAX_TENSOR_ELEMENTS = sys.maxsize
 READS_STRIDES = False
+HEAD_BY_HEAD = True
 
 
 def slots_per_block(block_size: int) -> int:

@@ -23,11 +23,12 @@ from . import flash, paths
 from .block_masks import local_mask, routed_mask
 from .flex_calls import by_group, flex_backward, flex_forward
 
-__all__ = ["MAX_TENSOR_ELEMENTS", "READS_STRIDES", "attend", "backward", "choose", "delta", "route", "slots_per_block"]
+__all__ = ["HEAD_BY_HEAD", "MAX_TENSOR_ELEMENTS", "READS_STRIDES", "attend", "backward", "choose", "delta", "route", "slots_per_block"]
 
 # FlexAttention's kernels take the number of a key, and backward that of a row, times the width in 32 bits.
 MAX_TENSOR_ELEMENTS = 2**31 - 1
 READS_STRIDES = True
+HEAD_BY_HEAD = False
 
 
 def route(chosen: Tensor, groups: int, n_blocks: int, max_pairs: int) -> Routes:

@@ -23,10 +23,12 @@ class Backend(Protocol):
     Attributes:
         MAX_TENSOR_ELEMENTS: how many elements a tensor of a call may have; larger calls are cut into parts.
         READS_STRIDES: whether queries may have their heads together for each token, instead of one head after another.
+        HEAD_BY_HEAD: whether a large call is sooner done one query head at a time, several side by side on a CPU.
     """
 
     MAX_TENSOR_ELEMENTS: int
     READS_STRIDES: bool
+    HEAD_BY_HEAD: bool
 
     def slots_per_block(self, block_size: int, /) -> int:
         """P: how many slots the layout gives to a block of `block_size` tokens."""

@@ -6,7 +6,8 @@ B rows, H query heads, G key heads, Q query blocks, C key blocks, P slots per bl
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -21,22 +22,64 @@ Parts = list[tuple[slice, slice]]
 Chunk = tuple[slice, slice, Parts]
 
 
-def chunks(query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, settings: AttentionSettings, reach: int) -> Iterator[Chunk]:
+class Piece(NamedTuple):
+    """What is computed at a time: the part of a chunk, and which of its parts it is."""
+
+    rows: slice
+    groups: slice
+    heads: slice
+    blocks: slice  # of queries
+    number: int
+    n_parts: int
+
+    @property
+    def alone(self) -> bool:
+        """Whether no other piece reads these keys."""
+        return self.n_parts == 1
+
+    @property
+    def is_first(self) -> bool:
+        return self.number == 0
+
+    @property
+    def is_last(self) -> bool:
+        return self.number == self.n_parts - 1
+
+
+def pieces(chunks: Iterable[Chunk]) -> list[Piece]:
+    """The parts of all chunks, in order."""
+    return [Piece(rows, groups, *part, i, len(parts)) for rows, groups, parts in chunks for i, part in enumerate(parts)]
+
+
+def chunks(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: BlockLayout,
+    settings: AttentionSettings,
+    reach: int,
+    head_by_head: bool = False,
+) -> Iterator[Chunk]:
     """Slices of rows and key heads whose routed rows fit into the working memory, all of one shape, each in parts by its queries.
 
     A part, slices of query heads and of query blocks, has no tensor of more than `reach` elements. One key head of one row with its query
     heads is the least that a budget asks for; more of them share a chunk when they fit. Only beyond `reach` a chunk is a key head in
     several parts, and else it is one part. No chunk of several key heads has more than `MAX_HEADS` query heads, those of all its rows.
+    With `head_by_head` each query head of each row is a part.
 
     Raises ValueError if one head's keys, or the routed rows of one query block, are more than `reach` elements.
     """
     n_rows, n_groups, repeats = query.shape[0], key.shape[1], query.shape[1] // key.shape[1]
     width, row_bytes = max(query.shape[-1], value.shape[-1]), (query.shape[-1] + 2 * value.shape[-1]) * query.element_size() + 24
-    parts = _parts(repeats, width, layout, settings, reach)
-    fit = min(
-        MAX_HEADS // repeats,
-        settings.working_memory // max(1, repeats * layout.n_query * settings.n_routed * row_bytes),
-        reach // max_elements(repeats, layout.n_query_blocks, width, layout, settings),
+    parts = _parts(repeats, width, layout, settings, reach, 1 if head_by_head else repeats)
+    fit = (
+        1
+        if head_by_head
+        else min(
+            MAX_HEADS // repeats,
+            settings.working_memory // max(1, repeats * layout.n_query * settings.n_routed * row_bytes),
+            reach // max_elements(repeats, layout.n_query_blocks, width, layout, settings),
+        )
     )
     rows_fit = max((n for n in range(1, n_rows + 1) if n_rows % n == 0 and n * n_groups <= fit), default=1)
     groups_fit = max((n for n in range(1, n_groups + 1) if n_groups % n == 0 and n <= max(1, fit)), default=1)
@@ -53,8 +96,8 @@ def launches(n_rows: int, heads: int) -> list[slice]:
     return [slice(row, min(row + step, n_rows)) for row in range(0, n_rows, step)]
 
 
-def _parts(repeats: int, width: int, layout: BlockLayout, settings: AttentionSettings, reach: int) -> Parts:
-    """The query heads of one key head and their query blocks: all at once, or fewer heads, or some blocks of one head."""
+def _parts(repeats: int, width: int, layout: BlockLayout, settings: AttentionSettings, reach: int, most_heads: int) -> Parts:
+    """The query heads of one key head and their query blocks: `most_heads` at once, or fewer heads, or some blocks of one head."""
 
     def elements(heads: int, blocks: int) -> int:
         return max_elements(heads, blocks, width, layout, settings)
@@ -65,7 +108,7 @@ def _parts(repeats: int, width: int, layout: BlockLayout, settings: AttentionSet
             f"key has {layout.n_key} tokens of width {width} in blocks of {layout.block_size}: the keys of one head, and the rows that one "
             f'block of queries sends to {settings.n_routed} blocks, may be at most {reach} elements on a GPU: use implementation="eager"'
         )
-    heads = max((n for n in range(1, repeats + 1) if repeats % n == 0 and elements(n, n_blocks) <= reach), default=1)
+    heads = max((n for n in range(1, most_heads + 1) if repeats % n == 0 and elements(n, n_blocks) <= reach), default=1)
     blocks = max(1, bisect_right(range(1, n_blocks + 1), reach, key=lambda n: elements(heads, n)))
     each_head, each_block = range(0, repeats, heads), range(0, n_blocks, blocks)
     return [(slice(h, h + heads), slice(b, min(b + blocks, n_blocks))) for h in each_head for b in each_block]
