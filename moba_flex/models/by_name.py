@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from ..config import DEFAULT, MobaConfig
+from ..core.compiling import constant_in_graphs
 from .upstream import implementation_of
 
 _Kind = tuple[type[PreTrainedConfig], tuple[object, ...]]
@@ -54,7 +55,7 @@ def _kind(config: PreTrainedConfig) -> _Kind:
     return type(config), tuple(getattr(config, name, None) for name in _SIZES)
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def _trace(kind: _Kind, implementations: tuple[str, ...]) -> bool:
     """Called while a graph is traced: leaves the settings in `_TRACED`."""
     _TRACED[kind] = _found(kind, implementations)
