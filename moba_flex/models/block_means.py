@@ -124,7 +124,7 @@ def decoder_cache(cache: Cache | None) -> Cache | None:
 
 def layer_of_cache(cache: Cache, layer: AttentionLayer) -> CacheLayerMixin | None:
     """What a cache holds for an attention layer; None where it has no such layer."""
-    # layers of a cache that hold no keys are those of other layers of the model
+    # what has no keys in a cache is there for layers of other kinds
     return None if layer.layer_idx >= len(cache.layers) else cast(CacheLayerMixin, cache.layers[layer.layer_idx])
 
 
