@@ -13,7 +13,6 @@ from .core.messages import shown
 
 DECODING = ("full", "sparse")
 KERNEL_SIZES = (0, 3, 5)
-_BLOCKS = ("block_size", "top_k", "sink_blocks", "recent_blocks", "share_selection")
 
 
 @dataclass(frozen=True, repr=False)
@@ -66,7 +65,6 @@ class MobaConfig(dict[str, Any]):
         layers = layer_indices("full_attention_layers", self.full_attention_layers)
         object.__setattr__(self, "full_attention_layers", layers)
         super().__init__({**vars(self), "full_attention_layers": list(layers)})
-        object.__setattr__(self, "blocks", {name: self[name] for name in _BLOCKS})  # the arguments of `moba_attention`
 
     def to_dict(self) -> dict[str, Any]:
         """A plain dict of plain JSON values."""
@@ -137,7 +135,7 @@ def changed_settings(settings: MobaConfig) -> dict[str, Any]:
     return {name: value for name, (value, default) in values.items() if value != default}
 
 
-def given_settings(**settings: object) -> dict[str, object]:
+def given_settings(**settings: object) -> dict[str, Any]:
     """Those of the keywords that were given, whatever their value."""
     return {name: value for name, value in settings.items() if value is not UNSET}
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
-from transformers import PreTrainedConfig
 
 from ..config import MobaConfig, changed_settings
 from ..core.messages import shown
@@ -20,6 +19,9 @@ from ..models.state import choice_of, context_of
 from ..models.upstream import FULL_LAYER_TYPES, implementation_of
 from .explain import share_of_keys
 from .tables import runs, table
+
+if TYPE_CHECKING:
+    from ..models.upstream import AttentionLayer
 
 _CROSS = re.compile(r"cross|encoder_attn|enc_?dec|encoder_decoder", re.IGNORECASE)
 
@@ -142,7 +144,7 @@ def describe(model: nn.Module, length: int | None = None) -> Description:
     return Description(type(model).__name__, layers, length, tuple(_notes(every, layers, length, refusal)))
 
 
-def _describe(layer: nn.Module, name: str, length: int | None, refusal: str | None) -> LayerDescription:
+def _describe(layer: AttentionLayer, name: str, length: int | None, refusal: str | None) -> LayerDescription:
     attention, reason, settings = _used(layer, name, refusal)
     if context_of(layer) is not None:
         reason += ", context-parallel"
@@ -158,11 +160,11 @@ def _describe(layer: nn.Module, name: str, length: int | None, refusal: str | No
     return LayerDescription(index, name, attention, reason, settings.block_size, settings.top_k, settings.decode, share, sparse)
 
 
-def _used(layer: nn.Module, name: str, refusal: str | None) -> tuple[str, str, MobaConfig | None]:
+def _used(layer: AttentionLayer, name: str, refusal: str | None) -> tuple[str, str, MobaConfig | None]:
     """What a layer uses, why, and the settings if it is MoBA."""
     if not takes_moba(layer):
         return *_own_kind(layer, name), None
-    config, choice = _config(layer), choice_of(layer)
+    config, choice = layer.config, choice_of(layer)
     named = implementation_of(config)
     if choice is None and named not in MOBA:
         saved = getattr(config, "moba", None) is not None
@@ -186,30 +188,30 @@ def _used(layer: nn.Module, name: str, refusal: str | None) -> tuple[str, str, M
     return attention, f'loaded with attn_implementation="{named}", {source}', settings
 
 
-def _own_kind(layer: nn.Module, name: str) -> tuple[str, str]:
+def _own_kind(layer: AttentionLayer, name: str) -> tuple[str, str]:
     """The kind of attention of a layer that MoBA cannot replace, and why it cannot."""
     if getattr(layer, "is_cross_attention", False) or _CROSS.search(name.rpartition(".")[2]):
         return "cross", "it reads the keys of others"
     if not getattr(layer, "is_causal", True):
         return "bidirectional", "it is not causal"
-    index, types = getattr(layer, "layer_idx", None), getattr(_config(layer), "layer_types", None)
+    index, types = getattr(layer, "layer_idx", None), getattr(layer.config, "layer_types", None)
     if types is not None and index is not None and index < len(types) and types[index] not in FULL_LAYER_TYPES:
         kind = {"sliding_attention": "sliding window", "chunked_attention": "chunked"}.get(types[index], types[index].replace("_", " "))
         return kind, "layer_types"
-    window = getattr(layer, "sliding_window", getattr(_config(layer), "sliding_window", None))
+    window = getattr(layer, "sliding_window", getattr(layer.config, "sliding_window", None))
     if window is not None:
         return "sliding window", f"sliding_window={window}"
     return "full", "MoBA cannot replace it"
 
 
-def _notes(every: Iterable[nn.Module], layers: Sequence[LayerDescription], length: int | None, refusal: str | None) -> list[str]:
+def _notes(every: Iterable[AttentionLayer], layers: Sequence[LayerDescription], length: int | None, refusal: str | None) -> list[str]:
     notes = []
     if refusal is not None:
         notes.append(refusal)
     used: dict[str, MobaConfig] = {}
     for module, layer in zip(every, layers):
         if layer.attention in MOBA:
-            settings = settings_to_come(_config(module), MOBA)
+            settings = settings_to_come(module.config, MOBA)
             used.setdefault(str(settings), settings)
     for settings in used.values():
         other = [f"{name}={value!r}" for name, value in changed_settings(settings).items() if name not in _IN_TABLE]
@@ -223,11 +225,7 @@ def _notes(every: Iterable[nn.Module], layers: Sequence[LayerDescription], lengt
 _IN_TABLE = ("block_size", "top_k", "decode", "full_attention_layers")
 
 
-def _config(layer: nn.Module) -> PreTrainedConfig:
-    return cast(PreTrainedConfig, layer.config)
-
-
-def _index(layer: nn.Module, name: str) -> int | None:
+def _index(layer: AttentionLayer, name: str) -> int | None:
     index = getattr(layer, "layer_idx", None)
     if isinstance(index, int):
         return index

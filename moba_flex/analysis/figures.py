@@ -19,8 +19,10 @@ from ..core.messages import shown
 from ..selection import Selection
 
 if TYPE_CHECKING:
+    import numpy as np
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from numpy.typing import NDArray
 
     from .trace import Trace
 
@@ -133,7 +135,7 @@ def _grid(panels: int) -> tuple[int, int]:
     return -(-panels // columns), columns
 
 
-def _cells(chosen: Tensor, own: Tensor, n_blocks: int, per_cell: tuple[int, int], causal: bool):
+def _cells(chosen: Tensor, own: Tensor, n_blocks: int, per_cell: tuple[int, int], causal: bool) -> NDArray[np.float64]:
     """`[R, W, 4]` colors of one head, from its `chosen [Nq, S]` and `own [Nq]` blocks, -1 for none."""
     import matplotlib
     from matplotlib.colors import to_rgba
@@ -172,8 +174,9 @@ def _explain(figure: Figure, title: str | None, per_cell: tuple[int, int], causa
         entries.append(Patch(facecolor=_OWN, label="own block, always read"))
     if padding:
         entries.append(Patch(facecolor=_PADDING, label="padding"))
-    place = {"loc": "outside upper center", "ncols": len(entries), "frameon": False}
-    figure.legend(handles=entries, title=title, title_fontsize=12, fontsize=10, **place)
+    figure.legend(
+        handles=entries, loc="outside upper center", ncols=len(entries), frameon=False, title=title, title_fontsize=12, fontsize=10
+    )
     if per_cell != (1, 1):
         queries, blocks = per_cell
         what = f"{queries} queries" if blocks == 1 else f"{queries} queries by {blocks} blocks"

@@ -9,29 +9,32 @@ L layers, B batch, H query heads, N tokens (Nq queries, Nk keys), C blocks, S ch
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
 from ..config import UNSET, MobaConfig, given_settings, layer_indices
+from ..core.compiling import outside_graphs
 from ..models.adapters import modules_with_save_hooks, save_adapters_alone
 from ..models.call_hooks import modules_with_hooks, remove_hooks
-from ..models.layers import MOBA, attention_layers, attention_of, is_patched, n_layers, resolve_layers
+from ..models.layers import MOBA, attention_layers, attention_of, configs_of, is_patched, n_layers, resolve_layers
 from ..models.masks import Visible
 from ..models.patch import find_layers, patch
 from ..models.state import choice_of, context_of, key_conv_hooks_of, set_choice, set_watcher
-from ..models.upstream import prefixes_of_peft
+from ..models.upstream import holds_config, prefixes_of_peft
 from ..selection import Selection, select_blocks
 from . import figures
 from .tables import table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+    from ..models.upstream import AttentionLayer
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -57,7 +60,7 @@ class Trace:
     candidates: Tensor
     selections: Mapping[int, Selection] = field(default_factory=dict)
 
-    def to_dict(self) -> dict[str, list]:
+    def to_dict(self) -> dict[str, list[Any]]:
         """Columns of equal length with one row a layer, head and block, as a data frame takes them.
 
         The columns "layer", "head", "share_of_keys", "overlap", "block", "chosen" and "candidates" are the attributes; the first four
@@ -113,7 +116,7 @@ def trace(
     attention_mask: Tensor | None = None,
     *,
     selections: Iterable[int] = (),
-    config: MobaConfig | Mapping | None = None,
+    config: MobaConfig | Mapping[str, Any] | None = None,
     block_size: int = UNSET,
     top_k: int = UNSET,
     sink_blocks: int = UNSET,
@@ -182,7 +185,7 @@ def trace(
         keep = resolve_layers("selections", wanted, n_layers(layers[0]), found, model)
         model.eval()
         with logging.tqdm(total=len(layers), desc="Tracing", unit="layer") as bar:
-            watcher = Watcher(keep, bar)
+            watcher = Watcher(keep, bar.update)
             for layer in layers:
                 set_watcher(layer, watcher)
             inner = model if prefixes_of_peft(model) else getattr(model, "base_model", model)
@@ -205,14 +208,14 @@ def _read(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None) ->
 class Watcher:
     """What MoBA layers show their queries and keys to while it is the watcher in their state."""
 
-    def __init__(self, keep: list[int], bar: logging.tqdm) -> None:
-        self._keep, self._bar = keep, bar
+    def __init__(self, keep: list[int], seen: Callable[[], object]) -> None:
+        self._keep, self._seen = keep, seen
         self._layers: list[int] = []
         self._numbers: list[tuple[Tensor, ...]] = []
         self._selections: dict[int, Selection] = {}
 
-    @torch.compiler.disable  # a layer that was compiled in place has a graph on either side of it
-    def __call__(self, layer: nn.Module, query: Tensor, key: Tensor, visible: Visible, settings: MobaConfig) -> None:
+    @outside_graphs  # a layer that was compiled in place has a graph on either side of it
+    def __call__(self, layer: AttentionLayer, query: Tensor, key: Tensor, visible: Visible, settings: MobaConfig) -> None:
         names = inspect.signature(select_blocks).parameters
         blocks = {name: value for name, value in settings.items() if name in names}
         n_blocks, forced = -(-key.shape[2] // settings.block_size), 1 + settings.sink_blocks + settings.recent_blocks
@@ -223,7 +226,7 @@ class Watcher:
         if layer.layer_idx in self._keep:
             here = {name: getattr(selection, name).cpu() for name in ("indices", "block_of_key")}
             self._selections[layer.layer_idx] = replace(selection, **here)
-        self._bar.update()
+        self._seen()
 
     def trace(self) -> Trace:
         share, overlap, chosen, candidates = (torch.stack(x) for x in zip(*self._numbers))
@@ -280,26 +283,26 @@ def _check_inputs(input_ids: Tensor, attention_mask: Tensor | None) -> None:
 def _left_as_it_was(model: nn.Module) -> Iterator[None]:
     """After the `with` block the model's configurations, modes, convolutions of keys and marks of MoBA are what they were before."""
     layers = attention_layers(model)
-    holders = [(module, module.__dict__["config"]) for module in model.modules() if "config" in module.__dict__]
+    holders = [(module, module.config) for module in model.modules() if holds_config(module)]
     convolutions = [(layer, key_conv_hooks_of(layer)) for layer in layers]
-    configs = {id(layer.config): (layer.config, dict(layer.config.__dict__)) for layer in layers}.values()
+    configs = [(config, dict(vars(config))) for config in configs_of(layers)]
     choices = [(layer, choice_of(layer)) for layer in layers]
     modes = [(module, module.training) for module in model.modules()]
     had_hooks, had_save_hooks = modules_with_hooks(model), modules_with_save_hooks(model)
     try:
         yield
     finally:
-        for layer, before in convolutions:
+        for layer, hooks in convolutions:
             now = key_conv_hooks_of(layer)
-            if now is not before and now is not None:
+            if now is not hooks and now is not None:
                 now.detach(layer)
-            if now is not before and before is not None:
-                before.attach(layer)
-        for module, config in holders:
-            module.config = config
-        for config, before in configs:
-            config.__dict__.clear()
-            config.__dict__.update(before)
+            if now is not hooks and hooks is not None:
+                hooks.attach(layer)
+        for holder, held in holders:
+            holder.config = held
+        for config, entries in configs:
+            vars(config).clear()
+            vars(config).update(entries)
         for layer, choice in choices:
             set_watcher(layer, None)
             set_choice(layer, choice)

@@ -198,9 +198,9 @@ def group_of(mesh: DeviceMesh | dist.ProcessGroup) -> dist.ProcessGroup:
     """The process group of a mesh's only dimension, or of the one named "cp"."""
     if isinstance(mesh, dist.ProcessGroup):
         return mesh
-    if mesh is dist.GroupMember.NON_GROUP_MEMBER:
-        raise ValueError(f"mesh is a process group that rank {dist.get_rank()} is not in: call this on its members alone")
     if not isinstance(mesh, DeviceMesh):
+        if mesh is dist.GroupMember.NON_GROUP_MEMBER:
+            raise ValueError(f"mesh is a process group that rank {dist.get_rank()} is not in: call this on its members alone")
         raise TypeError(f"mesh must be a DeviceMesh or a process group, but is a {type(mesh).__name__}")
     names = mesh.mesh_dim_names or ()
     if mesh.ndim == 1:

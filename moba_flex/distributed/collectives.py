@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import wraps
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -63,11 +64,14 @@ def key_heads_of_messages(key: Tensor, value: Tensor, n_processes: int) -> list[
     return [slice(first, min(first + together, n_heads)) for first in range(0, n_heads, together)]
 
 
-def _once(backward: Callable) -> Callable:
+_Backward = Callable[..., tuple[Tensor | None, ...]]
+
+
+def _once(backward: _Backward) -> _Backward:
     """Refuse to be differentiated again. With PyTorch's `once_differentiable` `torch.autograd.grad` leaves a part out and says nothing."""
 
     @wraps(backward)
-    def checked(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def checked(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError("create_graph=True: exchanges between processes have first derivatives only")
         return backward(ctx, *grads)
@@ -79,13 +83,13 @@ class _Pack(torch.autograd.Function):
     """`[B, G, L, D]`, `[B, G, L, Dv]` -> for each message `[L, B, g, D + Dv]`: tokens first, so that gathered slices are in order."""
 
     @staticmethod
-    def forward(ctx, key: Tensor, value: Tensor, heads: list[slice], coming_home: _Started) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, key: Tensor, value: Tensor, heads: list[slice], coming_home: _Started) -> tuple[Tensor, ...]:
         ctx.coming_home, ctx.widths = coming_home, (key.shape[-1], value.shape[-1])
         return tuple(torch.cat([key[:, part], value[:, part]], -1).permute(2, 0, 1, 3).contiguous() for part in heads)
 
     @staticmethod
     @_once
-    def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         while ctx.coming_home:  # until now they were under way while attention's backward worked on other heads
             _wait(*ctx.coming_home.pop(0))
         key, value = torch.cat(grads, 2).permute(1, 2, 0, 3).split(ctx.widths, -1)
@@ -96,7 +100,7 @@ class _Gather(torch.autograd.Function):
     """`[L, ...]` -> `[N, ...]`, started and not waited for. Backward, `[N, ...]` is summed over processes to `[L, ...]` likewise."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, group: dist.ProcessGroup, under_way: _Started, coming_home: _Started) -> Tensor:
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup, under_way: _Started, coming_home: _Started) -> Tensor:
         ctx.group, ctx.coming_home = group, coming_home
         out = x.new_empty(group.size() * x.shape[0], *x.shape[1:])
         under_way.append((_all_gather(out, x, group=group, async_op=True), x))
@@ -104,7 +108,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     @_once
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad = grad.contiguous()
         out = grad.new_empty(grad.shape[0] // ctx.group.size(), *grad.shape[1:])
         work = _reduce_scatter(out, grad, group=ctx.group, async_op=True), grad
@@ -119,14 +123,14 @@ class _Unpack(torch.autograd.Function):
     """`[N, B, g, D + Dv]` -> `[B, g, n_key, D]`, `[B, g, n_key, Dv]` without a copy. Later tokens have no gradient from here."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, n_key: int, width: int) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, x: Tensor, n_key: int, width: int) -> tuple[Tensor, ...]:
         ctx.shape, ctx.n_key, ctx.width = x.shape, n_key, width
         seen = x.detach()[:n_key].permute(1, 2, 0, 3)
         return seen[..., :width], seen[..., width:]
 
     @staticmethod
     @_once
-    def backward(ctx, key: Tensor, value: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, key: Tensor, value: Tensor) -> tuple[Tensor | None, ...]:
         grad = key.new_empty(ctx.shape)
         grad[ctx.n_key :].zero_()
         seen = grad[: ctx.n_key].permute(1, 2, 0, 3)
@@ -138,7 +142,7 @@ class _Whole(torch.autograd.Function):
     """`_Gather`, waited for."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.group = group
         out = x.new_empty(group.size() * x.shape[0], *x.shape[1:])
         _wait(_all_gather(out, x, group=group, async_op=True), x)
@@ -146,7 +150,7 @@ class _Whole(torch.autograd.Function):
 
     @staticmethod
     @_once
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad = grad.contiguous()
         out = grad.new_empty(grad.shape[0] // ctx.group.size(), *grad.shape[1:])
         _wait(_reduce_scatter(out, grad, group=ctx.group, async_op=True), grad)
@@ -167,13 +171,13 @@ class _AllToAll(torch.autograd.Function):
     """Each process gets its part of dimension `cut` from all, joined along dimension `join`."""
 
     @staticmethod
-    def forward(ctx, group: dist.ProcessGroup, cut: int, join: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, group: dist.ProcessGroup, cut: int, join: int, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.group, ctx.cut, ctx.join = group, cut, join
         return _all_to_all(group, cut, join, tensors)
 
     @staticmethod
     @_once
-    def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         return None, None, None, *_all_to_all(ctx.group, ctx.join, ctx.cut, grads)
 
 

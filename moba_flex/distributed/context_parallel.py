@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -20,10 +20,13 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from ..config import MobaConfig
 from ..core.settings import AttentionSettings
-from ..models.layers import attention_layers, is_patched, name_attention, show, takes_moba
+from ..models.layers import attention_layers, configs_of, is_patched, name_attention, show, takes_moba
 from ..models.state import context_of, set_context
 from .attention import across, check_exchange, full, group_of, sparse
 from .collectives import gathered
+
+if TYPE_CHECKING:
+    from ..models.upstream import AttentionLayer
 
 _IGNORED = -100  # the label that PyTorch's cross entropy leaves out
 _WHOLE = (torch.int64, torch.int32)
@@ -73,7 +76,7 @@ def context_parallel(model: nn.Module, mesh: DeviceMesh | dist.ProcessGroup, *, 
     if any(hasattr(layer, "key_conv") for layer in patched):
         raise ValueError(f"{type(model).__name__} has key_conv, which would not see the keys before a slice: patch it with key_conv=0")
     group = group_of(mesh)
-    for config in {id(layer.config): layer.config for layer in patched}.values():
+    for config in configs_of(patched):
         n_heads = config.num_attention_heads
         n_key_heads, shared = getattr(config, "num_key_value_heads", None) or n_heads, MobaConfig.of(config).share_selection
         check_exchange(exchange, n_heads, n_key_heads, group.size(), shared)
@@ -87,7 +90,7 @@ def context_parallel(model: nn.Module, mesh: DeviceMesh | dist.ProcessGroup, *, 
     return context
 
 
-def _check_layers(model: nn.Module, patched: list[nn.Module]) -> None:
+def _check_layers(model: nn.Module, patched: list[AttentionLayer]) -> None:
     other = sorted({layer.layer_idx for layer in patched if not takes_moba(layer)})
     if other:
         raise ValueError(
@@ -106,7 +109,7 @@ def _check_layers(model: nn.Module, patched: list[nn.Module]) -> None:
 class ContextParallel:
     """The processes that share a model's sequences, made by `context_parallel`. `rank` and `size` are this process's place among them."""
 
-    def __init__(self, group: dist.ProcessGroup, exchange: str, layers: list[nn.Module]) -> None:
+    def __init__(self, group: dist.ProcessGroup, exchange: str, layers: list[AttentionLayer]) -> None:
         self.group, self.exchange, self._layers = group, exchange, layers
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []  # of rotary embeddings whose frequencies depend on the length
 
@@ -138,7 +141,7 @@ class ContextParallel:
                 self._hooks.append(module.register_forward_pre_hook(partial(_with_last_position, self.size), with_kwargs=True))
                 self._hooks.append(module.register_forward_hook(_without_last_position))
 
-    def __deepcopy__(self, _memo: dict) -> ContextParallel:
+    def __deepcopy__(self, _memo: dict[int, Any]) -> ContextParallel:
         return self  # a copy of the model shares the processes
 
     def shard(self, batch: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -166,7 +169,7 @@ class ContextParallel:
         mine = slice(self.rank * length, (self.rank + 1) * length)
 
         position = torch.arange(mine.start, mine.stop, device=ids.device)
-        sliced = {"input_ids": F.pad(ids, (0, padding))[:, mine], "position_ids": position.expand(ids.shape[0], -1)}
+        sliced: dict[str, Any] = {"input_ids": F.pad(ids, (0, padding))[:, mine], "position_ids": position.expand(ids.shape[0], -1)}
         sliced["use_cache"] = False
         if batch.get("labels") is not None:
             labels = batch["labels"]
@@ -228,7 +231,9 @@ def _checksum(x: Tensor | None) -> int:
     return int((x * (2 * torch.arange(len(x), device=x.device) + 1)).sum()) % 2**31 + 1
 
 
-def _with_last_position(n_slices: int, _rotary: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+def _with_last_position(
+    n_slices: int, _rotary: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     position = kwargs["position_ids"] if "position_ids" in kwargs else args[1]
     last = position.new_full((position.shape[0], 1), n_slices * position.shape[1] - 1)
     position = torch.cat([position, last], 1)
@@ -237,7 +242,7 @@ def _with_last_position(n_slices: int, _rotary: nn.Module, args: tuple, kwargs: 
     return (args[0], position, *args[2:]), kwargs
 
 
-def _without_last_position(_rotary: nn.Module, _args: tuple, out: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def _without_last_position(_rotary: nn.Module, _args: tuple[Any, ...], out: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return tuple(x[:, :-1] for x in out)
 
 

@@ -13,6 +13,7 @@
 | `call_hooks.py` | what attention functions get to know beyond what transformers tells them |
 | `recomputation.py` | layers that gradient checkpoints compute again |
 | `by_name.py` | models that were loaded by name and not patched |
+| `by_identity.py` | what is known of configurations |
 | `block_means.py` | the means of key blocks, beside a cache's keys |
 | `key_conv.py` | the convolution of keys |
 | `state.py` | what is kept on a model's layers and on a cache's |

@@ -30,7 +30,7 @@ class SaveWithSettings:
     def __init__(self, adapter: Any, settings: MobaConfig) -> None:
         self._adapter, self._settings = adapter, settings
 
-    def __call__(self, save_directory: str | Path, **kwargs) -> None:
+    def __call__(self, save_directory: str | Path, **kwargs: Any) -> None:
         getattr(type(self._adapter), ADAPTER_SAVER)(self._adapter, save_directory, **kwargs)
         (Path(save_directory) / SETTINGS_FILE).write_text(json.dumps(self._settings.to_dict(), indent=2) + "\n")
 
@@ -67,7 +67,9 @@ def _prepare(module: nn.Module, prefix: str, keep_vars: bool) -> None:
     if not adapters:
         return
     settings = next((MobaConfig.of(layer.config) for layer in attention_layers(module) if takes_moba(layer)), None)
-    for adapter in adapters if settings is not None else ():
+    if settings is None:
+        return
+    for adapter in adapters:
         setattr(adapter, ADAPTER_SAVER, SaveWithSettings(adapter, settings))
 
 
@@ -77,7 +79,7 @@ def _restore(module: nn.Module) -> None:
             delattr(adapter, ADAPTER_SAVER)
 
 
-def settings_beside_adapter(name: str, where: dict) -> MobaConfig | None:
+def settings_beside_adapter(name: str, where: dict[str, Any]) -> MobaConfig | None:
     """The settings in the folder or repository of an adapter; None if there are none.
 
     Raises ValueError, naming the file, if they are no settings.

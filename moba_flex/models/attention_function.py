@@ -12,10 +12,11 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from ..config import MobaConfig
@@ -37,15 +38,18 @@ from .sizes import note_sparse, warn_of_no_effect
 from .state import choice_of, context_of, watcher_of
 from .upstream import set_implementation
 
+if TYPE_CHECKING:
+    from .upstream import AttentionLayer
+
 
 def moba_attention_forward(
-    module: nn.Module,
+    module: AttentionLayer,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     attention_mask: MobaMask | Tensor | BlockMask | None,
     named: str = "moba",
-    **kwargs,
+    **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """transformers' interface: `[B, H, Nq, D]`, `[B, G, Nk, D]`, `[B, G, Nk, Dv]` -> `[B, Nq, H, Dv]` and weights.
 
@@ -96,19 +100,18 @@ def _original(call: LayerCall, weights: bool = False) -> tuple[Tensor, Tensor | 
     if isinstance(mask, MobaMask):
         mask = mask.original(implementation, call.query.device)
     attention = original_attention(module, implementation)
-    if implementation not in ("eager", "sdpa"):
-        module = _Named(module, implementation)
-    return attention(module, call.query, call.key, call.value, mask, **call.kwargs)
+    named = module if implementation in ("eager", "sdpa") else _Named(module, implementation)
+    return attention(named, call.query, call.key, call.value, mask, **call.kwargs)
 
 
 class _Named:
     """A layer whose configuration names another implementation: some functions look their own name up there."""
 
-    def __init__(self, module: nn.Module, implementation: str) -> None:
+    def __init__(self, module: AttentionLayer, implementation: str) -> None:
         self._module, self.config = module, copy.copy(module.config)
         set_implementation(self.config, implementation)
 
-    def __getattr__(self, name: str):
+    def __getattr__(self, name: str) -> Any:
         return getattr(self._module, name)
 
 
@@ -123,6 +126,7 @@ def _prompt_and_drafts(call: LayerCall, n_drafts: int, weights: bool) -> tuple[T
     out = torch.cat([prompt, drafts], 1)
     if not weights:
         return out, None
+    assert prompt_weights is not None and draft_weights is not None
     prompt_weights = F.pad(prompt_weights, (0, draft_weights.shape[-1] - prompt_weights.shape[-1]))
     return out, torch.cat([prompt_weights, draft_weights], 2)
 
@@ -132,20 +136,19 @@ def _moba(call: LayerCall, decision: Decision) -> tuple[Tensor, Tensor | None]:
     settings, cached = call.settings, call.key
     means = means_of(call.cache, call.layer, cached) if settings.decode == "sparse" else None
     query, key, value = _autocast(call.query, cached, call.value)
-    if decision.path is LayerPath.DECODING_SPARSE:
+    if decision.places is not None:  # of DECODING_SPARSE
         return _decode(call, query, key, value, decision.places, means).transpose(1, 2).contiguous(), None
 
-    visible = decision.visible
-    cached = key
+    visible, cached = decision.visible, key
+    assert visible is not None
     if visible.n_key < key.shape[2]:
         key, value = key[:, :, : visible.n_key], value[:, :, : visible.n_key]
-    reads_all = decision.path is LayerPath.ALL_KEYS
-    operation = None if reads_all else _operation(call, query, key, value, visible.causal)
+    operation = None if decision.path is LayerPath.ALL_KEYS else _operation(call, query, key, value, visible.causal)
     if (watcher := watcher_of(call.layer)) is not None:
         watcher(call.layer, query, key, visible, settings)
     if means is not None and visible.causal and not torch.compiler.is_compiling():
         means.take_in(query.shape[2], visible.n_key, cached, settings.block_size, visible.start(key.device), visible.starts)
-    if reads_all:
+    if operation is None:
         if watcher is None:
             warn_of_no_effect(call.layer.config, settings, query.shape[2], visible.n_key)
         return _original(call)[0], None
@@ -159,6 +162,7 @@ def _moba(call: LayerCall, decision: Decision) -> tuple[Tensor, Tensor | None]:
 def _across_processes(call: LayerCall) -> Tensor:
     """A layer of a model whose sequences are cut into slices, see `moba_flex.distributed`: `[B, L, H, Dv]`."""
     context = context_of(call.layer)
+    assert context is not None
     if call.dropout:
         raise ValueError(
             f"{call.name} has an attention dropout of {call.dropout} in training, and works on a slice of a sequence, which has "
@@ -191,6 +195,7 @@ def _decode(call: LayerCall, query: Tensor, key: Tensor, value: Tensor, places: 
     operation = _operation(call, query, key, value, True)
     block_size, known = operation.settings.block_size, None
     if means is not None:
+        assert isinstance(call.mask, MobaMask)  # which says that this is decoding
         starts = None if torch.compiler.is_compiling() else call.mask.visible(query, key).starts
         known = means.of_all_but_new(key, block_size, places.start, starts)
     if known is None:  # nothing is kept beside this cache
@@ -219,20 +224,40 @@ def _operation(call: LayerCall, query: Tensor, key: Tensor, value: Tensor, causa
     implementation = "naive" if call.naive else validation.resolve_implementation(call.settings.implementation, query)
     scale, softcap, sinks = (call.kwargs.get(name) for name in ("scaling", "softcap", "s_aux"))
     validation.check_query_key(query=query, key=key, value=value)
-    options = {"scale": scale, "softcap": softcap, "sinks": sinks, "implementation": implementation}
-    return Operation(checked_settings(query, query.shape[1], **call.settings.blocks, causal=causal, **options), sinks)
+    checked = checked_settings(
+        query,
+        query.shape[1],
+        block_size=call.settings.block_size,
+        top_k=call.settings.top_k,
+        sink_blocks=call.settings.sink_blocks,
+        recent_blocks=call.settings.recent_blocks,
+        share_selection=call.settings.share_selection,
+        causal=causal,
+        scale=scale,
+        softcap=softcap,
+        sinks=sinks,
+        implementation=implementation,
+    )
+    return Operation(checked, sinks)
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, visible: Visible, operation: Operation) -> Tensor:
     """`[B, H, Nq, Dv]`. Packed rows are laid end to end, as one longer row of packed sequences."""
-    given = {"padding_mask": visible.padding_mask, "cu_seqlens": visible.cu_seqlens, "longest": visible.longest}
-    given["sinks"] = operation.sinks
     rows = query.shape[0]
-    if visible.cu_seqlens is None or rows == 1:
-        return attend(query, key, value, operation.settings, **given)[0]
-    query, key, value = (x.transpose(0, 1).flatten(1, 2)[None] for x in (query, key, value))
-    out, _ = attend(query, key, value, operation.settings, **given)
-    return out[0].unflatten(1, (rows, -1)).transpose(0, 1)
+    joined = visible.cu_seqlens is not None and rows > 1
+    if joined:
+        query, key, value = (x.transpose(0, 1).flatten(1, 2)[None] for x in (query, key, value))
+    out, _ = attend(
+        query,
+        key,
+        value,
+        operation.settings,
+        padding_mask=visible.padding_mask,
+        cu_seqlens=visible.cu_seqlens,
+        longest=visible.longest,
+        sinks=operation.sinks,
+    )
+    return out[0].unflatten(1, (rows, -1)).transpose(0, 1) if joined else out
 
 
 def _attend_with_weights(

@@ -12,15 +12,19 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, EncoderDecoderCache, StaticLayer
 
 from ..core.upstream import mark_static_address
 from ..ops.decoding import mean_dtype, means_for, write_means
 from .state import means_beside, put_means
 from .upstream import reads_as_it_lies
+
+if TYPE_CHECKING:
+    from .upstream import AttentionLayer
 
 
 class BlockMeans:
@@ -32,13 +36,13 @@ class BlockMeans:
         self.starts: tuple[int, ...] | None = None  # each row's first real token; None: 0 for all rows
         self.stale = True  # some keys were written or moved that the means do not know
         self._waiting = False  # keys were written and not taken in yet
-        self._keys: weakref.ref | None = None
+        self._keys: weakref.ref[Tensor] | None = None
 
-    def __getstate__(self) -> dict:
+    def __getstate__(self) -> dict[str, Any]:
         return {}  # a copy or pickle of a cache computes its means again
 
-    def __setstate__(self, state: dict) -> None:
-        self.__init__()
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        BlockMeans.__init__(self)
 
     def check(self, keys: Tensor | None) -> None:
         """Are the cache layer's keys still the ones last noted?"""
@@ -76,6 +80,7 @@ class BlockMeans:
             self._make_room(key, block_size, starts)
         elif self.means is None or (self.block_size, self.means.shape[2]) != (block_size, _blocks(key, block_size)):
             return None
+        assert self.means is not None
         if self.stale:
             write_means(self.means, key.detach(), start, block_size)
         self.stale = self._waiting = False
@@ -85,6 +90,7 @@ class BlockMeans:
     def take_in(self, new: int, length: int, key: Tensor, block_size: int, start: Tensor | None, starts: tuple[int, ...] | None) -> None:
         """Write the means of all blocks that the last `new` of `length` tokens complete, and of all others that are not right."""
         self._make_room(key, block_size, starts)
+        assert self.means is not None
         first = 0 if self.stale else max(0, length - new - max(starts or (0,))) // block_size
         write_means(self.means, key.detach(), start, block_size, first, length // block_size)
         self.stale = self._waiting = False
@@ -94,11 +100,12 @@ class BlockMeans:
             self.block_size, self.starts, self.stale = block_size, starts, True
         means, wanted = self.means, _blocks(key, block_size)
         like = mean_dtype(key), key.device, key.shape[:2], key.shape[3]
-        others = means is None or (means.dtype, means.device, means.shape[:2], means.shape[3]) != like
-        if not others and means.shape[2] >= wanted:
+        if means is not None and (means.dtype, means.device, means.shape[:2], means.shape[3]) != like:
+            means = None
+        if means is not None and means.shape[2] >= wanted:
             return
         with torch.inference_mode(False):
-            if others:
+            if means is None:
                 self.means, self.stale = means_for(key, wanted), True
                 mark_static_address(self.means)
             else:  # an eighth more than is needed, so that a growing cache seldom copies them
@@ -109,16 +116,28 @@ def _blocks(key: Tensor, block_size: int) -> int:
     return max(1, key.shape[2] // block_size)
 
 
-def means_of(cache: Cache | None, layer: nn.Module, key: Tensor) -> BlockMeans | None:
+def decoder_cache(cache: Cache | None) -> Cache | None:
+    """The cache with the keys of causal self-attention; None where there is no cache of transformers."""
+    cache = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+    return cache if isinstance(cache, Cache) else None
+
+
+def layer_of_cache(cache: Cache, layer: AttentionLayer) -> CacheLayerMixin | None:
+    """What a cache holds for an attention layer; None where it has no such layer."""
+    # what has no keys in a cache is there for layers of other kinds
+    return None if layer.layer_idx >= len(cache.layers) else cast(CacheLayerMixin, cache.layers[layer.layer_idx])
+
+
+def means_of(cache: Cache | None, layer: AttentionLayer, key: Tensor) -> BlockMeans | None:
     """The block means that lie beside the keys of an attention layer, all of which `key [B, G, N, D]` is.
 
     None where there can be none: no cache or another kind of it (a quantized one changes its keys with time), keys that the layer
     changed after it had read them from the cache.
     """
-    cache = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
-    if not isinstance(cache, Cache) or layer.layer_idx >= len(cache.layers):
+    cache = decoder_cache(cache)
+    kept = None if cache is None else layer_of_cache(cache, layer)
+    if cache is None or kept is None:
         return None
-    kept = cache.layers[layer.layer_idx]
     if not torch.compiler.is_compiling():
         if not reads_as_it_lies(cache, kept, key):
             return None
@@ -136,42 +155,43 @@ def _means(cache_layer: CacheLayerMixin) -> BlockMeans:
     return means
 
 
-def _with_means(base: type[CacheLayerMixin]) -> type[CacheLayerMixin]:
-    """A class of cache layers that move the means beside them as they move their keys. Its one base is what lets an object change to it."""
+class _WithMeans(CacheLayerMixin):
+    """Cache layers that move the means beside them as they move their keys.
 
-    class _WithMeans(base):
-        def update(self, *args, **kwargs):
-            means = _means(self)
-            means.check(self.keys)
-            means.expect()
-            out = super().update(*args, **kwargs)
-            means.note(self.keys)
-            return out
+    It goes before the class that it extends. As it has a base in common with that one, and nothing more in memory, an object of that one
+    can change to both.
+    """
 
-        def offload(self) -> None:
-            self._moved(super().offload)
+    def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        means = _means(self)
+        means.check(self.keys)
+        means.expect()
+        out = super().update(*args, **kwargs)  # type: ignore[safe-super]  # that of the class that comes next
+        means.note(self.keys)
+        return out
 
-        def prefetch(self) -> None:
-            self._moved(super().prefetch)
+    def offload(self) -> None:
+        self._moved(super().offload)
 
-        def reorder_cache(self, beam_idx: Tensor) -> None:
-            self._moved(super().reorder_cache, beam_idx, rows=beam_idx)
+    def prefetch(self) -> None:
+        self._moved(super().prefetch)
 
-        def _moved(self, move: Callable, *args, rows: Tensor | None = None) -> None:
-            means = _means(self)
-            means.check(self.keys)
-            move(*args)
-            means.note(self.keys)
-            if rows is not None and not means.stale:
-                means.select(rows)
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._moved(super().reorder_cache, beam_idx, rows=beam_idx)
 
-    return _WithMeans
+    def _moved(self, move: Callable[..., None], *args: Any, rows: Tensor | None = None) -> None:
+        means = _means(self)
+        means.check(self.keys)
+        move(*args)
+        means.note(self.keys)
+        if rows is not None and not means.stale:
+            means.select(rows)
 
 
-class DynamicLayerWithMeans(_with_means(DynamicLayer)):
+class DynamicLayerWithMeans(_WithMeans, DynamicLayer):
     """A growing cache layer with block means."""
 
-    def crop(self, *args) -> None:
+    def crop(self, *args: Any) -> None:
         self._moved(super().crop, *args)
 
     def batch_select_indices(self, indices: Tensor) -> None:
@@ -182,8 +202,8 @@ class DynamicLayerWithMeans(_with_means(DynamicLayer)):
         self._moved(super().batch_repeat_interleave, repeats, rows=rows)
 
 
-class StaticLayerWithMeans(_with_means(StaticLayer)):
+class StaticLayerWithMeans(_WithMeans, StaticLayer):
     """A cache layer of fixed size with block means."""
 
 
-_EXTENDED = {DynamicLayer: DynamicLayerWithMeans, StaticLayer: StaticLayerWithMeans}
+_EXTENDED: dict[type[CacheLayerMixin], type[CacheLayerMixin]] = {DynamicLayer: DynamicLayerWithMeans, StaticLayer: StaticLayerWithMeans}

@@ -13,12 +13,14 @@ import torch
 from transformers import PreTrainedConfig
 
 from ..config import DEFAULT, MobaConfig
+from ..core.compiling import constant_in_graphs
+from .by_identity import ByIdentity
 from .upstream import implementation_of
 
 _Kind = tuple[type[PreTrainedConfig], tuple[object, ...]]
 _SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size")
 _PATCHED: list[weakref.ref[PreTrainedConfig]] = []  # configurations that `patch` wrote settings into
-_DEFAULTED: dict[int, weakref.ref[PreTrainedConfig]] = {}  # configurations of loaded models that have the defaults
+_DEFAULTED: ByIdentity[MobaConfig] = ByIdentity()  # configurations of loaded models that have the defaults
 _TRACED: dict[_Kind, MobaConfig] = {}  # what a graph that is traced takes
 
 
@@ -39,12 +41,11 @@ def settings_by_name(config: PreTrainedConfig, implementations: tuple[str, ...])
     kind = _kind(config)
     if torch.compiler.is_compiling():  # in a graph nothing can be searched for or written
         return _TRACED[kind] if _trace(kind, implementations) else DEFAULT
-    if (ref := _DEFAULTED.get(id(config))) is not None and ref() is config:
-        return DEFAULT
+    if (settings := _DEFAULTED.get(config)) is not None:
+        return settings
     settings = _found(kind, implementations)
     if settings is DEFAULT:  # what is patched later changes nothing, and what is saved says nothing of it
-        key = id(config)
-        _DEFAULTED[key] = weakref.ref(config, lambda _: _DEFAULTED.pop(key, None))
+        _DEFAULTED.put(config, settings)
     else:
         config.moba = settings
     return settings
@@ -54,7 +55,7 @@ def _kind(config: PreTrainedConfig) -> _Kind:
     return type(config), tuple(getattr(config, name, None) for name in _SIZES)
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def _trace(kind: _Kind, implementations: tuple[str, ...]) -> bool:
     """Called while a graph is traced: leaves the settings in `_TRACED`."""
     _TRACED[kind] = _found(kind, implementations)
@@ -72,8 +73,8 @@ def settings_to_come(config: PreTrainedConfig, implementations: tuple[str, ...])
     """What `settings_by_name` returns or raises, without a warning and without a trace: for those who only look."""
     if getattr(config, "moba", None) is not None:
         return MobaConfig.of(config)
-    if (ref := _DEFAULTED.get(id(config))) is not None and ref() is config:
-        return DEFAULT
+    if (settings := _DEFAULTED.get(config)) is not None:
+        return settings
     return _search(_kind(config), implementations)[0]
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,23 +20,30 @@ from .recomputation import ForwardPass, check_not_switched
 from .state import call_hook_of, set_call_hook
 from .upstream import DRAFTED_POSITIONS, MaskUse, cache_in, implementation_of
 
+if TYPE_CHECKING:
+    from .upstream import AttentionLayer
+
+T = TypeVar("T")
+_Changed = tuple[tuple[Any, ...], dict[str, Any]] | None  # a call's arguments, where a hook before it changes them
+_Hook = Callable[..., _Changed]
+
 # Keyword arguments that hooks add and the attention function takes out.
 CACHE, DRAFTS, WHOLE, MASK, PASS = "moba_cache", "moba_drafts", "moba_whole", "moba_mask", "moba_pass"
 _PACKED = ("cu_seq_lens_q", "cu_seq_lens_k")
 
 
-def pass_cache(layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+def pass_cache(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Changed:
     """A forward pre-hook of attention layers: the attention function gets the cache."""
     cache = cache_in(kwargs)
     return (args, {**kwargs, CACHE: cache}) if cache is not None else None
 
 
-def pass_mask(layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+def pass_mask(layer: AttentionLayer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Changed:
     """A forward pre-hook of attention layers whose code looks at its mask: it gets the one that it had before MoBA, and the attention
     function both. The cache too."""
     place = mask_place(type(layer))
     mask = args[place] if len(args) > place else kwargs.get("attention_mask")
-    more = {CACHE: cache_in(kwargs)} if takes_more(type(layer)) else {}
+    more: dict[str, Any] = {CACHE: cache_in(kwargs)} if takes_more(type(layer)) else {}
     if not isinstance(mask, MobaMask):
         return args, {**kwargs, **more}
     if implementation_of(layer.config) not in MOBA:
@@ -58,12 +66,12 @@ class HandedMask:
     given: object
     of_model: MobaMask
 
-    def restore(self, mask: object) -> object:
+    def restore(self, mask: T) -> T | MobaMask:
         """The model's mask, unless the layer has made another of what it was given."""
         return self.of_model if mask is self.given else mask
 
 
-def pass_call_of_stack(model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+def pass_call_of_stack(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Changed:
     """`pass_call` of models that call attention layers themselves. In training these get to know of which pass they are."""
     more = _drafts(model, kwargs) or _whole(model, args, kwargs) or _mask_made_before(model, kwargs)
     if not torch.compiler.is_compiling():
@@ -73,13 +81,13 @@ def pass_call_of_stack(model: nn.Module, args: tuple, kwargs: dict) -> tuple[tup
     return (args, {**kwargs, **more}) if more else None
 
 
-def pass_call(model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+def pass_call(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Changed:
     """A forward pre-hook of models: attention functions get to know what only the whole call says."""
     more = _drafts(model, kwargs) or _whole(model, args, kwargs)
     return (args, {**kwargs, **more}) if more else None
 
 
-def _mask_made_before(model: PreTrainedModel, kwargs: dict) -> dict:
+def _mask_made_before(model: PreTrainedModel, kwargs: dict[str, Any]) -> dict[str, Any]:
     """The mask that full attention of the whole model knows, where it is called with one that was made for MoBA."""
     masks, name = kwargs.get("attention_mask"), implementation_of(model.config)
     if name in MOBA:
@@ -95,7 +103,7 @@ def _mask_made_before(model: PreTrainedModel, kwargs: dict) -> dict:
     return {}
 
 
-def _drafts(model: nn.Module, kwargs: dict) -> dict:
+def _drafts(model: PreTrainedModel, kwargs: dict[str, Any]) -> dict[str, Any]:
     """How many tokens are drafts.
 
     Assisted and prompt-lookup generation verify n drafted tokens by asking for the logits of the last n + 1 positions. Only the number
@@ -103,11 +111,12 @@ def _drafts(model: nn.Module, kwargs: dict) -> dict:
     """
     keep = kwargs.get(DRAFTED_POSITIONS)
     trains = model.training and torch.is_grad_enabled()  # PEFT trains prefixes as caches
-    drafts = not trains and cache_in(kwargs) is not None and isinstance(keep, int) and keep >= 2
-    return {DRAFTS: keep - 1} if drafts else {}
+    if trains or cache_in(kwargs) is None or not isinstance(keep, int) or keep < 2:
+        return {}
+    return {DRAFTS: keep - 1}
 
 
-def _whole(model: nn.Module, args: tuple, kwargs: dict) -> dict:
+def _whole(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """In a compiled graph: that each row is one sequence without padding, where the call names neither a mask nor positions.
 
     Without a cache transformers looks for packed sequences in positions that it made itself, and in a graph cannot see that there are
@@ -126,9 +135,9 @@ def _whole(model: nn.Module, args: tuple, kwargs: dict) -> dict:
     return {"attention_mask": torch.ones(tokens.shape[:2], dtype=torch.int64, device=tokens.device), WHOLE: True}
 
 
-def add_hooks(model: nn.Module, layers: list[nn.Module], with_cache: list[nn.Module]) -> None:
+def add_hooks(model: nn.Module, layers: list[AttentionLayer], with_cache: list[AttentionLayer]) -> None:
     """Hooks for a model and those of its attention layers that look at their mask or need the cache. Those that have theirs keep them."""
-    wanted = [(layer, pass_mask) for layer in layers if mask_use_of(layer) is not MaskUse.NOTHING]
+    wanted: list[tuple[nn.Module, _Hook]] = [(layer, pass_mask) for layer in layers if mask_use_of(layer) is not MaskUse.NOTHING]
     wanted += [(layer, pass_cache) for layer in with_cache]
     wanted += _of_models(model)
     for module, hook in wanted:
@@ -136,7 +145,7 @@ def add_hooks(model: nn.Module, layers: list[nn.Module], with_cache: list[nn.Mod
             set_call_hook(module, module.register_forward_pre_hook(hook, with_kwargs=True))
 
 
-def _of_models(model: nn.Module) -> list[tuple[PreTrainedModel, Callable]]:
+def _of_models(model: nn.Module) -> list[tuple[PreTrainedModel, _Hook]]:
     """The models that a call goes through, with their hooks: those with a head, and the stacks of layers, which may be called alone."""
     parts = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
     stacks = [part for part in parts if _is_stack(part)]

@@ -17,9 +17,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import Cache
 
@@ -29,6 +30,9 @@ from ..core.settings import AttentionSettings
 from .layers import UNKNOWN_TO_MOBA
 from .masks import MobaMask, Places, Visible
 from .state import context_of
+
+if TYPE_CHECKING:
+    from .upstream import AttentionLayer
 
 
 class LayerPath(Enum):
@@ -47,7 +51,7 @@ class LayerPath(Enum):
 class LayerCall:
     """One call of an attention layer, as transformers makes it."""
 
-    layer: nn.Module
+    layer: AttentionLayer
     query: Tensor  # [B, H, Nq, D]
     key: Tensor  # [B, G, Nk, D], cached ones too
     value: Tensor  # [B, G, Nk, Dv]
@@ -56,7 +60,7 @@ class LayerCall:
     attention: str  # "full", "moba" or "moba_naive"
     cache: Cache | None  # where keys and values come from, if the layer was told
     drafts: int  # how many of the last tokens are drafts that may share the call with a prompt
-    kwargs: dict
+    kwargs: dict[str, Any]
 
     @property
     def naive(self) -> bool:

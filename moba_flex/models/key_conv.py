@@ -21,21 +21,25 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers.cache_utils import Cache, CacheLayerMixin, EncoderDecoderCache
+from transformers.cache_utils import Cache, CacheLayerMixin
 
 from ..config import MobaConfig
-from .block_means import DynamicLayerWithMeans
+from ..core.compiling import outside_graphs
+from .block_means import DynamicLayerWithMeans, decoder_cache, layer_of_cache
 from .call_hooks import MASK
 from .layers import MOBA, named_full
 from .masks import MobaMask
 from .state import context_of, key_conv_hooks_of, last_keys_beside, put_last_keys, set_key_conv_hooks
 from .upstream import GROWING_LAYERS, cache_in, implementation_of, is_offloaded
+
+if TYPE_CHECKING:
+    from .upstream import AttentionLayer
 
 GROWING = (*GROWING_LAYERS, DynamicLayerWithMeans)  # kinds of cache layers, not kinds of them that drop or change keys
 
@@ -79,10 +83,10 @@ class KeyConvHooks:
         self._pass: Pass | None = None
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
-    def __getstate__(self) -> dict:
+    def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_pass": None}  # a call that an error has ended leaves its own, which is no one else's
 
-    def attach(self, layer: nn.Module) -> None:
+    def attach(self, layer: AttentionLayer) -> None:
         layer.key_conv = self.module
         set_key_conv_hooks(layer, self)
         self._handles = [
@@ -91,13 +95,13 @@ class KeyConvHooks:
             layer.register_forward_hook(self._end),
         ]
 
-    def detach(self, layer: nn.Module) -> None:
+    def detach(self, layer: AttentionLayer) -> None:
         for handle in self._handles:
             handle.remove()
         del layer.key_conv
         set_key_conv_hooks(layer, None)
 
-    def _begin(self, layer: nn.Module, args: tuple, kwargs: dict) -> None:
+    def _begin(self, layer: AttentionLayer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not torch.compiler.is_compiling() and self._handles[1].id not in layer.k_proj._forward_hooks:  # LoRA or a quantizer replaced it
             self._handles[1].remove()
             self._handles[1] = layer.k_proj.register_forward_hook(self._convolve)
@@ -118,7 +122,7 @@ class KeyConvHooks:
         if now is not self._pass:
             self._pass = now
 
-    def _convolve(self, k_proj: nn.Module, args: tuple, key: Tensor) -> Tensor:
+    def _convolve(self, k_proj: nn.Module, args: tuple[Any, ...], key: Tensor) -> Tensor:
         now = self._pass
         if now is None:
             return self.module(key)
@@ -128,12 +132,12 @@ class KeyConvHooks:
             now.length += key.shape[1]
         return self.module(key, now.position, now.before)
 
-    def _end(self, layer: nn.Module, args: tuple, out: Any) -> None:
+    def _end(self, layer: AttentionLayer, args: tuple[Any, ...], out: Any) -> None:
         now = self._pass
         if now is None:
             return
         if now.cache is not None:
-            _keep(now, layer)
+            _keep(now, now.cache, layer)
         self._pass = None
 
 
@@ -152,14 +156,14 @@ class Pass:
 class LastKeys:
     """The last K - 1 keys of a cache layer before the convolution, and the convolved keys that end with them."""
 
-    keys: Tensor
+    keys: Tensor | None  # None: its layer has made none itself
     of: Callable[[], Tensor | None]
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[Any, ...]:
         return _last_keys, (self.keys, self.of())  # the copy of a cache has copies of both
 
 
-def _last_keys(keys: Tensor, of: Tensor | None) -> LastKeys:
+def _last_keys(keys: Tensor | None, of: Tensor | None) -> LastKeys:
     return LastKeys(keys, _of_nothing if of is None else weakref.ref(of))
 
 
@@ -172,11 +176,12 @@ def _behind(before: Tensor | None, key: Tensor, last: int) -> Tensor:
     return F.pad(key, (0, 0, last, 0)) if before is None else torch.cat([before, key], 1)
 
 
-def set_key_convs(layers: list[nn.Module], settings: MobaConfig) -> None:
+def set_key_convs(layers: list[AttentionLayer], settings: MobaConfig) -> None:
     """Give those of `layers` that use MoBA the convolution that the settings ask for, and take it from all others.
 
     A convolution of the right size stays, with its weights. ValueError, before anything is changed, if a layer has no `k_proj`.
     """
+    projections: dict[AttentionLayer, nn.Linear] = {}
     for layer, size in new_key_convs(layers, settings).items():
         if not isinstance(k_proj := getattr(layer, "k_proj", None), nn.Linear):
             has = "does not have" if k_proj is None else f"has as a {type(k_proj).__name__} (patch before adding LoRA)"
@@ -188,32 +193,33 @@ def set_key_convs(layers: list[nn.Module], settings: MobaConfig) -> None:
             raise ValueError(f"key_conv={size} gives {type(layer).__name__} a new weight, which must be there before weights are offloaded")
         if isinstance(k_proj.weight, DTensor):
             raise ValueError(f"key_conv={size} gives {type(layer).__name__} a new weight, which must be there before the model is sharded")
+        projections[layer] = k_proj
     for layer in layers:
         now, size = key_conv_hooks_of(layer), _kernel_size(layer, settings)
         if now is not None and now.kernel_size != size:
             now.detach(layer)
-        if size and key_conv_hooks_of(layer) is None:
-            KeyConvHooks(KeyConv(size, layer.k_proj)).attach(layer)
+        if layer in projections:
+            KeyConvHooks(KeyConv(size, projections[layer])).attach(layer)
 
 
-def new_key_convs(layers: list[nn.Module], settings: MobaConfig) -> dict[nn.Module, int]:
+def new_key_convs(layers: list[AttentionLayer], settings: MobaConfig) -> dict[AttentionLayer, int]:
     """Which of the layers would get new weights by these settings, and of what kernel size."""
     sizes = {layer: _kernel_size(layer, settings) for layer in layers}
     return {layer: size for layer, size in sizes.items() if size and ((now := key_conv_hooks_of(layer)) is None or now.kernel_size != size)}
 
 
-def _kernel_size(layer: nn.Module, settings: MobaConfig) -> int:
+def _kernel_size(layer: AttentionLayer, settings: MobaConfig) -> int:
     return 0 if named_full(layer, settings) else settings.key_conv
 
 
-def remove_key_convs(layers: list[nn.Module]) -> None:
+def remove_key_convs(layers: list[AttentionLayer]) -> None:
     """Undo `set_key_convs`; the weights are lost."""
     for layer in layers:
         if (hooks := key_conv_hooks_of(layer)) is not None:
             hooks.detach(layer)
 
 
-def check_key_conv(layer: nn.Module, settings: MobaConfig) -> None:
+def check_key_conv(layer: AttentionLayer, settings: MobaConfig) -> None:
     """ValueError if a layer should have a convolution and has none: what loads a model must make it before the weights are read."""
     if settings.key_conv and not hasattr(layer, "key_conv") and not named_full(layer, settings):
         raise ValueError(
@@ -223,31 +229,32 @@ def check_key_conv(layer: nn.Module, settings: MobaConfig) -> None:
         )
 
 
-def _cache_layer(cache: Cache, layer: nn.Module) -> CacheLayerMixin | None:
-    cache = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
-    if not isinstance(cache, Cache):
+def _cache_layer(cache: Cache, layer: AttentionLayer) -> CacheLayerMixin | None:
+    of_decoder = decoder_cache(cache)
+    if of_decoder is None:
         raise ValueError(f"key_conv needs the keys before the new ones, which a {type(cache).__name__} does not give: use DynamicCache()")
-    return None if layer.layer_idx >= len(cache.layers) else cache.layers[layer.layer_idx]
+    return layer_of_cache(of_decoder, layer)
 
 
 # Neither weak references nor attributes of cache layers are for graphs: under torch.compile both are a break in it.
 
 
-@torch.compiler.disable
-def _keep(now: Pass, layer: nn.Module) -> None:
+@outside_graphs
+def _keep(now: Pass, cache: Cache, layer: AttentionLayer) -> None:
     """Leave the keys for the next call, where the cache is of a kind that only grows."""
-    kept = _cache_layer(now.cache, layer)
-    if type(kept) in GROWING:
+    kept = _cache_layer(cache, layer)
+    if kept is not None and type(kept) in GROWING:
         if kept.get_seq_length() != now.length:  # HRM runs its layers several times
             raise ValueError(
                 f"key_conv cannot follow {type(layer).__name__} {layer.layer_idx}, whose keys are not in that layer of the cache: "
                 "call the model with use_cache=False"
             )
+        assert kept.keys is not None  # its length is not 0
         put_last_keys(kept, LastKeys(now.last_keys, weakref.ref(kept.keys)))
 
 
-@torch.compiler.disable
-def _keys_before(cache: Cache, layer: nn.Module) -> tuple[Tensor | None, int]:
+@outside_graphs
+def _keys_before(cache: Cache, layer: AttentionLayer) -> tuple[Tensor | None, int]:
     """`[B, K - 1, C]`, or None where the cache holds no keys yet, and how many it holds."""
     kept = _cache_layer(cache, layer)
     if kept is None or not (length := int(kept.get_seq_length())):
@@ -261,7 +268,7 @@ def _keys_before(cache: Cache, layer: nn.Module) -> tuple[Tensor | None, int]:
     return last.keys, length
 
 
-def _positions(mask: MobaMask | Any, hidden: Tensor, kwargs: dict) -> Tensor | None:
+def _positions(mask: object, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
     """`[B, N]`, each new token's place in its own sequence, below 0 for padding; None if each row is one sequence."""
     if not isinstance(mask, MobaMask):
         return None

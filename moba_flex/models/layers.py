@@ -7,16 +7,16 @@ name is "moba" or "moba_naive" for all of them, and the `Choice` in a layer's st
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import lru_cache, wraps
 from types import ModuleType
-from typing import TypeVar
+from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
 
-import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
 from ..config import MobaConfig
+from ..core.compiling import constant_in_graphs
 from .state import choice_of, state_of
 from .upstream import (
     FULL_LAYER_TYPES,
@@ -31,17 +31,20 @@ from .upstream import (
     supports_sdpa,
 )
 
+if TYPE_CHECKING:
+    from .upstream import AttentionLayer, Configured
+
 MOBA = ("moba", "moba_naive")
 # Arguments of attention that change who sees whom, or the scores, in ways that MoBA has no form of.
 UNKNOWN_TO_MOBA = ("position_bias", "cache", "indices", "block_indices", "sinks")
 T = TypeVar("T")
 
 
-def _of_a_class(find: Callable[[type], T]) -> Callable[[type], T]:
+def _of_a_class(find: Callable[[type[nn.Module]], T]) -> Callable[[type[nn.Module]], T]:
     """Look a class of layers up once. torch.compile takes the answer as a constant, without tracing how it is found."""
     once = lru_cache(maxsize=256)(find)
 
-    @torch.compiler.assume_constant_result
+    @constant_in_graphs
     @wraps(find)
     def found(layer_class: type) -> T:
         return once(layer_class)
@@ -49,12 +52,21 @@ def _of_a_class(find: Callable[[type], T]) -> Callable[[type], T]:
     return found
 
 
-def attention_layers(model: nn.Module) -> list[nn.Module]:
+def attention_layers(model: nn.Module) -> list[AttentionLayer]:
     """All modules of a model that look their attention up in transformers' registry, of whatever kind."""
-    return [m for m in model.modules() if hasattr(m, "config") and _source(type(m)) is not None]
+    return [module for module in model.modules() if _is_attention(module)]
 
 
-def takes_moba(layer: nn.Module) -> bool:
+def _is_attention(module: nn.Module) -> TypeGuard[AttentionLayer]:
+    return hasattr(module, "config") and _source(type(module)) is not None
+
+
+def configs_of(modules: Iterable[Configured]) -> list[PreTrainedConfig]:
+    """The configurations of modules, each once: layers share them."""
+    return list({id(module.config): module.config for module in modules}.values())
+
+
+def takes_moba(layer: AttentionLayer) -> bool:
     """Whether a layer is causal self-attention over all keys: what MoBA can replace."""
     index, config = getattr(layer, "layer_idx", None), layer.config
     if index is None or getattr(layer, "is_cross_attention", False) or not getattr(layer, "is_causal", True):
@@ -68,7 +80,7 @@ def takes_moba(layer: nn.Module) -> bool:
     return getattr(layer, "sliding_window", getattr(config, "sliding_window", None)) is None
 
 
-def plainly_full(layer: nn.Module) -> bool:
+def plainly_full(layer: AttentionLayer) -> bool:
     """Whether a patched layer computes just what it did before, so that nothing of the package is needed around it."""
     state = state_of(layer)
     if state is None or state.choice is None or state.context is not None or state.key_conv is not None:
@@ -76,22 +88,22 @@ def plainly_full(layer: nn.Module) -> bool:
     return state.choice.attention == "full" or (state.choice.attention is None and state.choice.keeps_full)
 
 
-def is_patched(layers: list[nn.Module]) -> bool:
+def is_patched(layers: list[AttentionLayer]) -> bool:
     """Whether layers use MoBA, or would but for full attention that was chosen for them."""
     return all(implementation_of(layer.config) in MOBA or _has_original_name(layer) for layer in layers)
 
 
-def _has_original_name(layer: nn.Module) -> bool:
+def _has_original_name(layer: AttentionLayer) -> bool:
     return plainly_full(layer) and implementation_of(layer.config) == original_implementation(layer)
 
 
-def name_attention(layers: list[nn.Module], moba: str = "moba") -> None:
+def name_attention(layers: list[AttentionLayer], moba: str = "moba") -> None:
     """Let configurations name what their layers use, for the model's code reads that name and its masks follow from it.
 
     Where all layers use full attention it is the name that the model had before, so that the model is what it was. Else it is one of
     MoBA's: `moba`, where it is none yet.
     """
-    for config in {id(layer.config): layer.config for layer in layers}.values():
+    for config in configs_of(layers):
         own = [layer for layer in layers if layer.config is config]
         if all(map(plainly_full, own)):
             set_implementation(config, original_implementation(own[0]))
@@ -99,7 +111,7 @@ def name_attention(layers: list[nn.Module], moba: str = "moba") -> None:
             set_implementation(config, moba)
 
 
-def attention_of(layer: nn.Module, settings: MobaConfig, named: str | None = None) -> str:
+def attention_of(layer: AttentionLayer, settings: MobaConfig, named: str | None = None) -> str:
     """ "full", "moba" or "moba_naive": what a layer uses now, `named` being the one of these that its configuration names."""
     choice = choice_of(layer)
     if choice is not None and choice.attention is not None:
@@ -109,7 +121,7 @@ def attention_of(layer: nn.Module, settings: MobaConfig, named: str | None = Non
     return named or implementation_of(layer.config)
 
 
-def keeps_full(layer: nn.Module, settings: MobaConfig) -> bool:
+def keeps_full(layer: AttentionLayer, settings: MobaConfig) -> bool:
     """Whether `full_attention_layers` names a layer.
 
     What patching found stays true: while it drafts with `assistant_early_exit`, transformers sets the configuration's number of layers to
@@ -119,7 +131,7 @@ def keeps_full(layer: nn.Module, settings: MobaConfig) -> bool:
     return choice.keeps_full if choice is not None else named_full(layer, settings)
 
 
-def named_full(layer: nn.Module, settings: MobaConfig) -> bool:
+def named_full(layer: AttentionLayer, settings: MobaConfig) -> bool:
     """The same, by the configuration's number of layers. Raises ValueError if `full_attention_layers` names one that is not there."""
     named, index = full_layers(settings, n_layers(layer), layer), getattr(layer, "layer_idx", None)
     if named and index is not None and index < 0:  # Zamba2's, which are told their place with each call
@@ -127,7 +139,7 @@ def named_full(layer: nn.Module, settings: MobaConfig) -> bool:
     return index in named
 
 
-def n_layers(layer: nn.Module) -> int:
+def n_layers(layer: AttentionLayer) -> int:
     """How many layers there are in a causal layer's stack: `num_hidden_layers` may be an encoder's, where the configuration is of both."""
     return n_layers_of(layer.config)
 
@@ -166,13 +178,13 @@ def show(layers: range | list[int]) -> str:
     return ", ".join(map(str, layers)) or "(none)"
 
 
-def original_implementation(layer: nn.Module) -> str:
+def original_implementation(layer: AttentionLayer) -> str:
     """The name of the attention that a layer uses when it does not use MoBA."""
     choice = choice_of(layer)
     return choice.original if choice is not None else default_implementation(type(layer))
 
 
-def original_attention(layer: nn.Module, implementation: str) -> Callable:
+def original_attention(layer: AttentionLayer, implementation: str) -> Callable[..., Any]:
     """The function behind the name, found where the layer itself would find it.
 
     Raises ValueError if the model's source has no eager attention and that is what is wanted.
@@ -187,23 +199,23 @@ def original_attention(layer: nn.Module, implementation: str) -> Callable:
 
 
 @_of_a_class
-def default_implementation(layer_class: type) -> str:
+def default_implementation(layer_class: type[nn.Module]) -> str:
     """What transformers gives a model that asks for nothing: "sdpa" where its source says so, else "eager"."""
     return "sdpa" if supports_sdpa(_source(layer_class)) else "eager"
 
 
-def _is_served(layer: nn.Module) -> bool:
+def _is_served(layer: AttentionLayer) -> bool:
     """Whether a layer's own code finds the mask that it knows: one that only looks at it can be handed that of the original attention."""
     if _runs_optional_code(layer):
         return False
     return _ignores_mask(type(layer)) or (_only_looks(type(layer)) and takes_more(type(layer)))
 
 
-def _runs_optional_code(layer: nn.Module) -> bool:
+def _runs_optional_code(layer: AttentionLayer) -> bool:
     return any(getattr(layer, name, False) is True for name in OPTIONAL_CODE)
 
 
-def check_served(layer: nn.Module) -> None:
+def check_served(layer: AttentionLayer) -> None:
     """ValueError if the code of a layer that was not patched would do something else under MoBA's name and masks."""
     if _ignores_mask(type(layer)) and not _runs_optional_code(layer):
         return
@@ -211,7 +223,7 @@ def check_served(layer: nn.Module) -> None:
     raise ValueError(f"the code of {type(layer).__name__} depends on its mask or on the name of its attention, which are MoBA's: {remedy}")
 
 
-def mask_use_of(layer: nn.Module) -> MaskUse:
+def mask_use_of(layer: AttentionLayer) -> MaskUse:
     """What a layer's code does with its mask, beside handing it to the attention function."""
     if _runs_optional_code(layer):
         return MaskUse.NAMES
@@ -225,38 +237,38 @@ _mask_use = _of_a_class(mask_use)
 
 
 @_of_a_class
-def _ignores_mask(layer_class: type) -> bool:
+def _ignores_mask(layer_class: type[nn.Module]) -> bool:
     """Whether a layer only hands its mask on, and asks for no name."""
     return mask_use(layer_class) is MaskUse.NOTHING
 
 
 @_of_a_class
-def _only_looks(layer_class: type) -> bool:
+def _only_looks(layer_class: type[nn.Module]) -> bool:
     """Whether a layer looks at its mask, and does no more with it."""
     return mask_use(layer_class) is MaskUse.LOOKS
 
 
 @_of_a_class
-def mask_place(layer_class: type) -> int:
+def mask_place(layer_class: type[nn.Module]) -> int:
     """The place of the mask among the arguments of a layer."""
     return list(inspect.signature(layer_class.forward).parameters).index("attention_mask") - 1  # without self
 
 
 @_of_a_class
-def takes_more(module_class: type) -> bool:
+def takes_more(module_class: type[nn.Module]) -> bool:
     """Whether a module's `forward` takes any further keyword argument."""
     return any(p.kind is p.VAR_KEYWORD for p in inspect.signature(module_class.forward).parameters.values())
 
 
 @_of_a_class
-def _is_foreign(layer_class: type) -> bool:
+def _is_foreign(layer_class: type[nn.Module]) -> bool:
     """Whether a number for each query and key is added to the scores, as in T5 and its kin, or keys are those of other states (Mllama)."""
-    names = {*inspect.signature(layer_class.forward).parameters, *inspect.signature(layer_class.__init__).parameters}
+    names = {name for method in ("forward", "__init__") for name in inspect.signature(getattr(layer_class, method)).parameters}
     foreign = {"position_bias", "has_relative_attention_bias", "cross_attention_states"}
     return not names.isdisjoint(foreign) or not passes_to_attention(layer_class).isdisjoint(UNKNOWN_TO_MOBA)
 
 
 @_of_a_class
-def _source(layer_class: type) -> ModuleType | None:
+def _source(layer_class: type[nn.Module]) -> ModuleType | None:
     """The Python module whose forward looks attention up in transformers' registry, for this class or a base of it."""
     return looks_up_attention(layer_class)

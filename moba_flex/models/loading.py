@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import transformers
 from transformers import PreTrainedModel
@@ -34,7 +35,7 @@ class AutoModelForCausalLM:
     def from_pretrained(
         cls,
         name: str,
-        *args,
+        *args: Any,
         attn: str = "moba",
         block_size: int = UNSET,
         top_k: int = UNSET,
@@ -45,7 +46,7 @@ class AutoModelForCausalLM:
         full_attention_layers: Iterable[int] = UNSET,
         decode: str = UNSET,
         implementation: str = UNSET,
-        **kwargs,
+        **kwargs: Any,
     ) -> PreTrainedModel:
         """Load a causal language model and let it use MoBA.
 
@@ -91,14 +92,14 @@ class AutoModelForCausalLM:
             decode=decode,
             implementation=implementation,
         )
-        loader = transformers.AutoModelForCausalLM
+        loader: type[transformers.AutoModelForCausalLM | PreTrainedModel] = transformers.AutoModelForCausalLM
         config = kwargs.get("config")
         if isinstance(config, MobaConfig):
             raise TypeError(f"config must be the model's configuration, but is {shown(config)}: give its settings by name, **config")
         if not isinstance(config, transformers.PreTrainedConfig):  # or the place of one
             config = _saved_config(name if config is None else config, kwargs)
         settings = given or _settings_of_adapter(name, attn, config, kwargs)
-        model_class = None if config is None else model_class_of(config, loader)
+        model_class = None if config is None else model_class_of(config, transformers.AutoModelForCausalLM)
         _check_layers(given, config, model_class)
         original = None
         if config is not None and (settings or _settings(config)).key_conv:
@@ -109,7 +110,7 @@ class AutoModelForCausalLM:
         if original is not None:
             model.__class__ = original
         model = _use(model, attn, settings)
-        return (model, *more) if more else model
+        return (model, *more) if more else model  # type: ignore[return-value]  # the pair, which transformers' own type leaves out too
 
     @classmethod
     def from_config(
@@ -126,7 +127,7 @@ class AutoModelForCausalLM:
         full_attention_layers: Iterable[int] = UNSET,
         decode: str = UNSET,
         implementation: str = UNSET,
-        **kwargs,
+        **kwargs: Any,
     ) -> PreTrainedModel:
         """The same for a new model with random weights."""
         given = _checked(
@@ -164,7 +165,7 @@ def _check_layers(given: MobaConfig | None, config: transformers.PreTrainedConfi
         full_layers(given, n_layers_of(config.get_text_config(decoder=True)), model_class)
 
 
-def _saved_config(name: str, kwargs: dict) -> transformers.PreTrainedConfig | None:
+def _saved_config(name: str, kwargs: dict[str, Any]) -> transformers.PreTrainedConfig | None:
     """The configuration of the model, or of the one that an adapter is to; None for what is not there: the loader then says why."""
     where = _where(kwargs)
     with suppress(OSError, ValueError):
@@ -175,17 +176,17 @@ def _saved_config(name: str, kwargs: dict) -> transformers.PreTrainedConfig | No
     return None
 
 
-def _where(kwargs: dict) -> dict:
+def _where(kwargs: dict[str, Any]) -> dict[str, Any]:
     return {k: kwargs[k] for k in _WHERE if k in kwargs}
 
 
-def _base_of_adapter(name: str, where: dict) -> str | None:
+def _base_of_adapter(name: str, where: dict[str, Any]) -> str | None:
     """The name of the model that PEFT's adapter is to, as transformers finds it."""
     file = adapter_file(name, where)
     return file and json.loads(Path(file).read_text()).get("base_model_name_or_path")
 
 
-def _settings_of_adapter(name: str, attn: str, config: transformers.PreTrainedConfig | None, kwargs: dict) -> MobaConfig | None:
+def _settings_of_adapter(name: str, attn: str, config: transformers.PreTrainedConfig | None, kwargs: dict[str, Any]) -> MobaConfig | None:
     """Those beside an adapter; None for models, and with a warning for adapters that have none and are to a model that has none."""
     where, file = _where(kwargs), None
     with suppress(OSError, ValueError):  # loading says what is wrong
@@ -218,8 +219,8 @@ def _use(model: PreTrainedModel, attn: str, settings: MobaConfig | None) -> PreT
 def _with_key_convs(original: type[PreTrainedModel], settings: MobaConfig | None) -> type[PreTrainedModel]:
     """A class of models that have their convolutions of keys before their weights are read."""
 
-    class WithKeyConvs(original):
-        def __init__(self, config: transformers.PreTrainedConfig, *args, **kwargs) -> None:
+    class WithKeyConvs(original):  # type: ignore[misc, valid-type]  # which class of transformers it is, only the caller knows
+        def __init__(self, config: transformers.PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
             super().__init__(config, *args, **kwargs)
             _, replaceable = find_layers(self)
             set_key_convs(replaceable, settings or MobaConfig.of(replaceable[0].config))

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -62,8 +62,8 @@ class Visible:
         return replace(self, cu_seqlens=cu_seqlens.int(), longest=longest)
 
     def to(self, device: torch.device) -> Visible:
-        moved = (x if x is None else x.to(device, non_blocking=True) for x in (self.padding_mask, self.cu_seqlens))
-        return Visible(self.n_key, self.causal, *moved, self.longest, self.starts)
+        padding_mask, cu_seqlens = _moved(self.padding_mask, device), _moved(self.cu_seqlens, device)
+        return Visible(self.n_key, self.causal, padding_mask, cu_seqlens, self.longest, self.starts)
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,14 @@ class Places:
     start: Tensor | None  # [B] int64: the first real token of each row; None: 0
 
     def to(self, device: torch.device) -> Places:
-        return Places(*(x if x is None else x.to(device, non_blocking=True) for x in (self.length, self.start)))
+        return Places(_moved(self.length, device), _moved(self.start, device))
+
+
+def _moved(x: Tensor | None, device: torch.device) -> Tensor | None:
+    return x if x is None else x.to(device, non_blocking=True)
+
+
+_Index = int | slice | Tensor
 
 
 class MobaMask(BlockMask):
@@ -84,7 +91,7 @@ class MobaMask(BlockMask):
     the one kind that need not be a tensor.
     """
 
-    def __init__(self, request: dict) -> None:
+    def __init__(self, request: dict[str, Any]) -> None:
         # A static cache counts its tokens in place, and has counted on by the time that layers ask.
         if isinstance(request["q_offset"], Tensor):
             request["q_offset"] = request["q_offset"].clone()
@@ -185,14 +192,13 @@ class MobaMask(BlockMask):
             self._split[n_last] = MobaMask({**request, **before}), MobaMask({**request, **last})
         return self._split[n_last]
 
-    def __getitem__(self, index: tuple[slice, ...]) -> MobaMask:
+    def __getitem__(self, index: _Index | tuple[_Index, ...]) -> MobaMask:
         """The mask of the last queries alone, `mask[:, :, -n:, :]`: models whose last layers write no keys compute no others in them."""
         every, n_query = slice(None), self._lengths[0]
-        try:
-            rows, *others = index[2], index[0], index[1], *index[3:]
-            n_last = len(range(n_query)[rows])
-        except (TypeError, IndexError):
-            raise self._unknown("[...]") from None
+        if not isinstance(index, tuple) or len(index) < 3 or not isinstance(index[2], slice):
+            raise self._unknown("[...]")
+        rows, others = index[2], (*index[:2], *index[3:])
+        n_last = len(range(n_query)[rows])
         if any(other != every for other in others) or range(n_query)[rows] != range(n_query - n_last, n_query):
             raise self._unknown("[...]")
         if n_last == n_query:
@@ -201,7 +207,7 @@ class MobaMask(BlockMask):
         part.is_part = True
         return part
 
-    def to(self, *args, **kwargs) -> MobaMask:
+    def to(self, *args: Any, **kwargs: Any) -> MobaMask:
         return self  # what layers get is moved when they ask
 
     def contiguous(self) -> MobaMask:
@@ -213,11 +219,13 @@ class MobaMask(BlockMask):
     __str__ = __repr__
 
     @classmethod
-    def __torch_function__(cls, func, types, args=(), kwargs=None):
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: tuple[type, ...], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> NoReturn:
         masks = [x for x in (*args, *(kwargs or {}).values()) if isinstance(x, MobaMask)]
         raise_switched(_owner(masks[0]._request) if masks else "attention")
 
-    def __getattr__(self, name: str):
+    def __getattr__(self, name: str) -> NoReturn:
         raise self._unknown(repr(name))
 
     def _unknown(self, what: str) -> AttributeError:
@@ -225,7 +233,7 @@ class MobaMask(BlockMask):
         return AttributeError(f"{owner} reads {what} of its attention mask, which MoBA does not build: the model cannot use MoBA")
 
 
-def _owner(request: dict) -> str:
+def _owner(request: dict[str, Any]) -> str:
     """For messages: whose mask it is, by the configuration with which transformers asks for it."""
     config = request.get("config")
     return "the code of the model" if config is None else f"the code of a model with a {type(config).__name__}"
@@ -245,13 +253,13 @@ def _may_keep() -> bool:
     return not (torch.compiler.is_compiling() and torch.is_grad_enabled())
 
 
-def moba_mask(batch_size: int, q_length: int, kv_length: int, q_offset: int | Tensor = 0, kv_offset: int = 0, **request) -> MobaMask:
+def moba_mask(batch_size: int, q_length: int, kv_length: int, q_offset: int | Tensor = 0, kv_offset: int = 0, **request: Any) -> MobaMask:
     """The mask function of "moba" and "moba_naive", called by transformers' `create_causal_mask` and its like."""
     sizes = {"batch_size": batch_size, "q_length": q_length, "kv_length": kv_length}
     return MobaMask({**sizes, "q_offset": q_offset, "kv_offset": kv_offset, "device": torch.device("cpu"), **request})
 
 
-def _read(request: dict) -> Visible:
+def _read(request: dict[str, Any]) -> Visible:
     mask_function, attention_mask = request.get("mask_function", causal_mask_function), request.get("attention_mask")
     if request["kv_offset"]:
         raise ValueError("MoBA needs all keys from the first token on, but this cache has dropped some: use DynamicCache()")
@@ -308,18 +316,19 @@ def _first_real(attention_mask: Tensor) -> Tensor:
     return (attention_mask.cumsum(1) == 0).sum(1)
 
 
-def _place(request: dict) -> Places | None:
+def _place(request: dict[str, Any]) -> Places | None:
     if request["q_length"] > FEW:
         return None
     seen, attention_mask = request["q_offset"] + request["q_length"], request.get("attention_mask")
+    length = None
     if isinstance(seen, Tensor):
         length = seen.to(torch.int64)
-    else:
-        length = None if seen == request["kv_length"] else torch.full((), seen, dtype=torch.int64, device=request["device"])
+    elif seen != request["kv_length"]:
+        length = torch.full((), seen, dtype=torch.int64, device=request["device"])
     return Places(length, None if attention_mask is None else _first_real(attention_mask))
 
 
-def _sequences(mask_function: Callable, batch_size: int, n_tokens: int, device: torch.device) -> Tensor | None:
+def _sequences(mask_function: Callable[..., Any], batch_size: int, n_tokens: int, device: torch.device) -> Tensor | None:
     """`cu_seqlens [n + 1]` of packed sequences, or None: does each token see the one before it?
 
     transformers finds packed sequences in `position_ids` and passes them on within a mask function alone. Asking about

@@ -6,7 +6,7 @@ import copy
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from torch import nn
 from transformers import PreTrainedConfig
@@ -22,6 +22,7 @@ from .layers import (
     MOBA,
     attention_layers,
     attention_of,
+    configs_of,
     full_layers,
     is_patched,
     keeps_full,
@@ -36,14 +37,18 @@ from .layers import (
 )
 from .recomputation import before_switch
 from .state import Choice, choice_of, context_of, set_choice
-from .upstream import MaskUse, implementation_of, set_implementation
+from .upstream import MaskUse, holds_config, implementation_of, set_implementation
+
+if TYPE_CHECKING:
+    from .upstream import AttentionLayer
 
 ATTENTION = (*MOBA, "full")
+Model = TypeVar("Model", bound=nn.Module)
 
 
 def patch(
-    model: nn.Module,
-    config: MobaConfig | Mapping | None = None,
+    model: Model,
+    config: MobaConfig | Mapping[str, Any] | None = None,
     *,
     block_size: int = UNSET,
     top_k: int = UNSET,
@@ -55,7 +60,7 @@ def patch(
     decode: str = UNSET,
     implementation: str = UNSET,
     **unknown: NoReturn,
-) -> nn.Module:
+) -> Model:
     """Let a transformers model's full-attention layers use MoBA. Weights stay what and where they are.
 
     Args:
@@ -126,7 +131,7 @@ def patch(
         set_choice(layer, choice)
     save_settings_with_adapters(model)
     add_hooks(model, every, _with_own_cache_layer(replaceable) if config.decode == "sparse" else [])
-    for model_config in _configs(replaceable):
+    for model_config in configs_of(replaceable):
         model_config.moba = config
         remember(model_config)
         set_implementation(model_config, "moba")
@@ -134,13 +139,13 @@ def patch(
     return model
 
 
-def _choice(layer: nn.Module, config: MobaConfig) -> Choice:
+def _choice(layer: AttentionLayer, config: MobaConfig) -> Choice:
     used = implementation_of(layer.config)
     always = None if takes_moba(layer) else "full"
     return Choice(original_implementation(layer) if used in MOBA else used, always, named_full(layer, config))
 
 
-def _with_own_cache_layer(layers: list[nn.Module]) -> list[nn.Module]:
+def _with_own_cache_layer(layers: list[AttentionLayer]) -> list[AttentionLayer]:
     """Models that run several stacks of layers, each several times (HRM), choose a layer of the cache with each call."""
     indices = Counter((id(layer.config), layer.layer_idx) for layer in layers)
     return [layer for layer in layers if indices[id(layer.config), layer.layer_idx] == 1]
@@ -154,7 +159,7 @@ def _check_not_wrapped(model: nn.Module, key_conv: int) -> None:
             raise ValueError(f"key_conv={key_conv} gives the model new weights, which must be there before {wrapper}: patch first{advice}")
 
 
-def unpatch(model: nn.Module) -> nn.Module:
+def unpatch(model: Model) -> Model:
     """Undo `patch` and `set_attention`: the model's attention is what it was, and its configuration holds no settings
     of MoBA.
 
@@ -179,8 +184,8 @@ def unpatch(model: nn.Module) -> nn.Module:
         _own_configs(model, ours)
     original = {id(layer.config): original_implementation(layer) for layer in layers}
     # A model of several parts that was loaded with "moba" has that name in the configurations above its layers' too.
-    holders = [module for module in model.modules() if hasattr(module, "config")]
-    for config in _configs(holders):
+    configs = {id(config): config for module in model.modules() if (config := getattr(module, "config", None)) is not None}
+    for config in configs.values():
         if isinstance(config, PreTrainedConfig) and implementation_of(config) in MOBA:
             set_implementation(config, original.get(id(config), next(iter(original.values()), None)))
         if hasattr(config, "moba"):
@@ -193,7 +198,7 @@ def unpatch(model: nn.Module) -> nn.Module:
     return model
 
 
-def set_attention(model: nn.Module, attention: str, layers: Iterable[int] | None = None) -> nn.Module:
+def set_attention(model: Model, attention: str, layers: Iterable[int] | None = None) -> Model:
     """Change what a model's layers use, at any time.
 
     Args:
@@ -233,7 +238,7 @@ def set_attention(model: nn.Module, attention: str, layers: Iterable[int] | None
     elif any(choice_of(layer) is None for layer in replaceable):
         _adopt(model, replaceable)
     if layers is None and attention != "full":
-        for config in _configs(replaceable):
+        for config in configs_of(replaceable):
             set_implementation(config, attention)
         _use(chosen, None)
     else:
@@ -243,7 +248,7 @@ def set_attention(model: nn.Module, attention: str, layers: Iterable[int] | None
 
 
 @contextmanager
-def full_attention(model: nn.Module) -> Iterator[nn.Module]:
+def full_attention(model: Model) -> Iterator[Model]:
     """Within the `with` block all layers have full attention; afterwards, also after an exception, they are what they
     were. Layers that are changed within the block stay as changed.
 
@@ -275,14 +280,14 @@ def full_attention(model: nn.Module) -> Iterator[nn.Module]:
         name_attention(every, named)
 
 
-def _adopt(model: nn.Module, replaceable: list[nn.Module]) -> None:
+def _adopt(model: nn.Module, replaceable: list[AttentionLayer]) -> None:
     """Patch a model that was loaded with "moba" or "moba_naive", perhaps with the configuration of another model, as what it is."""
     named = implementation_of(replaceable[0].config)
     _own_configs(model, replaceable)
-    for config in _configs(replaceable):
+    for config in configs_of(replaceable):
         settings_by_name(config, MOBA)  # which writes them into it
     patch(model)
-    for config in _configs(replaceable):
+    for config in configs_of(replaceable):
         if implementation_of(config) in MOBA:
             set_implementation(config, named)
 
@@ -303,7 +308,7 @@ def moba_layers(model: nn.Module) -> dict[int, str]:
     return now
 
 
-def find_layers(model: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
+def find_layers(model: nn.Module) -> tuple[list[AttentionLayer], list[AttentionLayer]]:
     """All attention layers that share a configuration with one that MoBA can replace, and those that it can."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a transformers model, but is a {type(model).__name__}")
@@ -329,21 +334,17 @@ def find_layers(model: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
     return every, replaceable
 
 
-def _windows(layers: list[nn.Module]) -> str:
+def _windows(layers: list[AttentionLayer]) -> str:
     """For the message: some models name a window that is longer than all they read, and can do without."""
     windows = [window for layer in layers if isinstance(window := getattr(layer.config, "sliding_window", None), int)]
     advice = f"; the configuration has a sliding_window of {max(windows, default=0)}: if no text gets that long, load the model with "
     return f"{advice}sliding_window=None" if windows else ""
 
 
-def _configs(modules: list[nn.Module]) -> list:
-    return list({id(module.config): module.config for module in modules}.values())
-
-
-def _own_configs(model: nn.Module, layers: list[nn.Module]) -> None:
+def _own_configs(model: nn.Module, layers: list[AttentionLayer]) -> None:
     """Give a model copies of its layers' configurations and of those that hold them, which other models may have been built from."""
-    holders = [module for module in model.modules() if isinstance(module.__dict__.get("config"), PreTrainedConfig)]
-    copies = {id(config): copy.copy(config) for config in _configs(layers)}
+    holders = [module for module in model.modules() if holds_config(module)]
+    copies = {id(config): copy.copy(config) for config in configs_of(layers)}
 
     def own(config: PreTrainedConfig) -> PreTrainedConfig:
         if id(config) not in copies:
@@ -358,6 +359,6 @@ def _own_configs(model: nn.Module, layers: list[nn.Module]) -> None:
         module.config = own(module.config)
 
 
-def _use(layers: list[nn.Module], attention: str | None) -> None:
+def _use(layers: list[AttentionLayer], attention: str | None) -> None:
     for layer in layers:
         set_choice(layer, Choice(original_implementation(layer), attention, keeps_full(layer, MobaConfig.of(layer.config))))

@@ -8,6 +8,7 @@ the passes whose backward pass may still come.
 from __future__ import annotations
 
 import weakref
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -18,6 +19,9 @@ from ..core.upstream import computes_gradients
 from .layers import attention_layers, attention_of
 from .state import choice_of
 
+if TYPE_CHECKING:
+    from .upstream import AttentionLayer
+
 _REMEDY = "backward must come before patch, set_attention, full_attention or unpatch change what the forward pass used"
 
 
@@ -25,14 +29,14 @@ class ForwardPass:
     """One pass of training."""
 
     def __init__(self) -> None:
-        self._used: dict[nn.Module, tuple[str, MobaConfig]] | None = None
+        self._used: dict[AttentionLayer, tuple[str, MobaConfig]] | None = None
         _PASSES.add(self)
 
-    def used(self, layer: nn.Module, attention: str, settings: MobaConfig) -> tuple[str, MobaConfig]:
+    def used(self, layer: AttentionLayer, attention: str, settings: MobaConfig) -> tuple[str, MobaConfig]:
         """What a layer uses in this pass: `attention` with `settings`, unless it was switched to that later."""
         return (attention, settings) if self._used is None else self._used.get(layer, (attention, settings))
 
-    def keep(self, used: dict[nn.Module, tuple[str, MobaConfig]]) -> None:
+    def keep(self, used: dict[AttentionLayer, tuple[str, MobaConfig]]) -> None:
         """Layers will use something else from now on."""
         self._used = {**used, **(self._used or {})}
 
@@ -64,7 +68,7 @@ def check_not_switched(model: PreTrainedModel) -> None:
         )
 
 
-def check_pass_is_known(layer: nn.Module) -> None:
+def check_pass_is_known(layer: AttentionLayer) -> None:
     """For a call without a mask of MoBA. ValueError if a checkpoint computes a layer again whose forward pass knew nothing of MoBA."""
     if not torch.compiler.is_compiling() and computes_gradients():
         raise ValueError(f"a checkpoint computes {type(layer).__name__} again, which was patched after its forward pass: {_REMEDY}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import nn
 from transformers.trainer_callback import ExportableState, TrainerCallback, TrainerControl, TrainerState
@@ -78,13 +79,14 @@ class MobaSchedule(TrainerCallback, ExportableState):
             if changed:
                 set_attention(model, attention, layers=changed)
 
-    def state(self) -> dict:
+    def state(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
         return {"args": dict(vars(self)), "attributes": {}}
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module | None = None, **kwargs
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module | None = None, **kwargs: Any
     ) -> None:
+        assert model is not None  # the trainer always gives it
         if not moba_layers(model):
             raise ValueError(
                 f"MobaSchedule has no layer to switch: full_attention_layers names all layers of {type(model).__name__} that MoBA can "
@@ -93,8 +95,9 @@ class MobaSchedule(TrainerCallback, ExportableState):
         self.apply(model, min(state.global_step, state.max_steps - 1), state.max_steps)
 
     def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module | None = None, **kwargs
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module | None = None, **kwargs: Any
     ) -> None:
+        assert model is not None
         self.apply(model, state.global_step, state.max_steps)
 
 

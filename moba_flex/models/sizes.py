@@ -6,12 +6,12 @@
 from __future__ import annotations
 
 import warnings
-import weakref
 
 import torch
 from transformers import PreTrainedConfig
 
 from ..config import MobaConfig
+from .by_identity import ByIdentity
 
 # The longest prompt, `block_size` and `top_k`. A longer prompt has the last ones.
 SIZES = (
@@ -24,7 +24,7 @@ SIZES = (
 SHORTEST_TOLD = 1024
 
 # What is known of a model: its settings when a prompt was sparse, or when it was told that none is.
-_KNOWN: dict[int, tuple[weakref.ref[PreTrainedConfig], MobaConfig]] = {}
+_KNOWN: ByIdentity[MobaConfig] = ByIdentity()
 
 
 def suggested_blocks(n_tokens: int) -> tuple[int, int]:
@@ -52,14 +52,14 @@ def without_effect(n_tokens: int, settings: MobaConfig) -> str:
 def note_sparse(config: PreTrainedConfig, settings: MobaConfig) -> None:
     """A prompt of a model was sparse: shorter ones need no warning."""
     if not torch.compiler.is_compiling() and not _is_known(config, settings):
-        _know(config, settings)
+        _KNOWN.put(config, settings)
 
 
 def warn_of_no_effect(config: PreTrainedConfig, settings: MobaConfig, n_new: int, n_tokens: int) -> None:
     """Say once for each model and its settings that a prompt, `n_new` of whose `n_tokens` are new, was read whole."""
     if n_new < SHORTEST_TOLD or torch.compiler.is_compiling() or _is_known(config, settings):
         return
-    _know(config, settings)
+    _KNOWN.put(config, settings)
     warnings.warn(
         f"MoBA has no effect: {without_effect(n_tokens, settings)}. moba_flex.describe(model, length={n_tokens}) shows each layer",
         stacklevel=2,
@@ -67,10 +67,5 @@ def warn_of_no_effect(config: PreTrainedConfig, settings: MobaConfig, n_new: int
 
 
 def _is_known(config: PreTrainedConfig, settings: MobaConfig) -> bool:
-    known = _KNOWN.get(id(config))
-    return known is not None and known[0]() is config and (known[1] is settings or known[1] == settings)
-
-
-def _know(config: PreTrainedConfig, settings: MobaConfig) -> None:
-    key = id(config)
-    _KNOWN[key] = weakref.ref(config, lambda _: _KNOWN.pop(key, None)), settings
+    known = _KNOWN.get(config)
+    return known is settings or known == settings

@@ -13,6 +13,7 @@ import textwrap
 from collections.abc import Callable, Iterable
 from enum import Enum
 from types import ModuleType
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, cache_utils, initialization
@@ -24,6 +25,22 @@ from transformers.masking_utils import (
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import cached_file, find_adapter_config_file, is_peft_available
+
+if TYPE_CHECKING:
+    from transformers import AutoModelForCausalLM
+
+    class Configured(nn.Module):
+        """A module that holds a configuration. To type checkers any attribute of an `nn.Module` is a tensor or a module."""
+
+        config: PreTrainedConfig
+
+    class AttentionLayer(Configured):
+        """An attention layer of transformers, which has no class in common with others."""
+
+        layer_idx: int  # of those that MoBA can replace
+        k_proj: nn.Module  # of most
+        key_conv: nn.Module  # of those that `key_conv.py` gave one
+
 
 __all__ = [
     "ADAPTER_SAVER",
@@ -39,6 +56,7 @@ __all__ = [
     "cache_in",
     "causal_mask_function",
     "file_of_repository",
+    "holds_config",
     "implementation_of",
     "is_offloaded",
     "looks_up_attention",
@@ -69,14 +87,19 @@ GROWING_LAYERS: tuple[type[CacheLayerMixin], ...] = (
 )
 
 
-def implementation_of(config: PreTrainedConfig) -> str | None:
-    """The name under which layers look their attention up: no public attribute says it."""
+def implementation_of(config: PreTrainedConfig) -> str:
+    """The name under which layers look their attention up: no public attribute says it. Whoever builds a model sets it."""
     return config._attn_implementation
 
 
 def set_implementation(config: PreTrainedConfig, name: str | None) -> None:
     """Set that name in one configuration and in no part of it: `set_attn_implementation` sets vision parts too."""
     config._attn_implementation = {"": name}
+
+
+def holds_config(module: nn.Module) -> TypeGuard[Configured]:
+    """Whether a module has a configuration itself. Wrappers such as PEFT's show that of the model within as if it were theirs."""
+    return isinstance(module.__dict__.get("config"), PreTrainedConfig)
 
 
 def looks_up_attention(layer_class: type) -> ModuleType | None:
@@ -149,14 +172,16 @@ def _use_of(node: ast.AST, tree: ast.AST) -> MaskUse:
     return MaskUse.CHANGES if isinstance(node, (ast.Attribute, ast.Subscript, ast.BinOp, ast.UnaryOp)) else MaskUse.NOTHING
 
 
-def attention_by_name(source: ModuleType | None, implementation: str) -> Callable | None:
+def attention_by_name(source: ModuleType | None, implementation: str) -> Callable[..., Any] | None:
     """The function behind a name, as a layer of that source finds it: eager attention is the source's own, and in no registry."""
     registry = getattr(source, "ALL_ATTENTION_FUNCTIONS", ALL_ATTENTION_FUNCTIONS)
     eager = getattr(source, "eager_attention_forward", None)
-    return None if implementation == "eager" and eager is None else registry.get_interface(implementation, eager)
+    if implementation == "eager" and eager is None:
+        return None
+    return registry.get_interface(implementation, eager)  # type: ignore[arg-type]  # the default, which may be None, is for "eager" alone
 
 
-def mask_builder(implementation: str) -> Callable | None:
+def mask_builder(implementation: str) -> Callable[..., Any] | None:
     """The function that builds an implementation's masks; None: transformers gives it none."""
     return ALL_MASK_ATTENTION_FUNCTIONS.get(implementation)
 
@@ -168,7 +193,7 @@ def supports_sdpa(source: ModuleType | None) -> bool:
     return bool(models) and all(m._supports_sdpa for m in models)
 
 
-def cache_in(kwargs: dict) -> Cache | None:
+def cache_in(kwargs: dict[str, Any]) -> Cache | None:
     """The cache among the keyword arguments of a layer or a model: "cache" since transformers 5.24, "past_key_values" before."""
     cache = kwargs.get("cache")
     return kwargs.get("past_key_values") if cache is None else cache
@@ -200,30 +225,31 @@ def zero_unless_read(weight: nn.Parameter) -> None:
     initialization.zeros_(weight)
 
 
-def model_class_of(config: PreTrainedConfig, auto_class: type) -> type[PreTrainedModel] | None:
+def model_class_of(config: PreTrainedConfig, auto_class: type[AutoModelForCausalLM]) -> type[PreTrainedModel] | None:
     """The class that an auto class would build, which it does not tell."""
-    return auto_class._model_mapping.get(type(config), None)
+    found = auto_class._model_mapping.get(type(config), None)
+    return found if isinstance(found, type) else None  # or, of some tasks, a tuple of classes
 
 
-def adapter_file(name: str, where: dict) -> str | None:
+def adapter_file(name: str, where: dict[str, Any]) -> str | None:
     """The file of PEFT's adapter in a folder or repository, as transformers finds it, or None."""
     if not is_peft_available():
         return None
     return find_adapter_config_file(name, **_place(where))
 
 
-def file_of_repository(name: str, file: str, where: dict) -> str | None:
+def file_of_repository(name: str, file: str, where: dict[str, Any]) -> str | None:
     """A file of a folder or repository, or None: only private arguments of `cached_file` keep it from raising what loading will raise."""
     quiet = {f"_raise_exceptions_for_{what}": False for what in ("gated_repo", "missing_entries", "connection_errors")}
     return cached_file(name, file, **_place(where), **quiet)
 
 
-def _place(where: dict) -> dict:
+def _place(where: dict[str, Any]) -> dict[str, Any]:
     names = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
     return {k: where[k] for k in names if where.get(k) is not None}
 
 
-def adapter_configs_of(module: nn.Module) -> list:
+def adapter_configs_of(module: nn.Module) -> list[Any]:
     """The `PeftConfig` of each adapter of a model: PEFT leaves them on the model that it wraps, and says so nowhere."""
     configs = module.__dict__.get("peft_config") or module.__dict__.get("_peft_config")  # the second: prefixes, on PEFT's own model
     return list(configs.values()) if isinstance(configs, dict) else []

@@ -50,6 +50,15 @@ def test_the_name_of_an_implementation_is_set_for_one_configuration_alone():
     assert not [name for name in config.to_dict() if "attn_implementation" in name], changed("set_implementation", "the name is saved")
 
 
+def test_models_and_layers_hold_their_configuration_and_what_peft_puts_around_them_does_not():
+    peft = pytest.importorskip("peft")
+    model = build()
+    for module in (model, model.model, attentions(model)[0]):
+        assert upstream.holds_config(module), changed("holds_config", f"a {type(module).__name__} does not hold its configuration itself")
+    around = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"])).base_model
+    assert around.config is model.config and not upstream.holds_config(around), changed("holds_config", "PEFT's wrappers have another")
+
+
 def test_attention_layers_are_known_by_the_registry_that_they_mention():
     source = upstream.looks_up_attention(modeling_llama.LlamaAttention)
     assert source is modeling_llama, changed("looks_up_attention", "forward of an attention layer does not mention ALL_ATTENTION_FUNCTIONS")

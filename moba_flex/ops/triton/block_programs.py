@@ -137,7 +137,7 @@ def row_indices(
     rows, heads, slots = shape[:3]
     n_queries, n_rows, step, backward = rows * heads * slots, 0 if routes is None else routes.n_rows, 256, lse is not None
     row_query = layout.own if routes is None else routes.row_of_pair.new_empty(n_rows)
-    row_lse, row_delta = lse.new_empty(2, n_rows + n_queries).unbind() if backward else (None, None)
+    row_lse, row_delta = (None, None) if lse is None else lse.new_empty(2, n_rows + n_queries).unbind()
     lists, count, blocks, tile = (layout.own,) * 4, 0, 0, 1
     if routes is not None:
         lists = routes.row_of_pair, routes.first_tile, routes.tiles_of_block, routes.rows_of_block

@@ -291,7 +291,7 @@ def _search_kernel(
 
 
 @lru_cache(maxsize=256)
-def _program(dtype: torch.dtype, free: int, slots: int, width: int, room: int, in_registers: int) -> tuple[int, int, int, dict]:
+def _program(dtype: torch.dtype, free: int, slots: int, width: int, room: int, in_registers: int) -> tuple[int, int, int, dict[str, int]]:
     """Queries and lanes of a program, turns of its loop at once, and how it is compiled, to choose `free` blocks of `slots` slots.
 
     The fastest of those that need at most `room` bytes of shared memory for queries and means that are `width` wide. Of the loop's stages

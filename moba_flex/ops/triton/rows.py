@@ -97,7 +97,7 @@ def dispatch_backward(query: Tensor, grad: Tensor, lse: Tensor, delta: Tensor, r
         tile,
         num_warps=4,
     )
-    return tuple(rows)
+    return rows[0], rows[1], rows[2], rows[3]
 
 
 def _unrolled(slots: int) -> int:

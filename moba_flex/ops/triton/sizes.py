@@ -24,4 +24,4 @@ def gpu_memory(device: torch.device) -> tuple[int, int]:
     properties = torch.cuda.get_device_properties(device)
     if torch.version.hip:  # which does not say the first
         return 64 << 10, 0
-    return properties.shared_memory_per_block_optin, properties.major
+    return properties.shared_memory_per_block_optin, properties.major  # type: ignore[attr-defined]  # which PyTorch's types leave out
