@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> None:
     with one_line("cannot write the pictures"):
         moba_flex.visualize(trace.selections[layer], title=title).savefig(args.output / "blocks.png")
         figure = trace.figure()
-        figure.suptitle(f"{name}: {figure.get_suptitle()}", fontsize=12)
+        figure.suptitle(f"{name}, {figure.get_suptitle()}", fontsize=12)
         figure.savefig(args.output / "model.png")
     print(f"Wrote {args.output / 'blocks.png'} and {args.output / 'model.png'}")
     print_table(

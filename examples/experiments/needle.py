@@ -28,7 +28,7 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -269,20 +269,30 @@ def name_of(source: Path | None) -> str:
     return "SmolLM2-135M-Instruct" if source is None else "/".join(source.parts[-2:])
 
 
-def in_words(model: str) -> str:
-    """What a picture calls a model: "moba/adapter" of adapt.py is "adapter of run moba"; a run of pretrain.py, what its name says.
+def in_words(model: str, moba: Mapping | None = None) -> str:
+    """What a picture calls a model that was read with these settings of MoBA.
 
-    50M-32768-moba-last-3-full-b512k3-seed0 -> 50M parameters, 32,768 tokens, seed 0
-                                               MoBA, last 3 layers full (block 512, top-3)
+    50M-32768-moba-last-3-full-b512k3-seed0 -> 50M parameters, 32,768 tokens, seed 0      # a run of pretrain.py
+                                               trained with MoBA, last 3 layers full (block 512, top-3)
+    moba/adapter -> adapter of run moba                                                   # of adapt.py
+                    block 64, top-24
     """
-    if model.endswith("/adapter"):
-        return f"adapter of run {model.removesuffix('/adapter')}"
-    last = model.rpartition("/")[2]
-    if not (run := _RUN.fullmatch(last)):
-        return last
-    size, context, name, blocks, top_k, seed = run.groups()
-    blocks = f" (block {blocks}, top-{top_k})" if blocks else ""
-    return f"{size} parameters, {int(context):,} tokens, seed {seed}\n{WORDS.get(name, name.replace('-', ' '))}{blocks}"
+    if run := _RUN.fullmatch(model.rpartition("/")[2]):
+        size, context, name, blocks, top_k, seed = run.groups()
+        blocks = f" (block {blocks}, top-{top_k})" if blocks else ""
+        return f"{size} parameters, {int(context):,} tokens, seed {seed}\ntrained with {WORDS.get(name, name.replace('-', ' '))}{blocks}"
+    folder, _, last = model.rpartition("/")
+    words = last
+    if model == "examples/adapter":
+        words = "the adapter in examples/adapter"
+    elif folder and last == "adapter":
+        words = f"adapter of run {folder}"
+    elif folder and last in ("full", "moba", "hybrid"):
+        words = f"adapter of run {last}"
+    if moba:
+        words += f"\nblock {moba['block_size']}, top-{moba['top_k']}"
+        words += f", full attention in layers {', '.join(map(str, full))}" if (full := moba.get("full_attention_layers")) else ""
+    return words
 
 
 def shares(results: dict, side: str) -> Tensor:
@@ -302,8 +312,8 @@ def heat_map(results: dict):
     for panel, side, title in zip(panels, SIDES, ("MoBA", "full attention")):
         share, trials = shares(results, side), [right for cell in results["right"][side].values() for right in cell]
         image = panel.imshow(100 * share.numpy(), vmin=0, vmax=100, cmap="RdYlGn", aspect="auto")
-        model = in_words(results["models"][side]["model"])
-        panel.set_title(f"{title}: {model}\n{sum(trials)} of {len(trials)} right", fontsize=10)
+        model = in_words(results["models"][side]["model"], results["models"][side].get("moba"))
+        panel.set_title(f"read with {title}: {sum(trials)} of {len(trials)} right\n{model}", fontsize=10)
         panel.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths], rotation=45)
         panel.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
         panel.set_xticks([i + 0.5 for i in range(len(lengths) - 1)], minor=True)

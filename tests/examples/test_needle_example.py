@@ -251,10 +251,27 @@ def test_the_heat_map_has_lengths_to_the_right_and_depths_downwards_and_names_wh
     assert full.images[0].get_array().tolist() == [[100.0, 100.0], [100.0, 100.0], [50.0, 50.0]]
     assert [label.get_text() for label in moba.get_xticklabels()] == ["300", "400"]
     assert [label.get_text() for label in moba.get_yticklabels()] == ["0%", "50%", "100%"]
-    model = "50M parameters, 32,768 tokens, seed 0\nMoBA, last 3 layers full (block 512, top-3)"
-    assert moba.get_title() == f"MoBA: {model}\n7 of 12 right"
-    assert full.get_title() == "full attention: adapter of run full\n10 of 12 right"
+    model = "50M parameters, 32,768 tokens, seed 0\ntrained with MoBA, last 3 layers full (block 512, top-3)"
+    assert moba.get_title() == f"read with MoBA: 7 of 12 right\n{model}"
+    assert full.get_title() == "read with full attention: 10 of 12 right\nadapter of run full"
     assert figure.axes[2].get_ylabel() == "trials with the right answer, %"
+
+
+@pytest.mark.parametrize(
+    ("model", "moba", "words"),
+    [
+        ("checkpoints/10M-8192-full-seed2", None, "10M parameters, 8,192 tokens, seed 2\ntrained with full attention"),
+        ("moba/adapter", {"block_size": 64, "top_k": 24}, "adapter of run moba\nblock 64, top-24"),
+        (
+            "examples/adapter",
+            {"block_size": 64, "top_k": 24, "full_attention_layers": [17, 20]},
+            "the adapter in examples/adapter\nblock 64, top-24, full attention in layers 17, 20",
+        ),
+        ("SmolLM2-135M-Instruct", None, "SmolLM2-135M-Instruct"),
+    ],
+)
+def test_a_picture_calls_a_model_by_words_and_by_no_path(model: str, moba: dict | None, words: str) -> None:
+    assert needle.in_words(model, moba) == words
 
 
 def test_cells_that_moba_alone_misses_are_named(capsys) -> None:
