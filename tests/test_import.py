@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 MODEL_CLASSES = "from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel"
 # Packages for training, pictures, files of weights and kernels. transformers itself may load some of them.
 HEAVY = {"datasets", "flash_attn", "gguf", "matplotlib", "pandas", "peft", "scipy", "sklearn", "triton", "trl"}
-MOST = 40  # modules of others; 3 with transformers 5.24, which loads the rest with its classes
+MOST = 40  # modules of others; none with transformers 5.24
 
 
 def modules(code: str) -> set[str]:

@@ -37,7 +37,7 @@ import transformers
 from pretraining.compare import WORDS
 from pretraining.corpus import HELD_OUT_OF
 from shared.changed_settings import changes
-from shared.command_line import Parser, UserError, exit_code, one_line, with_flags
+from shared.command_line import Parser, UserError, config_of_flags, exit_code, one_line, with_flags
 from shared.flag_types import count, count_from_0, fraction
 from shared.models import check_adapter, context_of, load, trained_with, with_adapter
 from shared.package_text import KINDS, Document, collect, default_roots
@@ -159,6 +159,7 @@ def needle(args: argparse.Namespace) -> dict:
         import matplotlib.figure  # noqa: F401
     file = args.output / "needle.json"
     check_writable(args.output)
+    check_blocks(args)
     if file.exists() and not args.resume:
         raise UserError(f"{file} is there already: go on with --resume, or choose another --output")
     for side in SIDES:
@@ -186,11 +187,29 @@ def needle(args: argparse.Namespace) -> dict:
     return results
 
 
+def check_blocks(args: argparse.Namespace) -> None:
+    """Raises UserError, before a model is loaded, if MoBA's settings do not fit together or are missing."""
+    saved = {}
+    if args.moba is not None:
+        saved = trained_with(args.moba) if is_adapter(args.moba) else _saved_settings(args.moba)
+    given = {name: getattr(args, name) for name in ("block_size", "top_k", "sink_blocks") if getattr(args, name) is not None}
+    if not saved and not {"block_size", "top_k"} <= given.keys():
+        raise UserError("the model of --moba has no settings of MoBA saved with it: give --block-size and --top-k")
+    config_of_flags({**saved, **given})
+
+
+def _saved_settings(folder: Path) -> dict:
+    file = folder / "config.json"
+    with one_line(f"argument --moba: cannot read {file}"):
+        return (json.loads(file.read_text()) if file.is_file() else {}).get("moba") or {}
+
+
 def load_side(side: str, args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, dict | None]:
     """The model, its tokenizer, and MoBA's settings where it uses MoBA: those saved with it, and those given as flags."""
     source: Path | None = getattr(args, side)
     adapter = is_adapter(source)
-    model, tokenizer = load(args.base if adapter or source is None else str(source), args.device, args.dtype)
+    name, flag = (args.base, "--base") if adapter or source is None else (str(source), f"--{side}")
+    model, tokenizer = load(name, args.device, args.dtype, flag)
     if adapter:
         model = with_adapter(model, source)
     if side == "full":
@@ -360,6 +379,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     flag("--seed", type=int, default=0, metavar="N", help="of the facts and of where the text begins")
     parser.add_device_flags()
     args = parser.parse_args(argv)
+    if missing := [folder for folder in args.text or () if not folder.is_dir()]:
+        parser.error(f"argument --text: text is read from folders, but {missing[0]} is none")
     for side in SIDES:
         source = getattr(args, side)
         if source is not None and not source.exists():

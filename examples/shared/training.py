@@ -66,13 +66,22 @@ class Stop:
 
 
 class StopTrainer(TrainerCallback):
-    """Lets transformers' Trainer write a checkpoint and end after the step at which an end is wanted."""
+    """Lets transformers' Trainer write a checkpoint and end after the step at which an end is wanted on any process.
 
-    def __init__(self, stop: Stop) -> None:
-        self._stop = stop
+    Until training begins, Ctrl-C ends the script at once. `exit_code` is 0 unless training was stopped.
+    """
+
+    exit_code = 0
+
+    def on_train_begin(self, args, state, control, **_) -> None:
+        self._stop = Stop()
 
     def on_step_end(self, args, state, control, **_) -> None:
-        if self._stop.wanted:
+        wanted = torch.tensor(float(self._stop.wanted), device=args.device)
+        if args.world_size > 1:  # one process may get the signal a step before another, which would then wait for it for ever
+            dist.all_reduce(wanted, dist.ReduceOp.MAX)
+        if wanted.item():
+            self.exit_code = self._stop.exit_code or 130
             control.should_save = control.should_training_stop = True
 
 
@@ -83,12 +92,12 @@ def stopped(reason: str, step: int, of: str = "", resume: str = " with --resume"
     return f"{reason} after step {step:,}{of}, whose checkpoint is written: the same command{resume} goes on from there"
 
 
-def done(steps: int, loss: float, folder: Path, adapter: bool = False) -> str:
-    """The last words of a run that is done: what came out, and how to load it."""
-    what, load = "model", f"moba_flex.AutoModelForCausalLM.from_pretrained({str(folder)!r})"
-    if adapter:
-        what, load = "adapter", f"python examples/llama.py --model THE_MODEL --adapted {folder}"
-    return f"done after step {steps:,}, final loss {loss:.4f}; the {what} is in {folder}\nload it: {load}"
+def done(steps: int, loss: float, folder: Path, adapter_of: str | None = None) -> str:
+    """The last words of a run that is done: what came out, and how to load it. `adapter_of` names the model of an adapter."""
+    what = "adapter" if adapter_of else "model"
+    words = f"done after step {steps:,}, final loss {loss:.4f}; the {what} is in {folder}\n"
+    words += f"load it: moba_flex.AutoModelForCausalLM.from_pretrained({str(folder)!r})"
+    return words + (f"\nread with it: python examples/llama.py --model {adapter_of} --adapted {folder}" if adapter_of else "")
 
 
 def learning_rate(step: int, args: argparse.Namespace) -> float:

@@ -301,3 +301,17 @@ def test_what_cannot_work_is_refused_in_one_sentence(flags: list[str], byte_llam
     lines = capsys.readouterr().err.replace("\r", "\n").splitlines()
     assert [line for line in lines if line.startswith("needle.py: error: ") and words in line], lines
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ([], "the model of --moba has no settings of MoBA saved with it: give --block-size and --top-k"),
+        (["--block-size", "8", "--top-k", "1", "--sink-blocks", "4"], "these flags do not fit together: --top-k=1 has no room"),
+        (["--block-size", "8", "--top-k", "2", "--text", "nowhere"], "argument --text: text is read from folders, but nowhere is none"),
+    ],
+)
+def test_flags_are_checked_before_a_model_is_loaded(byte_llama: Path, tmp_path: Path, monkeypatch, capsys, more, words: str) -> None:
+    monkeypatch.setattr(needle, "load", lambda *_: pytest.fail("loaded"))
+    assert needle.main(["--moba", str(byte_llama), "--output", str(tmp_path / "run"), *more]) == 2
+    assert capsys.readouterr().err.startswith(f"needle.py: error: {words}")

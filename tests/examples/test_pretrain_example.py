@@ -200,8 +200,9 @@ def test_files_that_cannot_be_read_or_written_are_named(trained, words, tmp_path
     (tmp_path / "checkpoints/toy-128-moba-b16k3-seed0.pt").write_bytes(b"cut off")
     with pytest.raises(UserError, match=r"seed0\.pt cannot be read: delete it to begin this run anew"):
         pretrain.pretrain(arguments(tmp_path, words, "--runs", "moba"))
-    with pytest.raises(UserError, match="cannot write to the folder"):
-        pretrain.pretrain(arguments(tmp_path, words, "--runs", "moba", "--output", __file__))
+    for flag in ("--output", "--checkpoints"):
+        with pytest.raises(UserError, match=f"argument {flag}: cannot write to the folder"):
+            pretrain.pretrain(arguments(tmp_path, words, "--runs", "moba", flag, __file__))
 
 
 def test_a_context_longer_than_the_text_is_refused(text, tmp_path):

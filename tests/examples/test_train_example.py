@@ -183,6 +183,7 @@ def test_an_interrupted_job_says_so_and_goes_on_to_the_same_end(alone: None, tmp
         f"done after step 40, final loss {loss:.4f}; the model is in {model}\n"
         f"load it: moba_flex.AutoModelForCausalLM.from_pretrained({str(model)!r})\n"
     )
+    assert "Warning" not in err
     assert re.search(rf"40/40 .*loss {loss:.4f}, [\d,]+ tokens/s, full", err)
 
 
