@@ -139,7 +139,7 @@ def test_too_little_text_is_told_before_the_model_is_loaded(flags, monkeypatch, 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
     assert finetune.main([*flags, "--sequence-length", "1000"]) == 2
     (said,) = capsys.readouterr().err.splitlines()
-    assert said == "finetune.py: error: --text has 564 tokens, but one sequence (--sequence-length) has 1,000"
+    assert said == "finetune.py: error: --text has 329 tokens, but one sequence (--sequence-length) has 1,000"
 
 
 @pytest.mark.parametrize(
