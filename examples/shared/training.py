@@ -11,6 +11,7 @@ import math
 import os
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +24,7 @@ from transformers import TrainerCallback
 
 from .command_line import exit_code
 
+PASSED_ON = 5.0  # seconds within which a launcher passes a Ctrl-C on
 LOSSES_AT_ONCE = 8192  # tokens, whose losses are worked out in float32 at a time
 
 
@@ -43,10 +45,14 @@ def exit_code_of_job(script: str, work: Callable[[], int | None]) -> int:
 
 
 class Stop:
-    """Ctrl-C, or a launcher's request to end, is remembered until the work at hand is done. A second Ctrl-C ends the process at once."""
+    """Ctrl-C, or a launcher's request to end, is remembered until the work at hand is done. A second Ctrl-C ends the process at once.
+
+    A terminal sends Ctrl-C to a launcher and to its processes, and the launcher passes it on: processes get one Ctrl-C twice.
+    """
 
     def __init__(self) -> None:
-        self._received = 0
+        self._received, self._at = 0, 0.0
+        self._same = PASSED_ON if "RANK" in os.environ else 0.0
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._remember)
 
@@ -60,9 +66,11 @@ class Stop:
         return 128 + self._received if self._received else 0
 
     def _remember(self, number: int, _frame) -> None:
-        if self._received and number == signal.SIGINT:
+        now = time.monotonic()
+        if not self._received:
+            self._received, self._at = number, now
+        elif number == signal.SIGINT and now - self._at >= self._same:
             os._exit(130)
-        self._received = number
 
 
 class StopTrainer(TrainerCallback):
