@@ -27,10 +27,16 @@ def main(folder: str) -> None:
     assert f"\n## [{version}]" in Path("CHANGELOG.md").read_text(encoding="utf-8"), f"CHANGELOG.md does not know {version}"
     assert re.search(rf"^version: \"?{re.escape(version)}\"?$", Path("CITATION.cff").read_text(encoding="utf-8"), re.MULTILINE)
     assert said["Name"] in ("moba_flex", "moba-flex") and said["Summary"] and said["Requires-Python"], said.items()
-    assert said.get_payload().strip() == Path("README.md").read_text(encoding="utf-8").strip(), "the README is not the description"
+    sys.path.insert(0, ".")
+    from setup import description, of_project
+
+    readme = description(Path("README.md").read_text(encoding="utf-8"), of_project("Repository"), version)
+    assert said.get_payload().strip() == readme.strip(), "the README is not the description"
+    assert all(link.startswith("https://") for link in re.findall(r"\]\(([^)\s]+)\)", readme)), "a link leads nowhere"
     extras = set(said.get_all("Provides-Extra"))
     assert extras == {"demo", "docs", "flash", "kernels", "test", "viz"}, extras
     assert "Typing :: Typed" in said.get_all("Classifier")
+    assert said["Author"] and said["Keywords"] and said["Description-Content-Type"] == "text/markdown"
     print(f"{wheel.name}: {len(package)} files, version {version}, extras {', '.join(sorted(extras))}")
 
 

@@ -2,9 +2,10 @@
 
     python examples/finetune.py --model HuggingFaceTB/SmolLM2-135M --text book.txt --output tuned          # a CPU, or one GPU
     python examples/finetune.py --model HuggingFaceTB/SmolLM2-135M --text book.txt --output tuned --trl --lora
-    accelerate launch --config_file examples/accelerate/ddp.yaml examples/finetune.py ...                  # all GPUs of one host
-    accelerate launch --config_file examples/accelerate/fsdp2.yaml examples/finetune.py ...                # parameters sharded over them
+    python examples/launch.py --config_file examples/accelerate/ddp.yaml examples/finetune.py ...          # eight GPUs of one host
+    python examples/launch.py --config_file examples/accelerate/fsdp2.yaml examples/finetune.py ...        # parameters sharded over them
 
+`examples/launch.py` is `accelerate launch`, and ends without the launcher's own error messages; `--num_processes 2` is for two GPUs.
 `fine_tune` is all that a script of your own needs. `--lora` trains an adapter of PEFT instead of the whole model. `--trl` packs the files
 of --text into sequences: MoBA keeps them apart. Ctrl-C writes a checkpoint at the end of a step. Exit code: 0 when all steps are done, 2
 and one line for something that you can mend, 130 after Ctrl-C.
@@ -22,21 +23,26 @@ import importlib.util
 from pathlib import Path
 
 import torch
-from shared.command_line import Parser, config_of_flags, one_line, read_file
+from shared.command_line import Parser, UserError, config_of_flags, one_line, read_file
 from shared.flag_types import count, positive
-from shared.models import check_layers
+from shared.models import check_context, check_layers
 from shared.saved_results import check_writable
 from shared.startup import run_script
-from shared.training import Stop, StopTrainer, done, exit_code_of_job, stopped
+from shared.training import StopTrainer, done, exit_code_of_job, stopped
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 import moba_flex
 
 
-def fine_tune(args: argparse.Namespace, texts: list[str], settings: moba_flex.MobaConfig, stop: Stop) -> Trainer:
+def fine_tune(args: argparse.Namespace, texts: list[str], settings: moba_flex.MobaConfig, stop: StopTrainer) -> Trainer:
     """Train on the texts, and save the model or its adapter to `--output`. The trainer, which may have been stopped before its end."""
     with one_line(f"argument --model: cannot load {args.model!r}, a local folder or a model on the hub"):
-        tokenizer, model = AutoTokenizer.from_pretrained(args.model), AutoModelForCausalLM.from_pretrained(args.model)
+        tokenizer = AutoTokenizer.from_pretrained(args.model)
+    tokens = torch.cat([tokenizer(text, return_tensors="pt").input_ids[0] for text in texts])
+    if len(tokens) < args.sequence_length and not args.trl:
+        raise UserError(f"--text has {len(tokens):,} tokens, but one sequence (--sequence-length) has {args.sequence_length:,}")
+    with one_line(f"argument --model: cannot load {args.model!r}, a local folder or a model on the hub"):
+        model = AutoModelForCausalLM.from_pretrained(args.model)
     moba_flex.patch(model, settings)  # this is all that MoBA needs; what follows is as for any model
     options = {"output_dir": args.output, "max_steps": args.steps, "per_device_train_batch_size": args.batch_size}
     options |= {"learning_rate": args.learning_rate, "logging_steps": 1, "save_strategy": "no", "report_to": "none"}
@@ -54,12 +60,11 @@ def fine_tune(args: argparse.Namespace, texts: list[str], settings: moba_flex.Mo
         data = Dataset.from_list([{"text": text} for text in texts])
         trainer = SFTTrainer(model, packed, train_dataset=data, processing_class=tokenizer, peft_config=lora)
     else:
-        tokens = torch.cat([tokenizer(text, return_tensors="pt").input_ids[0] for text in texts])
         data = [{"input_ids": ids, "labels": ids} for ids in tokens.unfold(0, args.sequence_length, args.sequence_length)]
         trainer = Trainer(get_peft_model(model, lora) if lora else model, TrainingArguments(**options), train_dataset=data)
-    trainer.add_callback(StopTrainer(stop))
+    trainer.add_callback(stop)
     trainer.train(resume_from_checkpoint=args.resume)
-    if not stop.wanted:
+    if not stop.exit_code:
         trainer.save_model()
         tokenizer.save_pretrained(args.output)
     return trainer
@@ -68,14 +73,21 @@ def fine_tune(args: argparse.Namespace, texts: list[str], settings: moba_flex.Mo
 def run(args: argparse.Namespace) -> int:
     """The exit code."""
     check_writable(args.output)
+    begun = any(args.output.glob("checkpoint-*"))
+    if args.resume and not begun:
+        raise UserError(f"--resume: there is no checkpoint in {args.output}")
+    if begun and not args.resume:
+        raise UserError(f"--output {args.output} has checkpoints already: go on from the last one with --resume, or choose another")
     check_layers("--full-attention-layers", args.full_attention_layers, args.model)
+    check_context("--sequence-length", args.sequence_length, args.model)
     settings = config_of_flags({name: getattr(args, name) for name in ("block_size", "top_k", "sink_blocks", "full_attention_layers")})
-    stop = Stop()
+    stop = StopTrainer()
     trainer = fine_tune(args, [read_file("--text", file) for file in args.text], settings, stop)
     if trainer.is_world_process_zero():
         loss = next((entry["loss"] for entry in reversed(trainer.state.log_history) if "loss" in entry), float("nan"))
         step = trainer.state.global_step
-        print(stopped("interrupted", step) if stop.wanted else done(step, loss, args.output, adapter=args.lora), flush=True)
+        of = args.model if args.lora else None
+        print(stopped("interrupted", step) if stop.exit_code else done(step, loss, args.output, adapter_of=of), flush=True)
     return stop.exit_code
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from llama import print_table, read_prompt, tokenize
 from shared.command_line import Parser, config_of_flags, exit_code, one_line
 from shared.models import check_layers, load
+from shared.saved_results import check_writable
 from shared.startup import run_script
 
 import moba_flex
@@ -31,8 +32,8 @@ def run(args: argparse.Namespace) -> None:
         import matplotlib.figure  # noqa: F401
     settings = config_of_flags({name: getattr(args, name) for name in ("block_size", "top_k", "sink_blocks")})
     check_layers("--layer", [args.layer], args.model)
-    with one_line("argument --output: cannot write to the folder"):
-        args.output.mkdir(parents=True, exist_ok=True)
+    check_writable(args.output)
+    args.output.mkdir(parents=True, exist_ok=True)
     text = read_prompt(args.prompt_file)
     model, tokenizer = load(args.model, args.device, args.dtype)
     prompt = tokenize(text, model, tokenizer, max_new_tokens=0)
@@ -45,7 +46,7 @@ def run(args: argparse.Namespace) -> None:
     with one_line("cannot write the pictures"):
         moba_flex.visualize(trace.selections[layer], title=title).savefig(args.output / "blocks.png")
         figure = trace.figure()
-        figure.suptitle(f"{name}: {figure.get_suptitle()}", fontsize=12)
+        figure.suptitle(f"{name}, {figure.get_suptitle()}", fontsize=12)
         figure.savefig(args.output / "model.png")
     print(f"Wrote {args.output / 'blocks.png'} and {args.output / 'model.png'}")
     print_table(

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 
+import torch.distributed.run  # noqa: F401 - whose loggers are there once it is imported
 from accelerate.commands.launch import launch_command, launch_command_parser
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -26,7 +27,9 @@ def main(argv: list[str] | None = None) -> int:
         print(__doc__)
         return 0
     signal.signal(signal.SIGINT, lambda *_: None)  # the processes get Ctrl-C too: wait until they have ended
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    for name in list(logging.root.manager.loggerDict):  # each has a level of its own
+        if name.startswith("torch.distributed.elastic"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
         launch_command(launch_command_parser().parse_args(argv))
     except ChildFailedError as error:

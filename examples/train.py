@@ -1,10 +1,11 @@
 """Train a causal language model on text files with MoBA (Mixture of Block Attention), on one process or many.
 
     python examples/train.py --tiny --text README.md --output /tmp/run --sequence-length 512 --block-size 64 --top-k 3 --batch-size 4
-    accelerate launch --config_file examples/accelerate/ddp.yaml examples/train.py --model meta-llama/Llama-3.1-8B --text *.txt --output run
-    accelerate launch --config_file examples/accelerate/fsdp2_cp.yaml examples/train.py ...    # sequences longer than one GPU holds
+    python examples/launch.py --config_file examples/accelerate/ddp.yaml examples/train.py --model meta-llama/Llama-3.1-8B --text *.txt \\
+        --output run    # eight GPUs; two with --num_processes 2 before the script
+    python examples/launch.py --config_file examples/accelerate/fsdp2_cp.yaml examples/train.py ...    # sequences longer than one GPU holds
 
-`python examples/launch.py` takes what `accelerate launch` takes, and ends without the launcher's own error messages.
+`examples/launch.py` takes what `accelerate launch` takes, which works too. The launcher's own error messages are left out.
 
 Training uses MoBA, full attention, or one after the other (`--moba-share`). Ctrl-C writes a checkpoint of the steps that are done before
 the next micro-batch; `--resume` goes on from the last one, on any number of processes, sharded or not. A launcher kills its processes half
@@ -27,6 +28,7 @@ import argparse
 import contextlib
 import json
 import time
+import warnings
 from pathlib import Path
 
 import torch
@@ -35,7 +37,7 @@ from accelerate import Accelerator
 from shared.changed_settings import changes
 from shared.command_line import Parser, UserError, config_of_flags, one_line
 from shared.flag_types import count, count_from_0, fraction, not_negative, positive, positive_or_inf
-from shared.models import check_layers
+from shared.models import check_context, check_layers
 from shared.saved_results import check_writable
 from shared.startup import run_script
 from shared.training import Stop, done, exit_code_of_job, learning_rate, mean_loss, stopped
@@ -56,6 +58,7 @@ BLOCKS = ("block_size", "top_k", "sink_blocks", "full_attention_layers")
 def train(args: argparse.Namespace) -> int:
     """The exit code."""
     check(args)
+    warnings.filterwarnings("ignore", "torch.distributed is disabled")  # of checkpoints on one process, in the middle of the bar
     cpu = args.cpu or not torch.accelerator.is_available()  # accelerate would not see that several processes are meant for CPUs
     with one_line("accelerate cannot begin"):
         accelerator = Accelerator(cpu=cpu, log_with=args.log_with, project_dir=args.output)
@@ -338,6 +341,8 @@ def check(args: argparse.Namespace) -> None:
             pass
     check_writable(Path(args.output))
     check_layers("--full-attention-layers", args.full_attention_layers, args.model, TINY_LAYERS)
+    if args.model is not None:
+        check_context("--sequence-length", args.sequence_length, args.model)
 
 
 def main(arguments: list[str] | None = None) -> int:

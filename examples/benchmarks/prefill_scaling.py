@@ -103,7 +103,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_block_flags(block_size=4096, top_k=12)
     flag("--exchange", choices=("keys", "heads"), default="keys", help="what the processes send each other")
     flag("--repeats", type=count, default=3, metavar="N", help="timings, of which the median counts")
-    return exit_code("prefill_scaling.py", lambda: run(parser.parse_args(argv)))
+
+    def work() -> None:
+        args = parser.parse_args(argv)
+        if args.heads % args.key_heads:
+            parser.error(f"argument --heads: must be a multiple of --key-heads {args.key_heads}, but is {args.heads}")
+        run(args)
+
+    return exit_code("prefill_scaling.py", work)
 
 
 if __name__ == "__main__":

@@ -40,12 +40,12 @@ import time
 
 import torch
 from adapting.output import Output
-from adapting.runs import RUNS, attend, fit_context, moba_config, trained
+from adapting.runs import LONGER, RUNS, attend, fit_context, moba_config, trained
 from adapting.text import Text, add_text_flags, check_folders
 from shared.command_line import Parser, exit_code, one_line
 from shared.compiled_layers import compile_layers, mask_of
 from shared.flag_types import count, count_from_0, duration, fraction, not_negative, positive, positive_or_inf
-from shared.models import check_layers, load, with_adapter
+from shared.models import check_context, check_layers, load, with_adapter
 from shared.package_text import KINDS
 from shared.startup import run_script
 from shared.training import Stop, learning_rate, mean_loss, stopped
@@ -62,6 +62,8 @@ def adapt(args: argparse.Namespace) -> int:
     """Train and measure those of `--runs` that are not done, and print the results where they are complete. The exit code."""
     check_folders(args)
     check_layers("--full-attention-layers", args.full_attention_layers or (), args.model)
+    if args.rope_theta is None:
+        check_context("--sequence-length", args.sequence_length, args.model, LONGER)
     limit, output = Limit(args.minutes), Output(args)
     model, tokenizer = load(args.model, args.device, "bfloat16" if args.device.startswith("cuda") else "float32")
     fit_context(model, args)

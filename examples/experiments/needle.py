@@ -28,7 +28,7 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -37,7 +37,7 @@ import transformers
 from pretraining.compare import WORDS
 from pretraining.corpus import HELD_OUT_OF
 from shared.changed_settings import changes
-from shared.command_line import Parser, UserError, exit_code, one_line, with_flags
+from shared.command_line import Parser, UserError, config_of_flags, exit_code, one_line, with_flags
 from shared.flag_types import count, count_from_0, fraction
 from shared.models import check_adapter, context_of, load, trained_with, with_adapter
 from shared.package_text import KINDS, Document, collect, default_roots
@@ -159,6 +159,7 @@ def needle(args: argparse.Namespace) -> dict:
         import matplotlib.figure  # noqa: F401
     file = args.output / "needle.json"
     check_writable(args.output)
+    check_blocks(args)
     if file.exists() and not args.resume:
         raise UserError(f"{file} is there already: go on with --resume, or choose another --output")
     for side in SIDES:
@@ -186,11 +187,29 @@ def needle(args: argparse.Namespace) -> dict:
     return results
 
 
+def check_blocks(args: argparse.Namespace) -> None:
+    """Raises UserError, before a model is loaded, if MoBA's settings do not fit together or are missing."""
+    saved = {}
+    if args.moba is not None:
+        saved = trained_with(args.moba) if is_adapter(args.moba) else _saved_settings(args.moba)
+    given = {name: getattr(args, name) for name in ("block_size", "top_k", "sink_blocks") if getattr(args, name) is not None}
+    if not saved and not {"block_size", "top_k"} <= given.keys():
+        raise UserError("the model of --moba has no settings of MoBA saved with it: give --block-size and --top-k")
+    config_of_flags({**saved, **given})
+
+
+def _saved_settings(folder: Path) -> dict:
+    file = folder / "config.json"
+    with one_line(f"argument --moba: cannot read {file}"):
+        return (json.loads(file.read_text()) if file.is_file() else {}).get("moba") or {}
+
+
 def load_side(side: str, args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, dict | None]:
     """The model, its tokenizer, and MoBA's settings where it uses MoBA: those saved with it, and those given as flags."""
     source: Path | None = getattr(args, side)
     adapter = is_adapter(source)
-    model, tokenizer = load(args.base if adapter or source is None else str(source), args.device, args.dtype)
+    name, flag = (args.base, "--base") if adapter or source is None else (str(source), f"--{side}")
+    model, tokenizer = load(name, args.device, args.dtype, flag)
     if adapter:
         model = with_adapter(model, source)
     if side == "full":
@@ -269,20 +288,30 @@ def name_of(source: Path | None) -> str:
     return "SmolLM2-135M-Instruct" if source is None else "/".join(source.parts[-2:])
 
 
-def in_words(model: str) -> str:
-    """What a picture calls a model: "moba/adapter" of adapt.py is "adapter of run moba"; a run of pretrain.py, what its name says.
+def in_words(model: str, moba: Mapping | None = None) -> str:
+    """What a picture calls a model that was read with these settings of MoBA.
 
-    50M-32768-moba-last-3-full-b512k3-seed0 -> 50M parameters, 32,768 tokens, seed 0
-                                               MoBA, last 3 layers full (block 512, top-3)
+    50M-32768-moba-last-3-full-b512k3-seed0 -> 50M parameters, 32,768 tokens, seed 0      # a run of pretrain.py
+                                               trained with MoBA, last 3 layers full (block 512, top-3)
+    moba/adapter -> adapter of run moba                                                   # of adapt.py
+                    block 64, top-24
     """
-    if model.endswith("/adapter"):
-        return f"adapter of run {model.removesuffix('/adapter')}"
-    last = model.rpartition("/")[2]
-    if not (run := _RUN.fullmatch(last)):
-        return last
-    size, context, name, blocks, top_k, seed = run.groups()
-    blocks = f" (block {blocks}, top-{top_k})" if blocks else ""
-    return f"{size} parameters, {int(context):,} tokens, seed {seed}\n{WORDS.get(name, name.replace('-', ' '))}{blocks}"
+    if run := _RUN.fullmatch(model.rpartition("/")[2]):
+        size, context, name, blocks, top_k, seed = run.groups()
+        blocks = f" (block {blocks}, top-{top_k})" if blocks else ""
+        return f"{size} parameters, {int(context):,} tokens, seed {seed}\ntrained with {WORDS.get(name, name.replace('-', ' '))}{blocks}"
+    folder, _, last = model.rpartition("/")
+    words = last
+    if model == "examples/adapter":
+        words = "the adapter in examples/adapter"
+    elif folder and last == "adapter":
+        words = f"adapter of run {folder}"
+    elif folder and last in ("full", "moba", "hybrid"):
+        words = f"adapter of run {last}"
+    if moba:
+        words += f"\nblock {moba['block_size']}, top-{moba['top_k']}"
+        words += f", full attention in layers {', '.join(map(str, full))}" if (full := moba.get("full_attention_layers")) else ""
+    return words
 
 
 def shares(results: dict, side: str) -> Tensor:
@@ -302,8 +331,8 @@ def heat_map(results: dict):
     for panel, side, title in zip(panels, SIDES, ("MoBA", "full attention")):
         share, trials = shares(results, side), [right for cell in results["right"][side].values() for right in cell]
         image = panel.imshow(100 * share.numpy(), vmin=0, vmax=100, cmap="RdYlGn", aspect="auto")
-        model = in_words(results["models"][side]["model"])
-        panel.set_title(f"{title}: {model}\n{sum(trials)} of {len(trials)} right", fontsize=10)
+        model = in_words(results["models"][side]["model"], results["models"][side].get("moba"))
+        panel.set_title(f"read with {title}: {sum(trials)} of {len(trials)} right\n{model}", fontsize=10)
         panel.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths], rotation=45)
         panel.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
         panel.set_xticks([i + 0.5 for i in range(len(lengths) - 1)], minor=True)
@@ -350,6 +379,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     flag("--seed", type=int, default=0, metavar="N", help="of the facts and of where the text begins")
     parser.add_device_flags()
     args = parser.parse_args(argv)
+    if missing := [folder for folder in args.text or () if not folder.is_dir()]:
+        parser.error(f"argument --text: text is read from folders, but {missing[0]} is none")
     for side in SIDES:
         source = getattr(args, side)
         if source is not None and not source.exists():

@@ -48,6 +48,7 @@ from shared.command_line import Parser, UserError, config_of_flags, exit_code, o
 from shared.compiled_layers import compile_layers, mask_of
 from shared.environment import environment
 from shared.flag_types import count, count_from_0, duration, fraction, not_negative, positive, positive_or_inf
+from shared.saved_results import check_writable
 from shared.startup import run_script
 from shared.training import Stop, learning_rate, stopped
 from torch import Tensor, nn
@@ -79,9 +80,9 @@ def pretrain(args: argparse.Namespace) -> int:
     runs = [named(name, args.block_size, args.top_k) for name in args.runs] + [of_blocks(n, args.context) for n in args.blocks]
     for run in runs:
         config_of_flags(run.settings)
-    with one_line("cannot write to the folder"):
-        for folder in (args.output, args.checkpoints):
-            folder.mkdir(parents=True, exist_ok=True)
+    for flag, folder in (("--output", args.output), ("--checkpoints", args.checkpoints)):
+        check_writable(folder, flag)
+        folder.mkdir(parents=True, exist_ok=True)
     text = corpus(args.corpus, args.sources, args.most_bytes)
     if (least := min(len(text.train), len(text.held_out))) <= args.context:
         raise UserError(

@@ -45,6 +45,7 @@ def one_line(problem: str) -> Iterator[None]:
         yield
     except Exception as error:
         first, *more = (str(error).strip() or type(error).__name__).splitlines()
+        first = first.strip()
         said = f"{first} {more[0].strip()}" if more and first.endswith(":") else first
         raise UserError(f"{problem}: {said}") from error
 

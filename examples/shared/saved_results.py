@@ -47,10 +47,10 @@ def write(file: Path, results: Mapping) -> None:
     partial.replace(file)
 
 
-def check_writable(folder: Path) -> None:
-    """Raises UserError if the folder that --output names cannot be made, or nothing be made in it. Leaves nothing behind."""
+def check_writable(folder: Path, flag: str = "--output") -> None:
+    """Raises UserError if the folder that a flag names cannot be made, or nothing be made in it. Leaves nothing behind."""
     try:
         there = next(part for part in (folder, *folder.parents) if part.exists())
         tempfile.TemporaryDirectory(dir=there).cleanup()
     except OSError as error:  # which names a file that nobody asked for
-        raise UserError(f"argument --output: cannot write to the folder {folder}: {error.strerror}") from error
+        raise UserError(f"argument {flag}: cannot write to the folder {folder}: {error.strerror}") from error

@@ -11,6 +11,7 @@ import math
 import os
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +24,7 @@ from transformers import TrainerCallback
 
 from .command_line import exit_code
 
+PASSED_ON = 5.0  # seconds within which a launcher passes a Ctrl-C on
 LOSSES_AT_ONCE = 8192  # tokens, whose losses are worked out in float32 at a time
 
 
@@ -43,10 +45,14 @@ def exit_code_of_job(script: str, work: Callable[[], int | None]) -> int:
 
 
 class Stop:
-    """Ctrl-C, or a launcher's request to end, is remembered until the work at hand is done. A second Ctrl-C ends the process at once."""
+    """Ctrl-C, or a launcher's request to end, is remembered until the work at hand is done. A second Ctrl-C ends the process at once.
+
+    A terminal sends Ctrl-C to a launcher and to its processes, and the launcher passes it on: processes get one Ctrl-C twice.
+    """
 
     def __init__(self) -> None:
-        self._received = 0
+        self._received, self._at = 0, 0.0
+        self._same = PASSED_ON if "RANK" in os.environ else 0.0
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._remember)
 
@@ -60,19 +66,30 @@ class Stop:
         return 128 + self._received if self._received else 0
 
     def _remember(self, number: int, _frame) -> None:
-        if self._received and number == signal.SIGINT:
+        now = time.monotonic()
+        if not self._received:
+            self._received, self._at = number, now
+        elif number == signal.SIGINT and now - self._at >= self._same:
             os._exit(130)
-        self._received = number
 
 
 class StopTrainer(TrainerCallback):
-    """Lets transformers' Trainer write a checkpoint and end after the step at which an end is wanted."""
+    """Lets transformers' Trainer write a checkpoint and end after the step at which an end is wanted on any process.
 
-    def __init__(self, stop: Stop) -> None:
-        self._stop = stop
+    Until training begins, Ctrl-C ends the script at once. `exit_code` is 0 unless training was stopped.
+    """
+
+    exit_code = 0
+
+    def on_train_begin(self, args, state, control, **_) -> None:
+        self._stop = Stop()
 
     def on_step_end(self, args, state, control, **_) -> None:
-        if self._stop.wanted:
+        wanted = torch.tensor(float(self._stop.wanted), device=args.device)
+        if args.world_size > 1:  # one process may get the signal a step before another, which would then wait for it for ever
+            dist.all_reduce(wanted, dist.ReduceOp.MAX)
+        if wanted.item():
+            self.exit_code = self._stop.exit_code or 130
             control.should_save = control.should_training_stop = True
 
 
@@ -83,12 +100,12 @@ def stopped(reason: str, step: int, of: str = "", resume: str = " with --resume"
     return f"{reason} after step {step:,}{of}, whose checkpoint is written: the same command{resume} goes on from there"
 
 
-def done(steps: int, loss: float, folder: Path, adapter: bool = False) -> str:
-    """The last words of a run that is done: what came out, and how to load it."""
-    what, load = "model", f"moba_flex.AutoModelForCausalLM.from_pretrained({str(folder)!r})"
-    if adapter:
-        what, load = "adapter", f"python examples/llama.py --model THE_MODEL --adapted {folder}"
-    return f"done after step {steps:,}, final loss {loss:.4f}; the {what} is in {folder}\nload it: {load}"
+def done(steps: int, loss: float, folder: Path, adapter_of: str | None = None) -> str:
+    """The last words of a run that is done: what came out, and how to load it. `adapter_of` names the model of an adapter."""
+    what = "adapter" if adapter_of else "model"
+    words = f"done after step {steps:,}, final loss {loss:.4f}; the {what} is in {folder}\n"
+    words += f"load it: moba_flex.AutoModelForCausalLM.from_pretrained({str(folder)!r})"
+    return words + (f"\nread with it: python examples/llama.py --model {adapter_of} --adapted {folder}" if adapter_of else "")
 
 
 def learning_rate(step: int, args: argparse.Namespace) -> float:

@@ -99,6 +99,7 @@ def trace_figure(trace: Trace) -> Figure:
         _whole_numbers(panel)
     bar = figure.colorbar(image, ax=panels, format="%d%%", pad=0.02, aspect=30)
     bar.ax.tick_params(labelsize=9)
+    bar.set_label("share of the chosen blocks (left),\nof the queries (right)", fontsize=10)
     panels[0].set_ylabel("layer", fontsize=11)
     step = -(-len(trace.layers) // 16)
     panels[0].set_yticks(range(0, len(trace.layers), step), [str(layer) for layer in trace.layers[::step]])

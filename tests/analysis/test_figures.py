@@ -182,7 +182,9 @@ def test_the_trace_figure_shows_the_numbers_of_the_trace():
     torch.testing.assert_close(torch.tensor(overlap.images[0].get_array()), 100 * trace.overlap)
     torch.testing.assert_close(torch.tensor(taken.images[0].get_array()), trace.chosen.double().mean(1))
     assert [label.get_text() for label in overlap.get_yticklabels()] == ["0", "1", "2"]
-    assert f"{float(trace.share_of_keys.mean()):.1%} of the keys" in trace.figure().get_suptitle()
+    figure = trace.figure()
+    assert f"{float(trace.share_of_keys.mean()):.1%} of the keys" in figure.get_suptitle()
+    assert figure.axes[-1].get_ylabel() == "share of the chosen blocks (left),\nof the queries (right)"
 
 
 def test_figures_can_be_written(tmp_path):

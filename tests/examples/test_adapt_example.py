@@ -194,7 +194,7 @@ def test_what_decides_the_losses_must_not_change(whole: Path, flags: list[str], 
         (["--sequence-length", "1000000", "--rope-theta", "1e6"], "its held-out prose has .* tokens, but one sequence has 1,000,000"),
         (["--text", "nowhere"], "text is read from folders, but nowhere is none"),
         (["--top-k", "1"], "these flags do not fit together: .*--sink-blocks"),
-        (["--model", "missing.gguf"], "there is no file missing.gguf"),
+        (["--model", "missing.gguf"], "argument --model: there is no file missing.gguf"),
         (["--batch-size", "0"], "--batch-size: must be at least 1, but is 0"),
         (["--rank", "0"], "--rank: must be at least 1, but is 0"),
         (["--needle-share", "2"], "--needle-share: must be from 0 to 1, but is 2"),
@@ -212,6 +212,12 @@ def test_what_cannot_work_is_refused_in_one_sentence(flags: list[str], tmp_path:
     assert adapt.main([*flags, *more, "--output", str(tmp_path / "run")]) == 2
     assert re.search(f"adapt.py: error: .*{words}", capsys.readouterr().err)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_sequence_beyond_the_context_is_refused_before_the_model_is_loaded(flags: list[str], tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(adapt, "load", lambda *_: pytest.fail("loaded"))
+    assert adapt.main([*flags, "--sequence-length", "1025", "--output", str(tmp_path / "run")]) == 2
+    assert "--sequence-length is 1,025, but the model's context is 1,024 tokens: give --rope-theta" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("output", ["file", "file/below", "/proc/none"])

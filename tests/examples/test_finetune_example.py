@@ -6,6 +6,7 @@ import json
 import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import finetune
 import pytest
@@ -55,10 +56,13 @@ def test_it_learns_and_loads(flags, byte_llama: Path, tmp_path: Path, capsys, mo
     ids = AutoTokenizer.from_pretrained(byte_llama)("abcdefgh" * 10, return_tensors="pt").input_ids
     before = moba_flex.patch(AutoModelForCausalLM.from_pretrained(byte_llama), **BLOCKS).eval()
     if "--lora" in more:
-        assert f"--adapted {folder}\n" in out
+        assert f"\nread with it: python examples/llama.py --model {byte_llama} --adapted {folder}\n" in out
+        again = moba_flex.AutoModelForCausalLM.from_pretrained(folder)  # as the line before says
+        assert again.config.moba == moba_flex.MobaConfig(**BLOCKS)
         settings = json.loads((folder / "moba.json").read_text())
         after = moba_flex.patch(with_adapter(AutoModelForCausalLM.from_pretrained(byte_llama), folder), settings)
     else:
+        assert "read with it" not in out
         assert f"load it: moba_flex.AutoModelForCausalLM.from_pretrained('{folder}')\n" in out
         after = moba_flex.AutoModelForCausalLM.from_pretrained(folder).eval()
     assert after.config.moba == moba_flex.MobaConfig(**BLOCKS)
@@ -100,8 +104,42 @@ def test_ctrl_c_writes_a_checkpoint_and_it_goes_on(flags, tmp_path: Path, monkey
     assert capsys.readouterr().out.endswith(said) and (tmp_path / "tuned/checkpoint-2").is_dir()
     monkeypatch.undo()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert finetune.main(flags) == 2
+    assert "has checkpoints already: go on from the last one with --resume, or choose another" in capsys.readouterr().err
     assert finetune.main([*flags, "--resume"]) == 0
     assert "done after step 6" in capsys.readouterr().out
+
+
+def test_ctrl_c_after_the_last_step_loses_nothing(flags, tmp_path: Path, monkeypatch, capsys) -> None:
+    def interrupted(self, args, state, control, **more):
+        ends(self, args, state, control, **more)
+        if state.global_step == 6:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    ends = training.StopTrainer.on_step_end
+    monkeypatch.setattr(training.StopTrainer, "on_step_end", interrupted)
+    assert finetune.main(flags) == 0
+    assert "done after step 6" in capsys.readouterr().out and (tmp_path / "tuned/model.safetensors").is_file()
+
+
+def test_processes_stop_at_the_same_step_whichever_got_the_signal(monkeypatch) -> None:
+    """The other process has got it: what is summed over all processes counts."""
+    stop = training.StopTrainer()
+    args, control = SimpleNamespace(device="cpu", world_size=2), SimpleNamespace(should_save=False, should_training_stop=False)
+    stop.on_train_begin(args, None, control)
+    monkeypatch.setattr(training.dist, "all_reduce", lambda wanted, _: wanted.fill_(0))
+    stop.on_step_end(args, None, control)
+    assert not control.should_training_stop and stop.exit_code == 0
+    monkeypatch.setattr(training.dist, "all_reduce", lambda wanted, _: wanted.fill_(1))
+    stop.on_step_end(args, None, control)
+    assert control.should_save and control.should_training_stop and stop.exit_code == 130
+
+
+def test_too_little_text_is_told_before_the_model_is_loaded(flags, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
+    assert finetune.main([*flags, "--sequence-length", "1000"]) == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said == "finetune.py: error: --text has 329 tokens, but one sequence (--sequence-length) has 1,000"
 
 
 @pytest.mark.parametrize(
@@ -110,6 +148,8 @@ def test_ctrl_c_writes_a_checkpoint_and_it_goes_on(flags, tmp_path: Path, monkey
         (["--text", "nowhere.txt"], "argument --text: cannot read the file: "),
         (["--full-attention-layers", "7"], "argument --full-attention-layers: there is no layer 7: the model has the layers 0 to 3"),
         (["--top-k", "1"], "these flags do not fit together: "),
+        (["--sequence-length", "5000"], "--sequence-length is 5,000, but the model's context is 1,024 tokens"),
+        (["--resume"], "--resume: there is no checkpoint in "),
         (["--steps", "0"], "argument --steps: must be at least 1, but is 0"),
         (["--output", __file__], "argument --output: cannot write to the folder "),
     ],

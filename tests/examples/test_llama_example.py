@@ -104,16 +104,16 @@ def test_bad_prompt_files(capsys, tmp_path, kind):
 @pytest.mark.parametrize("name", ["./no/such/folder", "no such name", "nobody/nothing"])
 def test_bad_model_names(capsys, monkeypatch, name):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # the hub's answer would take its time
-    expect_error(capsys, ["--model", name], "cannot load the model", name)
+    expect_error(capsys, ["--model", name], "argument --model: ", name)
 
 
 @pytest.mark.parametrize("name", ["x.gguf", "no/x.gguf", "/no/such/x.gguf"])
 def test_a_gguf_file_that_is_missing(capsys, name):
-    expect_error(capsys, ["--model", name], f"there is no file {name}")
+    expect_error(capsys, ["--model", name], f"argument --model: there is no file {name}")
 
 
 def test_a_folder_that_holds_no_model(capsys, tmp_path):
-    expect_error(capsys, ["--model", tmp_path], "cannot load the model", str(tmp_path))
+    expect_error(capsys, ["--model", tmp_path], "argument --model: cannot load ", str(tmp_path))
 
 
 def test_a_prompt_longer_than_the_context(capsys, tiny, prompt_file):

@@ -251,10 +251,27 @@ def test_the_heat_map_has_lengths_to_the_right_and_depths_downwards_and_names_wh
     assert full.images[0].get_array().tolist() == [[100.0, 100.0], [100.0, 100.0], [50.0, 50.0]]
     assert [label.get_text() for label in moba.get_xticklabels()] == ["300", "400"]
     assert [label.get_text() for label in moba.get_yticklabels()] == ["0%", "50%", "100%"]
-    model = "50M parameters, 32,768 tokens, seed 0\nMoBA, last 3 layers full (block 512, top-3)"
-    assert moba.get_title() == f"MoBA: {model}\n7 of 12 right"
-    assert full.get_title() == "full attention: adapter of run full\n10 of 12 right"
+    model = "50M parameters, 32,768 tokens, seed 0\ntrained with MoBA, last 3 layers full (block 512, top-3)"
+    assert moba.get_title() == f"read with MoBA: 7 of 12 right\n{model}"
+    assert full.get_title() == "read with full attention: 10 of 12 right\nadapter of run full"
     assert figure.axes[2].get_ylabel() == "trials with the right answer, %"
+
+
+@pytest.mark.parametrize(
+    ("model", "moba", "words"),
+    [
+        ("checkpoints/10M-8192-full-seed2", None, "10M parameters, 8,192 tokens, seed 2\ntrained with full attention"),
+        ("moba/adapter", {"block_size": 64, "top_k": 24}, "adapter of run moba\nblock 64, top-24"),
+        (
+            "examples/adapter",
+            {"block_size": 64, "top_k": 24, "full_attention_layers": [17, 20]},
+            "the adapter in examples/adapter\nblock 64, top-24, full attention in layers 17, 20",
+        ),
+        ("SmolLM2-135M-Instruct", None, "SmolLM2-135M-Instruct"),
+    ],
+)
+def test_a_picture_calls_a_model_by_words_and_by_no_path(model: str, moba: dict | None, words: str) -> None:
+    assert needle.in_words(model, moba) == words
 
 
 def test_cells_that_moba_alone_misses_are_named(capsys) -> None:
@@ -284,3 +301,17 @@ def test_what_cannot_work_is_refused_in_one_sentence(flags: list[str], byte_llam
     lines = capsys.readouterr().err.replace("\r", "\n").splitlines()
     assert [line for line in lines if line.startswith("needle.py: error: ") and words in line], lines
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ([], "the model of --moba has no settings of MoBA saved with it: give --block-size and --top-k"),
+        (["--block-size", "8", "--top-k", "1", "--sink-blocks", "4"], "these flags do not fit together: --top-k=1 has no room"),
+        (["--block-size", "8", "--top-k", "2", "--text", "nowhere"], "argument --text: text is read from folders, but nowhere is none"),
+    ],
+)
+def test_flags_are_checked_before_a_model_is_loaded(byte_llama: Path, tmp_path: Path, monkeypatch, capsys, more, words: str) -> None:
+    monkeypatch.setattr(needle, "load", lambda *_: pytest.fail("loaded"))
+    assert needle.main(["--moba", str(byte_llama), "--output", str(tmp_path / "run"), *more]) == 2
+    assert capsys.readouterr().err.startswith(f"needle.py: error: {words}")

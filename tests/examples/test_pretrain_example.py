@@ -18,7 +18,7 @@ import pytest
 import torch
 from pretraining import captured
 from pretraining.batches import Batches, order
-from pretraining.compare import differences, draw_sweep, group, held_out, table
+from pretraining.compare import differences, draw, draw_sweep, group, held_out, table
 from pretraining.corpus import Corpus, corpus, windows
 from pretraining.optimizer import Muon, MuonAndAdamW
 from pretraining.runs import NAMES, SIZES, complete, named, new_model, of_blocks
@@ -200,8 +200,9 @@ def test_files_that_cannot_be_read_or_written_are_named(trained, words, tmp_path
     (tmp_path / "checkpoints/toy-128-moba-b16k3-seed0.pt").write_bytes(b"cut off")
     with pytest.raises(UserError, match=r"seed0\.pt cannot be read: delete it to begin this run anew"):
         pretrain.pretrain(arguments(tmp_path, words, "--runs", "moba"))
-    with pytest.raises(UserError, match="cannot write to the folder"):
-        pretrain.pretrain(arguments(tmp_path, words, "--runs", "moba", "--output", __file__))
+    for flag in ("--output", "--checkpoints"):
+        with pytest.raises(UserError, match=f"argument {flag}: cannot write to the folder"):
+            pretrain.pretrain(arguments(tmp_path, words, "--runs", "moba", flag, __file__))
 
 
 def test_a_context_longer_than_the_text_is_refused(text, tmp_path):
@@ -547,6 +548,18 @@ def test_a_sweep_comes_in_the_order_of_its_blocks_and_is_drawn_over_them():
     draw_sweep(axes, {name: (runs[name], differences(runs, name, held_out)) for name in blocks})
     assert axes.lines[0].get_xydata() == pytest.approx(torch.tensor([[8, 0.08], [32, 0.02], [128, 0.005]]).numpy(), rel=1e-5)
     assert [label.get_text() for label in axes.get_xticklabels()] == ["8", "32", "128"]
+
+
+def test_a_picture_of_a_sweep_has_no_curve_of_full_attention_alone(tmp_path, monkeypatch):
+    figure = pytest.importorskip("matplotlib.figure").Figure
+    figures, save = [], figure.savefig
+    monkeypatch.setattr(figure, "savefig", lambda self, *given, **more: (figures.append(self), save(self, *given, **more)))
+    sweep = [log_of(f"moba-{n}-blocks", block_size=1024 // n, top_k=n // 4) for n in (8, 32)]
+    draw(group([*sweep, log_of("full")]), tmp_path / "blocks.png")
+    draw(group([*sweep, log_of("full"), log_of("moba", block_size=16, top_k=3)]), tmp_path / "both.png")
+    alone, both = ([axes.get_title() for axes in figure.subfigs[0].axes] for figure in figures)
+    assert alone == ["held-out text, by number of blocks"] and both == ["training", "held-out text, by position", *alone]
+    assert figures[0].get_figwidth() < figures[1].get_figwidth()
 
 
 def test_logs_of_several_folders_are_one_table_unless_two_of_them_are_the_same_run(tmp_path, capsys):

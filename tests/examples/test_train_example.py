@@ -78,9 +78,9 @@ def run(command: list[str]) -> str:
     return said
 
 
-def start(command: list[str]) -> subprocess.Popen:
+def start(command: list[str], **options) -> subprocess.Popen:
     out = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(command, cwd=ROOT, env=environment(), **out)
+    return subprocess.Popen(command, cwd=ROOT, env=environment(), **out, **options)
 
 
 def command(config: str, script: str, *arguments: str, processes: int = 2, **parallelism: int) -> list[str]:
@@ -156,21 +156,21 @@ def test_one_process_checkpoint_goes_on_with_sharded_parameters_on_two(short: Pa
 
 
 def test_an_interrupted_job_says_so_and_goes_on_to_the_same_end(alone: None, tmp_path: Path, capsys) -> None:
-    """Ctrl-C for the launcher of two processes; one process goes on."""
+    """A terminal's Ctrl-C for two processes and their launcher, which passes it on to them; one process goes on."""
     arguments, output = [*TINY, "--steps", "40", "--output"], tmp_path / "interrupted"
-    process = start(command("cpu.yaml", "examples/train.py", *arguments, str(output)))
+    process = start(command("cpu.yaml", "examples/train.py", *arguments, str(output)), start_new_session=True)
     try:
         while not (output / "log.jsonl").exists() or len(log(output)) < 3:
             with pytest.raises(subprocess.TimeoutExpired):  # it still runs
                 process.wait(0.01)
-        process.send_signal(signal.SIGINT)
+        os.killpg(process.pid, signal.SIGINT)
         said, _ = process.communicate(timeout=120)
     finally:
         process.kill()
     steps = len(log(output))
     assert process.returncode == 130 and 3 <= steps < 40 and (output / f"step-{steps:08d}").is_dir(), said
     last_words = f"interrupted after step {steps}, whose checkpoint is written: the same command with --resume goes on from there\n"
-    assert said.endswith(last_words)
+    assert said.endswith(last_words) and "death signal" not in said
 
     assert train.train(train.parse([*arguments, str(tmp_path / "whole")])) == 0
     AcceleratorState._reset_state(True)
@@ -183,6 +183,7 @@ def test_an_interrupted_job_says_so_and_goes_on_to_the_same_end(alone: None, tmp
         f"done after step 40, final loss {loss:.4f}; the model is in {model}\n"
         f"load it: moba_flex.AutoModelForCausalLM.from_pretrained({str(model)!r})\n"
     )
+    assert "Warning" not in err
     assert re.search(rf"40/40 .*loss {loss:.4f}, [\d,]+ tokens/s, full", err)
 
 
@@ -192,6 +193,24 @@ def test_a_job_has_one_error_in_one_line(tmp_path: Path) -> None:
     assert process.returncode == 2
     (line,) = [line for line in said.splitlines() if "nowhere" in line or "rror" in line or "Traceback" in line]
     assert line.startswith("train.py: error: argument --text: cannot read the file: ")
+
+
+@pytest.mark.parametrize(("launched", "seconds", "ends"), [(False, 0.1, True), (True, 0.1, False), (True, 6.0, True)])
+def test_a_second_ctrl_c_ends_at_once_but_not_one_that_the_launcher_passes_on(
+    alone: None, monkeypatch: pytest.MonkeyPatch, launched: bool, seconds: float, ends: bool
+) -> None:
+    now, ended = [100.0], []
+    monkeypatch.setattr(training.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(training.os, "_exit", ended.append)
+    monkeypatch.setenv("RANK", "0")
+    if not launched:
+        monkeypatch.delenv("RANK")
+    stop = training.Stop()
+    signal.raise_signal(signal.SIGINT)
+    assert stop.wanted and stop.exit_code == 130 and not ended
+    now[0] += seconds
+    signal.raise_signal(signal.SIGINT)
+    assert ended == [130] * ends and stop.exit_code == 130
 
 
 @pytest.mark.parametrize("done", [0, 1, 3])  # after three steps the checkpoint is there already

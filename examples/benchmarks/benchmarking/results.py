@@ -21,6 +21,17 @@ from shared.command_line import UserError
 OURS = "moba_flex"
 FULL, TOO_LONG, TIME_UP = "out of memory", "too long", "time is up"
 AGAIN = TOO_LONG, TIME_UP  # another limit may let them be measured
+IN_WORDS = {  # what a picture calls a system
+    "moba_flex-triton": 'moba_flex, implementation="triton"',
+    "moba_flex-flash": "moba_flex, FlashAttention-4",
+    "dense-cudnn": "dense, cuDNN",
+    "dense-fa2": "dense, FlashAttention-2",
+    "dense-flex": "dense, FlexAttention",
+    "dense-sdpa": "dense, PyTorch's choice",
+    "flash-moba": "FlashMoBA",
+    "moonshot-moba": "MoonshotAI/MoBA",
+    "sdpa": "full attention (sdpa)",
+}
 
 
 def check_writable(**files: Path | None) -> None:
@@ -161,18 +172,18 @@ def plot(runs: list[dict], file: Path) -> None:
     from matplotlib import pyplot
 
     n_columns = max(len(of(run, "pass")) for run in runs)
-    figure, panels = pyplot.subplots(len(runs), n_columns, figsize=(5.6 * n_columns, 5.2 * len(runs)), squeeze=False, layout="constrained")
+    figure = pyplot.figure(figsize=(5.6 * n_columns, 5.2 * len(runs)), layout="constrained")
     every = [s for s in dict.fromkeys(s for run in runs for s in of(run, "system")) if s != OURS]
     style = {s: {"color": f"C{i + 1}", "marker": "os^Dv<>p"[i % 8], "markersize": 5} for i, s in enumerate(every)}
     style[OURS] = {"color": "black", "marker": "o", "markersize": 6, "linewidth": 2.5, "zorder": 3}
-    for run, row in zip(runs, panels):
-        for panel in row[len(of(run, "pass")) :]:
-            panel.set_axis_off()
-        for pass_, panel in zip(of(run, "pass"), row):
+    for run, row in zip(runs, figure.subfigures(len(runs), 1, squeeze=False)[:, 0]):
+        for pass_, panel in zip(of(run, "pass"), row.subplots(1, n_columns, squeeze=False)[0]):
             draw(panel, run, pass_, style)
-        caption = "\n".join(textwrap.wrap(run["title"], 60 * n_columns))
+        for panel in row.axes[len(of(run, "pass")) :]:
+            panel.set_axis_off()
+        caption = "\n".join(textwrap.wrap(run["title"], 80 * n_columns))
         caption += f"\n{run['environment']['device']}, PyTorch {run['environment']['torch']}, {run['date'][:10]}"
-        row[0].text(0, 1.1, caption, transform=row[0].transAxes, fontsize=9, color="0.3")
+        row.suptitle(caption, fontsize=9, color="0.3")
     figure.savefig(file, dpi=150)
     pyplot.close(figure)
 
@@ -185,7 +196,7 @@ def draw(panel, run: dict, pass_: str, style: dict) -> None:
         results = [r for n in lengths if (r := find(run, system, pass_, n))]
         points = [(r["tokens"], r["milliseconds"]) for r in results if "milliseconds" in r]
         full = [r["tokens"] for r in results if r.get("skipped") == FULL]
-        label = f"{system} (out of memory at {short(full[0])})" if full else system
+        label = IN_WORDS.get(system, system) + (f" (out of memory at {short(full[0])})" if full else "")
         if points or full:
             panel.plot(*zip(*points or [(lengths[0], float("nan"))]), label=label, **style[system])
     panel.set(xscale="log", yscale="log", title=pass_, xlabel="tokens", ylabel="milliseconds")
@@ -196,7 +207,7 @@ def draw(panel, run: dict, pass_: str, style: dict) -> None:
     panel.yaxis.set_minor_formatter(NullFormatter())
     panel.grid(True, alpha=0.3)
     if panel.get_lines():
-        panel.legend(fontsize=8, loc="upper left")
+        panel.legend(fontsize=8, loc="best")
 
 
 def short(tokens: int) -> str:

@@ -16,6 +16,7 @@ import moba_flex
 
 RUNS = ("full", "moba", "hybrid")
 BLOCKS = ("block_size", "top_k", "sink_blocks")
+LONGER = ": give --rope-theta, a base of its rotary embedding that is larger than its own, to train it for more"
 
 
 def fit_context(model: PreTrainedModel, args: argparse.Namespace) -> None:
@@ -25,10 +26,7 @@ def fit_context(model: PreTrainedModel, args: argparse.Namespace) -> None:
         with one_line("--rope-theta cannot be used"):
             extend_context(model, args.rope_theta, max(context, args.sequence_length))
     elif args.sequence_length > context:
-        raise UserError(
-            f"--sequence-length is {args.sequence_length:,}, but the model's context is {context:,} tokens: give --rope-theta, a base "
-            "of its rotary embedding that is larger than its own, to train it for more"
-        )
+        raise UserError(f"--sequence-length is {args.sequence_length:,}, but the model's context is {context:,} tokens{LONGER}")
 
 
 def attend(model, name: str, args: argparse.Namespace):

@@ -117,29 +117,33 @@ def _spread(values: list[float], form: str) -> str:
 def draw(settings: dict[str, dict[str, dict[int, dict]]], file: Path) -> None:
     """A row for each setting: the loss in training, held-out loss by position less that of full attention, and that by number of blocks.
 
-    The first two are without the runs of a sweep; a panel that would be empty is left out. Bands and bars are a standard deviation over
+    The first two are without the runs of a sweep; a panel that would say nothing is left out. Bands and bars are a standard deviation over
     seeds.
     """
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise UserError("--plot needs matplotlib: pip install matplotlib") from None
-    figure = Figure(figsize=(16, 5 * len(settings)), layout="constrained")
+    figure = Figure(layout="constrained")
     names = list(dict.fromkeys(name for runs in settings.values() for name in runs if not is_sweep(name) and name != "full"))
     colors = {"full": "black", **{name: f"C{i}" for i, name in enumerate(names)}}
-    rows = figure.subfigures(len(settings), 1, squeeze=False)[:, 0]
+    rows, most = figure.subfigures(len(settings), 1, squeeze=False)[:, 0], 0
     for (title, runs), row in zip(settings.items(), rows):
         named = {name: by_seed for name, by_seed in runs.items() if not is_sweep(name)}
         compared = {name: less for name in runs if name != "full" and (less := differences(runs, name, held_out))}
         sweep = {name: (runs[name], less) for name, less in compared.items() if is_sweep(name)}
-        training, *others = row.subplots(1, 1 + (len(compared) > len(sweep)) + bool(sweep), squeeze=False)[0]
-        draw_training(training, named, colors)
+        curves = len(named) > 1 or not sweep  # full attention alone says nothing beside a sweep
+        panels = row.subplots(1, curves + (len(compared) > len(sweep)) + bool(sweep), squeeze=False)[0]
+        others, most = panels[curves:], max(most, len(panels))
+        if curves:
+            draw_training(panels[0], named, colors)
+            row.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
         if len(compared) > len(sweep):
             draw_positions(others[0], named, colors)
         if sweep:
             draw_sweep(others[-1], sweep)
         row.suptitle(title_in_words(title, {seed for by_seed in runs.values() for seed in by_seed}))
-        row.legend(*training.get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    figure.set_size_inches(8 * most, 5 * len(settings))
     with one_line(f"cannot draw {file}"):
         figure.savefig(file, dpi=120)
 
