@@ -22,6 +22,7 @@ import argparse
 import sys
 import sysconfig
 from pathlib import Path
+from pydoc_data.topics import topics
 from typing import Any
 
 import torch
@@ -32,8 +33,7 @@ from .analysis.calibration.calibrate import COSTS, calibrate
 from .analysis.calibration.report import Calibration
 from .models import AutoModelForCausalLM
 
-# Files of Python itself, which are on every machine with it: prose and code in turn.
-PROSE, CODE = ("pydoc_data/topics.py",), ("argparse.py", "ast.py", "asyncio/base_events.py", "tarfile.py", "typing.py", "zipfile.py")
+CODE = ("argparse.py", "ast.py", "asyncio/base_events.py", "tarfile.py", "typing.py", "zipfile.py")
 Texts = list[Tensor]
 
 
@@ -97,13 +97,7 @@ def show(report: Calibration, output: Path, model: str) -> int:
 
 def text_pieces(files: list[Path] | None, tokenizer: Any, length: int, most: int) -> Texts:
     """At most `most` pieces of `length` tokens, from each file in turn; without files, from prose and code that Python brings."""
-    groups: tuple[list[Path], ...]
-    if files:
-        groups = tuple([file] for file in files)
-    else:
-        library = Path(sysconfig.get_path("stdlib"))
-        groups = tuple([library / name for name in names if (library / name).is_file()] for names in (PROSE, CODE))
-    pieces = [_pieces(group, tokenizer, length, most) for group in groups]
+    pieces = [_pieces(text, tokenizer, length, most) for text in (_read(files) if files else standard_texts())]
     turns = [[of[i] for of in pieces if i < len(of)] for i in range(most)]
     found = [piece for turn in turns for piece in turn][:most]
     if len(found) < 2:
@@ -113,17 +107,25 @@ def text_pieces(files: list[Path] | None, tokenizer: Any, length: int, most: int
     return found
 
 
-def _pieces(files: list[Path], tokenizer: Any, length: int, most: int) -> Texts:
-    """From places all over the files, which have beginnings that are alike."""
-    ids: list[int] = []
+def standard_texts() -> list[str]:
+    """Prose and code that every Python brings: the language's reference, and modules of the standard library."""
+    library = Path(sysconfig.get_path("stdlib"))
+    return ["\n\n".join(topics.values()), "\n".join(_read([library / name for name in CODE if (library / name).is_file()]))]
+
+
+def _read(files: list[Path]) -> list[str]:
+    texts = []
     for file in files:
         try:
-            text = file.read_text(encoding="utf-8")
+            texts.append(file.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"cannot read the text {file}: {error}") from error
-        if file.name == "topics.py":  # a dict of pages of the language's reference
-            text = text.encode().decode("unicode_escape", errors="replace")
-        ids += tokenizer(text, add_special_tokens=False)["input_ids"]
+    return texts
+
+
+def _pieces(text: str, tokenizer: Any, length: int, most: int) -> Texts:
+    """From places all over a text."""
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     n = len(ids) // length
     places = [i * n // min(n, most) * length for i in range(min(n, most))]
     return [torch.tensor(ids[place : place + length]) for place in places]
