@@ -114,6 +114,7 @@ class _Run:
     def __init__(self, model: nn.Module, ids: list[Tensor], tokenizer: Any, space: Space, limits: Limits, cost: str, saved: Saved) -> None:
         self._model, self._ids, self._space, self._limits, self._cost = model, ids, space, limits, cost
         self._bar: Any = None
+        self._done = self._expected = 0
         self._meter = Meter(model, ids, saved, self._count)
         search, held_out = split(len(ids))
         self._search = Search(self._meter, space, limits, search, held_out)
@@ -123,8 +124,10 @@ class _Run:
         self._times: dict[str, float] = {}
 
     def _count(self) -> None:
+        self._done += 1
         if self._bar is not None:
-            self._bar.total = max(self._bar.total, self._bar.n + 1)
+            if self._done > self._expected:
+                self._bar.total = self._done
             self._bar.update()
 
     def report(self) -> Calibration:
@@ -132,9 +135,11 @@ class _Run:
         passes = self._search.passes() + 2 * len(self._facts)
         if self._cost == "time":
             passes += ROUNDS * (1 + len(self._space.blocks(self._space.reference())))
+        self._expected = passes
         self._say_cost(passes)
-        with logging.tqdm(total=passes, desc="Calibrating", unit="pass") as self._bar:
+        with logging.tqdm(total=passes, initial=1, desc="Calibrating", unit="pass") as self._bar:
             self._search.measure_full()
+            self._meter.reuse_layers()
             cost = self._costs()
             chosen = self._search.run(cost, self._keeps_facts)
             if chosen is not None and self._facts and name_of(chosen) not in self._found:
@@ -143,9 +148,9 @@ class _Run:
 
     def _say_cost(self, passes: int) -> None:
         """From one pass of full attention. Where progress bars are off, nothing is said."""
-        self._search.full[self._search.search[0]] = first = self._meter.read(None, self._search.search[0])
+        self._search.full[self._search.search[0]] = first = self._meter.read(None, self._search.search[0], timed=True)
         if logging.is_progress_bar_enabled():
-            minutes = passes * first.seconds / 60
+            minutes = passes * (first.seconds or 0.0) / 60
             kind = "minutes of one processor" if _is_cpu(self._model) else "minutes"
             print(
                 f"Calibrating: about {passes} forward passes of {self._space.length:,} tokens, {minutes:.1f} {kind} if all took as long as "
@@ -199,13 +204,13 @@ class _Run:
             n_search=len(search.search),
             n_held_out=len(search.held_out),
             full_loss=fmean(held_out),
-            full_seconds=self._times.get(name_of(None)) or median(x.seconds for x in search.full.values()),
+            full_seconds=self._times.get(name_of(None)) or median(x.seconds or 0.0 for x in search.full.values()),
             chosen=None if chosen is None else configs.index(chosen),
             candidates=tuple(self._candidate(config, cost) for config in configs),
             layers=search.gains,
             together=tuple(search.together),
             facts=facts,
-            n_checked=search.n_checked,
+            n_checked=len(search.checked),
             passes=self._meter.passes,
             seconds=seconds,
         )
@@ -213,7 +218,8 @@ class _Run:
 
     def _candidate(self, config: MobaConfig, cost: Any) -> Candidate:
         search, readings = self._search, self._search.seen[config]
-        seconds = cost(config) if self._cost == "time" else median(x.seconds for x in readings.values())
+        timed = [x.seconds for x in readings.values() if x.seconds is not None]
+        seconds = cost(config) if self._cost == "time" else median(timed) if timed else None
         parts = [_part({i: x for i, x in readings.items() if i in texts}, search.full) for texts in (search.search, search.held_out)]
         assert parts[0] is not None, "everything is read with a search text first"
         return Candidate(config, self._space.share(config), seconds, parts[0], parts[1])

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ...config import MobaConfig
 from ...models.patch import patch, set_attention
+from .prefix import PROBE, Prefix
 from .saved import Measured, Saved
 from .texts import FactText
 
@@ -33,13 +34,14 @@ class Reading:
         loss: mean negative log-likelihood, nats per token.
         last_quarter: the same of the last quarter of the text.
         agreement: share of the positions whose likeliest next token is that of full attention.
-        seconds: of the forward pass; of the process on all cores where the model is on a CPU, else by the clock.
+        seconds: of the forward pass; of the process on all cores where the model is on a CPU, else by the clock; None if some of its layers
+            were those of the last pass.
     """
 
     loss: float
     last_quarter: float
     agreement: float
-    seconds: float
+    seconds: float | None
 
 
 class Meter:
@@ -49,19 +51,32 @@ class Meter:
         self._model, self._texts, self._saved, self._done = model, texts, saved, done
         self._likeliest: dict[int, Tensor] = {}  # of full attention, by text: [N - 1]
         self._device = next(model.parameters()).device
+        self._prefix: Prefix | None = None
         self.passes = 0  # that were made, not taken from the file
 
-    def read(self, config: MobaConfig | None, text: int) -> Reading:
-        """`config` None: full attention."""
-        result = self._saved.get(f"{name_of(config)} | text {text}", lambda: self._read(config, text))
+    def reuse_layers(self) -> None:
+        """From now on passes skip layers that the last one over the same text has computed: on a CPU, where a model allows it."""
+        prefix = Prefix(self._model)
+        if self._device.type == "cpu" and prefix.possible:
+            few = self._texts[0][:PROBE]
+            self._prefix = prefix if prefix.works(lambda: self._whole(few)) else None
+
+    def read(self, config: MobaConfig | None, text: int, timed: bool = False) -> Reading:
+        """`config` None: full attention. `timed`: no layer is skipped."""
+        result = self._saved.get(f"{name_of(config)} | text {text}", lambda: self._read(config, text, timed))
         self._done()
         return Reading(**result)
 
-    def _read(self, config: MobaConfig | None, text: int) -> Measured:
+    def _read(self, config: MobaConfig | None, text: int, timed: bool) -> Measured:
         if config is not None and text not in self._likeliest:  # a file goes on: what full attention chose is not in it
-            self._read(None, text)
+            self._read(None, text, timed)
         self.use(config)
-        logits, seconds = self._logits(self._texts[text])
+        if self._prefix is None or timed:
+            logits, seconds = self._logits(self._texts[text])
+            skipped = 0
+        else:
+            with self._prefix.reused(config, text) as skipped:
+                logits, seconds = self._logits(self._texts[text])
         target = self._texts[text][1:].to(logits.device)
         losses, likeliest = [], []
         for part, wanted in zip(logits[:-1].split(CHUNK), target.split(CHUNK)):
@@ -72,7 +87,12 @@ class Meter:
             self._likeliest[text] = chosen
         agreement = (chosen == self._likeliest[text]).double().mean().item()
         last = loss[-(len(loss) // 4) :]
-        return {"loss": loss.mean().item(), "last_quarter": last.mean().item(), "agreement": agreement, "seconds": seconds}
+        return {
+            "loss": loss.mean().item(),
+            "last_quarter": last.mean().item(),
+            "agreement": agreement,
+            "seconds": None if skipped else seconds,
+        }
 
     def find(self, config: MobaConfig | None, text: FactText, name: str) -> tuple[int, int]:
         """How many facts of a text are found, and of how many: every token of an answer is the likeliest one at its place."""
@@ -116,8 +136,12 @@ class Meter:
         """`[N, V]` of one text, in the model's dtype, and how long they took."""
         self.passes += 1
         begin = self._now()
-        logits = self._model(input_ids=ids[None].to(self._device), use_cache=False).logits[0]
+        logits = self._whole(ids)
         return logits, self._now() - begin
+
+    @torch.no_grad()
+    def _whole(self, ids: Tensor) -> Tensor:
+        return self._model(input_ids=ids[None].to(self._device), use_cache=False).logits[0]
 
     @torch.no_grad()
     def _prefill(self) -> float:

@@ -42,11 +42,13 @@ class Search:
         self.together: list[tuple[tuple[int, ...], float, float]] = []  # layers, nats they give back, the sum of each alone
         self.seen: dict[MobaConfig, dict[int, Reading]] = {}
         self.full: dict[int, Reading] = {}
-        self.n_checked = 0
+        self.checked: set[MobaConfig] = set()  # on the texts set aside
 
     def measure_full(self) -> None:
         """Full attention on all texts: what everything else is compared with."""
-        self.full = {text: self.meter.read(None, text) for text in [*self.search, *self.held_out]}
+        for text in [*self.search, *self.held_out]:
+            if text not in self.full:
+                self.full[text] = self.meter.read(None, text, timed=True)
 
     def run(self, cost: Callable[[MobaConfig], float], extra: Callable[[MobaConfig], bool]) -> MobaConfig | None:
         """The cheapest setting that keeps all limits on the texts set aside, or None. `extra`: one more condition, asked last."""
@@ -133,7 +135,7 @@ class Search:
 
     def passes_check(self, config: MobaConfig, extra: Callable[[MobaConfig], bool]) -> bool:
         """The same on the texts that are set aside, with their spread."""
-        self.n_checked += 1
+        self.checked.add(config)
         return self.holds(config, self.held_out, spread=True) and extra(config)
 
     def difference(self, config: MobaConfig, texts: Sequence[int], stop: float = math.inf) -> float:
@@ -151,7 +153,7 @@ class Search:
     def read(self, config: MobaConfig, text: int) -> Reading:
         readings = self.seen.setdefault(config, {})
         if text not in readings:
-            readings[text] = self.meter.read(config, text)
+            readings[text] = self.meter.read(config, text, timed=text in self.held_out)
         return readings[text]
 
     def passes(self) -> int:
