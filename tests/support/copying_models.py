@@ -1,8 +1,9 @@
 """Llamas whose weights are written by hand: one layer alone looks for a mark in the text and copies what it names.
 
-A text has marks M0 to M7 for the values V0 to V7, questions Q, fillers F and hiders H. In the `layer` that reads, a query meets marks
-with a score of 20, fillers with 1 and hiders with -30; what follows a question is the mark's value. Among hiders a mark is alone: the
-mean key of its block says that nothing is there, so MoBA does not read it from afar, and full attention does.
+A text has marks M0 to M7 for the values V0 to V7, questions Q, fillers F and hiders H. In the `layer` that reads, a question's query meets
+marks with a score of 20, fillers with 1 and hiders with -30; what follows a question is the mark's value.
+Other tokens read fillers. Among hiders a mark is alone: the mean key of its block says that nothing is there, so MoBA does not read it
+from afar, and full attention does.
 """
 
 from __future__ import annotations
@@ -42,7 +43,10 @@ def _let_it_copy(attention: torch.nn.Module) -> None:
     normed, used = WIDTH**0.5, HEAD // 2 - 1  # a one-hot vector after RMSNorm, and the dimension that scores use
     for x in (attention.q_proj, attention.k_proj, attention.v_proj):
         x.weight.zero_()
-    attention.q_proj.weight[used, :VOCABULARY] = HEAD**0.5 / normed  # a score is then the key's number
+    attention.q_proj.weight[used, QUESTION] = HEAD**0.5 / normed  # a score is then the key's number
+    attention.q_proj.weight[used - 1, :VOCABULARY] = HEAD**0.5 / normed  # what is no question reads fillers, which say nothing
+    attention.q_proj.weight[used - 1, QUESTION] = 0
+    attention.k_proj.weight[used - 1, FILLER] = 20 / normed
     attention.k_proj.weight[used, VALUES : 2 * VALUES] = 20 / normed
     attention.k_proj.weight[used, FILLER] = 1 / normed
     attention.k_proj.weight[used, HIDER] = -30 / normed

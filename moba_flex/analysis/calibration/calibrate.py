@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import sys
-import time
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from statistics import fmean, median
@@ -115,6 +114,7 @@ class _Run:
         self._model, self._ids, self._space, self._limits, self._cost = model, ids, space, limits, cost
         self._bar: Any = None
         self._done = self._expected = 0
+        self._saved = saved
         self._meter = Meter(model, ids, saved, self._count)
         search, held_out = split(len(ids))
         self._search = Search(self._meter, space, limits, search, held_out)
@@ -131,7 +131,6 @@ class _Run:
             self._bar.update()
 
     def report(self) -> Calibration:
-        begin = time.perf_counter()
         passes = self._search.passes() + 2 * len(self._facts)
         if self._cost == "time":
             passes += ROUNDS * (1 + len(self._space.blocks(self._space.reference())))
@@ -144,7 +143,7 @@ class _Run:
             chosen = self._search.run(cost, self._keeps_facts)
             if chosen is not None and self._facts and name_of(chosen) not in self._found:
                 self._find(chosen)
-        return self._made(chosen, cost, time.perf_counter() - begin)
+        return self._made(chosen, cost)
 
     def _say_cost(self, passes: int) -> None:
         """From one pass of full attention. Where progress bars are off, nothing is said."""
@@ -187,8 +186,8 @@ class _Run:
         self._found[name_of(config)] = sum(found for found, _ in counts), sum(of for _, of in counts)
         return self._found[name_of(config)]
 
-    def _made(self, chosen: MobaConfig | None, cost: Any, seconds: float) -> Calibration:
-        search = self._search
+    def _made(self, chosen: MobaConfig | None, cost: Any) -> Calibration:
+        search, (measured, spent) = self._search, self._saved.spent()
         configs = sorted(search.seen, key=lambda config: (cost(config), self._space.share(config)))
         facts = None
         if chosen is not None and name_of(chosen) in self._found:
@@ -211,8 +210,8 @@ class _Run:
             together=tuple(search.together),
             facts=facts,
             n_checked=len(search.checked),
-            passes=self._meter.passes,
-            seconds=seconds,
+            measured=measured,
+            seconds=spent,
         )
         return replace(report, warnings=tuple(_warnings(report)))
 

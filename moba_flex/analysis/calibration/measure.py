@@ -52,7 +52,6 @@ class Meter:
         self._likeliest: dict[int, Tensor] = {}  # of full attention, by text: [N - 1]
         self._device = next(model.parameters()).device
         self._prefix: Prefix | None = None
-        self.passes = 0  # that were made, not taken from the file
 
     def reuse_layers(self) -> None:
         """From now on passes skip layers that the last one over the same text has computed: on a CPU, where a model allows it."""
@@ -134,7 +133,6 @@ class Meter:
     @torch.no_grad()
     def _logits(self, ids: Tensor) -> tuple[Tensor, float]:
         """`[N, V]` of one text, in the model's dtype, and how long they took."""
-        self.passes += 1
         begin = self._now()
         logits = self._whole(ids)
         return logits, self._now() - begin
@@ -145,7 +143,6 @@ class Meter:
 
     @torch.no_grad()
     def _prefill(self) -> float:
-        self.passes += 1
         last_only: dict[str, Any] = {"logits_to_keep": 1} if _keeps_logits(self._model) else {}
         ids, begin = self._texts[0][None].to(self._device), self._now()
         self._model(input_ids=ids, use_cache=False, **last_only)

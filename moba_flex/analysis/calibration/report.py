@@ -77,8 +77,8 @@ class Calibration:
         together: groups of layers as (layers, nats they give back, the sum of what each gives back alone).
         facts: with "full" and "moba", how many facts were found of "of"; None without a tokenizer, or if nothing was chosen.
         n_checked: how many settings were tried on the texts set aside.
-        passes: forward passes that were made.
-        seconds: how long it took by the clock.
+        measured: how many measurements were made, each of one text.
+        seconds: how long they took by the clock, in earlier calls with the same file too.
         warnings: sentences about what the figures cannot tell.
     """
 
@@ -97,7 +97,7 @@ class Calibration:
     together: tuple[tuple[tuple[int, ...], float, float], ...] = ()
     facts: Mapping[str, int] | None = None
     n_checked: int = 0
-    passes: int = 0
+    measured: int = 0
     seconds: float = 0.0
     warnings: tuple[str, ...] = ()
 
@@ -218,7 +218,7 @@ class Calibration:
                 f"full attention in layer {runs(layers)} gives back {gain:.4f} nats on one text; the sum of each alone is {alone:.4f}"
             )
         said.append(
-            f"{self.passes} forward passes, {self.seconds / 60:.1f} minutes, {self.n_checked} settings checked on the texts set aside"
+            f"{self.measured} measurements, {self.seconds / 60:.1f} minutes, {self.n_checked} settings checked on the texts set aside"
         )
         return [*said, *(f"warning: {sentence}" for sentence in self.warnings)]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -50,10 +51,16 @@ class Saved:
         """The result of that name, measured if it is not there."""
         results = self._found["measured"]
         if name not in results:
-            results[name] = measure()
+            begin = time.perf_counter()
+            results[name] = {**measure(), "took": time.perf_counter() - begin}
             if self._file is not None:
                 write(self._file, self._found)
-        return dict(results[name])
+        return {key: x for key, x in results[name].items() if key != "took"}
+
+    def spent(self) -> tuple[int, float]:
+        """How many measurements there are, and the seconds that they took, in earlier calls too."""
+        results = self._found["measured"].values()
+        return len(results), sum(result.get("took", 0.0) for result in results)
 
 
 def write(file: Path, found: Mapping[str, Any]) -> None:
