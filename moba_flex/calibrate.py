@@ -57,6 +57,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
+    for name, least in (("length", 1), ("texts", 2)):
+        if getattr(args, name) < least:
+            raise UserError(f"--{name} must be at least {least}, but is {getattr(args, name)}")
     _check_output(args.output)
     model, tokenizer = _load(args.model, args.device, args.dtype)
     texts = text_pieces(args.text_file, tokenizer, args.length, args.texts)
@@ -90,7 +93,7 @@ def show(report: Calibration, output: Path, model: str) -> int:
         return 1
     settings = str(report.config).removeprefix("MobaConfig")[1:-1]
     print("\nimport moba_flex")
-    print(f"model = moba_flex.AutoModelForCausalLM.from_pretrained({model!r}{_file_of(model)})")
+    print(f'model = moba_flex.AutoModelForCausalLM.from_pretrained({_named(model)}, attn="full")')
     print(f"moba_flex.patch(model, {settings})")
     return 0
 
@@ -147,8 +150,9 @@ def _load(name: str, device: str, dtype: str | None) -> tuple[Any, Any]:
         raise UserError(f"cannot load the model {name!r}, as a local folder, a GGUF file or from the hub: {first}") from error
 
 
-def _file_of(model: str) -> str:
-    return f", gguf_file={Path(model).name!r}" if model.endswith(".gguf") else ""
+def _named(model: str) -> str:
+    """The arguments of `from_pretrained` that load it."""
+    return f"{str(Path(model).parent)!r}, gguf_file={Path(model).name!r}" if model.endswith(".gguf") else repr(model)
 
 
 def _beside(output: Path, ending: str) -> Path:

@@ -16,7 +16,7 @@ from transformers import BertConfig, BertModel, LlamaModel
 
 import moba_flex
 from moba_flex import Calibration, MobaConfig, calibrate, patch, set_attention
-from moba_flex.analysis.calibration import measure, search
+from moba_flex.analysis.calibration import measure, saved, search
 from moba_flex.analysis.calibration.space import Space, default_block_sizes, default_budgets
 from moba_flex.analysis.calibration.texts import with_facts
 
@@ -332,3 +332,38 @@ def test_the_name_is_the_function_whatever_was_imported(first):
     code += "import importlib\nimportlib.import_module('moba_flex.calibrate').main\nassert moba_flex.calibrate is calibrate\n"
     done = subprocess.run([sys.executable, "-W", "error::RuntimeWarning", "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+# Layers that two passes share
+
+
+def test_skipped_layers_change_no_bit():
+    model, texts, configs = copying_model(COPIES), far_texts(2), []
+    for layers in ((), (3,), (2,), (2, 3), (0, 2)):
+        configs.append(MobaConfig(block_size=4, top_k=6, sink_blocks=1, full_attention_layers=layers))
+    configs = [None, *configs, MobaConfig(block_size=8, top_k=3, sink_blocks=1, full_attention_layers=(2,)), None]
+    found, skipped = [], []
+    for reuse in (False, True):
+        meter = measure.Meter(model, texts, saved.Saved(None, {}), lambda: None)
+        if reuse:
+            meter.reuse_layers()
+            assert meter._prefix is not None
+        readings = [meter.read(config, 0) for config in configs]
+        found.append([(x.loss, x.last_quarter, x.agreement) for x in readings])
+        skipped.append(sum(x.seconds is None for x in readings))
+    assert found[0] == found[1] and skipped[0] == 0 and skipped[1] >= 3
+    assert all("forward" not in vars(layer) and not layer._forward_hooks for layer in model.model.layers)
+
+
+def test_a_model_whose_layers_want_more_than_an_output_is_read_whole(monkeypatch):
+    model = copying_model(COPIES)
+    forward, state = type(model.model.layers[0]).forward, {}
+
+    def with_a_side_effect(self, hidden_states, *args, **kwargs):
+        state["n"] = state.get("n", 0) + 1
+        return forward(self, hidden_states + (state["n"] % 4), *args, **kwargs)
+
+    monkeypatch.setattr(type(model.model.layers[0]), "forward", with_a_side_effect)
+    meter = measure.Meter(model, far_texts(1), saved.Saved(None, {}), lambda: None)
+    meter.reuse_layers()
+    assert meter._prefix is None

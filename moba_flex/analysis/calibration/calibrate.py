@@ -213,7 +213,7 @@ class _Run:
             measured=measured,
             seconds=spent,
         )
-        return replace(report, warnings=tuple(_warnings(report)))
+        return replace(report, warnings=tuple([*_warnings(report), *_too_long(self._model, report.length)]))
 
     def _candidate(self, config: MobaConfig, cost: Any) -> Candidate:
         search, readings = self._search, self._search.seen[config]
@@ -249,6 +249,12 @@ def _warnings(report: Calibration) -> Iterable[str]:
         )
     if report.facts is not None and report.facts["full"] * 2 < report.facts["of"]:
         yield "full attention finds less than half of the facts: retrieval says little of this model"
+
+
+def _too_long(model: Any, length: int) -> Iterable[str]:
+    context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if isinstance(context, int) and length > context:
+        yield f"texts of {length:,} tokens are longer than the model's context of {context:,}: its loss at the end of them says little"
 
 
 def _limits(within: float, last_quarter: float | None, agreement: float | None, retrieval: float | None) -> Limits:
