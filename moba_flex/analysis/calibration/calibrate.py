@@ -25,7 +25,7 @@ from ..trace import left_as_it_was
 from .measure import ROUNDS, Meter, Reading, name_of
 from .report import Calibration, Candidate, Part
 from .saved import Saved, fingerprint
-from .search import Limits, Search, standard_error, time_with_full_layers
+from .search import Costs, Limits, Search, standard_error
 from .space import Space, default_block_sizes, default_budgets
 from .texts import sequences, split, with_facts
 
@@ -121,7 +121,7 @@ class _Run:
         fact_texts = {} if tokenizer is None else {i: with_facts(ids[i], tokenizer, i) for i in held_out[:MOST_FACT_TEXTS]}
         self._facts = {i: text for i, text in fact_texts.items() if text.answers}
         self._found: dict[str, tuple[int, int]] = {}
-        self._times: dict[str, float] = {}
+        self._costs = Costs(self._meter, space, cost)
 
     def _count(self) -> None:
         self._done += 1
@@ -139,11 +139,10 @@ class _Run:
         with logging.tqdm(total=passes, initial=1, desc="Calibrating", unit="pass") as self._bar:
             self._search.measure_full()
             self._meter.reuse_layers()
-            cost = self._costs()
-            chosen = self._search.run(cost, self._keeps_facts)
+            chosen = self._search.run(self._costs, self._keeps_facts)
             if chosen is not None and self._facts and name_of(chosen) not in self._found:
                 self._find(chosen)
-        return self._made(chosen, cost)
+        return self._made(chosen)
 
     def _say_cost(self, passes: int) -> None:
         """From one pass of full attention. Where progress bars are off, nothing is said."""
@@ -157,23 +156,6 @@ class _Run:
                 file=sys.stderr,
             )
 
-    def _costs(self) -> Any:
-        """What a setting costs: seconds on this device, or the share of keys."""
-        if self._cost == "keys":
-            return self._space.share
-        n_layers = len(self._space.layers)
-        blocks = list(dict.fromkeys([config for v in self._variants() for config in self._space.blocks(v)]))
-        self._times = self._meter.times([None, *blocks])
-
-        def cost(config: MobaConfig) -> float:
-            plain = replace(config, sink_blocks=0, recent_blocks=0, share_selection=False)  # places in top-k, which cost the same
-            return time_with_full_layers(plain, self._times, n_layers)
-
-        return cost
-
-    def _variants(self) -> list[MobaConfig]:
-        return [replace(self._space.reference(), sink_blocks=0, recent_blocks=0, share_selection=False, full_attention_layers=())]
-
     def _keeps_facts(self, config: MobaConfig) -> bool:
         """Whether enough facts are found, where that was asked for."""
         if self._limits.retrieval is None:
@@ -186,9 +168,9 @@ class _Run:
         self._found[name_of(config)] = sum(found for found, _ in counts), sum(of for _, of in counts)
         return self._found[name_of(config)]
 
-    def _made(self, chosen: MobaConfig | None, cost: Any) -> Calibration:
+    def _made(self, chosen: MobaConfig | None) -> Calibration:
         search, (measured, spent) = self._search, self._saved.spent()
-        configs = sorted(search.seen, key=lambda config: (cost(config), self._space.share(config)))
+        configs = sorted(search.seen, key=lambda config: (self._costs.of(config), self._space.share(config)))
         facts = None
         if chosen is not None and name_of(chosen) in self._found:
             full = self._found.get(name_of(None)) or self._find(None)
@@ -203,9 +185,9 @@ class _Run:
             n_search=len(search.search),
             n_held_out=len(search.held_out),
             full_loss=fmean(held_out),
-            full_seconds=self._times.get(name_of(None)) or median(x.seconds or 0.0 for x in search.full.values()),
+            full_seconds=self._costs.times.get(None) or median(x.seconds or 0.0 for x in search.full.values()),
             chosen=None if chosen is None else configs.index(chosen),
-            candidates=tuple(self._candidate(config, cost) for config in configs),
+            candidates=tuple(self._candidate(config) for config in configs),
             layers=search.gains,
             together=tuple(search.together),
             facts=facts,
@@ -215,10 +197,10 @@ class _Run:
         )
         return replace(report, warnings=tuple([*_warnings(report), *_too_long(self._model, report.length)]))
 
-    def _candidate(self, config: MobaConfig, cost: Any) -> Candidate:
+    def _candidate(self, config: MobaConfig) -> Candidate:
         search, readings = self._search, self._search.seen[config]
         timed = [x.seconds for x in readings.values() if x.seconds is not None]
-        seconds = cost(config) if self._cost == "time" else median(timed) if timed else None
+        seconds = self._costs.of(config) if self._cost == "time" else median(timed) if timed else None
         parts = [_part({i: x for i, x in readings.items() if i in texts}, search.full) for texts in (search.search, search.held_out)]
         assert parts[0] is not None, "everything is read with a search text first"
         return Candidate(config, self._space.share(config), seconds, parts[0], parts[1])

@@ -9,7 +9,7 @@ S search texts, H held-out texts, L layers.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean, stdev
 
@@ -50,12 +50,15 @@ class Search:
             if text not in self.full:
                 self.full[text] = self.meter.read(None, text, timed=True)
 
-    def run(self, cost: Callable[[MobaConfig], float], extra: Callable[[MobaConfig], bool]) -> MobaConfig | None:
+    def run(self, costs: Costs, extra: Callable[[MobaConfig], bool]) -> MobaConfig | None:
         """The cheapest setting that keeps all limits on the texts set aside, or None. `extra`: one more condition, asked last."""
         variant = self.choose_variant()
-        candidates = sorted(self.space.blocks(variant), key=cost)
-        if not candidates:
+        blocks = self.space.blocks(variant)
+        if not blocks:
             return None
+        costs.prepare(blocks)
+        cost = costs.of
+        candidates = sorted(blocks, key=cost)
         cheapest = candidates[0]  # where it holds, nothing is cheaper, and no layer needs to be full
         if self.holds(cheapest, self.search) and self.passes_check(cheapest, extra):
             return cheapest
@@ -165,6 +168,33 @@ class Search:
         return n_search + n_held_out + 5 * n_search + n_layers + greedy + sizes + 2 * n_held_out
 
 
+class Costs:
+    """What settings cost: the share of keys, or seconds on this device."""
+
+    def __init__(self, meter: Meter, space: Space, kind: str) -> None:
+        self._meter, self._space, self._kind = meter, space, kind
+        self.times: dict[tuple[int, int] | None, float] = {}  # by block size and top-k; None: full attention
+
+    def prepare(self, blocks: Sequence[MobaConfig]) -> None:
+        """Time settings without full layers in turn, and full attention beside them."""
+        if self._kind == "time":
+            found = self._meter.times([None, *blocks])
+            self.times |= {_size(config): found[name_of(config)] for config in [None, *blocks]}
+
+    def of(self, config: MobaConfig) -> float:
+        """Seconds are those of its blocks without full layers, and for each of these what full attention takes more or less."""
+        if self._kind == "keys":
+            return self._space.share(config)
+        if _size(config) not in self.times or None not in self.times:
+            self.prepare([replace(config, full_attention_layers=())])
+        blocks, full = self.times[_size(config)], self.times[None]
+        return blocks + (full - blocks) * len(config.full_attention_layers) / len(self._space.layers)
+
+
+def _size(config: MobaConfig | None) -> tuple[int, int] | None:
+    return None if config is None else (config.block_size, config.top_k)
+
+
 def standard_error(values: Sequence[float]) -> float:
     """Of their mean; 0 for one value, of which nothing is known."""
     return stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
@@ -173,9 +203,3 @@ def standard_error(values: Sequence[float]) -> float:
 def rounded(cost: float) -> int:
     """Equal for costs that nearly are: so noise does not decide."""
     return round(math.log(max(cost, 1e-9)) / math.log1p(NEAR))
-
-
-def time_with_full_layers(config: MobaConfig, times: Mapping[str, float], n_layers: int) -> float:
-    """Seconds of a prefill: those of its blocks without full layers, and for each of these what it takes more or less."""
-    blocks, full = times[name_of(replace(config, full_attention_layers=()))], times[name_of(None)]
-    return blocks + (full - blocks) * len(config.full_attention_layers) / n_layers
