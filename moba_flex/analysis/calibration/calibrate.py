@@ -31,7 +31,7 @@ from .texts import sequences, split, with_facts
 
 COSTS = ("auto", "time", "keys")
 FEW_TEXTS, SHORT = 4, 1024  # fewer texts set aside, or shorter ones, tell little
-MOST_FACT_TEXTS = 4
+MOST_FACT_TEXTS = 2
 
 
 def calibrate(
