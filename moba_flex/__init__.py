@@ -1,9 +1,13 @@
 """Mixture of Block Attention (arXiv 2502.13189) through PyTorch's FlexAttention, for transformers models."""
 
 import importlib
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 from . import compat
+from .analysis.calibration.calibrate import calibrate
+from .analysis.calibration.report import Calibration, Candidate
 from .analysis.describe import Description, LayerDescription, describe
 from .analysis.explain import Explanation, explain
 from .analysis.figures import visualize
@@ -21,6 +25,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AutoModelForCausalLM",
+    "Calibration",
+    "Candidate",
     "Description",
     "Explanation",
     "LayerDescription",
@@ -28,6 +34,7 @@ __all__ = [
     "MobaSchedule",
     "Selection",
     "Trace",
+    "calibrate",
     "compat",
     "describe",
     "distributed",
@@ -60,3 +67,14 @@ def __getattr__(name: str) -> object:
 
 def __dir__() -> list[str]:
     return list(__all__)
+
+
+class _Package(ModuleType):
+    """`moba_flex.calibrate` is the function, also once the module of that name, the command, has been imported."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if not (name == "calibrate" and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -13,6 +13,8 @@ import pytest
 import moba_flex
 
 MADE_BY = {
+    "Calibration": "calibrate",
+    "Candidate": "calibrate",
     "ContextParallel": "context_parallel",
     "Description": "describe",
     "Explanation": "explain",

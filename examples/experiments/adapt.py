@@ -10,9 +10,9 @@
     python examples/experiments/adapt.py --output long --sequence-length 32768 --rope-theta 420000 --batch-size 2 --micro-batch-size 1
 
 Three low-rank adapters (LoRA) are trained from the same start, on the same sequences in the same order: `full`, `moba`, and `hybrid`,
-which is MoBA with full attention in the `--full-attention-layers`, those that full_layers.py finds. Each is measured on files that no run
-has read, with and without its training. `--output` gets results.json, and a folder for each run: log.jsonl (every step), the checkpoint,
-the adapter. Whichever call finds that all three are measured prints the results.
+which is MoBA with full attention in the `--full-attention-layers`, such as `moba_flex.calibrate` finds. Each is measured on files that no
+run has read, with and without its training. `--output` gets results.json, and a folder for each run: log.jsonl (every step), the
+checkpoint, the adapter. Whichever call finds that all three are measured prints the results.
 
 The adapter in examples/adapter, which `llama.py --adapted` uses, is `hybrid` after `--steps 160 --micro-batch-size 4`: see docs/results.md.
 

@@ -175,7 +175,7 @@ def trace(
         raise ValueError(
             f"{type(model).__name__} is context-parallel, and only whole sequences are traced: call ContextParallel.remove() first"
         )
-    with _left_as_it_was(model):
+    with left_as_it_was(model):
         if config is not None or settings or not is_patched(replaceable):
             patch(model, config, **settings)
         layers = [layer for layer in replaceable if attention_of(layer, MobaConfig.of(layer.config)) in MOBA]
@@ -280,7 +280,7 @@ def _check_inputs(input_ids: Tensor, attention_mask: Tensor | None) -> None:
 
 
 @contextmanager
-def _left_as_it_was(model: nn.Module) -> Iterator[None]:
+def left_as_it_was(model: nn.Module) -> Iterator[None]:
     """After the `with` block the model's configurations, modes, convolutions of keys and marks of MoBA are what they were before."""
     layers = attention_layers(model)
     holders = [(module, module.config) for module in model.modules() if holds_config(module)]

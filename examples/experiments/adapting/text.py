@@ -9,12 +9,11 @@ from pathlib import Path
 import torch
 from needle import training_sequence
 from shared.command_line import Parser, UserError, one_line
-from shared.flag_types import count, positive
-from shared.models import context_of
+from shared.flag_types import positive
 from shared.package_text import KINDS, Document, collect, default_roots
 from torch import Tensor
 from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 
 class Text:
@@ -48,14 +47,6 @@ class Text:
         return ids
 
 
-def add_held_out_flags(parser: Parser, n: int, length: int) -> None:
-    """Those that `held_out` reads, with defaults for how many sequences of each kind there are, and how long they are."""
-    flag = parser.add_argument
-    add_text_flags(parser, 20)
-    flag("--sequences", type=count, default=n, metavar="N", help="of prose, and as many of code, to measure on")
-    flag("--sequence-length", type=count, default=length, metavar="N", help="tokens")
-
-
 def add_text_flags(parser: Parser, megabytes: float) -> None:
     flag = parser.add_argument
     flag("--text", type=Path, nargs="+", metavar="FOLDER", help="where text is looked for (default: all installed packages)")
@@ -66,20 +57,6 @@ def check_folders(args: argparse.Namespace) -> None:
     """Raises UserError if --text names what is no folder."""
     if missing := [folder for folder in args.text or () if not folder.is_dir()]:
         raise UserError(f"argument --text: text is read from folders, but {missing[0]} is none")
-
-
-def check_length(args: argparse.Namespace, model: PreTrainedModel) -> None:
-    """Raises UserError if the model's context is shorter than the sequences."""
-    if args.sequence_length > context_of(model):
-        raise UserError(f"--sequence-length is {args.sequence_length:,}, but the model's context is {context_of(model):,} tokens")
-
-
-def held_out(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> dict[str, Tensor]:
-    """Of each kind of text the first sequences `[n, N]` of files that no run of `adapt.py` has read. Raises UserError."""
-    with one_line("argument --text: cannot read the text"):
-        documents = collect(args.text or default_roots(), args.megabytes)
-    cut = tokenizer, args.sequence_length
-    return {kind: sequences(documents[kind].held_out, *cut, f"held-out {kind}", args.sequences)[0] for kind in KINDS}
 
 
 def sequences(

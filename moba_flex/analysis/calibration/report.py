@@ -1,0 +1,240 @@
+"""What a calibration found: `Calibration`, with a table, a picture and a file."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ...config import MobaConfig
+from ...core.messages import shown
+from ..tables import runs, table
+from .saved import write
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+FORMAT = "moba_flex calibration 1"
+
+
+@dataclass(frozen=True)
+class Part:
+    """Means over the search texts, or over those set aside.
+
+    Attributes:
+        n_texts: how many texts were read; the search stops early on settings that cannot win.
+        difference: nats per token behind full attention on the same texts, negative if ahead.
+        spread: the standard error of that mean over texts; 0 for one text, of which nothing is known.
+        last_quarter: nats behind it in the last quarter of the texts.
+        agreement: share of the positions, 0 to 1, whose likeliest next token is that of full attention.
+    """
+
+    n_texts: int
+    difference: float
+    spread: float
+    last_quarter: float
+    agreement: float
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Settings that were measured; an element of `Calibration.candidates`.
+
+    Attributes:
+        config: the settings, for `moba_flex.patch`.
+        share_of_keys: the keys that all layers read of a text, over those of full attention, 0 to 1.
+        seconds: of a forward pass over one text, the median; None if it was not timed.
+        search: a `Part`, means over the search texts.
+        held_out: a `Part`, means over the texts set aside; None if these were not read with it.
+    """
+
+    config: MobaConfig
+    share_of_keys: float
+    seconds: float | None
+    search: Part
+    held_out: Part | None = None
+
+
+@dataclass(frozen=True, repr=False)
+class Calibration:
+    """Settings for a model, found without training; what `calibrate` returns. Printed, it is a table.
+
+    Attributes:
+        model: the name of the model's class.
+        device: where it ran, "cpu" or the GPU's name.
+        length: tokens of each text.
+        limits: what was asked for by name: "within" and those of "last_quarter", "agreement" and "retrieval" that were given.
+        cost: what was made small, "time" or "keys".
+        n_search, n_held_out: how many texts were searched with, and set aside.
+        full_loss: mean negative log-likelihood of full attention on the texts set aside, nats per token.
+        full_seconds: of a forward pass over one text with full attention, the median.
+        chosen: the index of the chosen settings in `candidates`; None if none keeps the limits.
+        candidates: all `Candidate`s, the cheapest first.
+        layers: nats that each layer alone gives back with full attention, by layer; empty if no layer had to be full.
+        together: groups of layers as (layers, nats they give back, the sum of what each gives back alone).
+        facts: with "full" and "moba", how many facts were found of "of"; None without a tokenizer, or if nothing was chosen.
+        n_checked: how many settings were tried on the texts set aside.
+        measured: how many measurements were made, each of one text.
+        seconds: how long they took by the clock, in earlier calls with the same file too.
+        warnings: sentences about what the figures cannot tell.
+    """
+
+    model: str
+    device: str
+    length: int
+    limits: Mapping[str, float]
+    cost: str
+    n_search: int
+    n_held_out: int
+    full_loss: float
+    full_seconds: float
+    chosen: int | None
+    candidates: tuple[Candidate, ...]
+    layers: Mapping[int, float] = field(default_factory=dict)
+    together: tuple[tuple[tuple[int, ...], float, float], ...] = ()
+    facts: Mapping[str, int] | None = None
+    n_checked: int = 0
+    measured: int = 0
+    seconds: float = 0.0
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def config(self) -> MobaConfig | None:
+        """The chosen settings: `patch(model, report.config)`. None if none keeps the limits."""
+        return None if self.chosen is None else self.candidates[self.chosen].config
+
+    def to_dict(self) -> dict[str, Any]:
+        """A plain dict of plain JSON values. `from_dict` is the inverse."""
+        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "candidates"}
+        plain["candidates"] = [
+            {**{f.name: getattr(c, f.name) for f in fields(c)}, "config": c.config.to_dict(), "search": asdict(c.search)}
+            | {"held_out": None if c.held_out is None else asdict(c.held_out)}
+            for c in self.candidates
+        ]
+        return dict(json.loads(json.dumps({"format": FORMAT, **plain})))
+
+    @classmethod
+    def from_dict(cls, plain: Mapping[str, Any]) -> Calibration:
+        """The inverse of `to_dict`. Raises ValueError for what is no calibration."""
+        if not isinstance(plain, Mapping) or plain.get("format") != FORMAT:
+            raise ValueError(f'this is no calibration, whose "format" is {FORMAT!r}, but {shown(plain)}')
+        values = {f.name: plain[f.name] for f in fields(cls) if f.name in plain}
+        values["candidates"] = tuple(_candidate(c) for c in plain["candidates"])
+        values["layers"] = {int(n): x for n, x in plain["layers"].items()}
+        values["together"] = tuple((tuple(layers), gain, alone) for layers, gain, alone in plain["together"])
+        values["warnings"] = tuple(plain["warnings"])
+        return cls(**values)
+
+    def save(self, file: str | os.PathLike[str]) -> None:
+        """Write it as JSON, whole or not at all. Raises OSError."""
+        write(Path(file), self.to_dict())
+
+    @classmethod
+    def load(cls, file: str | os.PathLike[str]) -> Calibration:
+        """Read what `save` has written. Raises OSError, and ValueError if the file holds something else."""
+        try:
+            plain = json.loads(Path(file).read_text(encoding="utf-8"))
+        except ValueError:
+            raise ValueError(f"{file} is no JSON file") from None
+        try:
+            return cls.from_dict(plain)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise ValueError(f"{file} holds no calibration: name a file that Calibration.save has written") from None
+
+    def figure(self) -> Figure:
+        """A matplotlib figure: nats behind full attention against cost, with the frontier and the chosen settings.
+
+        Raises ImportError without matplotlib, which the extra `viz` brings.
+        """
+        from .figure import calibration_figure
+
+        return calibration_figure(self)
+
+    def table(self) -> str:
+        """The measured settings of the frontier and the chosen ones, a line each, and sentences about them."""
+        columns = [
+            "",
+            "block",
+            "top-k",
+            "sink",
+            "recent",
+            "shared",
+            "full layers",
+            "keys read",
+            "time",
+            "nats behind",
+            "agree",
+            "set aside",
+        ]
+        rows = [["", "full attention", "", "", "", "", "all", "100.0%", _seconds(self.full_seconds), "", "", f"loss {self.full_loss:.4f}"]]
+        shown_ones = sorted({*self.frontier(), *([] if self.chosen is None else [self.chosen])})
+        rows += [self._row(i) for i in shown_ones]
+        asked = ", ".join(f"{name} {x:g}" for name, x in self.limits.items())
+        head = (
+            f"{self.model}, {self.length:,} tokens, on {self.device}: {self.n_search} texts to search with, {self.n_held_out} set aside; "
+            f"asked for: {asked}; least {'time' if self.cost == 'time' else 'keys read'}"
+        )
+        return "\n".join([head, *table(columns, rows), *self._sentences()])
+
+    __repr__ = table
+
+    def frontier(self) -> list[int]:
+        """Indices of the candidates that were read with all search texts and than which none is both cheaper and better, cheapest first."""
+        found: list[int] = []
+        for i, candidate in enumerate(self.candidates):
+            whole = candidate.search.n_texts == self.n_search
+            if whole and (not found or candidate.search.difference < self.candidates[found[-1]].search.difference):
+                found.append(i)
+        return found
+
+    def _row(self, i: int) -> list[str]:
+        c = self.candidates[i]
+        held = "" if c.held_out is None else f"{c.held_out.difference:+.4f} ± {c.held_out.spread:.4f}"
+        numbers = [c.config.block_size, c.config.top_k, c.config.sink_blocks, c.config.recent_blocks]
+        return [
+            *("*" if i == self.chosen else "", *map(str, numbers), "yes" if c.config.share_selection else "no"),
+            *(runs(c.config.full_attention_layers) or "none", f"{c.share_of_keys:.1%}", _seconds(c.seconds)),
+            *(f"{c.search.difference:+.4f}", f"{c.search.agreement:.1%}", held),
+        ]
+
+    def _sentences(self) -> list[str]:
+        said = []
+        if self.config is None:
+            said.append(f"No settings keep the limits: {len(self.candidates)} were measured. Allow more, or train the model with MoBA.")
+        else:
+            part = self.candidates[self.chosen or 0].held_out
+            assert part is not None, "what is chosen was checked"
+            said.append(
+                f"* {self.config}: {part.difference:+.4f} ± {part.spread:.4f} nats behind full attention on {part.n_texts} texts set "
+                f"aside, {part.last_quarter:+.4f} in their last quarter; {part.agreement:.1%} of next tokens agree"
+            )
+        if self.facts is not None:
+            said.append(f"facts found of {self.facts['of']}: full attention {self.facts['full']}, with MoBA {self.facts['moba']}")
+        for layers, gain, alone in self.together:
+            said.append(
+                f"full attention in layer {runs(layers)} gives back {gain:.4f} nats on one text; the sum of each alone is {alone:.4f}"
+            )
+        said.append(
+            f"{self.measured} measurements, {self.seconds / 60:.1f} minutes, {self.n_checked} settings checked on the texts set aside"
+        )
+        return [*said, *(f"warning: {sentence}" for sentence in self.warnings)]
+
+
+def _candidate(plain: Mapping[str, Any]) -> Candidate:
+    held_out = plain["held_out"]
+    return Candidate(
+        MobaConfig.from_dict(plain["config"]),
+        plain["share_of_keys"],
+        plain["seconds"],
+        Part(**plain["search"]),
+        None if held_out is None else Part(**held_out),
+    )
+
+
+def _seconds(seconds: float | None) -> str:
+    if seconds is None:
+        return ""
+    return f"{seconds * 1000:.1f} ms" if seconds < 1 else f"{seconds:.1f} s"

@@ -1,0 +1,82 @@
+"""Measurements in a file: each is written as soon as it is known, and is not measured again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Measured = dict[str, Any]
+
+
+class Saved:
+    """`{"about": ..., "measured": {name: result}}` in a file, or in memory alone where there is none.
+
+    Raises ValueError if the file is of another calibration, or of none; OSError if it cannot be written.
+    """
+
+    def __init__(self, file: str | os.PathLike[str] | None, about: Mapping[str, Any]) -> None:
+        self._file = None if file is None else Path(file)
+        self._found: dict[str, Any] = {"about": dict(about), "measured": {}}
+        if self._file is None:
+            return
+        if self._file.exists():
+            self._found = self._read(about)
+        else:
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+
+    def _read(self, about: Mapping[str, Any]) -> dict[str, Any]:
+        try:
+            found = json.loads(Path(str(self._file)).read_text(encoding="utf-8"))
+            before = dict(found["about"])
+            dict(found["measured"])
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"{self._file} holds no measurements of calibrate: name another file, or remove it") from None
+        changed = [f"{name} was {before.get(name)!r} and is {x!r}" for name, x in about.items() if before.get(name) != x]
+        if changed:
+            raise ValueError(f"{self._file} cannot be continued: {', '.join(changed)}; name another file, or remove it")
+        return dict(found)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._found["measured"]
+
+    def get(self, name: str, measure: Callable[[], Measured]) -> Measured:
+        """The result of that name, measured if it is not there."""
+        results = self._found["measured"]
+        if name not in results:
+            begin = time.perf_counter()
+            results[name] = {**measure(), "took": time.perf_counter() - begin}
+            if self._file is not None:
+                write(self._file, self._found)
+        return {key: x for key, x in results[name].items() if key != "took"}
+
+    def spent(self) -> tuple[int, float]:
+        """How many measurements there are, and the seconds that they took, in earlier calls too."""
+        results = self._found["measured"].values()
+        return len(results), sum(result.get("took", 0.0) for result in results)
+
+
+def write(file: Path, found: Mapping[str, Any]) -> None:
+    """Whole or not at all."""
+    partial = file.with_name(f"{file.name}.partial")
+    partial.write_text(json.dumps(found, indent=1), encoding="utf-8")
+    partial.replace(file)
+
+
+def fingerprint(model: nn.Module, texts: Sequence[Tensor]) -> dict[str, str]:
+    """Which weights and texts they are, wherever they lie: for each a few digits of a hash."""
+    weights, ids = hashlib.sha256(), hashlib.sha256()
+    for name, weight in sorted(model.state_dict().items()):
+        flat = weight.detach().flatten()
+        some = flat[:: max(1, flat.numel() // 4096)].float().cpu()  # all of a large model's would take long
+        weights.update(f"{name} {tuple(weight.shape)} {some.double().sum().item()!r} {some.double().square().sum().item()!r}".encode())
+    for text in texts:
+        ids.update(torch.as_tensor(text).numpy().tobytes())
+    return {"weights": weights.hexdigest()[:12], "texts": ids.hexdigest()[:12]}

@@ -1,0 +1,125 @@
+"""`python -m moba_flex.calibrate`: what it prints, writes and refuses, and that it goes on after a stop."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+import moba_flex
+from moba_flex import Calibration
+from moba_flex.analysis.calibration import measure
+
+command = importlib.import_module("moba_flex.calibrate")
+
+
+@pytest.fixture
+def flags(byte_llama: Path, tmp_path: Path) -> list[str]:
+    for i in range(2):
+        (tmp_path / f"{i}.txt").write_text("".join(f"Line {n} of text {i} is read by queries.\n" for n in range(60)))
+    texts = [str(tmp_path / f"{i}.txt") for i in range(2)]
+    sizes = "--length 512 --texts 4 --within 1 --block-sizes 16 --budgets 64 128 --device cpu"
+    return ["--model", str(byte_llama), "--text-file", *texts, *sizes.split(), "--output", str(tmp_path / "new" / "found")]
+
+
+def test_it_prints_the_table_writes_its_files_and_ends_with_python_that_runs(flags, tmp_path, capsys):
+    assert command.main(flags) == 0
+    printed = capsys.readouterr()
+    report = Calibration.load(tmp_path / "new" / "found.json")
+    assert report.table() in printed.out and report.limits == {"within": 1.0} and report.n_search + report.n_held_out == 4
+    assert (tmp_path / "new" / "found.png").read_bytes()[:4] == b"\x89PNG"
+    lines = printed.out.splitlines()[-3:]
+    namespace: dict = {}
+    exec("\n".join(lines), namespace)
+    assert namespace["model"].config.moba == report.config
+    assert "Calibrating: about " in printed.err and "forward passes of 512 tokens" in printed.err, "what it costs is said first"
+
+
+def test_after_ctrl_c_the_same_command_goes_on(flags, tmp_path, monkeypatch, capsys):
+    logits, n = measure.Meter._logits, []
+
+    def stopped(*args):
+        n.append(1)
+        if len(n) == 6:
+            raise KeyboardInterrupt
+        return logits(*args)
+
+    monkeypatch.setattr(measure.Meter, "_logits", stopped)
+    assert command.main(flags) == 130
+    file = tmp_path / "new" / "found.measured.json"
+    assert f"interrupted: the same command goes on from {file}" in capsys.readouterr().err
+    before = json.loads(file.read_text())["measured"]
+    assert len(before) == 5
+    monkeypatch.undo()
+    assert command.main(flags) == 0
+    after = json.loads(file.read_text())["measured"]
+    assert {name: after[name] for name in before} == before
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--within", "0"], "within must be a number of nats above 0, such as 0.02, but is 0.0"),
+        (["--length", "5000"], "the texts give 0 pieces of 5,000 tokens, but at least 2 are needed: name more, or a smaller --length"),
+        (["--length", "0"], "--length must be at least 1, but is 0"),
+        (["--texts", "1"], "--texts must be at least 2, but is 1"),
+        (["--text-file", "/nowhere.txt"], "cannot read the text /nowhere.txt"),
+        (["--model", "/nowhere"], "cannot load the model '/nowhere', as a local folder, a GGUF file or from the hub"),
+        (["--output", "/proc/nowhere/found"], "cannot write to the folder /proc/nowhere"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_calibrated_is_one_line(flags, more, said, capsys):
+    assert command.main([*flags, *more]) == 2
+    error = capsys.readouterr().err
+    assert f"calibrate: error: {said}" in error and "Traceback" not in error
+
+
+def test_where_nothing_keeps_the_limits_it_says_so(flags, capsys):
+    assert command.main([*flags, "--agreement", "1"]) == 1
+    printed = capsys.readouterr().out
+    assert "No settings keep the limits" in printed and "import moba_flex" not in printed
+
+
+def test_without_files_it_reads_what_python_brings():
+    prose, code = command.standard_texts()
+    assert len(prose) > 300_000 and len(code) > 300_000 and "import" in code[:5000]
+
+
+def test_it_runs_as_a_module(tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(Path(moba_flex.__file__).parents[1]), "COLUMNS": "200"}
+    run = [sys.executable, "-W", "error::RuntimeWarning", "-m", "moba_flex.calibrate", "--help"]
+    done = subprocess.run(run, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "python -m moba_flex.calibrate" in done.stdout and "Find MoBA's settings" in done.stdout
+
+
+@pytest.mark.weights
+def test_the_demos_model_keeps_its_promise_on_text_that_was_not_seen(smollm2, tmp_path):
+    """SmolLM2-135M at 1,024 tokens, so that it takes a minute."""
+    model, tokenizer = smollm2
+    transformers.utils.logging.disable_progress_bar()
+    pieces = command.text_pieces(None, tokenizer, 1024, 16)
+    report = moba_flex.calibrate(model, pieces[:6], within=0.03, block_sizes=[32], budgets=[256, 384])
+    assert report.config is not None and not hasattr(model.config, "moba")
+    fresh = [measured(model, report.config, ids) for ids in pieces[6:]]
+    part = report.candidates[report.chosen].held_out
+    assert sum(fresh) / len(fresh) <= 0.03 + part.spread
+    moba_flex.unpatch(model)
+
+
+@torch.no_grad()
+def measured(model, config, ids) -> float:
+    """Nats behind full attention."""
+    losses = []
+    for use in (lambda: moba_flex.set_attention(model, "full"), lambda: moba_flex.patch(model, config)):
+        use()
+        losses.append(torch.nn.functional.cross_entropy(model(ids[None, :-1]).logits[0], ids[1:]).item())
+    return losses[1] - losses[0]
