@@ -15,7 +15,7 @@ from ..config import UNSET, MobaConfig, given_settings, layer_indices
 from ..core.messages import shown
 from ..core.validation import check_choice
 from .adapters import modules_with_save_hooks, save_adapters_alone, save_settings_with_adapters
-from .by_name import remember, settings_by_name
+from .by_name import settings_by_name
 from .call_hooks import add_hooks, modules_with_hooks, remove_hooks
 from .key_conv import check_key_conv, new_key_convs, remove_key_convs, set_key_convs
 from .layers import (
@@ -133,7 +133,6 @@ def patch(
     add_hooks(model, every, _with_own_cache_layer(replaceable) if config.decode == "sparse" else [])
     for model_config in configs_of(replaceable):
         model_config.moba = config
-        remember(model_config)
         set_implementation(model_config, "moba")
     name_attention(every)
     return model
@@ -141,8 +140,9 @@ def patch(
 
 def _choice(layer: AttentionLayer, config: MobaConfig) -> Choice:
     used = implementation_of(layer.config)
-    always = None if takes_moba(layer) else "full"
-    return Choice(original_implementation(layer) if used in MOBA else used, always, named_full(layer, config))
+    original = original_implementation(layer) if used in MOBA else used
+    is_fixed = not takes_moba(layer)
+    return Choice(original, "full" if is_fixed else None, named_full(layer, config), is_fixed)
 
 
 def _with_own_cache_layer(layers: list[AttentionLayer]) -> list[AttentionLayer]:
