@@ -175,6 +175,7 @@ def unpatch(model: Model) -> Model:
     >>> hasattr(model.config, "moba")
     False
     """
+    _check_module(model)
     layers = attention_layers(model)
     if any(context_of(layer) is not None for layer in layers):
         raise ValueError(f"{type(model).__name__} is context-parallel, which it can only be with MoBA: call ContextParallel.remove() first")
@@ -310,8 +311,7 @@ def moba_layers(model: nn.Module) -> dict[int, str]:
 
 def find_layers(model: nn.Module) -> tuple[list[AttentionLayer], list[AttentionLayer]]:
     """All attention layers that share a configuration with one that MoBA can replace, and those that it can."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a transformers model, but is a {type(model).__name__}")
+    _check_module(model)
     every = attention_layers(model)
     replaceable = [layer for layer in every if takes_moba(layer)]
     if not replaceable:
@@ -332,6 +332,11 @@ def find_layers(model: nn.Module) -> tuple[list[AttentionLayer], list[AttentionL
             "implementation, and would do something else under MoBA's"
         )
     return every, replaceable
+
+
+def _check_module(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a transformers model, but is a {type(model).__name__}")
 
 
 def _windows(layers: list[AttentionLayer]) -> str:
