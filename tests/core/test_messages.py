@@ -150,7 +150,7 @@ def test_a_layer_of_many_digits_is_shown_short():
 
 @pytest.mark.parametrize("name", [None, 7, 10**5000, b"x", ["x"] * 5000], ids=["None", "7", "digits", "bytes", "list"])
 def test_what_is_no_name_of_a_model_is_refused_before_loading(name):
-    with pytest.raises(TypeError, match="^name must be a name on the hub or a local folder, but is [^\n]{1,80}$"):
+    with pytest.raises(TypeError, match=r"^name must be a name on the hub or a local folder, but is [^\n]{1,80}$"):
         AutoModelForCausalLM.from_pretrained(name)
 
 

@@ -178,7 +178,8 @@ def test_saved_settings_that_are_not_the_policys_are_told_once(tmp_path, recwarn
     patch(build(), block_size=4, top_k=3).save_pretrained(tmp_path)
     policy = patch(build(), **SPARSE)
     reference, ids = load(str(tmp_path)), tokens()
-    with pytest.warns(UserWarning, match=r"saved with it, MobaConfig\(block_size=4.*patched model of its kind has MobaConfig\(block_size=8"):
+    message = r"saved with it, MobaConfig\(block_size=4.*patched model of its kind has MobaConfig\(block_size=8"
+    with pytest.warns(UserWarning, match=message):
         logits(reference, ids)
     recwarn.clear()
     logits(reference, ids)
