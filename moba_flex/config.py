@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, NoReturn
@@ -13,6 +14,7 @@ from .core.messages import shown
 
 DECODING = ("full", "sparse")
 KERNEL_SIZES = (0, 3, 5)
+MOST_LAYERS = 100_000  # that can be named: an endless iterator is no list of them
 
 
 @dataclass(frozen=True, repr=False)
@@ -122,10 +124,12 @@ torch.serialization.add_safe_globals([_from_dict])
 def layer_indices(name: str, layers: object) -> tuple[int, ...]:
     """`layers` as a tuple of ints; ValueError if the argument `name` is anything but several of them."""
     listed: tuple[Any, ...] | None = None
-    if isinstance(layers, Iterable) and not isinstance(layers, (str, bytes, Mapping)) and getattr(layers, "ndim", 1) != 0:
-        listed = tuple(layers)
+    if isinstance(layers, Iterable) and not isinstance(layers, (str, bytes, Mapping, torch.Tensor)) and getattr(layers, "ndim", 1) != 0:
+        listed = tuple(itertools.islice(layers, MOST_LAYERS + 1))
     if listed is None or any(isinstance(layer, bool) or not isinstance(layer, int) for layer in listed):
         raise ValueError(f"{name} must be a list or tuple of ints, but is {shown(layers)}")
+    if len(listed) > MOST_LAYERS:
+        raise ValueError(f"{name} must have at most {MOST_LAYERS} entries, but is {shown(layers)}")
     return listed
 
 

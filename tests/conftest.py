@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 from shared import demo_weights as demo
 
 from moba_flex import set_cuda_graphs
-from moba_flex.models import by_name
+from moba_flex.models import by_name, state
 
 settings.register_profile("same cases in every run", derandomize=True, deadline=None)
 settings.load_profile("same cases in every run")
@@ -61,7 +61,7 @@ def _graphs_of_its_own() -> None:
 @pytest.fixture(autouse=True)
 def _patched_models_of_its_own() -> None:
     """A model that is loaded by name takes the settings of those that this test patched, not of what others have left."""
-    by_name._PATCHED.clear()
+    state._STATES.clear()
     by_name._DEFAULTED.clear()
 
 

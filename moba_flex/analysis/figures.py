@@ -48,7 +48,7 @@ def visualize(selection: Selection, *, row: int = 0, heads: Iterable[int] | None
 
     Raises:
         ImportError: matplotlib is not installed.
-        TypeError: `selection` is no Selection.
+        TypeError: `selection` is no Selection, or `title` no string.
         ValueError: there is no such row or head, or nothing to draw.
 
     >>> import torch
@@ -57,7 +57,7 @@ def visualize(selection: Selection, *, row: int = 0, heads: Iterable[int] | None
     >>> len(visualize(selection, heads=[0, 3]).axes)
     2
     """
-    heads = _check_selection(selection, row, heads)
+    heads = _check_selection(selection, row, heads, title)
     own = selection.block_of_key[row, selection.block_of_key.shape[1] - selection.indices.shape[2] :].cpu()
     first, n_query, n_blocks = selection.block_of_key.shape[1] - len(own), len(own), selection.n_blocks
     per_cell = -(-n_query // _MOST_CELLS), -(-n_blocks // _MOST_CELLS)
@@ -115,7 +115,7 @@ def _figure(inches: tuple[float, float]) -> Figure:
     return Figure(figsize=inches, layout="constrained", dpi=100)
 
 
-def _check_selection(selection: Selection, row: int, heads: Iterable[int] | None) -> tuple[int, ...]:
+def _check_selection(selection: Selection, row: int, heads: Iterable[int] | None, title: str | None) -> tuple[int, ...]:
     if not isinstance(selection, Selection):
         raise TypeError(f"selection must be a moba_flex.Selection, as select_blocks gives it, but is a {type(selection).__name__}")
     n_rows, n_heads, n_query, _ = selection.indices.shape
@@ -125,7 +125,9 @@ def _check_selection(selection: Selection, row: int, heads: Iterable[int] | None
     if isinstance(row, bool) or not isinstance(row, int) or not 0 <= row < n_rows:
         raise ValueError(f"row must be an int from 0 to {n_rows - 1}, but is {shown(row)}")
     if not heads or any(not 0 <= head < n_heads for head in heads):
-        raise ValueError(f"heads must be some of 0 to {n_heads - 1}, but is {list(heads)}")
+        raise ValueError(f"heads must be some of 0 to {n_heads - 1}, but is {shown(list(heads))}")
+    if title is not None and not isinstance(title, str):
+        raise TypeError(f"title must be a str or None, but is {shown(title)}")
     return heads
 
 

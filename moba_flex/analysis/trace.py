@@ -269,6 +269,9 @@ def numbers(selection: Selection) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def _check_inputs(input_ids: Tensor, attention_mask: Tensor | None) -> None:
     if not isinstance(input_ids, Tensor) or input_ids.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"input_ids must be an int64 or int32 tensor, but is {getattr(input_ids, 'dtype', type(input_ids).__name__)}")
+    for name, x in (("input_ids", input_ids), ("attention_mask", attention_mask)):
+        if isinstance(x, Tensor) and x.is_nested:
+            raise TypeError(f"{name} must be a dense tensor, but is a nested one: pad it with .to_padded_tensor(0)")
     if input_ids.dim() != 2 or input_ids.numel() == 0:
         raise ValueError(f"input_ids must have shape (batch, tokens) and hold some, but has shape {tuple(input_ids.shape)}")
     if attention_mask is None:

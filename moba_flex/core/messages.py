@@ -15,6 +15,8 @@ def shown(value: object) -> str:
     """`value` as Python writes it, or what it is where that would be too long: "an int of 5001 digits", "a list of 5000 elements"."""
     if isinstance(value, int) and abs(value) >= 10**40:
         return f"{'a negative' if value < 0 else 'an'} int of {_digits(abs(value))} digits"
+    if isinstance(value, Tensor) and value.is_nested:  # which has no shape
+        return f"a nested {type(value).__name__}"
     if isinstance(value, Tensor) and value.dim():
         return f"a {type(value).__name__} of shape {tuple(value.shape)} and dtype {value.dtype}"
     if (isinstance(value, Sized) and _length(value) <= _LONGEST) or not isinstance(value, Sized):

@@ -74,7 +74,7 @@ def moba_attention_forward(
             attention = "full"
     if (this_pass := kwargs.pop(PASS, None)) is not None:
         attention, settings = this_pass.used(module, attention, settings)
-    elif not isinstance(attention_mask, MobaMask):
+    elif attention != "full" and not isinstance(attention_mask, MobaMask):
         check_pass_is_known(module)
     if attention != "full":
         check_key_conv(module, settings)

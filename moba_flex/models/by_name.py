@@ -1,13 +1,15 @@
 """Models that use MoBA without having been patched: loaded with `attn_implementation="moba"`, and no settings were saved with them.
 
 The loader may be a library: TRL's trainers load a reference model by the name of the policy's implementation. It must compute what the
-policy computes, so it takes the settings of the process's patched models of its kind, and says so.
+policy computes, so it takes the settings of the process's patched models of its kind, with the layers that `set_attention` made full, and
+says so.
 """
 
 from __future__ import annotations
 
 import warnings
-import weakref
+from collections import defaultdict
+from dataclasses import replace
 
 import torch
 from transformers import PreTrainedConfig
@@ -15,30 +17,28 @@ from transformers import PreTrainedConfig
 from ..config import DEFAULT, MobaConfig
 from ..core.compiling import constant_in_graphs
 from .by_identity import ByIdentity
+from .state import Choice, patched_layers
 from .upstream import implementation_of
 
 _Kind = tuple[type[PreTrainedConfig], tuple[object, ...]]
 _SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size")
-_PATCHED: list[weakref.ref[PreTrainedConfig]] = []  # configurations that `patch` wrote settings into
 _DEFAULTED: ByIdentity[MobaConfig] = ByIdentity()  # configurations of loaded models that have the defaults
+_COMPARED: ByIdentity[bool] = ByIdentity()  # those whose settings were compared with the patched models' of their kind
 _TRACED: dict[_Kind, MobaConfig] = {}  # what a graph that is traced takes
-
-
-def remember(config: PreTrainedConfig) -> None:
-    """`patch` has written settings into this configuration."""
-    _PATCHED[:] = [ref for ref in _PATCHED if ref() is not None and ref() is not config]
-    _PATCHED.append(weakref.ref(config))
 
 
 def settings_by_name(config: PreTrainedConfig, implementations: tuple[str, ...]) -> MobaConfig:
     """The settings of a layer that was not patched: those in its configuration, or else, with a warning, of models that were patched.
 
     Only patched models of its class and sizes count. Their vocabulary may have grown. Raises ValueError if they differ, or have
-    convolutions of keys, whose weights a loaded model lacks.
+    convolutions of keys, whose weights a loaded model lacks. Warns if those in its configuration are not theirs.
     """
-    if getattr(config, "moba", None) is not None:
-        return MobaConfig.of(config)
     kind = _kind(config)
+    if getattr(config, "moba", None) is not None:
+        if not torch.compiler.is_compiling() and _COMPARED.get(config) is None:
+            _COMPARED.put(config, True)
+            _compare(config, implementations)
+        return MobaConfig.of(config)
     if torch.compiler.is_compiling():  # in a graph nothing can be searched for or written
         return _TRACED[kind] if _trace(kind, implementations) else DEFAULT
     if (settings := _DEFAULTED.get(config)) is not None:
@@ -48,6 +48,7 @@ def settings_by_name(config: PreTrainedConfig, implementations: tuple[str, ...])
         _DEFAULTED.put(config, settings)
     else:
         config.moba = settings
+        _COMPARED.put(config, True)
     return settings
 
 
@@ -80,21 +81,53 @@ def settings_to_come(config: PreTrainedConfig, implementations: tuple[str, ...])
 
 def _search(kind: _Kind, implementations: tuple[str, ...]) -> tuple[MobaConfig, bool]:
     """The settings of this process's patched models of a kind, and whether there are any such models."""
-    patched = [config for ref in _PATCHED if (config := ref()) is not None and _kind(config) == kind]
-    patched = [config for config in patched if getattr(config, "moba", None) is not None and implementation_of(config) in implementations]
-    different = list(dict.fromkeys(str(MobaConfig.of(config)) for config in patched))
+    patched = _patched(kind, implementations)
+    different = list(dict.fromkeys(map(str, patched)))
     remedy = "Call moba_flex.patch(model, ...) on the loaded model, a trainer's reference model say, with its own"
     if len(different) > 1:
         raise ValueError(
             f"{_loaded(kind)}. This process has patched models of its kind with different settings: {'; '.join(different)}. {remedy}"
         )
-    settings = MobaConfig.of(patched[-1]) if patched else DEFAULT
+    settings = patched[-1] if patched else DEFAULT
     if settings.key_conv:
         raise ValueError(
             f"{_loaded(kind)}. This process's patched model of its kind has key_conv={settings.key_conv}, whose weights the loaded one "
             "lacks: save the patched model and load it with moba_flex.AutoModelForCausalLM.from_pretrained"
         )
     return settings, bool(patched)
+
+
+def _patched(kind: _Kind, implementations: tuple[str, ...]) -> list[MobaConfig]:
+    """What this process's patched models of a kind use now, those left out that use full attention alone; where all do, their settings."""
+    choices: dict[int, dict[int | None, Choice]] = defaultdict(dict)
+    configs: dict[int, PreTrainedConfig] = {}
+    for place, choice in patched_layers():
+        if not choice.is_fixed and getattr(place.config, "moba", None) is not None and _kind(place.config) == kind:
+            configs[id(place.config)] = place.config
+            choices[id(place.config)][place.index] = choice
+    used, unused = [], []
+    for key, config in configs.items():
+        settings = MobaConfig.of(config)
+        full = [index for index, c in choices[key].items() if c.attention == "full" or (c.attention is None and c.keeps_full)]
+        if len(full) == len(choices[key]):
+            unused.append(settings)
+        elif implementation_of(config) in implementations:
+            named = [index for index, c in choices[key].items() if c.keeps_full]
+            indices = tuple(sorted(index for index in full if index is not None))
+            used.append(settings if set(full) == set(named) else replace(settings, full_attention_layers=indices))
+    return used or unused
+
+
+def _compare(config: PreTrainedConfig, implementations: tuple[str, ...]) -> None:
+    """Warn if a model that was loaded by name computes something else than the patched models of its kind: it may be their reference."""
+    own, others = MobaConfig.of(config), _patched(_kind(config), implementations)
+    if others and str(own) not in map(str, others):
+        warnings.warn(
+            f'a model with a {type(config).__name__} was loaded with attn_implementation="moba" and has the settings that were saved with '
+            f"it, {own}, but this process's patched model of its kind has {others[-1]}: where it is that one's reference, call "
+            "moba_flex.patch(model, ...) on it",
+            stacklevel=2,
+        )
 
 
 def _loaded(kind: _Kind) -> str:

@@ -17,6 +17,7 @@ from transformers import PreTrainedConfig
 
 from ..config import MobaConfig
 from ..core.compiling import constant_in_graphs
+from ..core.messages import shown
 from .state import choice_of, state_of
 from .upstream import (
     FULL_LAYER_TYPES,
@@ -166,7 +167,7 @@ def resolve_layers(name: str, layers: tuple[int, ...], n_layers: int, found: ran
     resolved = [layer if layer >= 0 else n_layers + layer for layer in layers]
     for given, layer in zip(layers, resolved):
         if layer not in found:
-            raise ValueError(f"{name} has {given}, but {model_class.__name__} has the layers {show(found)}")
+            raise ValueError(f"{name} has {shown(given)}, but {model_class.__name__} has the layers {show(found)}")
     return resolved
 
 

@@ -64,7 +64,7 @@ class AutoModelForCausalLM:
         Raises:
             ValueError: there is no such `attn`, a setting is out of range or is given with `attn="full"`, or the model has no layer that
                 MoBA can replace. Nothing is loaded but for the last.
-            TypeError: `config` is a `MobaConfig`.
+            TypeError: `config` is a `MobaConfig`, or `name` no name.
 
         Warns:
             UserWarning: an adapter has no settings beside it, nor has its model, and none are given, so that the defaults apply.
@@ -92,6 +92,8 @@ class AutoModelForCausalLM:
             decode=decode,
             implementation=implementation,
         )
+        if not isinstance(name, (str, Path)):
+            raise TypeError(f"name must be a name on the hub or a local folder, but is {shown(name)}")
         loader: type[transformers.AutoModelForCausalLM | PreTrainedModel] = transformers.AutoModelForCausalLM
         config = kwargs.get("config")
         if isinstance(config, MobaConfig):
@@ -143,7 +145,15 @@ class AutoModelForCausalLM:
             implementation=implementation,
         )
         loader = transformers.AutoModelForCausalLM
-        _check_layers(given, config, model_class_of(config, loader))
+        if not isinstance(config, transformers.PreTrainedConfig):
+            raise TypeError(f"config must be a configuration of transformers, but is {shown(config)}")
+        model_class = model_class_of(config, loader)
+        if model_class is None and not hasattr(config, "auto_map"):  # code that comes with the model
+            raise ValueError(
+                f"config must be of a causal language model, but is a {type(config).__name__}, for which transformers' {loader.__name__} "
+                "knows no class"
+            )
+        _check_layers(given, config, model_class)
         model = loader.from_config(config, **kwargs)
         settings = given or _settings(model.config)
         return _use(patch(model, settings) if settings.key_conv else model, attn, given)

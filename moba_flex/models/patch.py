@@ -15,7 +15,7 @@ from ..config import UNSET, MobaConfig, given_settings, layer_indices
 from ..core.messages import shown
 from ..core.validation import check_choice
 from .adapters import modules_with_save_hooks, save_adapters_alone, save_settings_with_adapters
-from .by_name import remember, settings_by_name
+from .by_name import settings_by_name
 from .call_hooks import add_hooks, modules_with_hooks, remove_hooks
 from .key_conv import check_key_conv, new_key_convs, remove_key_convs, set_key_convs
 from .layers import (
@@ -133,7 +133,6 @@ def patch(
     add_hooks(model, every, _with_own_cache_layer(replaceable) if config.decode == "sparse" else [])
     for model_config in configs_of(replaceable):
         model_config.moba = config
-        remember(model_config)
         set_implementation(model_config, "moba")
     name_attention(every)
     return model
@@ -141,8 +140,9 @@ def patch(
 
 def _choice(layer: AttentionLayer, config: MobaConfig) -> Choice:
     used = implementation_of(layer.config)
-    always = None if takes_moba(layer) else "full"
-    return Choice(original_implementation(layer) if used in MOBA else used, always, named_full(layer, config))
+    original = original_implementation(layer) if used in MOBA else used
+    is_fixed = not takes_moba(layer)
+    return Choice(original, "full" if is_fixed else None, named_full(layer, config), is_fixed)
 
 
 def _with_own_cache_layer(layers: list[AttentionLayer]) -> list[AttentionLayer]:
@@ -175,6 +175,7 @@ def unpatch(model: Model) -> Model:
     >>> hasattr(model.config, "moba")
     False
     """
+    _check_module(model)
     layers = attention_layers(model)
     if any(context_of(layer) is not None for layer in layers):
         raise ValueError(f"{type(model).__name__} is context-parallel, which it can only be with MoBA: call ContextParallel.remove() first")
@@ -310,8 +311,7 @@ def moba_layers(model: nn.Module) -> dict[int, str]:
 
 def find_layers(model: nn.Module) -> tuple[list[AttentionLayer], list[AttentionLayer]]:
     """All attention layers that share a configuration with one that MoBA can replace, and those that it can."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a transformers model, but is a {type(model).__name__}")
+    _check_module(model)
     every = attention_layers(model)
     replaceable = [layer for layer in every if takes_moba(layer)]
     if not replaceable:
@@ -332,6 +332,11 @@ def find_layers(model: nn.Module) -> tuple[list[AttentionLayer], list[AttentionL
             "implementation, and would do something else under MoBA's"
         )
     return every, replaceable
+
+
+def _check_module(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a transformers model, but is a {type(model).__name__}")
 
 
 def _windows(layers: list[AttentionLayer]) -> str:

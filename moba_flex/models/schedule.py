@@ -9,8 +9,9 @@ from torch import nn
 from transformers.trainer_callback import ExportableState, TrainerCallback, TrainerControl, TrainerState
 from transformers.training_args import TrainingArguments
 
+from ..config import layer_indices
 from ..core.messages import shown
-from ..core.validation import check_choice
+from ..core.validation import check_choice, check_count
 from . import set_attention
 from .patch import moba_layers
 
@@ -58,7 +59,13 @@ class MobaSchedule(TrainerCallback, ExportableState):
         self.first, self.switch_at, self.switch_over, self.order = first, switch_at, switch_over, order
 
     def attention_at(self, step: int, n_steps: int, layers: Sequence[int]) -> dict[int, str]:
-        """What each of `layers` uses in step number `step`, counted from 0, of `n_steps`."""
+        """What each of `layers` uses in step number `step`, counted from 0, of `n_steps`.
+
+        Raises ValueError for anything but whole numbers.
+        """
+        check_count("step", step, 0)
+        check_count("n_steps", n_steps, 1)
+        layers = layer_indices("layers", layers)
         start, stretch = round(self.switch_at * n_steps), round(self.switch_over * n_steps)
         begins, ends = ATTENTION if self.first == "moba" else ATTENTION[::-1]
         in_order = sorted(layers, reverse=self.order == "last_to_first")

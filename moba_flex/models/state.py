@@ -6,19 +6,22 @@ an attribute. A layer's `key_conv` is not here, since its weights belong to the 
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
+    from transformers import PreTrainedConfig
     from transformers.cache_utils import CacheLayerMixin
 
     from ..analysis.trace import Watcher
     from ..distributed.context_parallel import ContextParallel
     from .block_means import BlockMeans
     from .key_conv import KeyConvHooks, LastKeys
+    from .upstream import AttentionLayer
 
 _NAME = "_moba"
 
@@ -30,6 +33,15 @@ class Choice:
     original: str  # the implementation that the model had before
     attention: str | None = None  # "full", "moba" or "moba_naive"; None: what the model's configuration names
     keeps_full: bool = False  # whether `full_attention_layers` names the layer
+    is_fixed: bool = False  # MoBA cannot replace the layer
+
+
+@dataclass(frozen=True, eq=False)
+class Place:
+    """Where a layer belongs, for those who meet its state alone."""
+
+    config: PreTrainedConfig
+    index: int | None
 
 
 @dataclass(eq=False)
@@ -37,14 +49,30 @@ class LayerState:
     """All that the package keeps on one attention layer. Of other modules only `call_hook` and `save_hook` are set."""
 
     choice: Choice | None = None  # None: not patched, though its configuration may name "moba"
+    place: Place | None = None  # of a layer that is patched
     context: ContextParallel | None = None  # the processes that share its sequences
     watcher: Watcher | None = None  # gets to see queries and keys
     key_conv: KeyConvHooks | None = None  # what calls its `key_conv`
     call_hook: RemovableHandle | None = None  # of the hook that tells the attention function more about a call
     save_hook: RemovableHandle | None = None  # of the hook that lets adapters be saved with the model's settings
 
+    def __post_init__(self) -> None:
+        _STATES.add(self)
+
+    def __setstate__(self, entries: dict[str, Any]) -> None:  # of a copy, or one that was pickled
+        self.__dict__.update(entries)
+        _STATES.add(self)
+
     def is_empty(self) -> bool:
         return all(value is None for value in vars(self).values())
+
+
+_STATES: weakref.WeakSet[LayerState] = weakref.WeakSet()  # those of this process
+
+
+def patched_layers() -> list[tuple[Place, Choice]]:
+    """What all patched layers of this process use, those of copied models too."""
+    return [(state.place, state.choice) for state in list(_STATES) if state.place is not None and state.choice is not None]
 
 
 def state_of(module: nn.Module) -> LayerState | None:
@@ -88,9 +116,10 @@ def save_hook_of(module: nn.Module) -> RemovableHandle | None:
     return None if state is None else state.save_hook
 
 
-def set_choice(layer: nn.Module, choice: Choice | None) -> None:
+def set_choice(layer: AttentionLayer, choice: Choice | None) -> None:
     """Set what a layer uses; None: it is not patched."""
-    _set(layer, choice=choice)
+    place = None if choice is None else Place(layer.config, getattr(layer, "layer_idx", None))
+    _set(layer, choice=choice, place=place)
 
 
 def set_context(layer: nn.Module, context: ContextParallel | None) -> None:

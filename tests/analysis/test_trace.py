@@ -354,6 +354,7 @@ def test_a_progress_bar_counts_the_layers(capsys):
         ({"input_ids": torch.zeros(2, 0).long()}, ValueError, ["input_ids", "(2, 0)"]),
         ({"attention_mask": torch.ones(3, 5)}, ValueError, ["attention_mask", "(3, 5)", "(3, 37)"]),
         ({"attention_mask": [[1]]}, TypeError, ["attention_mask", "list"]),
+        ({"attention_mask": torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])}, TypeError, ["attention_mask", "nested"]),
         ({"top_k": 0}, ValueError, ["top_k", "0"]),
         ({"topk": 2}, ValueError, ["topk"]),
         ({"config": {"top_k": 2}, "top_k": 2}, TypeError, ["top_k", "both"]),

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM, ViTConfig
 
 from moba_flex import (
+    AutoModelForCausalLM,
     MobaConfig,
+    MobaSchedule,
     compat,
     moba_attention,
     moba_attention_varlen,
+    patch,
     select_blocks,
     set_cuda_graphs,
     set_flex_backend,
     set_working_memory,
+    unpatch,
+    visualize,
 )
 from moba_flex.core.messages import shown
 
@@ -56,6 +64,7 @@ ODD = {
     "a tensor of flags": torch.tensor([True, False]),
     "a scalar tensor": torch.tensor(2.5),
     "a meta tensor": torch.zeros(3, device="meta"),
+    "a nested tensor": torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)]),
     "a function": len,
     "a class": int,
     "what cannot be shown": Unspeakable(),
@@ -65,6 +74,7 @@ BLOCKS = ("block_size", "top_k", "sink_blocks", "recent_blocks", "share_selectio
 SCORES = ("scale", "softcap", "sinks", "return_lse", "implementation")
 Q = {"q": P, "k": P, "v": P}
 LENGTHS = {"moba_chunk_size": 4, "moba_topk": 2}
+SCHEDULE = MobaSchedule()
 SOUND = {
     moba_attention: {"query": X, "key": X, "value": X, "block_size": 4, "top_k": 2},
     moba_attention_varlen: {"query": P, "key": P, "value": P, "cu_seqlens": BOUNDS, "block_size": 4, "top_k": 2},
@@ -76,6 +86,10 @@ SOUND = {
     set_cuda_graphs: {"enabled": True},
     set_flex_backend: {"name": "triton"},
     MobaConfig: {"block_size": 4, "top_k": 2},
+    SCHEDULE.attention_at: {"step": 1, "n_steps": 10, "layers": [0, 1]},
+    visualize: {"selection": select_blocks(X, X, block_size=4, top_k=2)},
+    unpatch: {},
+    AutoModelForCausalLM.from_config: {},
 }
 ARGUMENTS = {
     moba_attention: ("query", "key", "value", "padding_mask", "causal", *BLOCKS, *SCORES),
@@ -88,10 +102,16 @@ ARGUMENTS = {
     set_cuda_graphs: ("enabled",),
     set_flex_backend: ("name",),
     MobaConfig: (*BLOCKS, "key_conv", "full_attention_layers", "decode", "implementation"),
+    SCHEDULE.attention_at: ("step", "n_steps", "layers"),
+    visualize: ("selection", "row", "heads", "title"),
+    unpatch: ("model",),
+    AutoModelForCausalLM.from_config: ("config",),
 }
 ALLOWED = {  # argument, value: what is no mistake
-    *[(name, "None") for name in ("padding_mask", "scale", "softcap", "sinks")],
+    *[(name, "None") for name in ("padding_mask", "scale", "softcap", "sinks", "heads", "title")],
     *[(name, "a float") for name in ("scale", "softcap")],
+    *[("title", text) for text in ("a long text", "lines")],
+    *[("layers", listed) for listed in ("a list", "a long list", "a list of large ints")],
     ("full_attention_layers", "a list"),
     ("full_attention_layers", "a long list"),
     ("full_attention_layers", "a list of large ints"),  # which layers there are is the model's to say
@@ -114,6 +134,29 @@ def test_anything_odd_gets_one_short_line_that_names_the_argument(function, name
         assert NAMES.get(name, name) in message, message
         assert message.isprintable(), message
         assert len(message) < 260, message
+
+
+@pytest.mark.parametrize("endless", [itertools.count(), range(10**9)], ids=["an iterator", "a range"])
+def test_an_endless_list_of_layers_is_refused(endless):
+    with pytest.raises(ValueError, match="full_attention_layers must have at most 100000 entries, but is"):
+        MobaConfig(full_attention_layers=endless)
+
+
+def test_a_layer_of_many_digits_is_shown_short():
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2))
+    with pytest.raises(ValueError, match="full_attention_layers has an int of 5001 digits, but LlamaForCausalLM has the layers 0, 1"):
+        patch(model, full_attention_layers=[10**5000])
+
+
+@pytest.mark.parametrize("name", [None, 7, 10**5000, b"x", ["x"] * 5000], ids=["None", "7", "digits", "bytes", "list"])
+def test_what_is_no_name_of_a_model_is_refused_before_loading(name):
+    with pytest.raises(TypeError, match=r"^name must be a name on the hub or a local folder, but is [^\n]{1,80}$"):
+        AutoModelForCausalLM.from_pretrained(name)
+
+
+def test_a_configuration_of_another_kind_of_model_is_named():
+    with pytest.raises(ValueError, match="config must be of a causal language model, but is a ViTConfig"):
+        AutoModelForCausalLM.from_config(ViTConfig())
 
 
 @pytest.mark.parametrize("function", [moba_attention, select_blocks, moba_attention_varlen])

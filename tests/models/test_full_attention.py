@@ -10,7 +10,15 @@ import transformers
 from support.families import SPARSE, build, each_family, logits, padded, tokens
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from transformers import GPT2Config, GPT2LMHeadModel, MoonshineConfig, MoonshineForConditionalGeneration, PreTrainedModel
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    MarianConfig,
+    MarianMTModel,
+    MoonshineConfig,
+    MoonshineForConditionalGeneration,
+    PreTrainedModel,
+)
 
 from moba_flex.models import full_attention, patch, set_attention, unpatch
 from moba_flex.models.layers import mask_use_of
@@ -120,6 +128,26 @@ def test_what_a_layer_used_in_forward_is_what_recomputation_uses(reentrant, firs
     for switch in (lambda model: set_attention(model, "moba"), lambda model: patch(model, block_size=4, top_k=3)):
         found = gradients_under_checkpoints(model, reentrant, switch)
         torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_the_encoder_beside_a_decoder_that_was_switched_is_recomputed_as_it_was(reentrant):
+    sizes = {"vocab_size": 64, "d_model": 32, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "dropout": 0.0, "init_std": 0.3}
+    sizes |= {f"{part}_{what}": n for part in ("encoder", "decoder") for what, n in (("layers", 2), ("attention_heads", 4))}
+    torch.manual_seed(0)
+    model = patch(MarianMTModel(MarianConfig(**sizes, pad_token_id=0, eos_token_id=2, decoder_start_token_id=1)), **SPARSE).train()
+
+    def gradients(checkpointed: bool) -> Tensor:
+        each, ids = copy.deepcopy(model), tokens(1)
+        if checkpointed:
+            each.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            each.enable_input_require_grads()
+        with full_attention(each):
+            loss = each(ids, decoder_input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        return torch.cat([p.grad.flatten() for p in each.parameters() if p.grad is not None])
+
+    torch.testing.assert_close(gradients(True), gradients(False))
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

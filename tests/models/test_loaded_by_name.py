@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import pickle
 
 import pytest
 import torch
 from support.families import SPARSE, build, logits, tokens
 from transformers import AutoModelForCausalLM, BloomConfig, BloomForCausalLM, PreTrainedModel
 
-from moba_flex.models import full_attention, patch, set_attention
+from moba_flex.models import full_attention, patch, set_attention, unpatch
 
 
 @pytest.fixture
@@ -134,3 +136,52 @@ def test_trl_trains_against_a_reference_of_the_same_settings(tiny, tmp_path, tra
     assert run.ref_model.config.moba == model.config.moba
     expected = 0.6931 if trainer == "DPO" else 0.5
     assert run.state.log_history[0]["loss"] == pytest.approx(expected, abs=1e-3), "policy and reference are one model before the first step"
+
+
+def test_layers_that_were_switched_to_full_attention_are_so_in_the_reference(folder):
+    policy = set_attention(patch(build(), **SPARSE), "full", layers=[-1])
+    reference, ids = load(folder, policy.config._attn_implementation), tokens()
+    with pytest.warns(UserWarning, match=r"full_attention_layers=\(3,\)"):
+        found = logits(reference, ids)
+    assert torch.equal(found, logits(policy, ids))
+    assert reference.config.moba.full_attention_layers == (policy.config.num_hidden_layers - 1,)
+
+
+def test_layers_that_were_switched_from_full_attention_too(folder):
+    policy = set_attention(patch(build(), **SPARSE, full_attention_layers=[0, -1]), "moba", layers=[0])
+    ids = tokens()
+    assert torch.equal(logits(load(folder), ids), logits(policy, ids))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deepcopy", "pickle"])
+def test_a_copy_counts_where_the_model_that_was_patched_is_gone(folder, copied):
+    policy, ids = copied(patch(build(), **SPARSE)), tokens()
+    gc.collect()
+    assert torch.equal(logits(load(folder), ids), logits(policy, ids))
+
+
+def test_a_policy_that_uses_full_attention_for_a_while_gives_its_settings(folder):
+    policy = patch(build(), **SPARSE)
+    reference, ids = load(folder), tokens()
+    with full_attention(policy):
+        logits(reference, ids)
+    assert torch.equal(logits(reference, ids), logits(policy, ids))
+
+
+def test_an_unpatched_model_does_not_count(folder):
+    policy, ids = unpatch(patch(build(), **SPARSE)), tokens()
+    with pytest.warns(UserWarning, match="it takes the defaults"):
+        assert torch.equal(logits(load(folder), ids), logits(policy, ids))
+
+
+def test_saved_settings_that_are_not_the_policys_are_told_once(tmp_path, recwarn):
+    patch(build(), block_size=4, top_k=3).save_pretrained(tmp_path)
+    policy = patch(build(), **SPARSE)
+    reference, ids = load(str(tmp_path)), tokens()
+    message = r"saved with it, MobaConfig\(block_size=4.*patched model of its kind has MobaConfig\(block_size=8"
+    with pytest.warns(UserWarning, match=message):
+        logits(reference, ids)
+    recwarn.clear()
+    logits(reference, ids)
+    assert not [w for w in recwarn if "saved with it" in str(w.message)]
+    del policy
