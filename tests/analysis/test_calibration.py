@@ -302,7 +302,7 @@ def test_bad_input_is_one_sentence_before_any_work(changes, said, monkeypatch):
         ([torch.rand(9), torch.rand(9)], r"texts\[0\] must be a string or one row of token ids, ints, but is a Tensor"),
         ([None, None], r"texts\[0\] must be a string or token ids, but is None"),
     ],
-    ids=str,
+    ids=["one text", "tensors of floats", "nothing"],
 )
 def test_texts_of_another_type_are_refused(texts, said):
     with pytest.raises(TypeError, match=said):

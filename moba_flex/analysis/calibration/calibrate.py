@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from statistics import fmean, median
-from typing import Any, cast
+from typing import Any
 
 import torch
 import transformers
@@ -268,7 +268,7 @@ def _layers(model: nn.Module) -> tuple[tuple[int, ...], MobaConfig]:
     of: Any = replaceable[0].config
     now = MobaConfig.of(of) if is_patched(replaceable) and getattr(of, "moba", None) is not None else MobaConfig()
     template = MobaConfig(top_k=4, sink_blocks=1, decode=now.decode, implementation=now.implementation, key_conv=now.key_conv)
-    return tuple(sorted({cast(int, layer.layer_idx) for layer in replaceable})), template
+    return tuple(sorted({layer.layer_idx for layer in replaceable})), template
 
 
 def _space(
