@@ -119,7 +119,7 @@ def draw(seed: int, number: int, device: str = "cpu") -> Draw:
     }
     groups = one.case.groups
     if rng.random() < 0.75 and one.lengths is None:
-        n_key, batch, groups = own.randint(130 + block_size, 300 + 2 * block_size), own.randint(2, 3), own.randint(2, 3)
+        n_key, batch, groups = own.randint(130 + block_size, 190 + block_size), own.randint(2, 3), 2
         kernels |= {"batch": batch, "groups": groups, "n_key": n_key, "n_query": own.choice([n_key, n_key, own.randint(129, n_key)])}
         kernels["padding"] = None if one.case.padding is None else _paddings(own, batch, n_key)
     return one.but(**kernels, heads=groups * like.case.repeats)
