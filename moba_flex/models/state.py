@@ -43,6 +43,12 @@ class Place:
     config: PreTrainedConfig
     index: int | None
 
+    def __eq__(self, other: object) -> bool:  # configurations of the same values may be of different models
+        return isinstance(other, Place) and self.config is other.config and self.index == other.index
+
+    def __hash__(self) -> int:
+        return hash((id(self.config), self.index))
+
 
 @dataclass(eq=False)
 class LayerState:
