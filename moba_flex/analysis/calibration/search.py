@@ -71,7 +71,7 @@ class Search:
         if found is None or self.passes_check(found, extra):
             return found
         costlier = [config for config in ordered[ordered.index(found) + 1 :] if not is_below(config, found)]
-        return self.cheapest(costlier, lambda config: self.holds(config, self.search) and self.passes_check(config, extra))
+        return self.cheapest(costlier, lambda config: self.passes_check(config, extra) and self.holds(config, self.search))
 
     def cheapest(self, ordered: Iterable[MobaConfig], holds: Callable[[MobaConfig], bool]) -> MobaConfig | None:
         """The first of `ordered` that holds, by halves: what a failure or a success rules out is not measured."""
@@ -137,9 +137,13 @@ class Search:
         )
 
     def passes_check(self, config: MobaConfig, extra: Callable[[MobaConfig], bool]) -> bool:
-        """The same on the texts that are set aside, with their spread."""
+        """The same on the texts that are set aside, with their spread. The text that lost most so far is read first: most fail on it."""
         self.checked.add(config)
-        return self.holds(config, self.held_out, spread=True) and extra(config)
+        most = {
+            i: max((readings[i].loss - self.full[i].loss for readings in self.seen.values() if i in readings), default=0.0)
+            for i in self.held_out
+        }
+        return self.holds(config, sorted(self.held_out, key=lambda i: -most[i]), spread=True) and extra(config)
 
     def difference(self, config: MobaConfig, texts: Sequence[int], stop: float = math.inf) -> float:
         """Mean nats behind full attention; as soon as it must end above `stop` if no text is ahead, what it is so far, over all texts."""
