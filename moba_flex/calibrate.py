@@ -13,9 +13,8 @@ from __future__ import annotations
 
 import os
 
-if (
-    __name__ == "__main__"
-):  # threads of a busy CPU wait for each other for minutes otherwise; GNU's OpenMP reads it when PyTorch is imported
+# Threads of a busy CPU wait for each other for minutes otherwise. GNU's OpenMP reads it when PyTorch is imported.
+if __name__ == "__main__":
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import argparse

@@ -31,9 +31,9 @@ def side_by_side(function: Callable[[Item], Result], items: Sequence[Item], devi
 
     On a GPU, with one thread, and where a dispatch mode watches this thread, one comes after the other in this thread.
     """
-    n_threads = torch.get_num_threads()
+    n_threads = torch.get_num_threads() if device.type == "cpu" else 1
     n_workers = min(n_threads, len(items), MOST_WORKERS)
-    if device.type != "cpu" or n_workers < 2 or hasattr(_of_worker, "is_one") or is_under_dispatch_mode():
+    if n_workers < 2 or hasattr(_of_worker, "is_one") or is_under_dispatch_mode():
         yield from map(function, items)
         return
     share, inference = n_threads // n_workers, torch.is_inference_mode_enabled()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -241,12 +242,12 @@ def _bounds_shown(bounds: list[int], lengths: list[int]) -> str:
 
 def check_scores(query: Tensor, heads: int, scale: float | None, softcap: float | None, sinks: Tensor | None) -> None:
     """What changes the scores, as float32 holds it: `scale`, `softcap > 0`, `sinks [H]`."""
-    if scale is not None and not _is_number(scale):
+    if scale is not None and not is_number(scale):
         mend = ": convert it with float()" if hasattr(scale, "__float__") else ""
         raise TypeError(f"scale must be a float or None, but is a {type(scale).__name__}{mend}")
     if scale is not None and not -_FLOAT32.max <= scale <= _FLOAT32.max:
         raise ValueError(f"scale must be finite in float32, but is {shown(scale)}")
-    if softcap is not None and not (_is_number(softcap) and _FLOAT32.tiny <= softcap <= _FLOAT32.max):
+    if softcap is not None and not (is_number(softcap) and _FLOAT32.tiny <= softcap <= _FLOAT32.max):
         raise ValueError(f"softcap must be above 0 and finite in float32, or None, but is {shown(softcap)}")
     if sinks is None:
         return
@@ -258,7 +259,8 @@ def check_scores(query: Tensor, heads: int, scale: float | None, softcap: float 
     _check_devices(query=query, sinks=sinks)
 
 
-def _is_number(value: object) -> bool:
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether it is an int or a float, which True and False are not here."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 

@@ -11,7 +11,7 @@ from transformers.training_args import TrainingArguments
 
 from ..config import layer_indices
 from ..core.messages import shown
-from ..core.validation import check_choice, check_count
+from ..core.validation import check_choice, check_count, is_number
 from . import set_attention
 from .patch import moba_layers
 
@@ -109,5 +109,5 @@ class MobaSchedule(TrainerCallback, ExportableState):
 
 
 def _check_share(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+    if not (is_number(value) and 0 <= value <= 1):
         raise ValueError(f"{name} must be a share of the steps, a number from 0 to 1, but is {shown(value)}")

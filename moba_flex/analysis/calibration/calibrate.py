@@ -17,7 +17,7 @@ from transformers.utils import logging
 
 from ...config import MobaConfig
 from ...core.messages import shown
-from ...core.validation import check_choice, check_count
+from ...core.validation import check_choice, check_count, is_number
 from ...models.layers import is_patched
 from ...models.patch import find_layers
 from ...models.state import context_of
@@ -242,18 +242,14 @@ def _too_long(model: Any, length: int) -> Iterable[str]:
 
 def _limits(within: float, last_quarter: float | None, agreement: float | None, retrieval: float | None) -> Limits:
     for name, value in (("within", within), ("last_quarter", last_quarter)):
-        if value is not None and not (_is_number(value) and 0 < value < math.inf):
+        if value is not None and not (is_number(value) and 0 < value < math.inf):
             raise ValueError(f"{name} must be a number of nats above 0, such as 0.02, but is {shown(value)}")
     if within is None:
         raise ValueError("within must be a number of nats above 0, such as 0.02, but is None")
     for name, value in (("agreement", agreement), ("retrieval", retrieval)):
-        if value is not None and not (_is_number(value) and 0 <= value <= 1):
+        if value is not None and not (is_number(value) and 0 <= value <= 1):
             raise ValueError(f"{name} must be a share from 0 to 1, but is {shown(value)}")
     return Limits(within, last_quarter, agreement, retrieval)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _layers(model: nn.Module) -> tuple[tuple[int, ...], MobaConfig]:

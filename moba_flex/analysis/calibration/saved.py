@@ -44,9 +44,6 @@ class Saved:
             raise ValueError(f"{self._file} cannot be continued: {', '.join(changed)}; name another file, or remove it")
         return dict(found)
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._found["measured"]
-
     def get(self, name: str, measure: Callable[[], Measured]) -> Measured:
         """The result of that name, measured if it is not there."""
         results = self._found["measured"]
