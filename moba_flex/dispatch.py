@@ -17,7 +17,7 @@ from .core.autocast import without_autocast
 from .core.dtypes import wide
 from .core.layout import one_block, slots_per_block
 from .core.settings import AttentionSettings
-from .core.validation import check_not_transformed
+from .core.validation import check_not_onnx, check_not_transformed
 from .decoding import decode
 from .reference import reference_attention
 
@@ -47,6 +47,7 @@ def attend(
         grouped = query.shape[1] != key.shape[1]
         with without_autocast(query):
             return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=settings.scale, enable_gqa=grouped), None
+    check_not_onnx()
     if path is Path.EMPTY:
         out, lse = _nothing(query, key, value)
     elif path is Path.REFERENCE:
@@ -71,6 +72,7 @@ def attend_decoding(
     sinks: Tensor | None = None,
 ) -> Tensor:
     """`attend` for the last tokens of a cache with block means, see `moba_flex.decoding.decode`: `[B, H, n, Dv]`."""
+    check_not_onnx()
     settings = _with_bounded_top_k(settings, means.shape[2] + 1)  # and the own block
     out, lse = decode(query, key, value, means, length, start, settings)
     return out if sinks is None else _with_sinks(out, lse, sinks)[0]

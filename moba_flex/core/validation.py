@@ -8,6 +8,7 @@ from typing import TypeGuard
 import torch
 from torch import Tensor
 
+from .compiling import constant_in_graphs
 from .messages import shown, to_int
 from .upstream import FakeTensor, assert_in_graph, functorch_transform, has_tangent, is_vmapped
 
@@ -128,6 +129,20 @@ def check_not_transformed(*tensors: Tensor, but: str = 'need implementation="nai
         raise NotImplementedError(f"the transforms of torch.func (grad, vmap and the like) {but}")
     if has_tangent(*tensors):
         raise NotImplementedError(f"forward-mode derivatives (torch.func.jvp and the like) {but}")
+
+
+@constant_in_graphs  # where torch.compile would take it to be False
+def _in_onnx_export() -> bool:
+    return torch.onnx.is_in_onnx_export()
+
+
+def check_not_onnx() -> None:
+    """ONNX has neither custom operators nor a sort that keeps the order of equals: the exporter's own error names one of the two."""
+    if (torch.compiler.is_exporting() or torch.jit.is_tracing()) and _in_onnx_export():
+        raise NotImplementedError(
+            "MoBA cannot be exported to ONNX, which has no operator for its gate: export the model with full attention, "
+            'set_attention(model, "full"), or export with torch.export, which keeps MoBA'
+        )
 
 
 def check_query_key(**tensors: Tensor) -> None:

@@ -66,9 +66,21 @@ def test_the_module_that_transformers_exports_decodes(decode, gradients):
 
 @torch.no_grad()
 def test_the_specification_exports_as_plain_pytorch():
-    """Which is what a format without custom operators needs, such as ONNX."""
+    """Which is what a format without custom operators needs."""
     model = set_attention(patch(build(), **SPARSE), "moba_naive")
     model.config.use_cache = False
     program = torch.export.export(model, (tokens(),), strict=False)
     own = {str(node.target) for node in program.graph.nodes if str(node.target).startswith("moba_flex")}
     assert not own
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("attention", ["moba", "moba_naive"])
+def test_onnx_is_refused_in_a_sentence_and_full_attention_is_not(monkeypatch, attention, strict):
+    monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: True)  # as it is within torch.onnx.export, which needs packages of its own
+    model = set_attention(patch(build(), **SPARSE), attention)
+    model.config.use_cache = False
+    with pytest.raises(Exception, match=r'cannot be exported to ONNX.*set_attention\(model, "full"\)'):
+        torch.export.export(model, (tokens(),), strict=strict)
+    torch.export.export(set_attention(model, "full"), (tokens(),), strict=strict)
