@@ -111,31 +111,49 @@ def test_a_refused_model_loaded_by_name_says_that_it_cannot_use_moba():
         BloomForCausalLM._from_config(config, attn_implementation="moba")(tokens())
 
 
-@pytest.mark.parametrize("trainer", ["DPO", "KTO"])
-def test_trl_trains_against_a_reference_of_the_same_settings(tiny, tmp_path, trainer):
+def one_step(trainer: str, texts: list[dict], tiny, tmp_path, settings: dict, **arguments) -> dict:
+    """What TRL's trainer logs of its first step with a patched policy, whose reference model it loads itself."""
     trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
     from transformers import AutoTokenizer
 
-    prompts = [" ".join(f"w{(7 * i + j) % 50}" for j in range(30)) for i in range(8)]
-    if trainer == "KTO":
-        texts = [{"prompt": x, "completion": f" w{i} w1 w2 w3", "label": i % 2 == 0} for i, x in enumerate(prompts)]
-    else:
-        texts = [{"prompt": x, "chosen": f" w{i} w1 w2 w3", "rejected": f" w{i + 1} w4 w5"} for i, x in enumerate(prompts)]
     tokenizer = AutoTokenizer.from_pretrained(tiny)
     tokenizer.eos_token = tokenizer.pad_token = tokenizer.convert_ids_to_tokens(0)
     model = patch(AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32), **SPARSE)
-    args = {"max_steps": 1, "logging_steps": 1, "per_device_train_batch_size": 4, "use_cpu": True, "bf16": False, "disable_tqdm": True}
-    args |= {"report_to": "none", "save_strategy": "no", "output_dir": str(tmp_path)}
+    settings |= {"max_steps": 1, "logging_steps": 1, "per_device_train_batch_size": 4, "use_cpu": True, "bf16": False}
+    settings |= {"report_to": "none", "save_strategy": "no", "output_dir": str(tmp_path), "disable_tqdm": True}
     run = getattr(trl, f"{trainer}Trainer")(
         model,
-        args=getattr(trl, f"{trainer}Config")(**args),
+        args=getattr(trl, f"{trainer}Config")(**settings),
         train_dataset=datasets.Dataset.from_list(texts),
         processing_class=tokenizer,
+        **arguments,
     )
     run.train()
     assert run.ref_model.config.moba == model.config.moba
-    expected = 0.6931 if trainer == "DPO" else 0.5
-    assert run.state.log_history[0]["loss"] == pytest.approx(expected, abs=1e-3), "policy and reference are one model before the first step"
+    return run.state.log_history[0]
+
+
+PROMPTS = [" ".join(f"w{(7 * i + j) % 50}" for j in range(30)) for i in range(8)]
+POLICY_IS_REFERENCE = "policy and reference are one model before the first step"
+
+
+@pytest.mark.parametrize("trainer", ["DPO", "KTO"])
+def test_trl_trains_against_a_reference_of_the_same_settings(tiny, tmp_path, trainer):
+    if trainer == "KTO":
+        texts = [{"prompt": x, "completion": f" w{i} w1 w2 w3", "label": i % 2 == 0} for i, x in enumerate(PROMPTS)]
+    else:
+        texts = [{"prompt": x, "chosen": f" w{i} w1 w2 w3", "rejected": f" w{i + 1} w4 w5"} for i, x in enumerate(PROMPTS)]
+    logged = one_step(trainer, texts, tiny, tmp_path, {})
+    assert logged["loss"] == pytest.approx(0.6931 if trainer == "DPO" else 0.5, abs=1e-3), POLICY_IS_REFERENCE
+
+
+@pytest.mark.parametrize("trainer", ["GRPO", "RLOO"])
+def test_trl_samples_with_a_reference_of_the_same_settings(tiny, tmp_path, trainer):
+    settings = {"num_generations": 2, "max_completion_length": 8, "beta": 0.1}  # a beta of 0 needs no reference
+    texts = [{"prompt": x} for x in PROMPTS]
+    reward = lambda completions, **_: [float(len(set(text))) for text in completions]  # noqa: E731
+    logged = one_step(trainer, texts, tiny, tmp_path, settings, reward_funcs=reward)
+    assert logged["kl"] == pytest.approx(0, abs=1e-6), POLICY_IS_REFERENCE
 
 
 def test_layers_that_were_switched_to_full_attention_are_so_in_the_reference(folder):
