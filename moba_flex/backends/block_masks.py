@@ -54,7 +54,7 @@ def block_mask(tiles: tuple[int, int], mask_mod: Callable[..., Tensor], lists: L
 
 @cache
 def _local_rule(width: int) -> Callable[..., Tensor]:
-    def rule(b: Tensor, h: Tensor, q: Tensor, kv: Tensor, own: Tensor) -> Tensor:
+    def rule(b, h, q, kv, own):  # with types the graph of a backward pass could not be kept on disk
         return (own[b, q // width] == kv // width) & (kv % width <= q % width)
 
     return rule
@@ -90,7 +90,7 @@ def _local_mask(layout: BlockLayout, heads: int, groups: int) -> Mask:
 
 @cache
 def _routed_rule(tile: int, width: int) -> Callable[..., Tensor]:
-    def rule(b: Tensor, h: Tensor, q: Tensor, kv: Tensor, block: Tensor, n_keys: Tensor) -> Tensor:
+    def rule(b, h, q, kv, block, n_keys):
         return (block[q // tile] == kv // width) & (kv % width < n_keys[kv // width])
 
     return rule

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from functools import cache
+import pickle
+from functools import cache, partial
 
 import pytest
 import torch
 from support.cases import unchecked
+from torch._dynamo.backends.common import aot_autograd
 
 from moba_flex import moba_attention
 from moba_flex.backends import flex_calls
@@ -16,17 +18,19 @@ from moba_flex.backends.compilation import any_length, compiled
 @pytest.fixture
 def traced(monkeypatch) -> list[str]:
     """The name of a function each time that it is traced."""
-    names, compile_ = [], torch.compile
+    names: list[str] = []
+    compile_with(monkeypatch, lambda graph, _, call: names.append(call.__code__.co_name) or graph.forward)
+    return names
 
-    def counting(call, **options):
-        return compile_(call, backend=lambda graph, _: names.append(call.__code__.co_name) or graph.forward, **options)
 
-    monkeypatch.setattr(torch, "compile", counting)
+def compile_with(monkeypatch, backend) -> None:
+    """Calls of FlexAttention are compiled on a CPU too, by `backend(graph, inputs, call)`."""
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda call, **options: compile_(call, backend=partial(backend, call=call), **options))
     monkeypatch.setattr(flex_calls, "_compile", lambda call, key, is_cuda: compiled(call, key))
     for name in ("_forward_call", "_backward_call"):  # none that other tests have made
         monkeypatch.setattr(flex_calls, name, cache(getattr(flex_calls, name).__wrapped__))
     torch._dynamo.reset()
-    return names
 
 
 def call(n_query: int, n_key: int, rows: int) -> None:
@@ -94,3 +98,16 @@ def test_a_later_compilation_serves_all_lengths_too(traced):
     for n in (300, 60, 200):
         call(n, n, 2)
     assert len(traced) == len(set(traced)) == 4, traced
+
+
+def test_graphs_can_be_kept_on_disk(monkeypatch):
+    """torch.compile's cache has the pickled graph in its key, and silently does without one where that fails."""
+    kept = []
+
+    def keep(graph, _):
+        kept.append(pickle.dumps(graph))
+        return graph.forward
+
+    compile_with(monkeypatch, lambda graph, inputs, call: aot_autograd(fw_compiler=keep)(graph, inputs))
+    call(50, 50, 2)
+    assert len(kept) == 4, "own blocks and routed ones, forward and backward"
