@@ -3,7 +3,9 @@
     python examples/benchmarks/benchmark.py                     # on a GPU FlashMoBA's own setting, on a CPU a smaller one
     python examples/benchmarks/benchmark.py --quick             # within a minute
     python examples/benchmarks/benchmark.py --preset report     # other settings that have been published
+    python examples/benchmarks/benchmark.py --preset corners    # packed and padded batches, odd blocks, float32
     python examples/benchmarks/benchmark.py --model llama-8b    # the prefill of a whole model
+    python examples/benchmarks/benchmark.py --train llama-1b    # a training step of a whole model
     python examples/benchmarks/benchmark.py --plot-only benchmark.json
 
 Prints tables and writes `benchmark.json` and, with matplotlib, `benchmark.png`. After Ctrl-C the same command goes on where it was.
@@ -32,8 +34,10 @@ from typing import Protocol
 
 import torch
 from benchmarking.attention import SYSTEMS, Attention, Settings, available
+from benchmarking.corners import Corners
+from benchmarking.corners import table as table_of_corners
 from benchmarking.measure import Call, attempt, over_limit
-from benchmarking.model import MODELS, ModelPrefill
+from benchmarking.model import MODELS, ModelPrefill, ModelTraining
 from benchmarking.results import TIME_UP, Results, check_writable, find, load, plot, skewed_over_uniform, tables
 from shared.command_line import Parser, exit_code
 from shared.environment import environment
@@ -48,17 +52,19 @@ PRESETS = {
     "skewed": ROW | {"lengths": [32768, 131072], "keys": "skewed"},
     "report": ROW | {"batch": 1, "heads": 4, "key_heads": 1, "block_size": 4096, "top_k": 12, "lengths": [MILLION], "forward_only": True},
     "msa": ROW | {"batch": 1, "heads": 32, "key_heads": 8, "top_k": 16, "lengths": [MILLION], "forward_only": True},
+    "corners": ROW | {"batch": 1, "heads": 32, "key_heads": 32, "lengths": [32768], "corners": True},
     "cpu": {"batch": 1, "heads": 9, "key_heads": 3, "width": 64, "block_size": 128, "top_k": 8, "dtype": "float32"}
     | {"lengths": [2048, 8192, 32768]},
 }
 MODEL_PRESET = {"block_size": 128, "top_k": 8, "lengths": [512 << i for i in range(10)]}
+TRAINING_PRESET = {"block_size": 128, "top_k": 8, "lengths": [8192, 32768, 131072]}
 QUICK = {"cuda": {"lengths": [4096, 16384], "batch": 1}, "cpu": {"lengths": [1024, 4096]}}
 QUICK_SECONDS = 35  # after that no further measurement begins
 TIMES = "milliseconds", "least", "most", "estimate"
 
 
 class Workload(Protocol):
-    """What `run` needs to know of a comparison; `Attention` here, and `ModelPrefill`."""
+    """What `run` needs to know of a comparison: `Attention`, `Corners`, `ModelPrefill`, `ModelTraining`."""
 
     device: torch.device
     systems: list[str]
@@ -127,7 +133,7 @@ def benchmark(args: argparse.Namespace, start: float) -> int:
         print("\nInterrupted; the same command goes on from here.", file=sys.stderr)
         code = 130
     except torch.OutOfMemoryError:
-        print(f"\nThe weights of {args.model} do not fit into memory.", file=sys.stderr)
+        print(f"\nThe weights of {args.model or args.train} do not fit into memory.", file=sys.stderr)
         code = 1
     except torch.AcceleratorError as error:
         print(f"\nThe GPU can no longer be used: {error}\nThe same command goes on from here.", file=sys.stderr)
@@ -139,11 +145,16 @@ def benchmark(args: argparse.Namespace, start: float) -> int:
 
 
 def report(runs: list[dict]) -> str:
-    return "\n\n".join(filter(None, [*map(tables, runs), skewed_over_uniform(runs)]))
+    shown = [table_of_corners(run) if of_corners(run) else tables(run) for run in runs]
+    return "\n\n".join(filter(None, [*shown, skewed_over_uniform(runs)]))
+
+
+def of_corners(run: dict) -> bool:
+    return run["settings"].get("workload") == "corners"
 
 
 def draw(runs: list[dict], file: Path) -> None:
-    if not (runs := [run for run in runs if run["results"]]):
+    if not (runs := [run for run in runs if run["results"] and not of_corners(run)]):  # a table says it better
         return
     try:
         plot(runs, file)
@@ -154,13 +165,17 @@ def draw(runs: list[dict], file: Path) -> None:
 
 def workloads(args: argparse.Namespace) -> Iterator[Workload]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if args.model:
-        yield ModelPrefill(args.model, args.block_size, args.top_k, args.dtype, args.repeats, args.systems, device)
+    if name := args.model or args.train:
+        kind = ModelPrefill if args.model else ModelTraining
+        yield kind(name, args.block_size, args.top_k, args.dtype, args.repeats, args.systems, device)
         return
     systems, missing = available(args.systems, device)
     for name, reason in missing.items():
         print(f"Without {name}: {reason}", flush=True)
     fields = {name: getattr(args, name) for name in Settings.__dataclass_fields__ if name != "keys"}
+    if args.corners:
+        yield Corners(Settings(**fields), device, args.forward_only)
+        return
     for keys in ("uniform", "skewed") if args.keys == "skewed" else ("uniform",):
         yield Attention(Settings(**fields, keys=keys), device, systems, args.forward_only)
 
@@ -173,6 +188,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     flag("--preset", choices=PRESETS, help=f"a published setting, which other flags change (default: {usual}, on this machine)")
     flag("--quick", action="store_true", help="two short lengths, within a minute")
     flag("--model", choices=MODELS, help="prefill by a whole model of this shape, random weights, against sdpa (default: attention alone)")
+    flag("--train", choices=MODELS, help="a training step of such a model, plain and packed, against sdpa (default: attention alone)")
     of_preset = "(default: the preset's)"
     flag("--batch", type=count, metavar="N", help=f"sequences {of_preset}")
     flag("--heads", type=count, metavar="N", help=f"query heads {of_preset}")
@@ -181,7 +197,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_block_flags(block_size="the preset's", top_k="the preset's")
     flag("--lengths", type=count, nargs="+", metavar="N", help=f"tokens {of_preset}")
     flag("--dtype", choices=["float32", "bfloat16", "float16"], help=f"of the tensors {of_preset}")
-    names = f"of {', '.join(SYSTEMS)}; with --model of {', '.join(ModelPrefill.SYSTEMS)} (default: all that the device has)"
+    models = f"with --model of {', '.join(ModelPrefill.SYSTEMS)}, with --train of {', '.join(ModelTraining.SYSTEMS)}"
+    names = f"of {', '.join(SYSTEMS)}; {models} (default: all that the device has)"
     flag("--systems", nargs="+", metavar="NAME", help=names)
     flag("--forward-only", action="store_true", default=None, help=f"no backward pass {of_preset}")
     flag("--one-group", action="store_true", default=None, help="measure one key head, and multiply its times (default: no)")
@@ -192,22 +209,30 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     flag("--plot-only", type=Path, metavar="JSON", help="print and plot the results in a file; measure nothing (default: measure)")
     args = parser.parse_args(argv)
 
-    preset = dict(PRESETS[args.preset or ("flashmoba" if device == "cuda" else "cpu")])
-    if args.model:
-        if wrong := [n for n in (*ROW, "preset", "one_group", "forward_only") if n not in (*MODEL_PRESET, "dtype") and getattr(args, n)]:
-            parser.error(f"argument --{wrong[0].replace('_', '-')}: does not go with --model, whose shape and pass are fixed")
-        preset = MODEL_PRESET | {"dtype": PRESETS["flashmoba" if device == "cuda" else "cpu"]["dtype"]}
+    usual_preset = PRESETS[usual]
+    preset = dict(PRESETS[args.preset or usual])
+    workload = ModelPrefill if args.model else ModelTraining if args.train else None
+    if workload:
+        one = "--model" if args.model else "--train"
+        fixed = [n for n in (*ROW, "preset", "one_group", "forward_only") if n not in (*MODEL_PRESET, "dtype")]
+        if wrong := [n for n in fixed if getattr(args, n)]:
+            parser.error(f"argument --{wrong[0].replace('_', '-')}: does not go with {one}, whose shape and pass are fixed")
+        if args.model and args.train:
+            parser.error("argument --train: does not go with --model; measure one after the other")
+        preset = (MODEL_PRESET if args.model else TRAINING_PRESET) | {"dtype": usual_preset["dtype"]}
     if args.quick:
         preset |= QUICK[device]
-    args.keys = preset.pop("keys", "uniform")
+    args.keys, args.corners = preset.pop("keys", "uniform"), preset.pop("corners", False)
     for name, value in preset.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     args.one_group, args.forward_only = bool(args.one_group), bool(args.forward_only)
-    known = ModelPrefill.SYSTEMS if args.model else SYSTEMS
+    if args.corners and (wrong := [n for n in ("systems", "one_group") if getattr(args, n)]):
+        parser.error(f"argument --{wrong[0].replace('_', '-')}: does not go with --preset corners, which compares batches")
+    known = workload.SYSTEMS if workload else SYSTEMS
     if unknown := [name for name in args.systems or () if name not in known]:
         parser.error(f"argument --systems: no system {unknown[0]!r}; there are {', '.join(known)}")
-    if not args.model and args.heads % args.key_heads:
+    if workload is None and args.heads % args.key_heads:
         parser.error(f"argument --heads: must be a multiple of --key-heads, but is {args.heads} with {args.key_heads}")
     args.lengths = sorted(set(args.lengths))
     return args

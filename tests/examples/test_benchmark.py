@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -14,7 +15,7 @@ from types import ModuleType, SimpleNamespace
 import benchmark
 import pytest
 import torch
-from benchmarking import attention, measure, model, results
+from benchmarking import attention, corners, measure, model, results
 from benchmarking.attention import BOTH, FORWARD, SYSTEMS, Attention, Settings, System
 from shared import environment
 from torch.nn.attention.flex_attention import flex_attention
@@ -106,6 +107,9 @@ def test_flags_change_a_preset(cpu):
         (["--block-size", "0"], ["--block-size", "0"]),
         (["--systems", "flash"], ["--systems", "flash", "flash-moba"]),
         (["--model", "llama-8b", "--heads", "4"], ["--heads", "--model"]),
+        (["--train", "llama-1b", "--heads", "4"], ["--heads", "--train"]),
+        (["--train", "llama-1b", "--model", "llama-8b"], ["--train", "--model"]),
+        (["--preset", "corners", "--systems", "moba_flex"], ["--systems", "corners"]),
         (["--model", "llama-8b", "--systems", "dense-fa2"], ["dense-fa2", "sdpa"]),
         (["--preset", "none"], ["--preset", "none", "msa"]),
     ],
@@ -464,6 +468,41 @@ def test_skewed_is_measured_against_uniform_in_one_run(file, capsys):
         assert f"skewed / uniform: moba_flex, {pass_}, 64 tokens: {ratio:.2f}x" in out
 
 
+# Batches of real life
+
+
+def test_corners_measure_each_case_beside_a_plain_one(file, capsys, monkeypatch):
+    cases = {name: corners.CASES[name] for name in ("4 rows", "packed, 4 sequences", "4 rows, 2 of them padded")}
+    monkeypatch.setattr(corners, "CASES", cases)
+    made = run(file, "--preset", "corners", "--dtype", "float32", "--lengths", "128")
+    found = by_key(made[0])
+    assert set(found) == {(case, pass_, 128) for case in cases for pass_ in (FORWARD, BOTH)}
+    lines = {line.split("|")[1].strip(): line for line in capsys.readouterr().out.splitlines() if line.startswith("|")}
+    for name, case in cases.items():
+        for pass_ in (FORWARD, BOTH) if case.against else ():
+            ratio = found[name, pass_, 128]["milliseconds"] / found[case.against, pass_, 128]["milliseconds"]
+            assert f"{ratio:.2f}" in lines[name], name
+
+
+@pytest.mark.parametrize("name", corners.CASES)
+def test_a_corner_has_as_many_tokens_as_the_plain_case(name, monkeypatch):
+    rows = []
+    for module, call in ((corners, "moba_attention"), (corners, "moba_attention_varlen"), (corners.F, "scaled_dot_product_attention")):
+        real = getattr(module, call)
+        monkeypatch.setattr(module, call, lambda *x, real=real, **options: rows.append(x[0].shape) or real(*x, **options))
+    workload = corners.Corners(Settings(1, 8, 4, 16, block_size=16, top_k=2, dtype="float32", repeats=1), CPU, False)
+    workload.call(name, BOTH, 128, 0)()
+    (shape,) = rows
+    assert (shape[0] if len(shape) == 3 else shape[0] * shape[2]) == 128
+
+
+def test_corners_have_the_lengths_and_the_padding_that_they_say():
+    assert corners.bounds((1, 9, 2, 5, 3, 8, 4), 320, CPU).tolist() == [0, 10, 100, 120, 170, 200, 280, 320]
+    mask = corners.left_padding((1, 0.7, 0.4), 10, CPU)
+    assert mask.sum(1).tolist() == [10, 7, 4] and mask[:, -1].all()
+    assert all(case.against is None or case.against in corners.CASES for case in corners.CASES.values())
+
+
 # The whole model
 
 
@@ -500,6 +539,33 @@ def test_prefill_asks_for_the_last_logits_of_the_same_model_and_no_cache(tiny):
     plain.load_state_dict(workload.model.state_dict())
     assert torch.allclose(dense, plain(given[0]).logits[0, -1], atol=1e-5)
     assert (moba - dense).abs().max() > 1e-3, "both computed the same"
+
+
+def test_a_training_step_is_shown_in_tokens_a_second(file, tiny, capsys):
+    flags = ["--train", tiny, "--block-size", "8", "--top-k", "2", "--lengths", "64", "--repeats", "1", "--json", str(file)]
+    assert benchmark.main(flags) == 0
+    (only,) = json.loads(file.read_text())
+    found = {system: 64 / result["milliseconds"] * 1000 for (system, _, _), result in by_key(only).items()}
+    assert set(found) == {"moba_flex", "moba_flex-packed", "sdpa"}
+    out = capsys.readouterr().out
+    for system, speed in found.items():
+        assert f" {speed:,.0f} " in out, system
+        assert system == "sdpa" or f" {speed / found['sdpa']:.2f} " in out, system
+
+
+def test_a_training_step_trains_what_the_system_says(tiny, monkeypatch):
+    workload = model.ModelTraining(tiny, 8, 2, "float32", 1, None, CPU)
+    plain = model.build(tiny, torch.float32, CPU)
+    plain.load_state_dict(workload.model.state_dict())
+    monkeypatch.setattr(workload.optimizer, "step", lambda: None)
+    gradients = {}
+    for system in workload.systems:
+        workload.call(system, "training step", 64, 0)()
+        gradients[system] = workload.model.model.layers[0].self_attn.q_proj.weight.grad.clone()
+    plain.model(workload.prompt(64, 0)).last_hidden_state.square().mean().backward()
+    torch.testing.assert_close(gradients["sdpa"], plain.model.layers[0].self_attn.q_proj.weight.grad)
+    for one, other in itertools.combinations(gradients, 2):
+        assert not torch.allclose(gradients[one], gradients[other], rtol=1e-2), f"{one} and {other} computed the same"
 
 
 def test_llama_8b_has_its_size_and_is_made_in_the_dtype_asked_for():

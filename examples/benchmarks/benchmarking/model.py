@@ -1,14 +1,19 @@
-"""The whole-model comparison of `benchmark.py`: prefill of one prompt, patched with MoBA against `attn_implementation="sdpa"`."""
+"""The whole-model comparisons of `benchmark.py`: prefill of one prompt and a training step, patched with MoBA against "sdpa"."""
 
 from __future__ import annotations
 
+from typing import Any, ClassVar
+
 import torch
+from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 import moba_flex
 
 from .measure import Call
-from .results import OURS
+from .results import OURS, PACKED, TRAINING
+
+SEQUENCES = 8  # of a packed row
 
 # Shapes of published models; the weights are random.
 MODELS = {
@@ -19,6 +24,15 @@ MODELS = {
         "num_hidden_layers": 32,
         "num_attention_heads": 32,
         "num_key_value_heads": 8,
+    },
+    "llama-1b": {
+        "vocab_size": 128256,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "tie_word_embeddings": True,
     },
     "smollm2-135m": {
         "vocab_size": 49152,
@@ -32,11 +46,12 @@ MODELS = {
 }
 
 
-class ModelPrefill:
-    """Prefill of one prompt of random tokens: the logits of its last token, and no cache."""
+class _OfModel:
+    """What both comparisons share: a patched model, random tokens, and "sdpa" as the same model with full attention."""
 
-    SYSTEMS = (OURS, "sdpa")
-    passes = ("prefill",)
+    WORKLOAD: ClassVar[str]
+    SYSTEMS: ClassVar[tuple[str, ...]]
+    passes: ClassVar[tuple[str, ...]]
     scale = 1
 
     def __init__(
@@ -47,25 +62,78 @@ class ModelPrefill:
         self.blocks = {"block_size": block_size, "top_k": top_k}
         self.model = moba_flex.patch(build(name, getattr(torch, dtype), device), **self.blocks)
 
-    def title(self) -> str:
-        return f"{self.name} in shape, prefill of one prompt, block {self.blocks['block_size']}, top-{self.blocks['top_k']}, {self.dtype}"
-
     def settings(self) -> dict:
-        return {"workload": "prefill", "model": self.name, **self.blocks, "dtype": self.dtype, "repeats": self.repeats}
+        return {"workload": self.WORKLOAD, "model": self.name, **self.blocks, "dtype": self.dtype, "repeats": self.repeats}
 
     def growth(self, system: str) -> int:
         return 2 if system == "sdpa" else 1
 
-    def call(self, system: str, pass_: str, tokens: int, sample: int) -> Call:
+    def prompt(self, tokens: int, sample: int) -> Tensor:
+        """`[1, N]` random tokens."""
         generator = torch.Generator(self.device).manual_seed(sample)
-        prompt = torch.randint(self.model.config.vocab_size, (1, tokens), generator=generator, device=self.device)
-        moba_flex.set_attention(self.model, "moba" if system == OURS else "full")
+        return torch.randint(self.model.config.vocab_size, (1, tokens), generator=generator, device=self.device)
+
+    def use(self, system: str) -> None:
+        moba_flex.set_attention(self.model, "full" if system == "sdpa" else "moba")
+
+
+class ModelPrefill(_OfModel):
+    """Prefill of one prompt of random tokens: the logits of its last token, and no cache."""
+
+    WORKLOAD = "prefill"
+    SYSTEMS = (OURS, "sdpa")
+    passes = ("prefill",)
+
+    def title(self) -> str:
+        return f"{self.name} in shape, prefill of one prompt, block {self.blocks['block_size']}, top-{self.blocks['top_k']}, {self.dtype}"
+
+    def call(self, system: str, pass_: str, tokens: int, sample: int) -> Call:
+        prompt = self.prompt(tokens, sample)
+        self.use(system)
 
         @torch.inference_mode()
         def prefill() -> None:
             self.model(prompt, use_cache=False, logits_to_keep=1)
 
         return prefill
+
+
+class ModelTraining(_OfModel):
+    """A training step of one row of random tokens: AdamW, each layer's activations computed again in the backward pass.
+
+    The loss is a sum of squares of the last hidden states. One over the vocabulary costs the same with every attention.
+    """
+
+    WORKLOAD = TRAINING
+    SYSTEMS = (OURS, PACKED, "sdpa")
+    passes = ("training step",)
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.model.train()
+        self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        self.optimizer = torch.optim.AdamW(self.model.model.parameters(), lr=1e-6, fused=self.device.type == "cuda")
+
+    def title(self) -> str:
+        return (
+            f"{self.name} in shape, a training step with activation checkpointing and AdamW, without the loss over the vocabulary, "
+            f"block {self.blocks['block_size']}, top-{self.blocks['top_k']}, {self.dtype}"
+        )
+
+    def call(self, system: str, pass_: str, tokens: int, sample: int) -> Call:
+        prompt = self.prompt(tokens, sample)
+        self.use(system)
+        position = torch.arange(tokens, device=self.device)[None]
+        if system == PACKED:
+            position = position % -(-tokens // SEQUENCES)
+
+        def step() -> None:
+            self.optimizer.zero_grad()
+            hidden = self.model.model(prompt, position_ids=position, use_cache=False).last_hidden_state
+            hidden.float().square().mean().backward()
+            self.optimizer.step()
+
+        return step
 
 
 def build(name: str, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:

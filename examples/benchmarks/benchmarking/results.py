@@ -19,10 +19,13 @@ from pathlib import Path
 from shared.command_line import UserError
 
 OURS = "moba_flex"
+PACKED = "moba_flex-packed"
+TRAINING = "training"  # a workload whose results are shown in tokens a second
 FULL, TOO_LONG, TIME_UP = "out of memory", "too long", "time is up"
 AGAIN = TOO_LONG, TIME_UP  # another limit may let them be measured
 IN_WORDS = {  # what a picture calls a system
     "moba_flex-triton": 'moba_flex, implementation="triton"',
+    PACKED: "moba_flex, eight packed sequences",
     "moba_flex-flash": "moba_flex, FlashAttention-4",
     "dense-cudnn": "dense, cuDNN",
     "dense-fa2": "dense, FlashAttention-2",
@@ -104,7 +107,7 @@ def describe(run: dict) -> str:
 
 
 def tables(run: dict) -> str:
-    """Milliseconds and peak gigabytes for each pass, as Markdown; then why a system failed."""
+    """Milliseconds (of training: tokens a second) and peak gigabytes for each pass, as Markdown; then why a system failed."""
     parts = [describe(run)]
     for pass_ in of(run, "pass"):
         systems = [s for s in of(run, "system") if any(find(run, s, pass_, n) for n in of(run, "tokens"))]
@@ -115,10 +118,31 @@ def tables(run: dict) -> str:
             results = [find(run, s, pass_, n) or {} for s in systems]
             times.append([f"{n:,}", *map(time_cell, results), *([ratio_cell(dict(zip(systems, results)))] if ratio else [])])
             memory.append([f"{n:,}", *(f"{r['peak_gb']:.2f}" if "peak_gb" in r else "" for r in results)])
-        parts += [f"{pass_}, milliseconds\n{markdown(times)}", f"{pass_}, peak memory in GB, inputs included\n{markdown(memory)}"]
+        if run["settings"].get("workload") == TRAINING:
+            parts.append(f"{pass_}, tokens a second\n{markdown(speeds(run, systems, pass_))}")
+        else:
+            parts.append(f"{pass_}, milliseconds\n{markdown(times)}")
+        parts += [f"{pass_}, peak memory in GB, inputs included\n{markdown(memory)}"]
     failed = [r for r in run["results"] if "failed" in r]
     parts += [f"failed: {r['system']}, {r['pass']}, {r['tokens']:,} tokens: {r['failed']}" for r in failed]
     return "\n\n".join(parts)
+
+
+def speeds(run: dict, systems: list[str], pass_: str) -> list[list[str]]:
+    """Tokens a second, and how many times those of full attention each system has."""
+    others = [s for s in systems if s != "sdpa"] if "sdpa" in systems else []
+    rows = [["tokens", *systems, *(f"{s} / sdpa" for s in others)]]
+    for n in of(run, "tokens"):
+        results = {s: find(run, s, pass_, n) or {} for s in systems}
+        found = {s: speed(r) for s, r in results.items() if "milliseconds" in r}
+        cells = [f"{found[s]:,.0f}" if s in found else time_cell(r) for s, r in results.items()]
+        rows.append([f"{n:,}", *cells, *(f"{found[s] / found['sdpa']:.2f}" if {s, "sdpa"} <= found.keys() else "" for s in others)])
+    return rows
+
+
+def speed(result: dict) -> float:
+    """Tokens a second."""
+    return result["tokens"] / result["milliseconds"] * 1000
 
 
 def time_cell(result: dict) -> str:
@@ -162,7 +186,7 @@ def skewed_over_uniform(runs: list[dict]) -> str:
 
 
 def plot(runs: list[dict], file: Path) -> None:
-    """Time against tokens, both axes logarithmic, one line a system; a row of panels a run, one panel a pass.
+    """Time (of training: tokens a second) against tokens, axes logarithmic, one line a system; a row of panels a run, one panel a pass.
 
     Raises ImportError without matplotlib.
     """
@@ -191,15 +215,15 @@ def plot(runs: list[dict], file: Path) -> None:
 def draw(panel, run: dict, pass_: str, style: dict) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
-    lengths = of(run, "tokens")
+    lengths, training = of(run, "tokens"), run["settings"].get("workload") == TRAINING
     for system in of(run, "system"):
         results = [r for n in lengths if (r := find(run, system, pass_, n))]
-        points = [(r["tokens"], r["milliseconds"]) for r in results if "milliseconds" in r]
+        points = [(r["tokens"], speed(r) if training else r["milliseconds"]) for r in results if "milliseconds" in r]
         full = [r["tokens"] for r in results if r.get("skipped") == FULL]
         label = IN_WORDS.get(system, system) + (f" (out of memory at {short(full[0])})" if full else "")
         if points or full:
             panel.plot(*zip(*points or [(lengths[0], float("nan"))]), label=label, **style[system])
-    panel.set(xscale="log", yscale="log", title=pass_, xlabel="tokens", ylabel="milliseconds")
+    panel.set(xscale="log", yscale="log", title=pass_, xlabel="tokens", ylabel="tokens a second" if training else "milliseconds")
     panel.set_xticks(lengths, [short(n) for n in lengths])
     panel.xaxis.set_minor_locator(NullLocator())
     panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
