@@ -96,9 +96,9 @@ class _Diagonal:
 
     def later(self) -> Tensor:
         """`[P, P]` or `[q, tile, P]`: the keys that come after a query."""
-        slot = torch.arange(self.width, device=self.device)
         if self.tile is None or self.offset is None:
-            return slot > slot[:, None]
+            return _later(self.width, self.device)
+        slot = torch.arange(self.width, device=self.device)
         return slot > (self.offset[:, None] + slot[: self.tile])[..., None]
 
     def hide(self, weight: Tensor) -> Tensor:
@@ -145,6 +145,12 @@ def _weights(
     if causal:
         causal.hide(weight)
     return weight, weight.sum(-1, keepdim=True), most
+
+
+def _later(width: int, device: torch.device) -> Tensor:
+    """`[P, P]`: the keys that come after a query of the same block."""
+    slot = torch.arange(width, device=device)
+    return slot > slot[:, None]
 
 
 def _attend_backward(

@@ -47,10 +47,11 @@ def n_query_slots(
     n_query, n_key = query.shape[2], key.shape[2]
     block_size, width = block_sizes(block_size, n_key, backend.slots_per_block)
     if cu_seqlens is not None and cu_seqlens.dim() == 2:
-        sequences = cu_seqlens.shape[1] - 1
-        tile = backend.slots_per_query_tile(width, n_query, sequences)
-        return n_query_tiles(n_query, sequences, block_size, tile) * tile
-    return n_query_blocks(n_query, n_key, block_size, padding_mask is not None, None if cu_seqlens is None else len(cu_seqlens) - 1) * width
+        n_sequences = cu_seqlens.shape[1] - 1
+        tile = backend.slots_per_query_tile(width, n_query, n_sequences)
+        return n_query_tiles(n_query, n_sequences, block_size, tile) * tile
+    sequences = None if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    return n_query_blocks(n_query, n_key, block_size, padding_mask is not None, sequences) * width
 
 
 def block_sizes(block_size: int, n_key: int, slots: Callable[[int], int]) -> tuple[int, int]:
