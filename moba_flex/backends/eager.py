@@ -360,7 +360,7 @@ def _sum_routed(
         return False
     small, dtype = known.small, wide(query.dtype)
     q = _wide(query).flatten(0, 2)
-    k, v = _tiles(_wide(key) * settings.scale, layout), _tiles(_wide(value), layout)
+    k, v = (x.unflatten(2, (-1, layout.width)).flatten(0, 2) for x in (key, value))
     relative = None if small else lse.to(dtype).flatten()
     total = (lse if small else lse - relative.view(lse.shape)).to(dtype).exp().flatten()  # 1, but for rounding
     share = total.view(lse.shape)[..., None]
@@ -374,12 +374,13 @@ def _sum_routed(
         row_query, weight, part = (x[: tile * _TILES] for x in kept)  # rows after n: of an earlier block, for nothing
         in_tiles = [x.view(_TILES, tile, -1) for x in (row_query, weight, part)]
         torch.index_select(q, 0, queries, out=row_query[:n])
-        torch.bmm(in_tiles[0], k[block].mT, out=in_tiles[1])
+        block_key, block_value = _wide(k[block]) * settings.scale, _wide(v[block])  # only of blocks that are read
+        torch.bmm(in_tiles[0], block_key.mT.expand(_TILES, -1, -1), out=in_tiles[1])
         _cap(weight, settings)
         if relative is not None:
             weight[:n] -= relative.index_select(0, queries)[:, None]
         total.index_add_(0, queries, weight.exp_().sum(-1)[:n])
-        torch.bmm(in_tiles[1], v[block], out=in_tiles[2])
+        torch.bmm(in_tiles[1], block_value.expand(_TILES, -1, -1), out=in_tiles[2])
         sums.index_add_(0, queries, part[:n])
     if not small and not all(math.isfinite(bound) for x in (total, sums) for bound in torch.aminmax(x)):
         return False
@@ -387,11 +388,6 @@ def _sum_routed(
     torch.div(whole, total[..., None], out=into[0])
     into[1].copy_(total.log_() if small else total.log_().add_(relative.view(lse.shape)))
     return True
-
-
-def _tiles(x: Tensor, layout: BlockLayout) -> tuple[Tensor, ...]:
-    """Each block of `[B, G, C * P, D]` as often as its rows have tiles: `[tiles, P, D]`. Only whole blocks are routed to."""
-    return x.unflatten(2, (-1, layout.width)).flatten(0, 2)[:, None].expand(-1, _TILES, -1, -1).unbind(0)
 
 
 def _range_of(query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings) -> _Range:
