@@ -151,7 +151,7 @@ def choose(query: Tensor, key: Tensor, layout: BlockLayout, settings: AttentionS
 def _blocks_of_sequences(layout: BlockLayout, settings: AttentionSettings) -> tuple[list[int], list[int]]:
     """The first block and one past the last that a query block of any row may be routed to: those of other sequences are not scored."""
     if layout.dense:
-        last = (layout.last_own(i) if settings.causal else layout.n_key_blocks for i in range(layout.n_query_blocks))
-        return [0] * layout.n_query_blocks, list(last)
+        query_blocks = range(layout.n_query_blocks)
+        return [0] * len(query_blocks), [layout.last_own(i) if settings.causal else layout.n_key_blocks for i in query_blocks]
     first, last = candidates(layout, settings)
     return first.amin(0).tolist(), last.amax(0).tolist()
