@@ -29,7 +29,7 @@ from support.oracle import upstream_for, visible_keys
 
 from moba_flex import attention as attention_module
 from moba_flex import moba_attention, moba_attention_varlen, set_working_memory
-from moba_flex.backends import eager
+from moba_flex.backends import eager, eager_routes
 from moba_flex.core.layout import BlockLayout
 from moba_flex.core.layout_builders import _persistent_layout, layout_of
 from moba_flex.operator import attention
@@ -352,7 +352,7 @@ def test_taking_few_rows_at_a_time_does_not_change_the_result(case: Case | Packe
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gate, "_SCORES_AT_ONCE", few)
         patch.setattr(eager, "_SCORES_AT_ONCE", few)
-        patch.setattr(eager, "_ROWS_AT_ONCE", few)
+        patch.setattr(eager_routes, "_ROWS_AT_ONCE", few)
         patch.setattr(rows, "_QUERIES_AT_ONCE", few)
         patch.setattr(attention_module, "HEAD_BY_HEAD_FROM", 0 if head_by_head else 1 << 18)
         _persistent_layout.cache_clear()  # with the pieces of calls before
@@ -880,8 +880,8 @@ def test_an_exported_program_notices_wrong_packed_bounds():
 def test_a_past_block_may_outweigh_the_own_one_by_any_amount(height: float, monkeypatch):
     """Scores far above those of the own block overflow a plain sum of exponentials, and are merged another way."""
     added_up = []
-    plain = eager._sum_routed
-    monkeypatch.setattr(eager, "_sum_routed", lambda *operands: added_up.append(plain(*operands)) or added_up[-1])
+    plain = eager_routes._sum_routed
+    monkeypatch.setattr(eager_routes, "_sum_routed", lambda *operands: added_up.append(plain(*operands)) or added_up[-1])
     query = torch.randn(1, 2, 60, 8)
     query[..., 0] = height
     key, value = torch.randn(1, 1, 60, 8), torch.randn(1, 1, 60, 8)

@@ -59,7 +59,7 @@ def query_tile(width: int) -> int:
 
 @cache
 def _local_rule(width: int) -> Callable[..., Tensor]:
-    def rule(b, h, q, kv, own):  # with types the graph of a backward pass could not be kept on disk
+    def rule(b, h, q, kv, own):  # type: ignore[no-untyped-def]  # with types a backward pass's graph cannot be kept on disk
         return (own[b, q // width] == kv // width) & (kv % width <= q % width)
 
     return rule
@@ -67,7 +67,7 @@ def _local_rule(width: int) -> Callable[..., Tensor]:
 
 @cache
 def _tiles_rule(width: int, tile: int) -> Callable[..., Tensor]:
-    def rule(b: Tensor, h: Tensor, q: Tensor, kv: Tensor, own: Tensor, offset: Tensor) -> Tensor:
+    def rule(b, h, q, kv, own, offset):  # type: ignore[no-untyped-def]
         return (own[b, q // tile] == kv // width) & (kv % width <= offset[b, q // tile] + q % tile)
 
     return rule
@@ -127,7 +127,7 @@ def _local_mask_of_tiles(layout: BlockLayout, offset: Tensor, heads: int, groups
 
 @cache
 def _routed_rule(tile: int, width: int) -> Callable[..., Tensor]:
-    def rule(b, h, q, kv, block, n_keys):
+    def rule(b, h, q, kv, block, n_keys):  # type: ignore[no-untyped-def]
         return (block[q // tile] == kv // width) & (kv % width < n_keys[kv // width])
 
     return rule

@@ -11,7 +11,7 @@ import torch
 from fuzz.check import check
 from fuzz.draws import LAYOUTS, VALUES, draw
 from fuzz.run import State, main, try_cases
-from moba_flex.backends import eager
+from moba_flex.backends import eager, eager_softmax
 from moba_flex.core import hidden
 from moba_flex.ops import decoding, gate
 
@@ -39,20 +39,22 @@ def test_every_kind_of_case_is_drawn_and_the_same_in_every_run():
 
 def _plant(monkeypatch, fault: str) -> None:
     if fault == "a later key is seen":
-        monkeypatch.setattr(eager, "_later", lambda width, device: torch.ones(width, width, dtype=torch.bool, device=device).triu(2))
+        monkeypatch.setattr(
+            eager_softmax, "_later", lambda width, device: torch.ones(width, width, dtype=torch.bool, device=device).triu(2)
+        )
     elif fault == "weights of a rounded log-sum-exp":
         monkeypatch.setattr(eager, "_ROUNDED", 1e9)
-        monkeypatch.setattr(eager, "_SAFE", 1e300)
+        monkeypatch.setattr(eager_softmax, "_SAFE", 1e300)
     elif fault == "NaN is not hidden":
-        monkeypatch.setattr(eager, "visible_product", lambda weight, visible, x: weight @ x)
+        monkeypatch.setattr(eager_softmax, "visible_product", lambda weight, visible, x: weight @ x)
     elif fault == "equal blocks are rounded apart":
         monkeypatch.setattr(gate, "some_are_equal", lambda mean, exists: False)
     elif fault == "the worst blocks":
         best = gate.best_blocks
         monkeypatch.setattr(gate, "best_blocks", lambda score, *args: best(score.neg_(), *args))
     elif fault == "the gradient of keys is doubled":
-        plain = eager._attend_backward
-        monkeypatch.setattr(eager, "_attend_backward", lambda *args: [x * n for x, n in zip(plain(*args), (1, 2, 1))])
+        plain = eager.softmax_backward
+        monkeypatch.setattr(eager, "softmax_backward", lambda *args: [x * n for x, n in zip(plain(*args), (1, 2, 1))])
     elif fault == "decoding forgets the last token":
         seen = decoding._attend
         monkeypatch.setattr(decoding, "_attend", lambda *args: seen(*args[:-2], args[-2] - 1, args[-1]))

@@ -1,0 +1,159 @@
+"""The routed rows of the eager backend: which queries read which block, and what they read there, added to what they have.
+
+B rows, H query heads, G key heads, N queries, C key blocks, P slots a block, S chosen blocks, D width.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..core.dtypes import wide
+from ..core.layout import BlockLayout
+from ..core.settings import AttentionSettings
+from ..ops.routing import order_pairs
+from ..ops.rows import write
+from .eager_softmax import NumberRange, capped, softmax_attention, widened
+
+_ROWS_AT_ONCE = 8192
+_TILES = 8  # of a block's rows: products of a batch keep cores busier than one large product does
+
+
+@dataclass(frozen=True, eq=False)
+class Routes:
+    """The queries of each block: those of block i are `queries[first[i] : first[i + 1]]`, none of them twice."""
+
+    queries: Tensor  # [pairs] int64, `(b * H + h) * N + n`
+    first: list[int]
+
+    @property
+    def most_rows(self) -> int:
+        """The most queries that are worked on at a time."""
+        return min(_ROWS_AT_ONCE, max((stop - start for start, stop in itertools.pairwise(self.first)), default=0))
+
+
+def route(chosen: Tensor, groups: int, n_blocks: int, max_pairs: int) -> Routes:
+    """The pairs of `chosen [B, H, N, S]`, ordered by block. How many they are is read from the device, so no bound is needed."""
+    _, order, starts = order_pairs(chosen, groups, n_blocks)
+    first = starts.tolist()
+    return Routes(order[: first[-1]] // chosen.shape[-1], first)
+
+
+def _routed_parts(routes: Routes) -> Iterator[tuple[int, Tensor]]:
+    """Each block that was chosen, with its queries, some of them at a time."""
+    sizes = [stop - start for start, stop in itertools.pairwise(routes.first)]
+    for block, queries in enumerate(routes.queries.split(sizes)):
+        for part in queries.split(_ROWS_AT_ONCE) if len(queries) else ():
+            yield block, part
+
+
+def routed_keys(routes: Routes, layout: BlockLayout, groups: int) -> Iterator[tuple[Tensor, slice]]:
+    """The queries of each block that was chosen, and its real keys among all keys `[B * G * C * P]`."""
+    keys = layout.block_keys[:, None].expand(-1, groups, -1).flatten().tolist()
+    for block, queries in _routed_parts(routes):
+        yield queries, slice(block * layout.width, block * layout.width + keys[block])
+
+
+def merge_routed(
+    out: Tensor,
+    lse: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    routes: Routes,
+    layout: BlockLayout,
+    settings: AttentionSettings,
+    known: NumberRange,
+    into: tuple[Tensor, Tensor],
+) -> None:
+    """What queries read along `routes`, added to an output `[B, H, N, Dv]` and its log-sum-exp `[B, H, N]`, written `into` such.
+
+    Merging block after block keeps no partial output: they would be `top_k` times the size of the output.
+    """
+    operands = (out, lse, query, key, value, routes, layout, settings, known, into)
+    if not (settings.causal and _sum_routed(*operands)):
+        _merge_one_by_one(*operands)
+
+
+def _sum_routed(
+    out: Tensor,
+    lse: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    routes: Routes,
+    layout: BlockLayout,
+    settings: AttentionSettings,
+    known: NumberRange,
+    into: tuple[Tensor, Tensor],
+) -> bool:
+    """Softmax weights relative to one number a query, so that blocks add up and nothing has to be rescaled.
+
+    That number is 0 if no score can be large, and else the local call's log-sum-exp. False, and nothing done, if something is too large
+    even so: a score some 80 above it (float32), infinity or NaN. A score far below is no matter, since its weight is nothing beside
+    the local call's 1.
+    """
+    if not known.safe:
+        return False
+    dtype = wide(query.dtype)
+    q = widened(query).flatten(0, 2)
+    k, v = (x.unflatten(2, (-1, layout.width)).flatten(0, 2) for x in (key, value))
+    relative = None if known.small else lse.to(dtype).flatten()
+    total = (lse if relative is None else lse - relative.view(lse.shape)).to(dtype).exp().flatten()  # 1, but for rounding
+    share = total.view(lse.shape)[..., None]
+    whole = out.mul_(share) if known.small else out * share
+    sums = whole.flatten(0, 2)
+    # The same memory for every block, so that it stays in the cache.
+    most_rows = -(-routes.most_rows // _TILES) * _TILES
+    kept = [total.new_zeros(most_rows, n) for n in (q.shape[1], layout.width, value.shape[-1])]
+    for block, queries in _routed_parts(routes):
+        n, tile = len(queries), -(-len(queries) // _TILES)
+        row_query, weight, part = (x[: tile * _TILES] for x in kept)  # rows after n: of an earlier block, for nothing
+        in_tiles = [x.view(_TILES, tile, -1) for x in (row_query, weight, part)]
+        torch.index_select(q, 0, queries, out=row_query[:n])
+        block_key, block_value = widened(k[block]) * settings.scale, widened(v[block])  # only of blocks that are read
+        torch.bmm(in_tiles[0], block_key.mT.expand(_TILES, -1, -1), out=in_tiles[1])
+        capped(weight, settings)
+        if relative is not None:
+            weight[:n] -= relative.index_select(0, queries)[:, None]
+        total.index_add_(0, queries, weight.exp_().sum(-1)[:n])
+        torch.bmm(in_tiles[1], block_value.expand(_TILES, -1, -1), out=in_tiles[2])
+        sums.index_add_(0, queries, part[:n])
+    if not known.small and not all(math.isfinite(bound) for x in (total, sums) for bound in torch.aminmax(x)):
+        return False
+    total = total.view(lse.shape)
+    torch.div(whole, total[..., None], out=into[0])
+    into[1].copy_(total.log_() if relative is None else total.log_().add_(relative.view(lse.shape)))
+    return True
+
+
+def _merge_one_by_one(
+    out: Tensor,
+    lse: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    routes: Routes,
+    layout: BlockLayout,
+    settings: AttentionSettings,
+    known: NumberRange,
+    into: tuple[Tensor, Tensor],
+) -> None:
+    """The same for any scores: each block's output is a softmax of its own, merged with what came before it."""
+    lse = lse.double()
+    q, total, sums = query.flatten(0, 2), lse.flatten(), out.flatten(0, 2)
+    k, v, known = key.flatten(0, 2), value.flatten(0, 2), NumberRange(False, known.safe)
+    for queries, keys in routed_keys(routes, layout, key.shape[1]):
+        part, part_lse = softmax_attention(widened(q.index_select(0, queries)), widened(k[keys]), widened(v[keys]), None, settings, known)
+        before, part_lse = total.index_select(0, queries), part_lse.to(total.dtype)
+        share = torch.sigmoid(part_lse - before)[:, None].to(part.dtype)  # of the block in the sum of both
+        old = sums.index_select(0, queries)
+        merged = torch.where(before[:, None] == -torch.inf, part, torch.lerp(old, part, share))
+        sums.index_copy_(0, queries, torch.where((part_lse == -torch.inf)[:, None], old, merged))
+        total.index_copy_(0, queries, torch.logaddexp(before, part_lse))
+    write((out, lse), into)
