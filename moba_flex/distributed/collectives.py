@@ -56,6 +56,20 @@ def gathered(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     return _Whole.apply(x, group)
 
 
+def summed(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The sum of `x` over the processes, on all of them. Not differentiable."""
+    x = x.contiguous()
+    _wait(dist.all_reduce(x, group=group, async_op=True), x)
+    return x
+
+
+def of_first(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """`x` of the group's first process, on all of them. Not differentiable."""
+    x = x.contiguous()
+    _wait(dist.broadcast(x, group=group, group_src=0, async_op=True), x)
+    return x
+
+
 def key_heads_of_messages(key: Tensor, value: Tensor, n_processes: int) -> list[slice]:
     """Which key heads travel together: as few as make up `MESSAGE_BYTES`."""
     n_heads = key.shape[1]
