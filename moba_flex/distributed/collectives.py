@@ -22,6 +22,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .watch import missing_processes
+
 # PyTorch 2.13 renamed two of them.
 _all_gather = dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor
 _reduce_scatter = dist.reduce_scatter_single if hasattr(dist, "reduce_scatter_single") else dist.reduce_scatter_tensor
@@ -209,7 +211,8 @@ def _wait(work: dist.Work, _sent: Tensor) -> None:
     try:
         work.wait()
     except RuntimeError as error:
+        missing = missing_processes() or "another process has ended or hangs, see what it printed"
         raise RuntimeError(
             f"an exchange between the processes of one sequence failed on rank {dist.get_rank()} of {dist.get_world_size()}: "
-            f"another process has ended or hangs, see what it printed ({error})"
+            f"{missing} ({error})"
         ) from error
