@@ -51,6 +51,9 @@ def context_parallel(model: nn.Module, mesh: DeviceMesh | dist.ProcessGroup, *, 
         What cuts batches into slices, `ContextParallel`. Its `remove()` ends context parallelism of the model. A model has one; a second
         call ends that of the first.
 
+        `model.generate`, and any call with a cache and without gradients, takes whole sequences, the same on all processes, and gives the
+        same answer to all: the prompt is cut into slices, whose keys stay where they are in a `DynamicCache`.
+
     Raises:
         ValueError: the model is not patched; it has layers that a slice cannot compute, such as sliding-window or recurrent ones; the
             mesh has no dimension for it; `exchange` does not exist or its heads do not fit the processes. The model is left as it was.
@@ -67,6 +70,8 @@ def context_parallel(model: nn.Module, mesh: DeviceMesh | dist.ProcessGroup, *, 
     >>> cp = context_parallel(model, dist.group.WORLD)
     >>> ids = torch.arange(32)[None]
     >>> loss = model(**cp.shard({"input_ids": ids, "labels": ids})).loss
+    >>> model.generate(ids, max_new_tokens=3, do_sample=False).shape
+    torch.Size([1, 35])
     >>> cp.remove()
     >>> dist.destroy_process_group()
     """

@@ -204,7 +204,8 @@ def _check_places(named: Mapping[str, Any], first: int, n: int) -> None:
     if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] == first + n and mask.bool().all()):
         raise ValueError(
             f"attention_mask of a context-parallel model that keeps its keys must be ones for all {first + n} tokens, cached ones too: "
-            "rows of a batch must have the same length, without padding"
+            "rows of a batch must have the same length, without padding; where generate takes a token of the text for padding, pass "
+            "attention_mask=torch.ones_like(input_ids)"
         )
     expected = torch.arange(first, first + n, device=None if position is None else position.device)
     if position is not None and (position.dim() > 2 or position.shape[-1] != n or (position != expected).any()):

@@ -91,7 +91,16 @@ class _Word:
 
 
 class Watch:
-    """Looks after the other processes of a job, see `watch_processes`."""
+    """Looks after the other processes of a job, see `watch_processes`, which makes it.
+
+    >>> import torch.distributed as dist
+    >>> from moba_flex.distributed import watch_processes
+    >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    >>> watch = watch_processes(silent=60.0)
+    >>> watch.at("the first evaluation")
+    >>> watch.end()
+    >>> dist.destroy_process_group()
+    """
 
     def __init__(self, rank: int, size: int, silent: float, late: float) -> None:
         self.rank, self.size, self._silent, self._late = rank, size, silent, late
@@ -149,6 +158,9 @@ class Watch:
         reached = time.monotonic()
         while not self._stop.wait(self._interval):
             try:
+                if not dist.is_initialized():  # the group was destroyed, and this process has no part in it any more
+                    self._state = _ENDED
+                    return self._say()
                 self._say()
                 self._listen()
                 reached = time.monotonic()
