@@ -81,7 +81,8 @@ class SharedLayer(DynamicLayer):
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last `-tokens_to_remove` tokens of all processes; above 0, for older versions of transformers: keep the first ones."""
         shared = self.shared
-        length = min(tokens_to_remove, shared.length) if tokens_to_remove > 0 else max(0, shared.length + tokens_to_remove)
+        number = int(tokens_to_remove)  # a tensor, from older versions
+        length = min(number, shared.length) if number > 0 else max(0, shared.length + number)
         if shared.placement is None or self.keys is None or self.values is None:
             return
         shared.length, held = length, int(shared.placement.held(torch.tensor(length)))
