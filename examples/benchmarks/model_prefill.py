@@ -1,4 +1,4 @@
-"""Measure a whole model whose prompt is shared by several processes: the time to the first token, and of those that follow.
+"""Measure a whole model with MoBA whose prompt several processes share: the time to the first token, and of those that follow.
 
     torchrun --standalone --nproc-per-node 4 examples/benchmarks/model_prefill.py --tokens 1048576
     torchrun --standalone --nproc-per-node 2 examples/benchmarks/model_prefill.py --tiny --tokens 512 --block-size 16 --top-k 3    # on CPUs

@@ -1,4 +1,4 @@
-"""Everything that only a host with several GPUs can show, unattended: tests, losses, speeds, ten million tokens, a whole model.
+"""Test MoBA on a host with several GPUs, unattended: tests, losses, speeds, ten million tokens, a whole model.
 
     python examples/benchmarks/multi_gpu_check.py --output results              # all parts; about 25 minutes on four H200
     python examples/benchmarks/multi_gpu_check.py --output results --minutes 9  # those that fit; the same command goes on with the others

@@ -305,5 +305,9 @@ def test_all_processes_draw_the_same_tokens_and_search_the_same_beams(some: Proc
     assert all(x == drawn[0] for x in drawn)
 
 
+def test_a_sharded_model_generates_across_processes(four: Processes) -> None:
+    four.run(generation.sharded_model_is_equal)
+
+
 def test_generation_that_cannot_be_shared_out_is_refused_on_every_process(four: Processes) -> None:
     four.run(generation.what_cannot_be_shared_out_is_refused)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from support.cases import Case, assert_same, attend, operands
-from support.distributed_checks import context_mesh, says, tiny, tokens
+from support.distributed_checks import context_mesh, mesh, says, sharded, tiny, tokens
 from support.stuck import here
 from torch import nn
 from transformers import DynamicCache, LlamaForCausalLM
@@ -163,6 +163,18 @@ def other_ways_to_generate_are_equal(size: int) -> list[int]:
         assert actual.equal(sequences), way
     assert_same(*(model(ids).logits for model in unfold(model, context)), "logits of all tokens")
     return actual.flatten().tolist()
+
+
+def sharded_model_is_equal() -> None:
+    """FSDP2 over all four processes, two of which share a prompt each."""
+    of_cp = context_mesh(2)
+    ids = tokens(2, 40)[of_cp["dp"].get_local_rank()][None]
+    expected = generated(small_model("sparse"), ids)
+    model = sharded(small_model("sparse"), mesh(4, names=("dp_shard_cp",)))
+    context_parallel(model, of_cp)
+    actual = generated(model, ids)
+    assert actual.sequences.equal(expected.sequences)
+    assert_same(torch.stack(actual.logits), torch.stack(expected.logits), **FLOAT32)
 
 
 def unfold(model: nn.Module, context: Any) -> Any:
