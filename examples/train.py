@@ -65,7 +65,7 @@ def train(args: argparse.Namespace) -> int:
     if accelerator.is_fsdp2 and accelerator.mixed_precision == "bf16":
         # accelerate would also sum gradients, and give the loss, in bfloat16
         accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32)
-    watch = watch_processes() if accelerator.num_processes > 1 else None
+    watch = watch_processes(silent=45.0) if accelerator.num_processes > 1 else None
     share = Share(accelerator, args)
     run = Run(accelerator, args)
     tokenizer = load_tokenizer(args)

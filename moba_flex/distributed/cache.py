@@ -37,6 +37,7 @@ class Shared:
     length: int = 0  # tokens of all processes
     announced: int = 0  # tokens that the model's call brings, of which the layer has not got the keys yet
     is_prompt: bool = False  # the keys that came last are this process's slice of a prompt, not those of new tokens
+    returned: tuple[int, torch.Size] | None = None  # the keys that the layer got back: where they lie, and their shape
     means: Tensor | None = None  # [B, G, C, D] of the complete blocks of all processes that are known
 
     def announce(self, n_tokens: int, placement: Placement | None) -> None:
@@ -62,6 +63,7 @@ class SharedLayer(DynamicLayer):
                 "this cache holds one process's share of the keys, from a context-parallel model: use it with that model, as long as that "
                 "is context-parallel, or another cache"
             )
+        shared.returned = key_states.data_ptr(), key_states.shape
         before, shared.length = shared.length, shared.length + shared.announced
         new, shared.announced = shared.announced, 0
         if shared.is_prompt:
@@ -74,6 +76,10 @@ class SharedLayer(DynamicLayer):
                 return key_states, value_states
         super().update(key_states[:, :, mine], value_states[:, :, mine], *args, **kwargs)
         return key_states, value_states
+
+    def has_keys_of_attention(self, key: Tensor) -> bool:
+        """Whether attention gets the keys `[B, G, n, D]` that were cached. DeepSeek-V3 caches what it makes its keys of."""
+        return self.shared.returned == (key.data_ptr(), key.shape)
 
     def get_seq_length(self) -> int:
         return self.shared.length

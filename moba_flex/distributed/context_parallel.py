@@ -22,14 +22,12 @@ from ..core.settings import AttentionSettings
 from ..models.layers import attention_layers, configs_of, is_patched, name_attention, show, takes_moba
 from ..models.state import context_of, set_context
 from .attention import across, check_exchange, full, group_of, sparse
-from .cache import SharedLayer, shared_layer
+from .cache import SharedLayer
 from .collectives import gathered
 from .decoding import attend_shared
 from .generation import Generation, checksum
 
 if TYPE_CHECKING:
-    from transformers import Cache
-
     from ..models.upstream import AttentionLayer
 
 _IGNORED = -100  # the label that PyTorch's cross entropy leaves out
@@ -207,9 +205,9 @@ class ContextParallel:
         """The same for a layer with full attention."""
         return across(query, key, value, self.group, self.exchange, full(scale))[0]
 
-    def kept_keys(self, cache: Cache | None, layer: AttentionLayer) -> SharedLayer | None:
+    def kept_keys(self, layer: AttentionLayer) -> SharedLayer | None:
         """What this process holds of a layer's keys, where the call keeps them."""
-        return shared_layer(cache, layer)
+        return self._generation.kept_keys(layer)
 
     def attend_kept(self, query: Tensor, kept: SharedLayer, settings: AttentionSettings, sinks: Tensor | None, reads_all: bool) -> Tensor:
         """`[B, H, n, Dv]`: the last tokens of those whose keys are kept read all of them, or their chosen blocks."""

@@ -10,6 +10,8 @@ B batch, n new tokens, W processes, L tokens of a slice, V vocabulary.
 from __future__ import annotations
 
 import inspect
+import weakref
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -21,11 +23,11 @@ from transformers import DynamicCache
 from transformers.utils import ModelOutput
 
 from ..config import MobaConfig
-from ..models.call_hooks import heads_of, pass_cache, stacks_of
-from ..models.layers import n_layers, takes_more
+from ..models.call_hooks import heads_of, stacks_of
+from ..models.layers import n_layers, show
 from ..models.state import context_of
 from ..models.upstream import DRAFTED_POSITIONS, cache_argument, cache_in
-from .cache import share
+from .cache import SharedLayer, share, shared_layer
 from .collectives import of_first, summed
 from .placement import Placement
 
@@ -46,6 +48,7 @@ class Call:
     n_tokens: int
     n_states: int  # how many of the last tokens' hidden states are wanted
     placement: Placement | None  # None: it is no prompt
+    cache: weakref.ref[DynamicCache]  # which lives as long as its owner wants
 
 
 class Generation:
@@ -60,7 +63,7 @@ class Generation:
         return self  # a copy of the model shares the processes
 
     def add_hooks(self, model: nn.Module) -> list[torch.utils.hooks.RemovableHandle]:
-        handles = [layer.register_forward_pre_hook(pass_cache, with_kwargs=True) for layer in self._layers if takes_more(type(layer))]
+        handles: list[torch.utils.hooks.RemovableHandle] = []
         for stack in stacks_of(model):
             handles.append(stack.register_forward_pre_hook(self._before_stack, with_kwargs=True))
             handles.append(stack.register_forward_hook(self._after_stack))
@@ -68,6 +71,10 @@ class Generation:
             handles.append(head.register_forward_pre_hook(self._before_head, with_kwargs=True))
             handles.append(head.register_forward_hook(self._after_head, always_call=True))
         return handles
+
+    def kept_keys(self, layer: AttentionLayer) -> SharedLayer | None:
+        """What this process holds of a layer's keys, if the call under way keeps them."""
+        return None if self.call is None else shared_layer(self.call.cache(), layer)
 
     def _before_head(self, _model: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         wanted = kwargs.get(DRAFTED_POSITIONS)
@@ -157,8 +164,12 @@ class Generation:
         x = _tokens(named)
         if x is None or not x.shape[0] * x.shape[1]:
             raise ValueError("a context-parallel model was called without tokens: pass input_ids [B, N]")
-        if silent := sorted({type(layer).__name__ for layer in self._layers if not takes_more(type(layer))}):
-            raise ValueError(f"{', '.join(silent)} does not pass a cache on, which generation across processes needs: use_cache=False")
+        counts = Counter(layer.layer_idx for layer in self._layers)
+        if several := sorted(i for i, n in counts.items() if n > 1):
+            raise ValueError(
+                f"{type(stack).__name__} has several attention layers with the number {show(several)}, whose keys a cache would mix up: "
+                "it cannot be context-parallel with a cache"
+            )
         unknown = [name for name, value in named.items() if isinstance(value, Tensor) and name not in _TENSORS]
         if unknown:
             raise ValueError(f"a context-parallel model that keeps its keys cannot share out {', '.join(unknown)}: leave it out")
@@ -185,7 +196,7 @@ class Generation:
             position = F.pad(position, (0, padding), value=n - 1)[mine]  # of padding any that there is
         for layer in share(cache, n_layers(self._layers[0])):
             layer.shared.announce(n, placement)
-        self.call = Call(first, n, wanted, placement)
+        self.call = Call(first, n, wanted, placement, weakref.ref(cache))
         name = "input_ids" if named.get("input_ids") is not None else "inputs_embeds"
         new = {name: x, "position_ids": position.expand(x.shape[0], -1), "attention_mask": None, "use_cache": True}
         caches = dict.fromkeys(("cache", "past_key_values"))

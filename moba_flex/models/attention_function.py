@@ -163,7 +163,7 @@ def _across_processes(call: LayerCall) -> Tensor:
     """A layer of a model whose sequences are shared among processes, see `moba_flex.distributed`: `[B, L, H, Dv]`."""
     context = context_of(call.layer)
     assert context is not None
-    kept = context.kept_keys(call.cache, call.layer)
+    kept = context.kept_keys(call.layer)
     if call.dropout:
         raise ValueError(
             f"{call.name} has an attention dropout of {call.dropout} in training, and works on a slice of a sequence, which has "
@@ -173,6 +173,11 @@ def _across_processes(call: LayerCall) -> Tensor:
         raise ValueError(
             f"{call.name} works on a slice of a sequence, without a cache: call the whole model, with the same tokens on all processes, or "
             "with what `ContextParallel.shard` returns"
+        )
+    if kept is not None and not kept.has_keys_of_attention(call.key):
+        raise ValueError(
+            f"{call.name} computes its keys from what it caches, which is not done across processes: call the model without a cache, with "
+            "what `ContextParallel.shard` returns"
         )
     check_supported(call)
     query, key, value = _autocast(call.query, call.key, call.value)

@@ -7,11 +7,12 @@ import copy
 from typing import Any
 
 import torch
+from support import small_models
 from support.cases import Case, assert_same, attend, operands
 from support.distributed_checks import context_mesh, mesh, says, sharded, tiny, tokens
 from support.stuck import here
 from torch import nn
-from transformers import DynamicCache, LlamaForCausalLM
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, DeepseekV3Config, DynamicCache, HrmTextConfig, LlamaForCausalLM
 
 import moba_flex
 from moba_flex.core.settings import AttentionSettings
@@ -188,6 +189,12 @@ def unfold(model: nn.Module, context: Any) -> Any:
 def what_cannot_be_shared_out_is_refused() -> None:
     """Each with one clear error on every process, so that none waits for another."""
     of_cp = context_mesh(4)
+    refused = {DeepseekV3Config: "DeepseekV3Attention 0 computes its keys from what it caches", HrmTextConfig: "0, 1, whose keys"}
+    for config, words in refused.items():
+        other = small_models.small_model(MODEL_FOR_CAUSAL_LM_MAPPING[config], config).to(here())
+        context_parallel(moba_flex.patch(other, block_size=BLOCK, top_k=3), of_cp)
+        with says(ValueError, words):
+            other.generate(small_models.tokens(), max_new_tokens=1)
     model, ids = small_model("full"), tokens(2, 30)
     expected, full_cache = model.generate(ids, max_new_tokens=1), DynamicCache()
     model(ids, past_key_values=full_cache)
@@ -217,6 +224,7 @@ def what_cannot_be_shared_out_is_refused() -> None:
         with says(ValueError, "attention_mask" if context.rank == 1 else "failed on process 1"):
             model(ids, attention_mask=padded if context.rank == 1 else None)
         out = model(ids)
+        assert_same(context.unshard(model(**context.shard({"input_ids": ids})).logits, 30), out.logits, "logits of slices")
         cache = cache_in(out) or out["past_key_values"]
         with says(ValueError, "the same tokens, but are not", "process 3: 2 x 1 behind 30"):  # as if one had drawn another token
             model(ids[:, :1] if context.rank else ids[:, 1:2], past_key_values=cache)
