@@ -140,6 +140,8 @@ def run(part: Part, output: Path) -> dict | None:
         return None
     result = {"part": part.name, "seconds": time.monotonic() - started, "command": part.command, **result}
     saved_results.write(output / f"{part.name}.json", result)
+    if part.run is not None:
+        shutil.rmtree(part.run)  # gigabytes of checkpoints
     return result
 
 

@@ -194,7 +194,7 @@ def what_cannot_be_shared_out_is_refused() -> None:
         other = small_models.small_model(MODEL_FOR_CAUSAL_LM_MAPPING[config], config).to(here())
         context_parallel(moba_flex.patch(other, block_size=BLOCK, top_k=3), of_cp)
         with says(ValueError, words):
-            other.generate(small_models.tokens(), max_new_tokens=1)
+            other.generate(small_models.tokens().to(here()), max_new_tokens=1)
     model, ids = small_model("full"), tokens(2, 30)
     expected, full_cache = model.generate(ids, max_new_tokens=1), DynamicCache()
     model(ids, past_key_values=full_cache)
