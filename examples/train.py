@@ -10,7 +10,7 @@
 Training uses MoBA, full attention, or one after the other (`--moba-share`). Ctrl-C writes a checkpoint of the steps that are done before
 the next micro-batch; `--resume` goes on from the last one, on any number of processes, sharded or not. A launcher kills its processes half
 a minute after Ctrl-C: `--checkpoint-every` is for models that take longer to save. Exit code: 0 when all steps are done, 2 and one line
-for something that you can mend, 130 after Ctrl-C.
+for something that you can mend, 130 after Ctrl-C. Where a process is killed, the others say which one within a minute, and end.
 
 All that a step depends on beside the weights and the optimizer follows from its number: which sequences it reads, its learning rate, its
 attention and its random numbers. So no step is done twice, and losses do not depend on how many processes share the work, but for a
@@ -49,7 +49,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 import moba_flex
-from moba_flex.distributed import ContextParallel, context_parallel
+from moba_flex.distributed import ContextParallel, context_parallel, watch_processes
 
 TINY_LAYERS = 2
 BLOCKS = ("block_size", "top_k", "sink_blocks", "full_attention_layers")
@@ -65,6 +65,7 @@ def train(args: argparse.Namespace) -> int:
     if accelerator.is_fsdp2 and accelerator.mixed_precision == "bf16":
         # accelerate would also sum gradients, and give the loss, in bfloat16
         accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32)
+    watch = watch_processes(silent=45.0) if accelerator.num_processes > 1 else None
     share = Share(accelerator, args)
     run = Run(accelerator, args)
     tokenizer = load_tokenizer(args)
@@ -84,6 +85,8 @@ def train(args: argparse.Namespace) -> int:
     bar = tqdm(range(first, args.steps), initial=first, total=args.steps, unit="step", disable=not accelerator.is_main_process)
     for step in bar:
         started = time.perf_counter()
+        if watch:
+            watch.at(f"step {step + 1}")
         attention = "moba" if step < args.moba_share * args.steps else "full"
         moba_flex.set_attention(accelerator.unwrap_model(model), attention)
         torch.manual_seed((args.seed * args.steps + step) * accelerator.num_processes + accelerator.process_index)
@@ -119,6 +122,8 @@ def train(args: argparse.Namespace) -> int:
     else:
         accelerator.print(done(args.steps, run.last_loss, run.save_model(tokenizer)))
     accelerator.wait_for_everyone()
+    if watch:
+        watch.end()
     if accelerator.device.type == "cpu":  # where the group cannot be destroyed: see `main`
         for tracker in accelerator.trackers:
             tracker.finish()

@@ -57,7 +57,7 @@ def attend(
     else:
         out, lse = _operator(query, key, value, settings, padding_mask, cu_seqlens, longest)
     if sinks is not None and path is not Path.REFERENCE:  # where they are one more key
-        out, lse = _with_sinks(out, lse, sinks)
+        out, lse = with_sinks(out, lse, sinks)
     return out, lse if return_lse else None
 
 
@@ -74,9 +74,9 @@ def attend_decoding(
 ) -> Tensor:
     """`attend` for the last tokens of a cache with block means, see `moba_flex.decoding.decode`: `[B, H, n, Dv]`."""
     check_not_onnx()
-    settings = _with_bounded_top_k(settings, means.shape[2] + 1)  # and the own block
+    settings = with_bounded_top_k(settings, means.shape[2] + 1)  # and the own block
     out, lse = decode(query, key, value, means, length, start, settings)
-    return out if sinks is None else _with_sinks(out, lse, sinks)[0]
+    return out if sinks is None else with_sinks(out, lse, sinks)[0]
 
 
 def _nothing(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -98,7 +98,7 @@ def _operator(
     if longest is not None:  # short sequences are then not padded to a long block each
         settings = replace(settings, block_size=one_block(settings.block_size, longest))
     block_size = one_block(settings.block_size, key.shape[2])
-    settings = _with_bounded_top_k(settings, -(-key.shape[2] // settings.block_size))
+    settings = with_bounded_top_k(settings, -(-key.shape[2] // settings.block_size))
     width, least = value.shape[-1], _LEAST_WIDTH[settings.implementation]
     narrow = min(query.shape[-1], width) < least
     if narrow:  # zeros change neither scores nor outputs
@@ -114,7 +114,7 @@ def _operator(
     return out[..., :width] if narrow else out, lse
 
 
-def _with_bounded_top_k(settings: AttentionSettings, n_blocks: int) -> AttentionSettings:
+def with_bounded_top_k(settings: AttentionSettings, n_blocks: int) -> AttentionSettings:
     """Smaller counts that mean the same where they are far above the number of blocks: time and memory grow with them."""
     if settings.top_k <= _LARGE_TOP_K:
         return settings
@@ -126,7 +126,7 @@ def _with_bounded_top_k(settings: AttentionSettings, n_blocks: int) -> Attention
     return replace(settings, top_k=min(settings.top_k, enough), sink_blocks=sink_blocks, recent_blocks=recent_blocks)
 
 
-def _with_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
+def with_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
     """The output and its log-sum-exp with one more logit per head in the softmax's denominator."""
     sink = sinks.to(lse.dtype)[:, None]
     empty = lse == -torch.inf

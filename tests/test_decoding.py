@@ -162,7 +162,7 @@ def test_only_the_chosen_blocks_are_read():
     tensors = operands(case)
     means = means_before(case, tensors["key"], 1)
     expected = decoded(case, tensors, means, None)
-    blocks = plain._blocks_to_read(tensors["query"].unflatten(1, (2, 2)), means, torch.tensor([[4095]]), case.attention_settings())
+    blocks = plain.blocks_to_read(tensors["query"].unflatten(1, (2, 2)), means, torch.tensor([[4095]]), case.attention_settings())
     unread = torch.ones(2, 256, dtype=torch.bool)
     unread.scatter_(1, blocks.flatten(1).view(2, -1), False)
     unread = unread.repeat_interleave(16, 1)[None, :, :, None]
@@ -182,7 +182,7 @@ def test_equal_blocks_are_a_tie_that_the_earlier_ones_win(width: int):
     for length in range(41, n_key + 1):  # later means are written by decoding
         query = torch.randn(2, 4, 1, width)
         decode(query, key, value, means, torch.tensor(length), None, settings)
-        blocks = plain._blocks_to_read(query.unflatten(1, (2, 2)), means, torch.full((2, 1), length - 1), settings)
+        blocks = plain.blocks_to_read(query.unflatten(1, (2, 2)), means, torch.full((2, 1), length - 1), settings)
         assert torch.equal(blocks[..., 1:].sort(-1).values, torch.arange(3).expand(2, 2, 2, 1, -1)), f"{length} tokens"
 
 

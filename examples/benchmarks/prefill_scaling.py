@@ -1,10 +1,12 @@
 """Measure one attention layer with MoBA whose sequence is split over several processes: time, bytes sent and peak memory of a prefill.
 
     torchrun --standalone --nproc-per-node 8 examples/benchmarks/prefill_scaling.py --tokens 1048576
+    torchrun --standalone --nproc-per-node 4 examples/benchmarks/prefill_scaling.py --tokens 10485760 --repeats 1 --check 512
     torchrun --standalone --nproc-per-node 2 examples/benchmarks/prefill_scaling.py --tokens 2048 --block-size 128 --top-k 4    # on CPUs
 
 Prints one line of JSON. With one process, also without torchrun, it is the plain operation. docs/scaling.md has the formulas that
-predict it.
+predict it. `--check` computes so many queries, spread over all slices, once more in float64: gate and attention in plain PyTorch, the keys
+of one head at a time from all processes. `--pieces` works on some heads after the others, where all at once take too much memory.
 """
 
 from __future__ import annotations
@@ -22,11 +24,17 @@ import time
 import torch
 import torch.distributed as dist
 from shared.command_line import Parser, exit_code
-from shared.flag_types import count
+from shared.flag_types import count, count_from_0
 from shared.startup import run_script
-from torch.distributed.device_mesh import init_device_mesh
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from moba_flex.core.settings import AttentionSettings
 from moba_flex.distributed import moba_attention_cp
+from moba_flex.distributed.collectives import gathered
+from moba_flex.ops.decoding import attend_to_blocks, blocks_to_read, means_for, write_means
+
+APART = 0.05  # a larger error is one of the gate, in which another block was as good to 16 bits; bfloat16 rounds to 0.004
 
 
 def measure(args: argparse.Namespace) -> dict:
@@ -39,6 +47,8 @@ def measure(args: argparse.Namespace) -> dict:
         torch.randn(1, h, length, args.width, device=device, dtype=dtype) for h in (args.heads, args.key_heads, args.key_heads)
     )
     settings = {"block_size": args.block_size, "top_k": args.top_k, "exchange": args.exchange}
+    ratio, share = args.heads // args.key_heads, args.key_heads // args.pieces
+    out = torch.empty_like(query) if args.check else None
 
     times = []
     for _ in range(args.repeats + 1):
@@ -48,22 +58,60 @@ def measure(args: argparse.Namespace) -> dict:
         synchronize(device)
         started = time.perf_counter()
         with torch.no_grad():
-            moba_attention_cp(query, key, value, mesh, **settings)
+            for first in range(0, args.key_heads, share):
+                groups, heads = slice(first, first + share), slice(first * ratio, (first + share) * ratio)
+                part = moba_attention_cp(query[:, heads], key[:, groups], value[:, groups], mesh, **settings)
+                if out is not None:
+                    out[:, heads] = part
+                del part
         synchronize(device)
         slowest = torch.tensor(time.perf_counter() - started, device=device)
         dist.all_reduce(slowest, dist.ReduceOp.MAX)
         times.append(slowest.item())
     memory = torch.tensor(torch.cuda.max_memory_allocated() if device == "cuda" else 0, device=device)
     dist.all_reduce(memory, dist.ReduceOp.MAX)
+    checked = {} if out is None else check(args, query, key, value, out, mesh)
     return {
         "processes": mesh.size(),
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         "torch": torch.__version__,
         "tokens": length * mesh.size(),
         **settings,
+        "pieces": args.pieces,
         "milliseconds": 1000 * sorted(times[1:])[args.repeats // 2],  # the first one compiles
         "GB_sent_by_each": bytes_sent(args, length, mesh.size(), query.element_size()) / 1e9,
         "peak_GB": memory.item() / 1e9,
+        **checked,
+    }
+
+
+@torch.no_grad()
+def check(args: argparse.Namespace, query: Tensor, key: Tensor, value: Tensor, out: Tensor, mesh: DeviceMesh) -> dict[str, float]:
+    """Of some queries of each slice and all heads: how far outputs are from those in float64, as shares of their norms."""
+    length, ratio = query.shape[2], args.heads // args.key_heads
+    n = max(1, args.check // mesh.size())
+    place = torch.linspace(0, length - 1, n, device=query.device).long()
+    token = mesh.get_rank() * length + place
+    settings = AttentionSettings(args.block_size, args.top_k, scale=args.width**-0.5)
+    errors = []
+    for g in range(args.key_heads):
+        k, v = (gathered(x[0, g].contiguous(), mesh.get_group())[None, None] for x in (key, value))  # [1, 1, N, D]
+        means = means_for(k.new_empty(1, 1, 0, args.width, dtype=torch.float64), k.shape[2] // args.block_size)
+        for c in range(0, means.shape[2], 64):  # a few in float64 at a time
+            of_blocks = k[:, :, c * args.block_size : (c + 64) * args.block_size].double()
+            write_means(means[:, :, c : c + 64], of_blocks, None, args.block_size)
+        q = query[:, g * ratio : (g + 1) * ratio, place][:, None].double()  # [1, 1, R, n, D]
+        blocks = blocks_to_read(q, means, token[None], settings)
+        wanted, _ = attend_to_blocks(q, k, v, blocks, token.new_zeros(1, 1), token, settings)
+        actual = out[:, g * ratio : (g + 1) * ratio, place].double()
+        errors.append(((actual - wanted).norm(dim=-1) / wanted.norm(dim=-1)).flatten())
+    every = gathered(torch.cat(errors), mesh.get_group())
+    apart = every > APART
+    return {
+        "queries_checked": n * mesh.size() * args.heads,
+        "largest_error": every[~apart].max().item() if (~apart).any() else float("nan"),
+        "median_error": every.median().item(),
+        "share_that_chose_other_blocks": apart.double().mean().item(),
     }
 
 
@@ -102,12 +150,16 @@ def main(argv: list[str] | None = None) -> int:
     flag("--width", type=count, default=128, metavar="N", help="dimension of a head")
     parser.add_block_flags(block_size=4096, top_k=12)
     flag("--exchange", choices=("keys", "heads"), default="keys", help="what the processes send each other")
+    flag("--pieces", type=count, default=1, metavar="N", help="groups of heads that are worked on one after the other")
+    flag("--check", type=count_from_0, default=0, metavar="N", help="queries that are compared with float64")
     flag("--repeats", type=count, default=3, metavar="N", help="timings, of which the median counts")
 
     def work() -> None:
         args = parser.parse_args(argv)
         if args.heads % args.key_heads:
             parser.error(f"argument --heads: must be a multiple of --key-heads {args.key_heads}, but is {args.heads}")
+        if args.key_heads % args.pieces:
+            parser.error(f"argument --pieces: must divide --key-heads {args.key_heads}, but is {args.pieces}")
         run(args)
 
     return exit_code("prefill_scaling.py", work)

@@ -22,7 +22,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import TrainerCallback
 
-from .command_line import exit_code
+from moba_flex.distributed.watch import missing_processes
+
+from .command_line import UserError, exit_code
 
 PASSED_ON = 5.0  # seconds within which a launcher passes a Ctrl-C on
 LOSSES_AT_ONCE = 8192  # tokens, whose losses are worked out in float32 at a time
@@ -30,10 +32,23 @@ LOSSES_AT_ONCE = 8192  # tokens, whose losses are worked out in float32 at a tim
 
 def exit_code_of_job(script: str, work: Callable[[], int | None]) -> int:
     """`exit_code` for one of several processes, which then ends here, at once. On CPUs gloo's threads may still want Python's lock: to
-    destroy their group would hold it for ever, and if Python ends under them they abort the process.
+    destroy their group would hold it for ever, and if Python ends under them they abort the process. Where it failed because another
+    process is gone, one line says which.
     """
+
+    def checked() -> int | None:
+        try:
+            return work()
+        except UserError:
+            raise
+        except Exception as error:
+            missing = missing_processes()  # which also tells the others that this one is not missing, but has failed
+            if missing is None:
+                raise
+            raise UserError(f"{missing}; see what that one printed") from error
+
     try:
-        code = exit_code(script, work)
+        code = exit_code(script, checked)
     except Exception:
         traceback.print_exc()
         code = 1

@@ -9,6 +9,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch._dynamo.exc import FailOnRecompileLimitHit  # all that tells a call that was refused from one that failed
 from torch._higher_order_ops.flex_attention import flex_attention_backward  # gradients for any log-sum-exp, which autograd cannot ask for
@@ -20,6 +21,7 @@ __all__ = [
     "any_number_of_compilations",
     "assert_in_graph",
     "computes_gradients",
+    "connection_to_store",
     "copy_all",
     "flex_attention_backward",
     "functorch_transform",
@@ -87,6 +89,14 @@ def mark_static_address(x: Tensor) -> None:
 def copy_all(into: list[Tensor], sources: list[Tensor]) -> None:
     """Copy each of `sources` into its place, in one launch."""
     torch._foreach_copy_(into, sources)
+
+
+def connection_to_store() -> dist.Store:
+    """To where the processes of a job found each other, apart from the group's own, which may wait for something.
+
+    `init_process_group` made the store, or was given it, and nothing public gives it back; `clone` is documented nowhere.
+    """
+    return dist.distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]
 
 
 def release_broken_pool(device: int, handle: tuple[int, int]) -> None:

@@ -22,6 +22,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .watch import missing_processes
+
 # PyTorch 2.13 renamed two of them.
 _all_gather = dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor
 _reduce_scatter = dist.reduce_scatter_single if hasattr(dist, "reduce_scatter_single") else dist.reduce_scatter_tensor
@@ -54,6 +56,20 @@ def gathered_keys(key: Tensor, value: Tensor, group: dist.ProcessGroup, n_key: i
 def gathered(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """`[L, ...]` of every process -> `[N, ...]`. Differentiable: gradients are summed over the processes."""
     return _Whole.apply(x, group)
+
+
+def summed(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The sum of `x` over the processes, on all of them. Not differentiable."""
+    x = x.contiguous()
+    _wait(dist.all_reduce(x, group=group, async_op=True), x)
+    return x
+
+
+def of_first(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """`x` of the group's first process, on all of them. Not differentiable."""
+    x = x.contiguous()
+    _wait(dist.broadcast(x, group=group, group_src=0, async_op=True), x)
+    return x
 
 
 def key_heads_of_messages(key: Tensor, value: Tensor, n_processes: int) -> list[slice]:
@@ -195,7 +211,8 @@ def _wait(work: dist.Work, _sent: Tensor) -> None:
     try:
         work.wait()
     except RuntimeError as error:
+        missing = missing_processes() or "another process has ended or hangs, see what it printed"
         raise RuntimeError(
             f"an exchange between the processes of one sequence failed on rank {dist.get_rank()} of {dist.get_world_size()}: "
-            f"another process has ended or hangs, see what it printed ({error})"
+            f"{missing} ({error})"
         ) from error

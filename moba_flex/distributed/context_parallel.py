@@ -9,7 +9,6 @@ B batch, N tokens, W processes, L tokens of a slice.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,7 +22,10 @@ from ..core.settings import AttentionSettings
 from ..models.layers import attention_layers, configs_of, is_patched, name_attention, show, takes_moba
 from ..models.state import context_of, set_context
 from .attention import across, check_exchange, full, group_of, sparse
+from .cache import SharedLayer
 from .collectives import gathered
+from .decoding import attend_shared
+from .generation import Generation, checksum
 
 if TYPE_CHECKING:
     from ..models.upstream import AttentionLayer
@@ -47,6 +49,9 @@ def context_parallel(model: nn.Module, mesh: DeviceMesh | dist.ProcessGroup, *, 
         What cuts batches into slices, `ContextParallel`. Its `remove()` ends context parallelism of the model. A model has one; a second
         call ends that of the first.
 
+        `model.generate`, and any call with a cache and without gradients, takes whole sequences, the same on all processes, and gives the
+        same answer to all: the prompt is cut into slices, whose keys stay where they are in a `DynamicCache`.
+
     Raises:
         ValueError: the model is not patched; it has layers that a slice cannot compute, such as sliding-window or recurrent ones; the
             mesh has no dimension for it; `exchange` does not exist or its heads do not fit the processes. The model is left as it was.
@@ -63,6 +68,8 @@ def context_parallel(model: nn.Module, mesh: DeviceMesh | dist.ProcessGroup, *, 
     >>> cp = context_parallel(model, dist.group.WORLD)
     >>> ids = torch.arange(32)[None]
     >>> loss = model(**cp.shard({"input_ids": ids, "labels": ids})).loss
+    >>> model.generate(ids, max_new_tokens=3, do_sample=False).shape
+    torch.Size([1, 35])
     >>> cp.remove()
     >>> dist.destroy_process_group()
     """
@@ -86,7 +93,7 @@ def context_parallel(model: nn.Module, mesh: DeviceMesh | dist.ProcessGroup, *, 
     for layer in patched:
         set_context(layer, context)
     name_attention(patched)
-    context.see_whole_length(model)
+    context.add_hooks(model)
     return context
 
 
@@ -111,7 +118,9 @@ class ContextParallel:
 
     def __init__(self, group: dist.ProcessGroup, exchange: str, layers: list[AttentionLayer]) -> None:
         self.group, self.exchange, self._layers = group, exchange, layers
-        self._hooks: list[torch.utils.hooks.RemovableHandle] = []  # of rotary embeddings whose frequencies depend on the length
+        self._generation = Generation(self, layers)
+        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+        self._length_matters = False  # to rotary embeddings, whose frequencies depend on it
 
     @property
     def rank(self) -> int:
@@ -131,15 +140,17 @@ class ContextParallel:
             hook.remove()
         self._hooks.clear()
 
-    def see_whole_length(self, model: nn.Module) -> None:
-        """Rotary embeddings whose frequencies depend on the length ("longrope", "dynamic") take it from the greatest position: let them
-        see the sequence's last one, too."""
+    def add_hooks(self, model: nn.Module) -> None:
+        """Hooks for calls that keep their keys, and for rotary embeddings whose frequencies depend on the length ("longrope", "dynamic"):
+        they take it from the greatest position, so let them see the sequence's last one, too."""
+        self._hooks += self._generation.add_hooks(model)
         for module in model.modules():
             kinds = getattr(module, "rope_type", None)
             kinds = kinds.values() if isinstance(kinds, dict) else [kinds]
             if any(isinstance(kind, str) and ("dynamic" in kind or kind == "longrope") for kind in kinds):
-                self._hooks.append(module.register_forward_pre_hook(partial(_with_last_position, self.size), with_kwargs=True))
+                self._hooks.append(module.register_forward_pre_hook(self._with_last_position, with_kwargs=True))
                 self._hooks.append(module.register_forward_hook(_without_last_position))
+                self._length_matters = True
 
     def __deepcopy__(self, _memo: dict[int, Any]) -> ContextParallel:
         return self  # a copy of the model shares the processes
@@ -194,52 +205,62 @@ class ContextParallel:
         """The same for a layer with full attention."""
         return across(query, key, value, self.group, self.exchange, full(scale))[0]
 
+    def kept_keys(self, layer: AttentionLayer) -> SharedLayer | None:
+        """What this process holds of a layer's keys, where the call keeps them."""
+        return self._generation.kept_keys(layer)
+
+    def attend_kept(self, query: Tensor, kept: SharedLayer, settings: AttentionSettings, sinks: Tensor | None, reads_all: bool) -> Tensor:
+        """`[B, H, n, Dv]`: the last tokens of those whose keys are kept read all of them, or their chosen blocks."""
+        placement = kept.shared.placement
+        if not reads_all and placement is not None and placement.block_size != settings.block_size:
+            raise ValueError(
+                f"block_size is {settings.block_size}, but the cached keys are shared out in blocks of {placement.block_size}: read the "
+                "prompt again with another cache"
+            )
+        return attend_shared(query, kept, settings, sinks, reads_all, self.group)
+
+    def tell(self, error: Exception | None, numbers: list[int], what: str) -> list[list[int]]:
+        """The numbers of all processes. If one has an error, it raises that, and the others say `what` has failed there."""
+        backend = dist.get_backend(self.group)
+        device = "cpu" if "gloo" in backend or backend == "undefined" else "cuda"  # undefined: what the devices have each
+        every = gathered(torch.tensor([[error is not None, *numbers]], device=device), self.group).tolist()
+        if error is not None:
+            raise error
+        if failed := [i for i, (wrong, *_) in enumerate(every) if wrong]:
+            raise ValueError(f"{what} on process {failed[0]} of the sequence, which says why")
+        return [told for _, *told in every]
+
+    def _with_last_position(
+        self, _rotary: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        position, call = kwargs["position_ids"] if "position_ids" in kwargs else args[1], self._generation.call
+        last = self.size * position.shape[1] - 1 if call is None else call.first + call.n_tokens - 1
+        position = torch.cat([position, position.new_full((position.shape[0], 1), last)], 1)
+        if "position_ids" in kwargs:
+            return args, {**kwargs, "position_ids": position}
+        return (args[0], position, *args[2:]), kwargs
+
     def _agreed(self, batch: Mapping[str, Tensor]) -> Tensor:
         """The batch's `input_ids`, if it can be cut into slices and is the same on all processes. Otherwise all of them raise."""
         error, mine = None, [0] * (2 + len(_KNOWN))
         try:
             ids = _read(batch)
-            if self._hooks and ids.shape[1] % self.size:
+            if self._length_matters and ids.shape[1] % self.size:
                 raise ValueError(
                     f"batch has {ids.shape[1]} tokens, but must have a multiple of the {self.size} processes: the frequencies of this "
                     "model's rotary embeddings depend on the length, which padding would change"
                 )
-            mine = [*ids.shape, *(_checksum(batch.get(name)) for name in _KNOWN)]
+            mine = [*ids.shape, *(checksum(batch.get(name)) for name in _KNOWN)]
         except Exception as wrong:  # any: the others wait for what this process has to say
             error = wrong
-        backend = dist.get_backend(self.group)
-        device = "cpu" if "gloo" in backend or backend == "undefined" else "cuda"  # undefined: what the devices have each
-        every = gathered(torch.tensor([[error is not None, *mine]], device=device), self.group).tolist()
-        if error is not None:
-            raise error
-        if failed := [i for i, (wrong, *_) in enumerate(every) if wrong]:
-            raise ValueError(f"batch cannot be cut into slices on process {failed[0]} of the sequence, which says why")
+        every = self.tell(error, mine, "batch cannot be cut into slices")
         if any(x != every[0] for x in every):
-            batches = "; ".join(f"process {i}: {x[1]} x {x[2]}, checksums {', '.join(map(str, x[3:]))}" for i, x in enumerate(every))
+            batches = "; ".join(f"process {i}: {x[0]} x {x[1]}, checksums {', '.join(map(str, x[2:]))}" for i, x in enumerate(every))
             raise ValueError(
                 f"batch must be the same on all {self.size} processes of a sequence, but is not ({batches} of {', '.join(_KNOWN)}): deal "
                 "batches out by the data-parallel rank, not by process"
             )
         return ids
-
-
-def _checksum(x: Tensor | None) -> int:
-    """A number that tells tensors apart, by the order of their numbers too; 0 for none."""
-    if x is None:
-        return 0
-    x = x.flatten().long()
-    return int((x * (2 * torch.arange(len(x), device=x.device) + 1)).sum()) % 2**31 + 1
-
-
-def _with_last_position(
-    n_slices: int, _rotary: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    position = kwargs["position_ids"] if "position_ids" in kwargs else args[1]
-    last = position.new_full((position.shape[0], 1), n_slices * position.shape[1] - 1)
-    position = torch.cat([position, last], 1)
-    if "position_ids" in kwargs:
-        return args, {**kwargs, "position_ids": position}
-    return (args[0], position, *args[2:]), kwargs
 
 
 def _without_last_position(_rotary: nn.Module, _args: tuple[Any, ...], out: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -29,7 +29,7 @@ from ..ops.decoding import means_for, write_means
 from .block_means import BlockMeans, means_of
 from .by_name import settings_by_name
 from .call_hooks import CACHE, DRAFTS, MASK, PASS, WHOLE
-from .decision import Decision, LayerCall, LayerPath, check_supported, decide, decide_sparse
+from .decision import Decision, LayerCall, LayerPath, check_supported, decide, decide_sparse, n_decoded
 from .key_conv import check_key_conv
 from .layers import MOBA, attention_of, check_served, original_attention, original_implementation
 from .masks import MobaMask, Places, Visible
@@ -160,21 +160,29 @@ def _moba(call: LayerCall, decision: Decision) -> tuple[Tensor, Tensor | None]:
 
 
 def _across_processes(call: LayerCall) -> Tensor:
-    """A layer of a model whose sequences are cut into slices, see `moba_flex.distributed`: `[B, L, H, Dv]`."""
+    """A layer of a model whose sequences are shared among processes, see `moba_flex.distributed`: `[B, L, H, Dv]`."""
     context = context_of(call.layer)
     assert context is not None
+    kept = context.kept_keys(call.layer)
     if call.dropout:
         raise ValueError(
             f"{call.name} has an attention dropout of {call.dropout} in training, and works on a slice of a sequence, which has "
             "none: load the model with that dropout set to 0"
         )
-    if call.kwargs.get("use_cache"):
+    if call.kwargs.get("use_cache") and kept is None:
         raise ValueError(
-            f"{call.name} works on a slice of a sequence, without a cache: call the model with what `ContextParallel.shard` returns"
+            f"{call.name} works on a slice of a sequence, without a cache: call the whole model, with the same tokens on all processes, or "
+            "with what `ContextParallel.shard` returns"
+        )
+    if kept is not None and not kept.has_keys_of_attention(call.key):
+        raise ValueError(
+            f"{call.name} computes its keys from what it caches, which is not done across processes: call the model without a cache, with "
+            "what `ContextParallel.shard` returns"
         )
     check_supported(call)
     query, key, value = _autocast(call.query, call.key, call.value)
-    visible = call.visible(query, key)
+    behind = None if kept is None or kept.shared.is_prompt else kept  # of new tokens behind a prompt, which all processes compute
+    visible = call.visible(query, key) if behind is None else Visible(key.shape[2])
     operation = _operation(call, query, key, value, visible.causal)
     if call.wants_weights or not visible.causal or visible.padding_mask is not None or visible.cu_seqlens is not None:
         raise ValueError(
@@ -184,10 +192,27 @@ def _across_processes(call: LayerCall) -> Tensor:
     settings, sinks = operation.settings, operation.sinks
     if call.attention == "full" and (settings.softcap is not None or sinks is not None):
         raise ValueError(f"{call.name} has a softcap or sinks, which full attention of slices does not do")
+    reads_all = call.attention == "full" or _decodes_kept(call, 0 if behind is None else behind.shared.length - query.shape[2])
     with without_autocast(query):
-        if call.attention == "full":
+        if behind is not None:
+            return context.attend_kept(query, behind, settings, sinks, reads_all).transpose(1, 2).contiguous()
+        if reads_all:
             return context.attend_full(query, key, value, settings.scale).transpose(1, 2).contiguous()
         return context.attend(query, key, value, settings, sinks).transpose(1, 2).contiguous()
+
+
+def _decodes_kept(call: LayerCall, cached: int) -> bool:
+    """Whether the new tokens behind `cached` ones, whose keys are shared out, read all keys. ValueError if only some of them would."""
+    if call.settings.decode != "full":
+        return False
+    new = call.query.shape[2]
+    decoded = n_decoded(call, cached)
+    if (call.drafts and not cached) or decoded not in (0, new):
+        raise ValueError(
+            f'{call.name} is asked for the logits of {call.drafts + 1} tokens of a prompt, which decode="full" lets read all keys: that is '
+            'not done across processes, so leave logits_to_keep and assistants away, or use decode="sparse"'
+        )
+    return decoded == new
 
 
 def _decode(call: LayerCall, query: Tensor, key: Tensor, value: Tensor, places: Places, means: BlockMeans | None) -> Tensor:

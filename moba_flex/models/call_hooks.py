@@ -147,10 +147,19 @@ def add_hooks(model: nn.Module, layers: list[AttentionLayer], with_cache: list[A
 
 def _of_models(model: nn.Module) -> list[tuple[PreTrainedModel, _Hook]]:
     """The models that a call goes through, with their hooks: those with a head, and the stacks of layers, which may be called alone."""
-    parts = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
-    stacks = [part for part in parts if _is_stack(part)]
-    with_head = [part for part in parts if part not in stacks and _takes(part, DRAFTED_POSITIONS)]
-    return [*((part, pass_call) for part in with_head), *((part, pass_call_of_stack) for part in stacks)]
+    return [*((part, pass_call) for part in heads_of(model)), *((part, pass_call_of_stack) for part in stacks_of(model))]
+
+
+def stacks_of(model: nn.Module) -> list[PreTrainedModel]:
+    """The models within a model that call replaceable attention layers themselves."""
+    return [part for part in model.modules() if isinstance(part, PreTrainedModel) and _is_stack(part)]
+
+
+def heads_of(model: nn.Module) -> list[PreTrainedModel]:
+    """The models within a model that have a head, and are asked for the logits of some tokens only."""
+    stacks = stacks_of(model)
+    parts = [part for part in model.modules() if isinstance(part, PreTrainedModel) and part not in stacks]
+    return [part for part in parts if _takes(part, DRAFTED_POSITIONS)]
 
 
 def _is_stack(model: PreTrainedModel) -> bool:

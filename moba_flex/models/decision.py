@@ -153,12 +153,14 @@ def decide_sparse(call: LayerCall) -> Decision:
     return Decision(LayerPath.ALL_KEYS, _ALL_KEYS_REASON, visible=visible)
 
 
-def n_decoded(call: LayerCall) -> int:
+def n_decoded(call: LayerCall, cached: int | None = None) -> int:
     """How many of the new tokens count as decoding, at the end of them: one that is alone, and drafts that are to be verified.
 
-    Drafts behind a single token, the last one that was accepted, are decoding together with it.
+    Drafts behind a single token, the last one that was accepted, are decoding together with it. `cached` is how many tokens are cached,
+    where it does not follow from the keys.
     """
-    new, cached, mask = call.query.shape[2], call.key.shape[2] - call.query.shape[2], call.mask
+    new, mask = call.query.shape[2], call.mask
+    cached = call.key.shape[2] - new if cached is None else cached
     is_part = isinstance(mask, MobaMask) and mask.is_part  # of a prompt, say, whose last tokens alone go through this layer
     if new == 1 and not is_part:
         return int(cached > 0)

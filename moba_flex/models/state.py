@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from transformers.cache_utils import CacheLayerMixin
 
     from ..analysis.trace import Watcher
+    from ..distributed.cache import Shared
     from ..distributed.context_parallel import ContextParallel
     from .block_means import BlockMeans
     from .key_conv import KeyConvHooks, LastKeys
@@ -170,6 +171,7 @@ class CacheState:
 
     means: BlockMeans | None = None  # of the keys' blocks, for sparse decoding
     last_keys: LastKeys | None = None  # as they were before the convolution of keys
+    shared: Shared | None = None  # how the tokens are shared out among processes
 
 
 def cache_state_of(cache_layer: CacheLayerMixin) -> CacheState | None:
@@ -189,6 +191,12 @@ def last_keys_beside(cache_layer: CacheLayerMixin) -> LastKeys | None:
     return None if state is None else state.last_keys
 
 
+def shared_beside(cache_layer: CacheLayerMixin) -> Shared | None:
+    """How the tokens of a cache layer are shared out among processes; None: they are not."""
+    state = cache_state_of(cache_layer)
+    return None if state is None else state.shared
+
+
 def put_means(cache_layer: CacheLayerMixin, means: BlockMeans) -> None:
     """Put block means beside the keys of a cache layer."""
     cache_layer.__dict__.setdefault(_NAME, CacheState()).means = means
@@ -197,3 +205,8 @@ def put_means(cache_layer: CacheLayerMixin, means: BlockMeans) -> None:
 def put_last_keys(cache_layer: CacheLayerMixin, last_keys: LastKeys) -> None:
     """Put the last keys before the convolution beside those of a cache layer."""
     cache_layer.__dict__.setdefault(_NAME, CacheState()).last_keys = last_keys
+
+
+def put_shared(cache_layer: CacheLayerMixin, shared: Shared) -> None:
+    """Put beside the keys of a cache layer how its tokens are shared out."""
+    cache_layer.__dict__.setdefault(_NAME, CacheState()).shared = shared

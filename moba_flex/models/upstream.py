@@ -53,6 +53,7 @@ __all__ = [
     "adapter_file",
     "attention_by_name",
     "bidirectional_mask_function",
+    "cache_argument",
     "cache_in",
     "causal_mask_function",
     "file_of_repository",
@@ -197,6 +198,11 @@ def cache_in(kwargs: dict[str, Any]) -> Cache | None:
     """The cache among the keyword arguments of a layer or a model: "cache" since transformers 5.24, "past_key_values" before."""
     cache = kwargs.get("cache")
     return kwargs.get("past_key_values") if cache is None else cache
+
+
+def cache_argument(model: nn.Module) -> str:
+    """The name under which a model's `forward` takes its cache."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def reads_as_it_lies(cache: Cache, cache_layer: CacheLayerMixin, key: Tensor) -> bool:

@@ -59,8 +59,20 @@ def decode_plain(
     position = token - start  # [B, n], below 0 for padding
     _complete(means, key, position, start, settings.block_size)
     by_group = query.unflatten(1, (groups, -1)).to(means.dtype)  # [B, G, R, n, D]
-    blocks = _blocks_to_read(by_group, means, position, settings)  # [B, G, F, n, K]
-    together = by_group.unflatten(2, (blocks.shape[2], -1)).movedim(3, 4)  # [B, G, F, n, R / F, D]
+    blocks = blocks_to_read(by_group, means, position, settings)  # [B, G, F, n, K]
+    out, lse = attend_to_blocks(by_group, key, value, blocks, start, token, settings)
+    return out.to(query.dtype), lse
+
+
+def attend_to_blocks(
+    query: Tensor, key: Tensor, value: Tensor, blocks: Tensor, start: Tensor, token: Tensor, settings: AttentionSettings
+) -> tuple[Tensor, Tensor]:
+    """`query [B, G, R, n, D]` attends to the `blocks [B, G, F, n, K]` of `key [B, G, N, D]`, -1 for none, and there to no later token.
+
+    `start [B, 1]` is where each row's blocks begin, `token [n]` the place of each query. `[B, H, n, Dv]` in the query's dtype, `[B, H, n]`.
+    """
+    groups, device = key.shape[1], query.device
+    together = query.unflatten(2, (blocks.shape[2], -1)).movedim(3, 4)  # [B, G, F, n, R / F, D]
 
     # From here on a reader is a token of heads that read together, [B * G * F * n], wherever it belongs.
     shape, each = together.shape, torch.arange(blocks[..., 0].numel(), device=device)
@@ -70,7 +82,7 @@ def decode_plain(
     parts = zip(*(x.split(at_once) for x in (together.flatten(0, 3), blocks.flatten(0, 3), row, group, token[last])))
     out, lse = zip(*(_attend(q, key, value, chosen, b, g, start[b], t, settings) for q, chosen, b, g, t in parts))
     whole = torch.cat(out).view(*shape[:-1], -1).movedim(4, 3).flatten(1, 3)
-    return whole.to(query.dtype), torch.cat(lse).view(shape[:-1]).movedim(4, 3).flatten(1, 3)
+    return whole, torch.cat(lse).view(shape[:-1]).movedim(4, 3).flatten(1, 3)
 
 
 def _attend(
@@ -115,7 +127,7 @@ def _complete(means: Tensor, key: Tensor, position: Tensor, start: Tensor, block
     means[row, :, block] = means_of(key[row[:, None], :, token].transpose(1, 2), block_size)
 
 
-def _blocks_to_read(query: Tensor, means: Tensor, position: Tensor, settings: AttentionSettings) -> Tensor:
+def blocks_to_read(query: Tensor, means: Tensor, position: Tensor, settings: AttentionSettings) -> Tensor:
     """`[B, G, R, n, D]`, `[B, G, C, D]`, `[B, n]` -> `[B, G, F, n, K]` int64, -1 where there are fewer."""
     own = position.div(settings.block_size, rounding_mode="floor")[:, None, None, :, None]  # [B, 1, 1, n, 1]
     if settings.share_selection:  # the sum of scores is the score of the sum

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.autograd import forward_ad
 
 import moba_flex
@@ -167,6 +168,16 @@ def release_broken_pool() -> None:
         torch._C._cuda_endAllocateToPool(device, pool.id)
 
 
+def connection_to_store() -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        upstream.connection_to_store().set("name", "value")
+        found = upstream.connection_to_store().multi_get(["name"])
+    finally:
+        dist.destroy_process_group()
+    assert found == [b"value"], f"what one connection was given is {found} by another"
+
+
 def computes_gradients() -> None:
     said = []
 
@@ -206,6 +217,7 @@ CANARIES: dict[str, Callable[[], None]] = {
     "FakeTensor": fake_tensor,
     "assert_in_graph": assert_in_graph,
     "computes_gradients": computes_gradients,
+    "connection_to_store": connection_to_store,
     "copy_all": copy_all,
     "flex_attention_backward": flex_attention_backward,
     "functorch_transform": functorch_transform,

@@ -10,12 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
 from support import distributed_checks as checks
+from support import generation_checks as generation
 from support import stuck
 from support.cases import Case
 from support.processes import Processes, ProcessesFailed
 
 from moba_flex import select_blocks
+from moba_flex.distributed.placement import Placement
 
 DEVICE = os.environ.get("MOBA_FLEX_DISTRIBUTED_TESTS", "cpu")  # "cuda": through NCCL, with a GPU for each process
 
@@ -92,8 +96,7 @@ def test_a_model_in_slices_has_the_logits_loss_and_gradients_of_one_process(
     enough.run(checks.model_in_slices_is_equal, size, exchange, n_tokens, checkpointing)
 
 
-@pytest.mark.parametrize("size", [2, 4])
-@pytest.mark.parametrize(
+LENGTH_SCALED = pytest.mark.parametrize(
     "rope",
     [
         {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 2.0},
@@ -107,6 +110,10 @@ def test_a_model_in_slices_has_the_logits_loss_and_gradients_of_one_process(
     ],
     ids=["dynamic", "longrope"],
 )
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@LENGTH_SCALED
 def test_rotary_embeddings_that_depend_on_the_length_see_all_of_it(enough: Processes, size: int, rope: dict) -> None:
     enough.run(checks.length_scaled_is_equal, size, rope)
 
@@ -220,3 +227,87 @@ def test_keys_travel_while_attention_works_on_other_heads(some: Processes) -> No
 
 def test_two_messages_are_held_at_a_time(some: Processes) -> None:
     assert some.run(checks.most_messages_held) == [2] * some.size
+
+
+@given(size=st.integers(1, 5), block_size=st.integers(1, 6), prompt=st.integers(1, 70), more=st.integers(0, 60))
+def test_each_token_is_held_by_one_process_and_none_moves(size: int, block_size: int, prompt: int, more: int) -> None:
+    """A process holds its tokens in order, whole blocks of them, and as many of those behind the prompt as others, but for one block."""
+    token = torch.arange(prompt + more)
+    places = [Placement(rank, size, block_size, prompt) for rank in range(size)]
+    mine = torch.stack([place.is_mine(token // block_size) for place in places])
+    assert (mine.sum(0) == 1).all()
+    for place, held in zip(places, mine):
+        begin, length = place.rank * place.slice_length, place.slice_length
+        assert held[:prompt].nonzero()[:, 0].tolist() == list(range(begin, max(begin, min(begin + length, prompt))))
+        assert place.held(token).tolist() == [int(held[:n].sum()) for n in range(prompt + more)]
+        blocks = token[::block_size] // block_size
+        local = place.local(blocks)
+        assert local[local >= 0].tolist() == list(range(int((local >= 0).sum()))) and (local >= 0).equal(held[::block_size])
+    new = mine[:, -(-prompt // block_size) * block_size :].sum(1)
+    assert new.max() - new.min() <= block_size
+    assert size * places[0].slice_length >= prompt and places[0].slice_length <= min(prompt, -(-prompt // size) + block_size)
+
+
+@pytest.mark.parametrize("exchange", ["keys", "heads"])
+@pytest.mark.parametrize("decode", ["full", "sparse"])
+@pytest.mark.parametrize(("size", "n_tokens"), [(2, 45), (4, 83), (4, 1)])
+def test_generation_across_processes_gives_the_tokens_of_one(
+    enough: Processes, size: int, n_tokens: int, decode: str, exchange: str
+) -> None:
+    held = enough.run(generation.tokens_are_equal, size, exchange, decode, n_tokens)
+    assert sum(held[:size]) == n_tokens + generation.NEW - 1
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("decode", ["full", "sparse"])
+@pytest.mark.parametrize("one_then_many", [False, True])
+def test_turns_cuts_and_moved_rows_of_a_shared_cache_have_the_logits_of_one_process(
+    enough: Processes, size: int, decode: str, one_then_many: bool
+) -> None:
+    enough.run(generation.every_way_to_cut_is_equal, size, decode, one_then_many)
+
+
+LAST = Case(batch=2, heads=4, groups=2, n_query=3, n_key=50, width=6, value_width=4, block_size=4, top_k=3)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("reads_all", [False, True])
+@pytest.mark.parametrize(
+    ("case", "prompt"),
+    [
+        (LAST, 33),
+        (LAST.but(sink_blocks=1, top_k=4, softcap=1.5, n_key=29, block_size=3), 28),
+        (LAST.but(groups=4, sinks=True, scale=0.3, n_query=9), 41),
+        (LAST.but(share_selection=True, recent_blocks=1), 7),
+        (LAST.but(groups=1, block_size=64, n_key=20), 18),
+        (LAST.but(block_size=1, top_k=5, n_query=20), 30),
+    ],
+)
+def test_attention_to_shared_keys_is_the_specification(enough: Processes, case: Case, prompt: int, size: int, reads_all: bool) -> None:
+    enough.run(generation.drawn_attention_is_equal, case, size, prompt, reads_all)
+
+
+def test_only_holders_of_chosen_blocks_read(four: Processes) -> None:
+    """With one block per query, its own: that is held by one process, and the others have nothing to say."""
+    case = LAST.but(n_query=1, top_k=1, n_key=49)
+    read = four.run(generation.drawn_attention_is_equal, case, 4, 48, False)
+    assert [n for n, _ in read] == [case.batch * case.heads, 0, 0, 0]  # block 12, the first behind the prompt, is dealt to process 0
+    assert [held for _, held in read] == [13, 12, 12, 12]
+
+
+@LENGTH_SCALED
+def test_generation_with_rotary_embeddings_that_depend_on_the_length(some: Processes, rope: dict) -> None:
+    some.run(generation.length_scaled_generation_is_equal, 2, rope)
+
+
+def test_all_processes_draw_the_same_tokens_and_search_the_same_beams(some: Processes) -> None:
+    drawn = some.run(generation.other_ways_to_generate_are_equal, 2)
+    assert all(x == drawn[0] for x in drawn)
+
+
+def test_a_sharded_model_generates_across_processes(four: Processes) -> None:
+    four.run(generation.sharded_model_is_equal)
+
+
+def test_generation_that_cannot_be_shared_out_is_refused_on_every_process(four: Processes) -> None:
+    four.run(generation.what_cannot_be_shared_out_is_refused)

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -153,6 +154,31 @@ def test_one_process_checkpoint_goes_on_with_sharded_parameters_on_two(short: Pa
     output = up_to_step_3(short, tmp_path / "run")
     launch("fsdp2.yaml", "tests/support/train_on_cpus.py", *SHORT, "--resume", "--output", str(output))
     assert_same_losses(output, short)
+
+
+def test_a_killed_process_is_named_and_three_others_go_on(tmp_path: Path) -> None:
+    """Parameters are sharded over two processes, one of which is killed in the middle of a step, and then over three."""
+    arguments, output = [*SHORT, "--batch-size", "6", "--steps", "7", "--output"], tmp_path / "run"
+    process = start(command("fsdp2.yaml", "tests/support/train_on_cpus.py", *arguments, str(output)))
+    try:
+        while not (output / "step-00000003").exists():
+            with pytest.raises(subprocess.TimeoutExpired):  # it still runs
+                process.wait(0.01)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        os.kill(int(children[1]), signal.SIGKILL)
+        killed = time.monotonic()
+        said, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 137 and time.monotonic() - killed < 60, said
+    assert said.splitlines()[-1] == "launch.py: process 1 was ended by signal 9 (SIGKILL): is there enough memory?"
+    assert "train.py: error: process 1 of 2 (pid " in said and "ended without a word; process 0 was at step " in said
+
+    launch("fsdp2.yaml", "tests/support/train_on_cpus.py", *arguments, str(output), "--resume", processes=3)
+    one = [*arguments, str(tmp_path / "one")]
+    with undone():
+        assert train.train(train.parse([*one, "--micro-batch-size", "6"])) == 0
+    assert_same_losses(output, tmp_path / "one")
 
 
 def test_an_interrupted_job_says_so_and_goes_on_to_the_same_end(alone: None, tmp_path: Path, capsys) -> None:

@@ -120,6 +120,9 @@ def test_a_cache_is_among_a_layers_keyword_arguments_and_its_keys_are_the_layers
     cache = DynamicCache(config=model.config)
     model(tokens(), past_key_values=cache)
     assert got == [cache], changed("cache_in", "a layer gets its cache under another name")
+    again = DynamicCache(config=model.config)
+    model.model(tokens(), **{upstream.cache_argument(model.model): again})
+    assert again.get_seq_length() == tokens().shape[1], changed("cache_argument", "a model takes its cache under another name")
     key = cache.layers[0].keys
     assert upstream.reads_as_it_lies(cache, cache.layers[0], key), changed("reads_as_it_lies", "`cache.layers[i].keys` are not the keys")
     assert not upstream.reads_as_it_lies(cache, cache.layers[0], key.clone()), changed("reads_as_it_lies", "`cache.offloading` is true")

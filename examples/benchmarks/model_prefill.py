@@ -1,0 +1,119 @@
+"""Measure a whole model with MoBA whose prompt several processes share: the time to the first token, and of those that follow.
+
+    torchrun --standalone --nproc-per-node 4 examples/benchmarks/model_prefill.py --tokens 1048576
+    torchrun --standalone --nproc-per-node 2 examples/benchmarks/model_prefill.py --tiny --tokens 512 --block-size 16 --top-k 3    # on CPUs
+
+A Llama of 1B in shape, with random weights, in one pass. Prints one line of JSON; with "out_of_memory": true where a GPU has not enough.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # examples/, where the package `shared` is
+
+import argparse
+import json
+import os
+import time
+
+import torch
+import torch.distributed as dist
+from shared.command_line import Parser, config_of_flags, exit_code
+from shared.flag_types import count
+from shared.startup import run_script
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import moba_flex
+from moba_flex.distributed import context_parallel, watch_processes
+
+SHAPES = {
+    "1B": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8},
+    "tiny": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2},
+}
+
+
+def measure(args: argparse.Namespace, device: str) -> dict:
+    shape = "tiny" if args.tiny else "1B"
+    torch.manual_seed(0)
+    sizes = {**SHAPES[shape], "vocab_size": 256 if args.tiny else 128256, "max_position_embeddings": args.tokens + args.new_tokens}
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    with torch.device(device):
+        model = LlamaForCausalLM(LlamaConfig(**sizes, eos_token_id=None, bos_token_id=None)).to(dtype).eval()
+    settings = {name: getattr(args, name) for name in ("block_size", "top_k", "sink_blocks", "full_attention_layers")}
+    moba_flex.patch(model, config_of_flags({**settings, "decode": "sparse"}))
+    if dist.get_world_size() > 1:
+        context_parallel(model, dist.group.WORLD, exchange=args.exchange)
+    ids = torch.randint(sizes["vocab_size"], (1, args.tokens), generator=torch.Generator().manual_seed(0)).to(device)
+    warm = ids[:, : min(args.tokens, 4 * dist.get_world_size() * args.block_size)]
+    model.generate(warm, attention_mask=torch.ones_like(warm), max_new_tokens=2, do_sample=False)  # compiles
+
+    seconds, memory, tokens = [], 0.0, None
+    for new in (1, 1 + args.new_tokens):
+        synchronize(device)
+        dist.barrier()
+        started = time.perf_counter()
+        tokens = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False)
+        synchronize(device)
+        seconds.append(time.perf_counter() - started)
+    if device == "cuda":
+        memory = torch.cuda.max_memory_allocated() / 1e9
+    return {
+        "processes": dist.get_world_size(),
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "torch": torch.__version__,
+        "shape": shape,
+        "tokens": args.tokens,
+        **settings,
+        "exchange": args.exchange,
+        "seconds_to_first_token": seconds[0],
+        "milliseconds_per_new_token": 1000 * (seconds[1] - seconds[0]) / args.new_tokens,
+        "peak_GB_of_process_0": memory,
+        "new_tokens": tokens[0, args.tokens :].tolist(),
+    }
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def run(args: argparse.Namespace) -> None:
+    device = "cuda" if torch.cuda.is_available() and not args.cpu else "cpu"
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    dist.init_process_group("nccl" if device == "cuda" else "gloo", **alone)
+    watch = watch_processes(silent=120.0)  # kernels are compiled
+    try:
+        result = measure(args, device)
+    except torch.OutOfMemoryError as error:
+        print(json.dumps({"tokens": args.tokens, "out_of_memory": True, "said": str(error).splitlines()[0]}), flush=True)
+        os._exit(3)  # the others wait for this one, and no exception would reach them
+    if dist.get_rank() == 0:
+        print(json.dumps(result), flush=True)
+    dist.barrier()
+    watch.end()
+    if device == "cuda":
+        dist.destroy_process_group()
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = Parser(__doc__)
+    flag = parser.add_argument
+    flag("--tokens", type=count, default=1 << 20, metavar="N", help="of the prompt")
+    flag("--new-tokens", type=count, default=8, metavar="N", help="that are generated behind the first, with sparse decoding")
+    parser.add_block_flags(block_size=4096, top_k=12, sink_blocks=1, full_attention_layers=[])
+    flag("--exchange", choices=("keys", "heads"), default="keys", help="what the processes send each other")
+    flag("--tiny", action="store_true", help="a tiny Llama")
+    flag("--cpu", action="store_true", help="on CPUs, even where there are GPUs")
+
+    def work() -> None:
+        run(parser.parse_args(argv))
+
+    return exit_code("model_prefill.py", work)
+
+
+if __name__ == "__main__":
+    run_script(main)
