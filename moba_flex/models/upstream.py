@@ -18,6 +18,11 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, cache_utils, initialization
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
+from transformers.generation.continuous_batching import continuous_api
+from transformers.generation.continuous_batching import utils as paged_utils
+from transformers.generation.continuous_batching.cache import PagedAttentionCache  # which layers of continuous batching are called with
+from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager  # which starts continuous batching
+from transformers.generation.continuous_batching.requests import RequestState  # what is known of a request
 from transformers.masking_utils import (
     ALL_MASK_ATTENTION_FUNCTIONS,  # builds the mask that a layer with full attention always had
     bidirectional_mask_function,  # tells encoders' requests
@@ -27,7 +32,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import cached_file, find_adapter_config_file, is_peft_available
 
 if TYPE_CHECKING:
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, ContinuousBatchingConfig
+    from transformers.generation.continuous_batching.cache_allocators import FullAttentionCacheAllocator
 
     class Configured(nn.Module):
         """A module that holds a configuration. To type checkers any attribute of an `nn.Module` is a tensor or a module."""
@@ -44,17 +50,23 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ADAPTER_SAVER",
+    "BATCHES_CONTINUOUSLY",
     "DRAFTED_POSITIONS",
     "FULL_LAYER_TYPES",
     "GROWING_LAYERS",
     "MASK_REQUEST",
+    "PAGED_CALL",
+    "ContinuousBatchingManager",
     "MaskUse",
+    "PagedAttentionCache",
+    "RequestState",
     "adapter_configs_of",
     "adapter_file",
     "attention_by_name",
     "bidirectional_mask_function",
     "cache_in",
     "causal_mask_function",
+    "fill_paged_mask",
     "file_of_repository",
     "holds_config",
     "implementation_of",
@@ -64,11 +76,16 @@ __all__ = [
     "mask_use",
     "model_class_of",
     "mtp_offset",
+    "pages_of_full_attention",
+    "pages_of_layer",
     "passes_to_attention",
     "prefixes_of_peft",
+    "prompt_length",
     "reads_as_it_lies",
     "set_implementation",
     "supports_sdpa",
+    "unsuited_options",
+    "use_manager",
     "zero_unless_read",
 ]
 
@@ -258,3 +275,42 @@ def adapter_configs_of(module: nn.Module) -> list[Any]:
 def prefixes_of_peft(model: nn.Module) -> bool:
     """Whether a model is PEFT's, whose prompts only its own `forward` adds."""
     return getattr(model, "active_peft_config", None) is not None
+
+
+# Whether continuous batching hands attention functions what MoBA needs: since transformers 5.24, whose cache has an allocator for each kind
+# of layers.
+BATCHES_CONTINUOUSLY = hasattr(continuous_api, "SLIDING_ATTENTION")
+# An argument by which an attention function knows a call of continuous batching.
+PAGED_CALL = "write_index"
+
+
+def use_manager(manager: type[ContinuousBatchingManager]) -> None:
+    """Let `generate_batch` and its like use this class: they take it from their module, and no argument names another."""
+    continuous_api.ContinuousBatchingManager = manager  # type: ignore[misc]
+
+
+def unsuited_options(config: ContinuousBatchingConfig) -> list[str]:
+    """The options in force under which batches are padded, or prepared before the last one is done."""
+    wanted = {"use_cuda_graph": any(config.cuda_graph_booleans), "use_async_batching": config.use_async_batching}
+    compiled = {name: getattr(config, name) is not None for name in ("varlen_compile_config", "decode_compile_config")}
+    return [name for name, in_force in {**wanted, **compiled}.items() if in_force]
+
+
+def prompt_length(state: RequestState) -> int:
+    """How many tokens a request came with. One that lost its pages begins again with what it has generated behind its prompt."""
+    return state._true_initial_tokens or len(state.initial_tokens)
+
+
+def pages_of_full_attention(cache: PagedAttentionCache) -> FullAttentionCacheAllocator:
+    """What gives pages to layers with full attention: only an entry of a dict."""
+    return cache.cache_allocators["full_attention"]
+
+
+def pages_of_layer(allocator: FullAttentionCacheAllocator, layer_idx: int) -> tuple[Tensor, Tensor]:
+    """The keys and values of a layer, token by token `[slots, G, D]`: the public method gives whole pages, in views of fewer."""
+    return allocator._kv_token_views[layer_idx]
+
+
+def fill_paged_mask(mask: Tensor, cu_seqlens_q: list[int], cu_seqlens_k: list[int], window: int) -> None:
+    """Write what "sdpa" and "eager" add to scores in continuous batching; a window of 1 is none."""
+    paged_utils.build_attention_mask(mask, cu_seqlens_q, cu_seqlens_k, window)
