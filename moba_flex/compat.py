@@ -93,7 +93,8 @@ def flash_moba_varlen_func(
         k: `[Tk, G, D]`; H a multiple of G.
         v: `[Tk, G, Dv]`.
         cu_seqlens_q: `[n + 1]` int32, rising from 0 to T.
-        cu_seqlens_k: `[n + 1]` int32, rising from 0 to Tk. Where it differs from `cu_seqlens_q`, sequences are worked through one by one.
+        cu_seqlens_k: `[n + 1]` int32, rising from 0 to Tk. With `causal=False`, sequences are worked through one by one where one of them
+            has more queries than keys.
         max_seqlen_q, max_seqlen_k: the longest sequences' lengths. They are not needed, and not looked at.
         moba_chunk_size: tokens per block, counted from the sequence's first key.
         moba_topk: how many blocks a query reads, its own one included if `causal`. With 1 that is the own block alone.
@@ -119,11 +120,14 @@ def flash_moba_varlen_func(
     validation.check_packed_operands(q, k, v)
     validation.check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, q, q.shape[0])
     validation.check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, k, k.shape[0])
-    if len(cu_seqlens_q) != len(cu_seqlens_k):
-        count = f"{len(cu_seqlens_q) - 1} and {len(cu_seqlens_k) - 1}"
-        raise ValueError(f"cu_seqlens_q and cu_seqlens_k must be of equally many sequences, but are of {count}")
+    validation.check_same_count("cu_seqlens_q", cu_seqlens_q, "cu_seqlens_k", cu_seqlens_k)
     if cu_seqlens_q is cu_seqlens_k or torch.equal(cu_seqlens_q, cu_seqlens_k):
         return _out(moba_attention_varlen(q, k, v, cu_seqlens_q, **blocks))
+    more = (cu_seqlens_q.diff() - cu_seqlens_k.diff()).clamp(min=0)  # queries than keys
+    if not more.any():
+        return _out(moba_attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, **blocks))
+    if causal:
+        return _without_blind_queries(q, k, v, cu_seqlens_q, cu_seqlens_k, more, **blocks)
     parts = [_one_sequence(*qkv, **blocks) for qkv in _sequences(q, cu_seqlens_q, k, v, cu_seqlens_k)]
     return torch.cat(parts)
 
@@ -145,10 +149,22 @@ def _sequences(q: Tensor, cu_seqlens_q: Tensor, k: Tensor, v: Tensor, cu_seqlens
     return zip(q.split(q_sizes), k.split(k_sizes), v.split(k_sizes))
 
 
+def _without_blind_queries(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, blind: Tensor, **blocks: Any
+) -> Tensor:
+    """The first `blind [n]` queries of each sequence are before its first key, and get 0."""
+    queries, first = cu_seqlens_q.diff(), cu_seqlens_q[:-1] + blind
+    token = torch.arange(q.shape[0], device=q.device)
+    sees = (token >= first.repeat_interleave(queries, output_size=q.shape[0])).nonzero()[:, 0]
+    bounds = cu_seqlens_q - F.pad(blind.cumsum(0), (1, 0)).to(cu_seqlens_q.dtype)
+    out = _out(moba_attention_varlen(q[sees], k, v, bounds, cu_seqlens_k=cu_seqlens_k, **blocks))
+    return q.new_zeros(q.shape[0], *out.shape[1:]).index_copy(0, sees, out)
+
+
 def _one_sequence(q: Tensor, k: Tensor, v: Tensor, **blocks: Any) -> Tensor:
-    """`[Nq, H, D]`, `[Nk, G, D]`, `[Nk, G, Dv]` -> `[Nq, H, Dv]`. `moba_attention` takes no more queries than keys at a time."""
-    n_query, n_key = q.shape[0], k.shape[0]
-    blind = max(0, n_query - n_key) if blocks["causal"] or n_key == 0 else 0  # queries before the first key
+    """`[Nq, H, D]`, `[Nk, G, D]`, `[Nk, G, Dv]` -> `[Nq, H, Dv]`, not causal: `moba_attention` takes as many queries as keys at a time."""
+    n_key = k.shape[0]
+    blind = 0 if n_key else q.shape[0]
     out = [q.new_zeros(blind, q.shape[1], v.shape[2])]
     for part in q[blind:].split(max(1, n_key)):
         part, key, value = (x.transpose(0, 1)[None] for x in (part, k, v))

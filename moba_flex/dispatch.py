@@ -41,6 +41,7 @@ def attend(
     """`moba_flex.moba_attention` of `[B, H, N, D]` tensors: output, and the log-sum-exp if it is asked for.
 
     `cu_seqlens [n + 1]`: the tokens of the one row are packed sequences; `longest` is the length of the longest, where it is known.
+    `cu_seqlens [2, n + 1]`: those of queries and those of keys; a sequence's queries are its last tokens.
     """
     sequences = padding_mask is not None or cu_seqlens is not None
     path = path_of(query, key, value, settings, sequences=sequences, sinks=sinks is not None, return_lse=return_lse)
@@ -119,7 +120,9 @@ def _operator(
     narrow = min(query.shape[-1], width) < least
     if narrow:  # zeros change neither scores nor outputs
         query, key, value = (F.pad(x, (0, max(0, least - x.shape[-1]))) for x in (query, key, value))
-    if settings.implementation == "triton" and (reason := one_pass_obstacle(query, value, slots_per_block(block_size))):
+    if settings.implementation == "triton" and (
+        reason := one_pass_obstacle(query, value, slots_per_block(block_size), cu_seqlens is not None and cu_seqlens.dim() == 2)
+    ):
         raise ValueError(
             f'implementation="triton" cannot take query {tuple(query.shape)} of {query.dtype} with block_size={block_size}: {reason}; '
             'use "flex" or "auto"'

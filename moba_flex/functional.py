@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from .core import validation
@@ -162,16 +163,21 @@ def moba_attention_varlen(
     sinks: Tensor | None = None,
     return_lse: bool = False,
     implementation: str = "auto",
+    cu_seqlens_k: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`moba_attention` for packed sequences, which never see each other.
 
     Args:
         query: `[T, H, D]`, all tokens of all sequences one after another.
-        key: `[T, G, D]`.
-        value: `[T, G, Dv]`.
+        key: `[T, G, D]`, or `[Tk, G, D]` with `cu_seqlens_k`.
+        value: `[T, G, Dv]`, or `[Tk, G, Dv]`.
         cu_seqlens: `[n + 1]` int32, rising from 0 to T: sequence i is the tokens `cu_seqlens[i]` to `cu_seqlens[i + 1] - 1`. Empty
             sequences are allowed. In a graph of torch.compile or torch.export wrong ones are a RuntimeError when the graph runs; on a
             GPU that is an assertion of the device, which ends the process. While a CUDA graph is captured by hand they are not checked.
+        cu_seqlens_k: `[n + 1]` int32, rising from 0 to Tk, where sequences have more keys than queries, as chunks of prompts and generated
+            tokens do whose earlier keys are cached: the keys of sequence i are `cu_seqlens_k[i]` to `cu_seqlens_k[i + 1] - 1`, and its
+            queries are the last tokens of these. No sequence may have more queries than keys; it may have no query. Blocks are counted
+            from its first key. With `causal=False` its queries choose among all its blocks.
 
     The other arguments, what is raised and the dtypes are those of `moba_attention`.
 
@@ -183,8 +189,15 @@ def moba_attention_varlen(
     >>> x, bounds = torch.randn(50, 2, 16), torch.tensor([0, 20, 20, 50], dtype=torch.int32)
     >>> moba_attention_varlen(x, x, x, bounds, block_size=8, top_k=2).shape
     torch.Size([50, 2, 16])
+
+    A chunk of 20 tokens of a prompt, after 30 that are cached, and one token generated after 40:
+
+    >>> query, key, value = torch.randn(21, 4, 16), torch.randn(91, 2, 16), torch.randn(91, 2, 16)
+    >>> bounds, bounds_k = torch.tensor([0, 20, 21], dtype=torch.int32), torch.tensor([0, 50, 91], dtype=torch.int32)
+    >>> moba_attention_varlen(query, key, value, bounds, cu_seqlens_k=bounds_k, block_size=8, top_k=2).shape
+    torch.Size([21, 4, 16])
     """
-    longest = validation.check_packed(query, key, value, cu_seqlens)
+    longest = validation.check_packed(query, key, value, cu_seqlens, cu_seqlens_k)
     validation.check_flag("return_lse", return_lse)
     settings = checked_settings(
         query,
@@ -201,6 +214,8 @@ def moba_attention_varlen(
         implementation=implementation,
     )
     query, key, value = (x.transpose(0, 1)[None] for x in (query, key, value))
+    if cu_seqlens_k is not None:
+        cu_seqlens = torch.stack((cu_seqlens.int(), cu_seqlens_k.int()))
     out, lse = attend(query, key, value, settings, cu_seqlens=cu_seqlens, longest=longest, sinks=sinks, return_lse=True)
     assert lse is not None
     out, lse = out[0].transpose(0, 1).contiguous(), lse[0].transpose(0, 1)

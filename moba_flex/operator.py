@@ -16,7 +16,7 @@ from .backends import backend_of, paths
 from .core.autocast import without_autocast
 from .core.dtypes import wide
 from .core.layout import BlockLayout
-from .core.layout_builders import block_sizes, layout_of, n_query_blocks
+from .core.layout_builders import layout_of, n_query_slots
 from .core.settings import AttentionSettings
 from .core.strides import empty_with_strides_of
 from .cuda_graphs import cache
@@ -44,10 +44,13 @@ def attention(
     softcap: float | None,
     implementation: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`[B, H, Nq, D]`, `[B, G, Nk, D]`, `[B, G, Nk, Dv]` -> output, log-sum-exp and the chosen blocks."""
+    """`[B, H, Nq, D]`, `[B, G, Nk, D]`, `[B, G, Nk, Dv]` -> output, log-sum-exp and the chosen blocks.
+
+    `cu_seqlens [n + 1]`, or `[2, n + 1]` where that of queries is not that of keys: an operator of more arguments costs every call time.
+    """
     settings = AttentionSettings.from_arguments(sizes, causal, share_selection, scale, softcap, implementation)
     query, key, value = query.detach(), key.detach(), value.detach()
-    layout = layout_of(query, key, padding_mask, cu_seqlens, settings.block_size, backend_of(settings).slots_per_block)
+    layout = layout_of(query, key, padding_mask, cu_seqlens, settings.block_size, backend_of(settings))
     # The gate compares float32 scores. Triton launches on the current GPU, which need not be the one that holds this layer.
     with without_autocast(query), torch.cuda.device_of(query):
         out, lse, chosen = _run(forward, (query, key, value), layout, settings)
@@ -59,11 +62,9 @@ def _(
     query: Tensor, key: Tensor, value: Tensor, padding_mask: Tensor | None, cu_seqlens: Tensor | None, *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     settings = AttentionSettings.from_arguments(*arguments)
-    block_size, width = block_sizes(settings.block_size, key.shape[2], backend_of(settings).slots_per_block)
-    sequences = None if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    blocks = n_query_blocks(query.shape[2], key.shape[2], block_size, padding_mask is not None, sequences)
+    slots = n_query_slots(query, key, padding_mask, cu_seqlens, settings.block_size, backend_of(settings))
     lse = query.new_empty(query.shape[:3], dtype=wide(query.dtype))
-    chosen = query.new_empty(*query.shape[:2], blocks * width, settings.n_routed, dtype=torch.int32)
+    chosen = query.new_empty(*query.shape[:2], slots, settings.n_routed, dtype=torch.int32)
     dense = padding_mask is None and cu_seqlens is None
     if backend_of(settings).READS_STRIDES and dense:
         return empty_with_strides_of(query, query.shape[2], value.shape[-1]), lse, chosen
@@ -92,7 +93,7 @@ def attention_backward(
     """The gradients of query, key and value."""
     settings = AttentionSettings.from_arguments(sizes, causal, share_selection, scale, softcap, implementation)
     grad, query, key, value, out, lse = (x.detach() for x in (grad, query, key, value, out, lse))
-    layout = layout_of(query, key, padding_mask, cu_seqlens, settings.block_size, backend_of(settings).slots_per_block)
+    layout = layout_of(query, key, padding_mask, cu_seqlens, settings.block_size, backend_of(settings))
     with without_autocast(query), torch.cuda.device_of(query):
         dq, dk, dv = _run(backward, (grad, grad_lse, query, key, value, out, lse, chosen), layout, settings)
         return dq, dk, dv

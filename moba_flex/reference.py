@@ -89,11 +89,11 @@ def reference_attention(
     """Softmax attention over the chosen blocks alone (equations 2 and 3). Returns the output and its log-sum-exp.
 
     Shapes as in `moba_flex.moba_attention`. Outputs of queries that read nothing are 0, their log-sum-exp is -inf. Packed sequences,
-    `cu_seqlens [n + 1]`, are each computed alone.
+    `cu_seqlens [n + 1]`, or `[2, n + 1]` of queries and of keys, are each computed alone.
     """
     if cu_seqlens is not None:
-        sizes = cu_seqlens.diff().tolist()
-        sequences = zip(*(x.split(sizes, dim=2) for x in (query, key, value)))
+        n_query, n_key = cu_seqlens.diff().expand(2, -1).tolist()
+        sequences = zip(*(x.split(sizes, dim=2) for x, sizes in ((query, n_query), (key, n_key), (value, n_key))))
         parts = [reference_attention(q, k, v, settings, sinks=sinks) for q, k, v in sequences if q.shape[2]]
         return torch.cat([out for out, _ in parts], 2), torch.cat([lse for _, lse in parts], 2)
 

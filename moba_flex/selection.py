@@ -126,7 +126,7 @@ def select_blocks(
     )
     backend = backend_of(settings)
     with without_autocast(query), torch.no_grad(), torch.cuda.device_of(query):  # which the operation does too
-        layout = layout_of(query, key, padding_mask, None, block_size, backend.slots_per_block)
+        layout = layout_of(query, key, padding_mask, None, block_size, backend)
         if query.numel():
             chosen = gate(layout.query_slots(query), layout.key_slots(key), layout, settings, backend)
             indices = layout.query_tokens(chosen, fill=-1)

@@ -17,6 +17,7 @@ from support.cases import (
     cases,
     examples,
     gradients,
+    laid_out,
     operands,
     packed_cases,
     positions,
@@ -26,8 +27,11 @@ from support.cases import (
 from support.oracle import expected as expected_of
 from support.oracle import upstream_for, visible_keys
 
+from moba_flex import attention as attention_module
 from moba_flex import moba_attention, moba_attention_varlen, set_working_memory
 from moba_flex.backends import eager
+from moba_flex.core.layout import BlockLayout
+from moba_flex.core.layout_builders import _persistent_layout, layout_of
 from moba_flex.operator import attention
 from moba_flex.ops import gate, rows
 from moba_flex.reference import gate_scores, reference_selection
@@ -58,8 +62,8 @@ def test_eager_gives_the_specification_s_values_and_gradients(case: Case):
         assert_same(grads[name], expected, f"gradient of {name}")
 
 
-@examples(40)
-@given(packed_cases())
+@examples(80)
+@given(packed_cases(more_keys=None))
 def test_eager_gives_the_specification_s_values_and_gradients_for_packed_sequences(packed: Packed):
     assume(sum(packed.lengths))
     results = []
@@ -217,19 +221,38 @@ def test_what_stands_at_padding_has_no_effect(implementation: str, case: Case, r
 
 
 @each_implementation
-@examples(40)
-@given(packed_cases())
+@examples(60)
+@given(packed_cases(more_keys=None))
 def test_packed_sequences_are_separate_sequences(implementation: str, packed: Packed):
-    tensors = operands(packed.case)
+    """Values and gradients, as those of one call of `moba_attention` for each."""
+    tensors = operands(packed.case, requires_grad=True)
     out, lse = attend_packed(packed, tensors, implementation)
     assert out.shape[2] == lse.shape[2] == sum(packed.lengths)
-    start = 0
-    for length in packed.lengths:
-        part = {name: x if name == "sinks" else x[:, :, start : start + length] for name, x in tensors.items()}
-        expected, expected_lse = attend(packed.case.but(n_key=length, n_query=length), part, implementation)
-        assert_same(out[:, :, start : start + length], expected, f"tokens from {start}")
-        assert_same(lse[:, :, start : start + length], expected_lse, f"log-sum-exp from {start}")
-        start += length
+    parts = []
+    for queries, keys, alone in packed.sequences():
+        part = {name: x if name == "sinks" else x[:, :, queries if name == "query" else keys] for name, x in tensors.items()}
+        parts.append(attend(alone, part, implementation))
+        assert_same(out[:, :, queries], parts[-1][0], f"tokens from {queries.start}")
+        assert_same(lse[:, :, queries], parts[-1][1], f"log-sum-exp from {queries.start}")
+    expected = gradients(tuple(torch.cat(x, 2) for x in zip(*parts)), tensors)
+    for name, grad in gradients((out, lse), tensors).items():
+        assert_same(grad, expected[name], f"gradient of {name}")
+
+
+@each_implementation
+@examples(25)
+@given(packed_cases(more_keys=True), st.sampled_from(["width first", "sliced", "every other", "expanded"]))
+def test_packed_tensors_may_lie_in_any_way(implementation: str, packed: Packed, layout: str):
+    tensors = operands(packed.case)
+    if layout == "expanded":
+        tensors = {name: x if name == "sinks" else x[:, :1].expand_as(x).clone() for name, x in tensors.items()}
+    moved = {name: (x if name == "sinks" else laid_out(x, layout)).requires_grad_() for name, x in tensors.items()}
+    tensors = {name: x.requires_grad_() for name, x in tensors.items()}
+    results = [attend_packed(packed, x, implementation) for x in (moved, tensors)]
+    for x, y in zip(*results):
+        assert_same(x, y)
+    for (name, x), y in zip(gradients(results[0], moved).items(), gradients(results[1], tensors).values()):
+        assert_same(x, y, f"gradient of {name}")
 
 
 @each_implementation
@@ -318,19 +341,22 @@ def test_working_memory_does_not_change_the_result(case: Case, n_bytes: int):
         assert_same(grad, expected_grads[name], f"gradient of {name}")
 
 
-@examples(60)
-@given(cases(), st.sampled_from([1, 7, 200]))
-def test_taking_few_rows_at_a_time_does_not_change_the_result(case: Case, few: int):
+@examples(80)
+@given(cases() | packed_cases(more_keys=None), st.sampled_from([1, 7, 200]), st.booleans())
+def test_taking_few_rows_at_a_time_does_not_change_the_result(case: Case | Packed, few: int, head_by_head: bool):
     """Long inputs are worked through in parts; small parts make short inputs do so too."""
-    tensors = operands(case, requires_grad=True)
-    expected = attend(case, tensors)
+    attended, case = (attend, case) if isinstance(case, Case) else (attend_packed, case)
+    tensors = operands(case if isinstance(case, Case) else case.case, requires_grad=True)
+    expected = attended(case, tensors)
     expected_grads = gradients(expected, tensors)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gate, "_SCORES_AT_ONCE", few)
         patch.setattr(eager, "_SCORES_AT_ONCE", few)
         patch.setattr(eager, "_ROWS_AT_ONCE", few)
         patch.setattr(rows, "_QUERIES_AT_ONCE", few)
-        outputs = attend(case, tensors)
+        patch.setattr(attention_module, "HEAD_BY_HEAD_FROM", 0 if head_by_head else 1 << 18)
+        _persistent_layout.cache_clear()  # with the pieces of calls before
+        outputs = attended(case, tensors)
         grads = gradients(outputs, tensors)
     for x, y in zip(outputs, expected):
         assert_same(x, y)
@@ -426,9 +452,83 @@ def test_empty_packed_sequences_are_allowed(implementation: str, lengths: tuple[
     out.sum().backward()
 
 
+@each_implementation
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(
+    ("lengths", "keys"),
+    [
+        ((0,), (0,)),
+        ((0, 0), (7, 0)),  # no query at all
+        ((0, 1, 0), (9, 9, 9)),
+        ((1,), (1,)),
+        ((1, 1, 1), (1, 17, 4)),
+        ((0, 0, 3), (0, 5, 3)),
+        ((12, 1, 0, 1), (30, 25, 3, 8)),
+    ],
+    ids=str,
+)
+def test_packed_sequences_may_have_no_query_and_no_key(implementation: str, causal: bool, lengths: tuple, keys: tuple):
+    case = Case(1, 2, 1, sum(lengths), sum(keys), 4, 3, block_size=4, top_k=2, causal=causal)
+    packed, tensors = Packed(lengths, case, keys), operands(case, requires_grad=True)
+    out, lse = attend_packed(packed, tensors, implementation)
+    assert out.shape == (1, 2, sum(lengths), 3) and lse.shape == (1, 2, sum(lengths))
+    assert out.isfinite().all() and lse.isfinite().all()
+    grads = gradients((out, lse), tensors)
+    for queries, of_keys, _ in packed.sequences():
+        if queries.start == queries.stop:  # nobody reads these keys
+            assert (grads["key"][:, :, of_keys] == 0).all() and (grads["value"][:, :, of_keys] == 0).all()
+
+
+@each_implementation
+def test_without_causal_a_packed_query_sees_all_keys_of_its_sequence(implementation: str):
+    case = Case(1, 2, 1, 4, 30, 4, 3, block_size=4, top_k=9, causal=False)
+    tensors = operands(case)
+    out, _ = attend_packed(Packed((3, 1), case, (20, 10)), tensors, implementation)
+    sees = (torch.arange(4)[:, None] < 3) == (torch.arange(30) < 20)
+    expected, _ = softmax_attention(case, tensors, sees.expand(1, 1, 4, 30))
+    assert_same(out, expected)
+
+
+@each_implementation
+@examples(25)
+@given(packed_cases(more_keys=True), st.sampled_from([torch.nan, torch.inf, 1e300]), st.data())
+def test_what_stands_in_another_packed_sequence_has_no_effect(implementation: str, packed: Packed, rubbish: float, data):
+    tensors = operands(packed.case)
+    one = data.draw(st.integers(0, len(packed.lengths) - 1), label="the sequence that is looked at")
+    queries, keys, _ = list(packed.sequences())[one]
+    spoilt = {name: x if name == "sinks" else torch.full_like(x, rubbish) for name, x in tensors.items()}
+    for name, part in (("query", queries), ("key", keys), ("value", keys)):
+        spoilt[name][:, :, part] = tensors[name][:, :, part]
+    results = []
+    for given_ in (tensors, spoilt):
+        leaves = {name: x.clone().requires_grad_() for name, x in given_.items()}
+        out, lse = (x[:, :, queries] for x in attend_packed(packed, leaves, implementation))
+        grads = gradients((out, lse), leaves) if out.numel() else {}
+        of_it = {"query": queries, "key": keys, "value": keys}
+        results.append((out, lse, *(grads[name][:, :, part] for name, part in of_it.items() if grads)))
+    for x, y in zip(*results):
+        assert_same(y, x)
+
+
+@pytest.mark.parametrize("block_size", [512, 700])
+def test_a_packed_sequence_with_one_query_takes_no_block_of_slots(block_size: int):
+    """Memory and time follow the number of tokens: of decoding, and of decoding beside a chunk of a prompt."""
+    for chunk, most in ((0, 40), (1, 41), (300, 1000), (3000, 8000)):
+        lengths, keys = (chunk, *(1,) * 40), (4000, *(700,) * 40)
+        layout = last_queries_layout(Packed(lengths, Case(block_size=block_size), keys))
+        assert layout.n_query_blocks * layout.query_width <= most, f"slots of {sum(lengths)} queries"
+
+
+def last_queries_layout(packed: Packed) -> BlockLayout:
+    query, key = torch.empty(1, 1, sum(packed.lengths), 4), torch.empty(1, 1, sum(packed.keys), 4)
+    return layout_of(query, key, None, packed.layout_bounds(), packed.case.block_size, eager)
+
+
 def test_no_packed_sequence_at_all_gives_an_empty_output():
     x = torch.zeros(0, 2, 4)
-    assert moba_attention_varlen(x, x, x, torch.zeros(1, dtype=torch.int32), block_size=2, top_k=2).shape == (0, 2, 4)
+    nothing = torch.zeros(1, dtype=torch.int32)
+    for more in (None, nothing):
+        assert moba_attention_varlen(x, x, x, nothing, cu_seqlens_k=more, block_size=2, top_k=2).shape == (0, 2, 4)
 
 
 @each_implementation
@@ -649,6 +749,12 @@ def test_the_operator_passes_opcheck_on_transposed_views_and_packed_sequences():
     torch.library.opcheck(attention, _operator_arguments(case, views, bounds))
 
 
+@pytest.mark.parametrize("lengths", [(4, 0, 7), (1, 1, 1), (19, 1, 0)], ids=str)
+def test_the_operator_passes_opcheck_where_packed_sequences_have_more_keys(lengths: tuple[int, ...]):
+    packed = Packed(lengths, Case(1, 4, 2, sum(lengths), 50, 3, 5, block_size=3), (20, 10, 20))
+    torch.library.opcheck(attention, _operator_arguments(packed.case, operands(packed.case), packed.layout_bounds()))
+
+
 @pytest.mark.parametrize("case", OPERATOR_CASES.values(), ids=OPERATOR_CASES)
 def test_torch_compile_sees_one_graph_and_the_same_result(case: Case):
     case = case.but(sinks=True)
@@ -678,6 +784,61 @@ def test_torch_compile_sees_one_graph_for_packed_sequences():
     tensors = [x[0].transpose(0, 1) for x in operands(packed.case).values()]
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
     assert_same(compiled(*tensors, packed.cu_seqlens()), run(*tensors, packed.cu_seqlens()))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_torch_compile_gives_values_and_gradients_where_packed_sequences_have_more_keys(dynamic: bool):
+    torch.compiler.reset()
+    compiled = torch.compile(attend_packed_plainly, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for lengths, keys in (((4, 0, 7), (20, 10, 8)), ((1, 1, 1, 1), (5, 9, 2, 30)), ((19, 1), (25, 40))):
+        case = Case(1, 4, 2, sum(lengths), sum(keys), 3, 5, block_size=3, sinks=True)
+        packed, tensors = Packed(lengths, case, keys), operands(case, requires_grad=True)
+        results = []
+        for run in (attend_packed_plainly, compiled):
+            outputs = run(*tensors.values(), packed.cu_seqlens(), packed.cu_seqlens_k())
+            results.append((*outputs, *gradients(outputs, tensors).values()))
+        for x, y in zip(*results):
+            assert_same(y, x, f"{lengths} of {keys}")
+
+
+def attend_packed_plainly(query, key, value, sinks, bounds, bounds_k):
+    tensors = (x[0].transpose(0, 1) for x in (query, key, value))
+    return moba_attention_varlen(*tensors, bounds, cu_seqlens_k=bounds_k, sinks=sinks, block_size=3, top_k=2, return_lse=True)
+
+
+def test_an_exported_program_takes_any_lengths_and_any_number_of_packed_sequences():
+    class Packing(torch.nn.Module):
+        def forward(self, query, key, bounds, bounds_k):
+            own = moba_attention_varlen(key, key, key, bounds_k, block_size=4, top_k=2)
+            return own, moba_attention_varlen(query, key, key, bounds, cu_seqlens_k=bounds_k, block_size=4, top_k=2)
+
+    def given(lengths, keys):
+        packed = Packed(lengths, Case(), keys)
+        return random(sum(lengths), 2, 3, seed=0), random(sum(keys), 2, 3, seed=1), packed.cu_seqlens(), packed.cu_seqlens_k()
+
+    sizes = {0: torch.export.Dim("T")}, {0: torch.export.Dim("Tk")}, *[{0: torch.export.Dim("n", min=3)}] * 2
+    program = torch.export.export(Packing(), given((5, 1, 0, 30), (5, 40, 7, 60)), dynamic_shapes=sizes).module()
+    for lengths, keys in (((1, 1, 1, 1, 1), (9, 20, 1, 4, 30)), ((50, 3), (220, 3))):
+        for x, y in zip(program(*given(lengths, keys)), Packing()(*given(lengths, keys))):
+            assert_same(x, y, f"{lengths} of {keys}")
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_wrong_bounds_of_keys_are_noticed_under_torch_compile(backend: str):
+    torch.compiler.reset()
+    query, key, bounds = torch.randn(12, 2, 8), torch.randn(37, 2, 8), torch.tensor([0, 10, 12], dtype=torch.int32)
+    run = torch.compile(
+        lambda bounds_k: moba_attention_varlen(query, key, key, bounds, cu_seqlens_k=bounds_k, block_size=5, top_k=2),
+        backend=backend,
+        fullgraph=True,
+    )
+    for wrong, words in (
+        ((0, 20, 30), "cu_seqlens_k must start at 0, never fall and end at the number of tokens"),
+        ((0, 9, 37), "cu_seqlens_k must give each sequence at least as many keys as cu_seqlens gives it queries"),
+    ):
+        with pytest.raises(RuntimeError, match=words):
+            run(torch.tensor(wrong, dtype=torch.int32))
+    run(torch.tensor([0, 10, 37], dtype=torch.int32))
 
 
 WRONG_BOUNDS = [(0, 10, 30), (5, 37), (0, 20, 10, 37), (0, 10, 40), (0,), (-1, 37)]

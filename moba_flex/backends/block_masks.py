@@ -52,10 +52,23 @@ def block_mask(tiles: tuple[int, int], mask_mod: Callable[..., Tensor], lists: L
     return BlockMask((n_query, n_key), *lists, BLOCK_SIZE=tiles, mask_mod=mask_mod)
 
 
+def query_tile(width: int) -> int:
+    """How many queries of a block of `width` slots the local call takes at a time."""
+    return math.gcd(width, QUERY_TILE)
+
+
 @cache
 def _local_rule(width: int) -> Callable[..., Tensor]:
     def rule(b: Tensor, h: Tensor, q: Tensor, kv: Tensor, own: Tensor) -> Tensor:
         return (own[b, q // width] == kv // width) & (kv % width <= q % width)
+
+    return rule
+
+
+@cache
+def _tiles_rule(width: int, tile: int) -> Callable[..., Tensor]:
+    def rule(b: Tensor, h: Tensor, q: Tensor, kv: Tensor, own: Tensor, offset: Tensor) -> Tensor:
+        return (own[b, q // tile] == kv // width) & (kv % width <= offset[b, q // tile] + q % tile)
 
     return rule
 
@@ -69,8 +82,10 @@ def local_mask(layout: BlockLayout, heads: int, groups: int) -> Mask:
 
 
 def _local_mask(layout: BlockLayout, heads: int, groups: int) -> Mask:
+    if layout.offset is not None:
+        return _local_mask_of_tiles(layout, layout.offset, heads, groups)
     own = layout.own.repeat_interleave(groups, 0)
-    tile = math.gcd(layout.width, QUERY_TILE)
+    tile = query_tile(layout.width)
     per, n_query_blocks = layout.width // tile, layout.n_query_blocks
     step = torch.arange(per, device=own.device, dtype=torch.int32)
     start = (own * per)[..., None].expand(-1, -1, per)
@@ -86,6 +101,28 @@ def _local_mask(layout: BlockLayout, heads: int, groups: int) -> Mask:
     in_part, in_full, back_in_part, back_in_full = (_listed(n.flatten(1), i.flatten(1)) for n, i in zip(counts, indices))
     lists = *in_part, *in_full, *back_in_part, *back_in_full
     return Mask(("local", layout.width, heads // groups), (tile, tile), _local_rule(layout.width), (own,), lists)
+
+
+def _local_mask_of_tiles(layout: BlockLayout, offset: Tensor, heads: int, groups: int) -> Mask:
+    """The same where a query block is one tile, and a block has those tiles alone that hold queries."""
+    tile, per = layout.query_width, layout.width // layout.query_width
+    own, offset = (x.repeat_interleave(groups, 0) for x in (layout.own, offset))
+    place = offset // tile  # in the own block
+    start = own * per
+
+    # Backward: the tiles of a key block are a run of query tiles, the first of which need not be the block's first.
+    used = torch.where(layout.query_stop > layout.query_start, layout.own, layout.n_key_blocks).repeat_interleave(groups, 0)
+    block = torch.arange(layout.n_key_blocks, device=own.device, dtype=torch.int32).expand(len(own), -1).contiguous()
+    first, after = (torch.searchsorted(used, block, right=right, out_int32=True)[..., None] for right in (False, True))
+    last_tile = own.shape[1] - 1
+    step = torch.arange(per, device=own.device, dtype=torch.int32)
+    same = first + step - place.gather(1, first.clamp(max=last_tile).flatten(1).long())[..., None]
+    later = torch.maximum(same + 1, first)
+    counts = torch.ones_like(start), place, (same >= first) & (same < after), (after - later).clamp(min=0)
+    indices = start + place, start, same.clamp(0, last_tile), later.clamp(max=last_tile)
+    listed = [_listed(n.int().flatten(1), i.flatten(1)) for n, i in zip(counts, indices)]
+    lists = *listed[0], *listed[1], *listed[2], *listed[3]
+    return Mask(("local tiles", layout.width, heads // groups), (tile, tile), _tiles_rule(layout.width, tile), (own, offset), lists)
 
 
 @cache

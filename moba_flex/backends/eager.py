@@ -31,7 +31,8 @@ from ..ops.gate import choose
 from ..ops.routing import order_pairs
 from ..ops.rows import delta, over_no_keys, write
 
-__all__ = ["HEAD_BY_HEAD", "MAX_TENSOR_ELEMENTS", "READS_STRIDES", "attend", "backward", "choose", "delta", "route", "slots_per_block"]
+__all__ = ["HEAD_BY_HEAD", "MAX_TENSOR_ELEMENTS", "READS_STRIDES", "attend", "backward", "choose", "delta", "route"]
+__all__ += ["slots_per_block", "slots_per_query_tile"]
 
 MAX_TENSOR_ELEMENTS = sys.maxsize
 READS_STRIDES = False
@@ -41,6 +42,15 @@ HEAD_BY_HEAD = True
 def slots_per_block(block_size: int) -> int:
     """As many as it has tokens: nothing here is cut into tiles."""
     return block_size
+
+
+def slots_per_query_tile(width: int, n_query: int, sequences: int) -> int:
+    """Half of the queries that a sequence has on average, so that there are not many more slots than queries.
+
+    One where each sequence has one query, and 8 at least as soon as some have more: a tile copies its own block's keys.
+    """
+    few = torch.sym_max(1, torch.sym_min(8, n_query - sequences + 1))
+    return torch.sym_min(width, torch.sym_max(few, n_query // (2 * sequences)))
 
 
 _SCORES_AT_ONCE = 1 << 20  # they and their exponentials stay in a core's cache
@@ -75,10 +85,37 @@ class _Range:
     safe: bool
 
 
+@dataclass(frozen=True, eq=False)
+class _Diagonal:
+    """Which keys of its own block a query sees: those up to its own place. They hide a last block's missing keys too."""
+
+    width: int
+    device: torch.device
+    tile: int | None = None  # queries `[q, tile]` of a part of a block, which begins at `offset [q]`; None: of a whole block
+    offset: Tensor | None = None
+
+    def later(self) -> Tensor:
+        """`[P, P]` or `[q, tile, P]`: the keys that come after a query."""
+        if self.tile is None or self.offset is None:
+            return _later(self.width, self.device)
+        slot = torch.arange(self.width, device=self.device)
+        return slot > (self.offset[:, None] + slot[: self.tile])[..., None]
+
+    def hide(self, weight: Tensor) -> Tensor:
+        """`weight`, 0 at later keys. In place."""
+        return weight.tril_() if self.tile is None else weight.masked_fill_(self.later(), 0)
+
+
 def _attend(
-    query: Tensor, key: Tensor, value: Tensor, causal: bool, settings: AttentionSettings, known: _Range, into: Tensor | None = None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    causal: _Diagonal | None,
+    settings: AttentionSettings,
+    known: _Range,
+    into: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Softmax attention of `[..., M, D]` to `[..., K, D]` and its log-sum-exp; `causal` (M = K): to keys up to the query's own.
+    """Softmax attention of `[..., M, D]` to `[..., K, D]` and its log-sum-exp; `causal`: to keys up to the query's own.
 
     The output is written `into` a tensor if there is one. The log-sum-exp is float64, but for small scores.
     """
@@ -87,29 +124,31 @@ def _attend(
     if known.safe:
         return torch.matmul(weight, value, out=into).div_(total), lse
     weight = weight.div_(total)  # before the product, which could overflow otherwise
-    out = _product(weight, value, ~_later(weight.shape[-1], weight.device) if causal else None)
+    out = _product(weight, value, ~causal.later() if causal else None)
     return out if into is None else into.copy_(out), lse
 
 
-def _weights(query: Tensor, key: Tensor, causal: bool, settings: AttentionSettings, known: _Range) -> tuple[Tensor, Tensor, Tensor | None]:
+def _weights(
+    query: Tensor, key: Tensor, causal: _Diagonal | None, settings: AttentionSettings, known: _Range
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """Exponentials of scores `[..., M, K]`, their sums `[..., M, 1]`, and what was subtracted from a query's scores, if anything."""
     weight, most = _scores(query, key, settings, known.safe), None
     if not known.small:
-        later = _later(query.shape[-2], query.device) if causal else None
-        most = (weight.masked_fill_(later, -torch.inf) if causal else weight).amax(-1, keepdim=True)
+        later = causal.later() if causal else None
+        most = (weight if later is None else weight.masked_fill_(later, -torch.inf)).amax(-1, keepdim=True)
         if not known.safe:
             most = torch.where(most.isfinite(), most, 0)
         weight -= most
-        if causal:
+        if later is not None:
             weight.masked_fill_(later, 0)  # the exponential of -inf takes many times as long as that of 0
     weight.exp_()
     if causal:
-        weight.tril_()
+        causal.hide(weight)
     return weight, weight.sum(-1, keepdim=True), most
 
 
 def _later(width: int, device: torch.device) -> Tensor:
-    """`[P, P]`: the keys that come after a query of the same block. They hide a last block's missing keys too."""
+    """`[P, P]`: the keys that come after a query of the same block."""
     slot = torch.arange(width, device=device)
     return slot > slot[:, None]
 
@@ -154,25 +193,28 @@ def _product(weight: Tensor, x: Tensor, visible: Tensor | None) -> Tensor:
 
 def _local_heads(
     layout: BlockLayout, per_query: tuple[Tensor, ...], per_key: tuple[Tensor, ...]
-) -> Iterator[tuple[Tensor | slice, list[Tensor], list[Tensor]]]:
+) -> Iterator[tuple[Tensor | slice, _Diagonal, list[Tensor], list[Tensor]]]:
     """Each query head with its key head, some query blocks at a time: their own blocks, and all that there is of them.
 
-    `per_query [B, H, Q * P, ...]` comes as `[q, P, ...]`, `per_key [B, G, C * P, ...]` as `[C, P, ...]`.
+    `per_query [B, H, Q * P, ...]` comes as `[q, P, ...]`, `per_key [B, G, C * P, ...]` as `[C, P, ...]`. Query blocks may be narrower.
     """
     rows, heads, repeats = per_query[0].shape[0], per_query[0].shape[1], per_query[0].shape[1] // per_key[0].shape[1]
-    by_block = [x.unflatten(2, (-1, layout.width)) for x in (*per_query, *per_key)]
-    step = max(1, _SCORES_AT_ONCE // layout.width**2)
+    tiles, whole = layout.offset, _Diagonal(layout.width, layout.own.device)
+    by_block = [x.unflatten(2, (-1, layout.query_width)) for x in per_query] + [x.unflatten(2, (-1, layout.width)) for x in per_key]
+    at_once = layout.width if tiles is None else max(layout.query_width, per_key[0].shape[-1])  # the keys of tiles are copied
+    step = max(1, _SCORES_AT_ONCE // (layout.width * at_once))
     for b in range(rows):
         own = layout.own[b].long()
         first, last = int(own[0]), int(own[-1])
-        follow = last - first == layout.n_query_blocks - 1  # one after another: then keys need not be copied
+        follow = tiles is None and last - first == layout.n_query_blocks - 1  # one after another: then keys need not be copied
         for h in range(heads):
             of_query = [x[b, h] for x in by_block[: len(per_query)]]
             of_key = [x[b, h // repeats] for x in by_block[len(per_query) :]]
             for start in range(0, layout.n_query_blocks, step):
                 part = slice(start, start + step)
                 blocks = slice(first + part.start, min(first + part.stop, last + 1)) if follow else own[part]
-                yield blocks, [x[part] for x in of_query], of_key
+                causal = whole if tiles is None else _Diagonal(layout.width, own.device, layout.query_width, tiles[b, part])
+                yield blocks, causal, [x[part] for x in of_query], of_key
 
 
 def attend(
@@ -202,8 +244,8 @@ def local(
     dtype, known = wide(query.dtype), _range_of(query, key, value, settings)
     out = into[0] if into[0].dtype == dtype and into[0].is_contiguous() else into[0].new_empty(into[0].shape, dtype=dtype)
     lse = into[1].new_empty(into[1].shape, dtype=torch.float64)
-    for own, (q, o, l), (k, v) in _local_heads(layout, (query, out, lse), (key, value)):
-        l.copy_(_attend(_wide(q), _wide(k[own]), _wide(v[own]), True, settings, known, into=o)[1])
+    for own, causal, (q, o, l), (k, v) in _local_heads(layout, (query, out, lse), (key, value)):
+        l.copy_(_attend(_wide(q), _wide(k[own]), _wide(v[own]), causal, settings, known, into=o)[1])
     return out, lse
 
 
@@ -220,14 +262,14 @@ def local_backward(
     safe: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value that come through the local call."""
-    hidden = _later(layout.width, query.device)
+    hidden = _Diagonal(layout.width, query.device).later() if layout.tile is None else None
     grad_query = torch.empty_like(query, dtype=delta.dtype)
     grad_key, grad_value = (torch.zeros_like(x, dtype=delta.dtype) for x in (key, value))
     per_query = (query, grad_query, grad, lse, delta) if rest is None else (query, grad_query, grad, lse, delta, rest)
     per_key = (key, value, grad_key, grad_value)
-    for own, (q, dq, *upstream), (k, v, dk, dv) in _local_heads(layout, per_query, per_key):
-        upstream = _upstream(*upstream)
-        part, part_k, part_v = _attend_backward(_wide(q), _wide(k[own]), _wide(v[own]), *upstream, hidden, settings, safe)
+    for own, causal, (q, dq, *upstream), (k, v, dk, dv) in _local_heads(layout, per_query, per_key):
+        upstream, later = _upstream(*upstream), causal.later() if hidden is None else hidden
+        part, part_k, part_v = _attend_backward(_wide(q), _wide(k[own]), _wide(v[own]), *upstream, later, settings, safe)
         dq.copy_(part)
         for total, added in ((dk, part_k), (dv, part_v)):
             if isinstance(own, slice):
@@ -380,7 +422,7 @@ def _merge_one_by_one(
     q, total, sums = query.flatten(0, 2), lse.flatten(), out.flatten(0, 2)
     k, v, known = key.flatten(0, 2), value.flatten(0, 2), _Range(False, _range_of(query, key, value, settings).safe)
     for queries, keys in _routed_keys(routes, layout, key.shape[1]):
-        part, part_lse = _attend(_wide(q.index_select(0, queries)), _wide(k[keys]), _wide(v[keys]), False, settings, known)
+        part, part_lse = _attend(_wide(q.index_select(0, queries)), _wide(k[keys]), _wide(v[keys]), None, settings, known)
         before, part_lse = total.index_select(0, queries), part_lse.to(total.dtype)
         share = torch.sigmoid(part_lse - before)[:, None].to(part.dtype)  # of the block in the sum of both
         old = sums.index_select(0, queries)
@@ -427,7 +469,7 @@ def backward(
 
 def _slots_without_a_query(layout: BlockLayout) -> Tensor:
     """`[B, 1, Q * P]`. Their gradients are 0, which times NaN is NaN."""
-    slot = torch.arange(layout.width, device=layout.own.device)
+    slot = torch.arange(layout.query_width, device=layout.own.device)
     return ((slot < layout.query_start[..., None]) | (slot >= layout.query_stop[..., None])).flatten(1)[:, None]
 
 
@@ -446,14 +488,14 @@ def _log_sum_exp(
     known = _Range(False, safe)
     most = torch.full(query.shape[:3], -torch.inf, dtype=_wide(query[:0]).dtype, device=query.device)
     rest = torch.zeros_like(most)
-    for own, (q, m, r), (k,) in _local_heads(layout, (query, most, rest), (key,)) if settings.causal else ():
-        _, total, part = _weights(_wide(q), _wide(k[own]), True, settings, known)
+    for own, causal, (q, m, r), (k,) in _local_heads(layout, (query, most, rest), (key,)) if settings.causal else ():
+        _, total, part = _weights(_wide(q), _wide(k[own]), causal, settings, known)
         m.copy_(part.squeeze(-1))
         r.copy_(total.squeeze(-1).log_())
     if routes is not None:
         q, k, all_most, all_rest = query.flatten(0, 2), key.flatten(0, 2), most.flatten(), rest.flatten()
         for queries, keys in _routed_keys(routes, layout, key.shape[1]):
-            _, total, part = _weights(_wide(q.index_select(0, queries)), _wide(k[keys]), False, settings, known)
+            _, total, part = _weights(_wide(q.index_select(0, queries)), _wide(k[keys]), None, settings, known)
             before, part = all_most.index_select(0, queries), part.squeeze(-1)
             above = torch.maximum(before, part)
             sums = (before - above) + all_rest.index_select(0, queries), (part - above) + total.squeeze(-1).log_()

@@ -20,15 +20,21 @@ from ..ops import kernels, steps_for
 from ..ops.routing import Routes
 from ..ops.rows import over_no_keys, write
 from . import flash, paths
-from .block_masks import local_mask, routed_mask
+from .block_masks import local_mask, query_tile, routed_mask
 from .flex_calls import by_group, flex_backward, flex_forward
 
-__all__ = ["HEAD_BY_HEAD", "MAX_TENSOR_ELEMENTS", "READS_STRIDES", "attend", "backward", "choose", "delta", "route", "slots_per_block"]
+__all__ = ["HEAD_BY_HEAD", "MAX_TENSOR_ELEMENTS", "READS_STRIDES", "attend", "backward", "choose", "delta", "route"]
+__all__ += ["slots_per_block", "slots_per_query_tile"]
 
 # FlexAttention's kernels take the number of a key, and backward that of a row, times the width in 32 bits.
 MAX_TENSOR_ELEMENTS = 2**31 - 1
 READS_STRIDES = True
 HEAD_BY_HEAD = False
+
+
+def slots_per_query_tile(width: int, n_query: int, sequences: int) -> int:
+    """One tile of the local call: see `local_mask`."""
+    return query_tile(width)
 
 
 def route(chosen: Tensor, groups: int, n_blocks: int, max_pairs: int) -> Routes:
@@ -98,7 +104,7 @@ def backward(
     into: tuple[Tensor, Tensor, Tensor],
 ) -> None:
     """Gradients of query, key and value, through the own block and along `routes`."""
-    if paths.one_pass_backward_obstacle(query, value, layout.width) is None:
+    if paths.one_pass_backward_obstacle(query, value, layout.width, layout.tile is not None) is None:
         kernels.one_pass_backward(query, key, value, grad, lse, delta, routes, layout, settings, into)
         return
     query, grad = query.contiguous(), grad.contiguous()

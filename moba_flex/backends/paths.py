@@ -85,31 +85,35 @@ def dense_obstacle(
     return None if width == value.shape[-1] and width <= 256 and width % 8 == 0 else "PyTorch's fused attention does not have these widths"
 
 
-def one_pass_obstacle(query: Tensor, value: Tensor, slots: int) -> str | None:
+def one_pass_obstacle(query: Tensor, value: Tensor, slots: int, last_queries: bool = False) -> str | None:
     """What keeps blocks of `slots` slots from a forward pass of one kernel, `implementation="triton"`."""
-    if (obstacle := _one_kernel_obstacle(query, value, slots)) is not None:
+    if (obstacle := _one_kernel_obstacle(query, value, slots, last_queries)) is not None:
         return obstacle
     assert kernels is not None  # which is part of that
     fits = kernels.forward.fits(query, value, slots)
     return None if fits else "it needs an NVIDIA GPU whose shared memory holds a block's keys and values"
 
 
-def one_pass_backward_obstacle(query: Tensor, value: Tensor, slots: int) -> str | None:
+def one_pass_backward_obstacle(query: Tensor, value: Tensor, slots: int, last_queries: bool = False) -> str | None:
     """What keeps blocks of `slots` slots from a backward pass of one kernel, which is else FlexAttention's.
+
+    `last_queries`: queries are the last tokens of packed sequences, in tiles.
 
     A block of many keys is cut into sub-blocks, each of which writes rows of its own: up to three need no more memory than the copied
     rows of FlexAttention's would.
     """
-    if (obstacle := _one_kernel_obstacle(query, value, slots)) is not None:
+    if (obstacle := _one_kernel_obstacle(query, value, slots, last_queries)) is not None:
         return obstacle
     assert kernels is not None  # which is part of that
     return None if kernels.backward.sub_blocks(query, value, slots) <= 3 else "it would need more than three sub-blocks"
 
 
-def _one_kernel_obstacle(query: Tensor, value: Tensor, slots: int) -> str | None:
+def _one_kernel_obstacle(query: Tensor, value: Tensor, slots: int, last_queries: bool) -> str | None:
     """What keeps blocks from any kernel of this package that takes all rows of a block."""
     if not query.is_cuda or kernels is None:
         return "it is for CUDA"
+    if last_queries:
+        return "it takes no cu_seqlens_k"
     if query.dtype not in _HALF:
         return "it computes in bfloat16 and float16"
     if slots > MAX_ONE_PASS_BLOCK or max(query.shape[-1], value.shape[-1]) > MAX_ONE_PASS_WIDTH:

@@ -34,6 +34,10 @@ class Backend(Protocol):
         """P: how many slots the layout gives to a block of `block_size` tokens."""
         ...
 
+    def slots_per_query_tile(self, width: int, n_query: int, sequences: int, /) -> int:
+        """How many slots a tile of queries has where they are the last tokens of packed sequences, from shapes alone."""
+        ...
+
     def choose(self, query: Tensor, key: Tensor, layout: BlockLayout, settings: AttentionSettings, /) -> Tensor:
         """The gate: `[B, H, Q * P, D]`, `[B, G, C * P, D]` -> the chosen blocks `[B, H, Q * P, S]` int32, -1 where there are fewer."""
         ...

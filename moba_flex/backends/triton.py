@@ -13,9 +13,10 @@ from ..core.settings import AttentionSettings
 from ..ops import kernels
 from ..ops.routing import Routes
 from ..ops.rows import over_no_keys, write
-from .flex import HEAD_BY_HEAD, MAX_TENSOR_ELEMENTS, READS_STRIDES, backward, choose, delta, route, slots_per_block
+from .flex import HEAD_BY_HEAD, MAX_TENSOR_ELEMENTS, READS_STRIDES, backward, choose, delta, route, slots_per_block, slots_per_query_tile
 
-__all__ = ["HEAD_BY_HEAD", "MAX_TENSOR_ELEMENTS", "READS_STRIDES", "attend", "backward", "choose", "delta", "route", "slots_per_block"]
+__all__ = ["HEAD_BY_HEAD", "MAX_TENSOR_ELEMENTS", "READS_STRIDES", "attend", "backward", "choose", "delta", "route"]
+__all__ += ["slots_per_block", "slots_per_query_tile"]
 
 
 def attend(

@@ -116,9 +116,9 @@ def _parts(repeats: int, width: int, layout: BlockLayout, settings: AttentionSet
 
 def max_elements(heads: int, blocks: int, width: int, layout: BlockLayout, settings: AttentionSettings) -> int:
     """How many elements the largest tensor of one key head can have, for so many of its query heads and of their query blocks."""
-    pairs = heads * blocks * layout.block_size * min(settings.n_routed, layout.n_key_blocks)
+    pairs = heads * blocks * min(layout.block_size, layout.query_width) * min(settings.n_routed, layout.n_key_blocks)
     routed = tiles_needed(pairs, layout.n_key_blocks, QUERY_TILE) * QUERY_TILE
-    return max(routed, heads * blocks * layout.width, layout.n_key_blocks * layout.width) * width
+    return max(routed, heads * blocks * layout.query_width, layout.n_key_blocks * layout.width) * width
 
 
 def tiles_needed(max_pairs: int, n_blocks: int, tile: int) -> int:

@@ -5,6 +5,9 @@ block is `width` slots, the first `block_size` of them for tokens. Each sequence
 so padding on the left, padding on the right, packed sequences, odd lengths and odd block sizes all look alike from here on.
 When tokens already are in this order, nothing is copied.
 
+Queries lie in blocks of their own. Where they are the last tokens of packed sequences, most of a block would often be empty: a query
+block then is a tile of fewer slots, `tile`, which has one own block all the same.
+
 B rows, C key blocks per row, Q query blocks per row, P slots per block (`width`), N tokens.
 """
 
@@ -63,11 +66,18 @@ class BlockLayout:
     token_of_query_slot: Tensor | None = None
     slot_of_query: Tensor | None = None
     persistent: bool = False  # whether later calls use it too, and so what it caches
+    tile: int | None = None  # slots of a query block; None: `width`
+    offset: Tensor | None = None  # [B, Q] the slot of its own block at which a query block begins; None: 0
     _cache: dict[Hashable, Any] = field(default_factory=dict)
 
     @property
     def n_query_blocks(self) -> int:
         return self.own.shape[1]
+
+    @property
+    def query_width(self) -> int:
+        """Slots of a query block."""
+        return self.width if self.tile is None else self.tile
 
     @property
     def whole(self) -> bool:
@@ -122,13 +132,13 @@ class BlockLayout:
 
     def slots(self, blocks: slice) -> slice:
         """The query slots of some query blocks."""
-        return slice(blocks.start * self.width, blocks.stop * self.width)
+        return slice(blocks.start * self.query_width, blocks.stop * self.query_width)
 
     def part(self, rows: slice, blocks: slice) -> BlockLayout:
         """The same for some of the rows and query blocks. Only what works on slots is right in it: tokens have been moved by then."""
         if (rows.stop - rows.start, blocks.stop - blocks.start) == self.own.shape:
             return self
-        of_query = ("own", "first", "end", "query_start", "query_stop")
+        of_query = ("own", "first", "end", "query_start", "query_stop", *(() if self.offset is None else ("offset",)))
 
         def make() -> BlockLayout:
             cut = {name: getattr(self, name)[rows, blocks].contiguous() for name in of_query}
@@ -138,7 +148,7 @@ class BlockLayout:
 
     def last_own(self, query_block: int) -> int:
         """A bound, known without reading data, of the own block of `query_block` in any row."""
-        if self.token_of_query_slot is not None and self.n_query != self.n_key:
+        if self.tile is not None or (self.token_of_query_slot is not None and self.n_query != self.n_key):
             return self.n_key_blocks - 1
         return self.n_key_blocks - self.n_query_blocks + query_block
 
@@ -147,7 +157,7 @@ class BlockLayout:
         read where those are fewer; exact without padding. `blocks`: of these query blocks alone."""
         count, blocks = min(count, self.n_key_blocks), blocks or slice(0, self.n_query_blocks)
         if self.token_of_query_slot is not None:
-            return min(self.n_query, (blocks.stop - blocks.start) * self.block_size) * count
+            return min(self.n_query, (blocks.stop - blocks.start) * min(self.block_size, self.query_width)) * count
         own, before = self.n_key_blocks - self.n_query_blocks, self.n_key - self.n_query
         first, last = own + blocks.start, own + blocks.stop
         pairs = (min(last * self.block_size, self.n_key) - max(first * self.block_size, before)) * count

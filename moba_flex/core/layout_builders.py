@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,17 +17,41 @@ from .allocation import allocate_persistent
 from .layout import BlockLayout, one_block
 from .upstream import is_under_dispatch_mode
 
+if TYPE_CHECKING:
+    from ..backends.protocol import Backend
+
 
 def layout_of(
-    query: Tensor, key: Tensor, padding_mask: Tensor | None, cu_seqlens: Tensor | None, block_size: int, slots: Callable[[int], int]
+    query: Tensor, key: Tensor, padding_mask: Tensor | None, cu_seqlens: Tensor | None, block_size: int, backend: Backend
 ) -> BlockLayout:
-    """The layout of a call. `slots` gives the slots of a block: only tiles of a GPU need blocks of particular widths."""
-    block_size, width = block_sizes(block_size, key.shape[2], slots)
+    """The layout of a call, in blocks and tiles as wide as the backend wants them.
+
+    `cu_seqlens [n + 1]`, or `[2, n + 1]`: those of queries and those of keys.
+    """
+    n_query, n_key = query.shape[2], key.shape[2]
+    block_size, width = block_sizes(block_size, n_key, backend.slots_per_block)
+    if cu_seqlens is not None and cu_seqlens.dim() == 2:
+        tile = backend.slots_per_query_tile(width, n_query, cu_seqlens.shape[1] - 1)
+        return with_last_queries(packed_layout(cu_seqlens[1], n_key, block_size, width), cu_seqlens, n_query, tile)
     if cu_seqlens is not None:
-        return packed_layout(cu_seqlens, key.shape[2], block_size, width)
+        return packed_layout(cu_seqlens, n_key, block_size, width)
     if padding_mask is not None:
-        return padded_layout(padding_mask, query.shape[2], block_size, width)
-    return dense_layout(query.shape[0], query.shape[2], key.shape[2], block_size, width, query.device)
+        return padded_layout(padding_mask, n_query, block_size, width)
+    return dense_layout(query.shape[0], n_query, n_key, block_size, width, query.device)
+
+
+def n_query_slots(
+    query: Tensor, key: Tensor, padding_mask: Tensor | None, cu_seqlens: Tensor | None, block_size: int, backend: Backend
+) -> int:
+    """How many slots `layout_of` gives to the queries of a row, from shapes alone."""
+    n_query, n_key = query.shape[2], key.shape[2]
+    block_size, width = block_sizes(block_size, n_key, backend.slots_per_block)
+    if cu_seqlens is not None and cu_seqlens.dim() == 2:
+        n_sequences = cu_seqlens.shape[1] - 1
+        tile = backend.slots_per_query_tile(width, n_query, n_sequences)
+        return n_query_tiles(n_query, n_sequences, block_size, tile) * tile
+    sequences = None if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    return n_query_blocks(n_query, n_key, block_size, padding_mask is not None, sequences) * width
 
 
 def block_sizes(block_size: int, n_key: int, slots: Callable[[int], int]) -> tuple[int, int]:
@@ -37,12 +61,26 @@ def block_sizes(block_size: int, n_key: int, slots: Callable[[int], int]) -> tup
 
 
 def n_query_blocks(n_query: int, n_key: int, block_size: int, padded: bool, sequences: int | None) -> int:
-    """How many query blocks `layout_of` makes per row, from shapes alone."""
+    """How many query blocks that are as wide as key blocks `layout_of` makes per row, from shapes alone."""
     if sequences is not None:
         return n_key // block_size + sequences
     if padded and n_query != n_key:
         return min(-(-n_key // block_size), (n_query + block_size - 2) // block_size + 1)
     return -(-n_key // block_size) - (n_key - n_query) // block_size
+
+
+def n_query_tiles(n_query: int, sequences: int, block_size: int, tile: int) -> int:
+    """A bound on the tiles of `n_query` queries, which are the last of `sequences` packed sequences, from shapes alone.
+
+    A sequence's queries have one tile, and one more for each border between tiles or blocks that they cross: at most one in `tile`
+    steps from one query to the next, and one in `block_size` steps where tiles do not fill blocks. No tile is empty.
+    """
+
+    def crossed(size: int) -> int:
+        return (n_query + sequences * (size - 2)) // size
+
+    borders = crossed(tile) + (crossed(block_size) if block_size % tile else 0)
+    return torch.sym_min(n_query, sequences + borders)
 
 
 def dense_layout(rows: int, n_query: int, n_key: int, block_size: int, width: int, device: torch.device) -> BlockLayout:
@@ -165,6 +203,61 @@ def packed_layout(cu_seqlens: Tensor, n_tokens: int, block_size: int, width: int
         slot,
         token,
         slot,
+    )
+
+
+def with_last_queries(layout: BlockLayout, cu_seqlens: Tensor, n_query: int, tile: int) -> BlockLayout:
+    """`layout`, that of packed keys, for queries that are each sequence's last tokens: `cu_seqlens [2, n + 1]`, of queries and of keys.
+
+    Tiles begin at every multiple of `tile` slots of a block, and there are those alone that hold queries. No value is read back.
+    """
+    size, per_block, n_sequences = layout.block_size, -(-layout.block_size // tile), cu_seqlens.shape[1] - 1
+    n_tiles = n_query_tiles(n_query, n_sequences, size, tile)
+    bounds, device = cu_seqlens[0].long(), cu_seqlens.device
+    queries, keys = cu_seqlens.long().diff()
+    skipped = keys - queries  # before the first query
+
+    def tile_at(position: Tensor) -> Tensor:  # counted from its sequence's first key
+        return position // size * per_block + position % size // tile
+
+    first_tile = tile_at(skipped)
+    tiles = torch.where(queries > 0, tile_at(keys - 1) - first_tile + 1, 0)
+    after = tiles.cumsum(0)
+    before, block_before = after - tiles, (-(-keys // size)).cumsum(0) - -(-keys // size)
+
+    number = torch.arange(n_tiles, device=device)
+    of_tile = torch.searchsorted(after, number, right=True).clamp(max=n_sequences - 1)
+    number = number - before[of_tile] + first_tile[of_tile]  # of spare tiles: beyond the last sequence's keys
+    offset = number % per_block * tile
+    begin = number // per_block * size + offset
+    room = (size - offset).clamp(max=tile)
+    stop = torch.minimum(keys[of_tile] - begin, room).clamp(min=0)
+    start = torch.minimum((skipped[of_tile] - begin).clamp(min=0), stop)
+    slot = torch.arange(tile, device=device)
+    token = (bounds[:-1][of_tile] + begin - skipped[of_tile])[:, None] + slot
+    token = torch.where((slot >= start[:, None]) & (slot < stop[:, None]), token, -1)
+
+    query = torch.arange(n_query, device=device)
+    of_query = torch.searchsorted(bounds[1:].contiguous(), query, right=True).clamp(max=n_sequences - 1)
+    position = query - bounds[of_query] + skipped[of_query]
+    slot = (before - first_tile)[of_query] * tile + tile_at(position) * tile + position % size % tile
+
+    own = (block_before[of_tile] + number // per_block).clamp(max=layout.n_key_blocks - 1)
+    end = block_before + -(-keys // size)
+    own, first, end, start, stop, offset = (x.int().view(1, -1) for x in (own, block_before[of_tile], end[of_tile], start, stop, offset))
+    return replace(
+        layout,
+        _cache={},
+        n_query=n_query,
+        own=own,
+        first=first,
+        end=end,
+        query_start=start,
+        query_stop=stop,
+        token_of_query_slot=token.view(1, -1),
+        slot_of_query=slot.view(1, -1),
+        tile=tile,
+        offset=offset,
     )
 
 

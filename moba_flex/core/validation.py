@@ -180,12 +180,42 @@ def _runs(padding_mask: Tensor) -> Tensor:
     return (padding_mask[:, 1:] & ~padding_mask[:, :-1]).sum(1) + padding_mask[:, 0]
 
 
-def check_packed(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor) -> int | None:
-    """`[T, H, D]`, `[T, G, D]`, `[T, G, Dv]` and rising `cu_seqlens [n + 1]` from 0 to T. Returns what `check_cu_seqlens` does."""
+def check_packed(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor | None = None) -> int | None:
+    """`[T, H, D]`, `[Tk, G, D]`, `[Tk, G, Dv]` and rising `cu_seqlens [n + 1]` from 0 to T; `Tk = T` and one key a query unless there
+    is a `cu_seqlens_k`. Returns the length of the longest sequence, of keys, or None where values may not be looked at.
+    """
     check_packed_operands(query, key, value)
-    if key.shape[0] != query.shape[0]:
-        raise ValueError(f"query {tuple(query.shape)} and key {tuple(key.shape)} must agree in tokens (dimension 0)")
-    return check_cu_seqlens("cu_seqlens", cu_seqlens, query, query.shape[0])
+    if cu_seqlens_k is None:
+        if key.shape[0] != query.shape[0]:
+            raise ValueError(
+                f"query {tuple(query.shape)} and key {tuple(key.shape)} must agree in tokens (dimension 0): "
+                "where sequences have more keys than queries, pass cu_seqlens_k"
+            )
+        return check_cu_seqlens("cu_seqlens", cu_seqlens, query, query.shape[0])
+    longest = check_cu_seqlens("cu_seqlens", cu_seqlens, query, query.shape[0])
+    longest_k = check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, query, key.shape[0])
+    check_same_count("cu_seqlens", cu_seqlens, "cu_seqlens_k", cu_seqlens_k)
+    check_no_more_queries("cu_seqlens", cu_seqlens, "cu_seqlens_k", cu_seqlens_k, longest is not None and longest_k is not None)
+    return longest_k
+
+
+def check_same_count(name: str, cu_seqlens: Tensor, name_k: str, cu_seqlens_k: Tensor) -> None:
+    """The two arguments must be of equally many sequences."""
+    if cu_seqlens.shape != cu_seqlens_k.shape:
+        count = f"{cu_seqlens.shape[0] - 1} and {cu_seqlens_k.shape[0] - 1}"
+        raise ValueError(f"{name} and {name_k} must be of equally many sequences, but are of {count}")
+
+
+def check_no_more_queries(name: str, cu_seqlens: Tensor, name_k: str, cu_seqlens_k: Tensor, may_read: bool) -> None:
+    """No sequence may have more queries than keys. A traced graph checks it when it runs."""
+    must = f"{name_k} must give each sequence at least as many keys as {name} gives it queries"
+    if may_read:
+        queries, keys = cu_seqlens.diff().tolist(), cu_seqlens_k.diff().tolist()
+        i = next((i for i, (n_query, n_key) in enumerate(zip(queries, keys)) if n_query > n_key), None)
+        if i is not None:
+            raise ValueError(f"{must}, which are its last tokens, but sequence {i} has {queries[i]} queries and {keys[i]} keys")
+    elif torch.compiler.is_compiling():
+        assert_in_graph(((cu_seqlens_k - cu_seqlens).diff() >= 0).all(), must)
 
 
 def check_packed_operands(query: Tensor, key: Tensor, value: Tensor) -> None:

@@ -120,9 +120,9 @@ def choose(query: Tensor, key: Tensor, layout: BlockLayout, settings: AttentionS
     first, last = candidates(layout, settings)
     begin, stop = first[..., None] + settings.sink_blocks, last[..., None] - settings.recent_blocks
     block = torch.arange(n_blocks, device=query.device)
-    offset = torch.arange(layout.width, device=query.device)
+    offset = torch.arange(layout.query_width, device=query.device)
     real = (offset >= layout.query_start[..., None]) & (offset < layout.query_stop[..., None])  # [B, Q, P]
-    out = chosen.unflatten(2, (-1, layout.width))  # [B, H, Q, P, S]
+    out = chosen.unflatten(2, (-1, layout.query_width))  # [B, H, Q, P, S]
     if free < settings.n_routed:
         out[..., free:] = torch.where(real[..., None], forced_blocks(layout, settings)[:, :, None], -1)[:, None]
 
@@ -131,17 +131,17 @@ def choose(query: Tensor, key: Tensor, layout: BlockLayout, settings: AttentionS
     equal = None
     if free and some_are_equal(mean, layout.block_keys > 0):
         equal = first_of_equals(mean).repeat_interleave(heads // groups, 1)[:, :, None]
-    step = max(1, _SCORES_AT_ONCE // max(1, rows * heads * layout.width * n_blocks))
+    step = max(1, _SCORES_AT_ONCE // max(1, rows * heads * layout.query_width * n_blocks))
     for start in range(0, layout.n_query_blocks if free else 0, step):
         part = slice(start, min(start + step, layout.n_query_blocks))
         seen = min(n_blocks, layout.last_own(part.stop - 1)) if settings.causal else n_blocks
         if seen:
             candidate = (block[:seen] >= begin[:, part]) & (block[:seen] < stop[:, part])
             candidate = (candidate[:, :, None] & real[:, part, :, None])[:, None]  # [B, 1, q, P, seen]
-            q = query[:, :, part.start * layout.width : part.stop * layout.width].to(mean.dtype)
+            q = query[:, :, layout.slots(part)].to(mean.dtype)
             score = q @ of_head[:, :, :seen].mT
             if equal is not None:
                 score = score.gather(-1, equal[..., :seen].expand_as(score))
-            score = score.unflatten(2, (-1, layout.width))
+            score = score.unflatten(2, (-1, layout.query_width))
             out[:, :, part, :, :free] = best_blocks(score, candidate, free, finite)
     return chosen

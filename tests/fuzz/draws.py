@@ -6,7 +6,7 @@ import random
 from dataclasses import dataclass, field, replace
 
 import torch
-from support.cases import Case, generator
+from support.cases import Case, generator, laid_out
 from torch import Tensor
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -53,7 +53,7 @@ class Draw:
             for where, at, number in self.spoilt:
                 if where == name:
                     x = x.masked_fill(self._padding(name), number) if at == "padding" else _put(x, at, number)
-            tensors[name] = _laid_out(x, self.layout).to(device)
+            tensors[name] = laid_out(x, self.layout).to(device)
         if case.sinks:
             tensors["sinks"] = torch.randn(case.heads, generator=source, dtype=torch.float64).to(dtype).to(device)
         return tensors
@@ -78,21 +78,6 @@ class Draw:
 def _put(x: Tensor, at: int, number: float) -> Tensor:
     if x.numel():
         x.view(-1)[at % x.numel()] = number
-    return x
-
-
-def _laid_out(x: Tensor, layout: str) -> Tensor:
-    """The same numbers, elsewhere in memory."""
-    if layout == "tokens first":
-        return x.transpose(1, 2).contiguous().transpose(1, 2)
-    if layout == "width first":
-        return x.movedim(-1, 0).contiguous().movedim(0, -1)
-    if layout == "sliced":
-        return torch.cat([x, x + 1], 3)[..., : x.shape[3]]
-    if layout == "every other":
-        return torch.stack([x, x], 3).flatten(2, 3)[:, :, ::2]
-    if layout == "expanded":  # the same heads, with strides of 0
-        return x[:, :1].expand_as(x)
     return x
 
 

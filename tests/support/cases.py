@@ -8,6 +8,7 @@ A `Case` is a handful of plain numbers, so that a failure's print-out is all one
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -87,13 +88,31 @@ class Case:
 
 @dataclass(frozen=True)
 class Packed:
-    """One call of `moba_attention_varlen`: `case` with its tokens cut into sequences."""
+    """One call of `moba_attention_varlen`: `case` with its tokens cut into sequences; with `keys` these have so many, of which
+    their queries are the last `lengths`.
+    """
 
     lengths: tuple[int, ...]
     case: Case
+    keys: tuple[int, ...] | None = None
 
     def cu_seqlens(self) -> Tensor:
         return torch.tensor([0, *self.lengths]).cumsum(0).int()
+
+    def cu_seqlens_k(self) -> Tensor | None:
+        return None if self.keys is None else torch.tensor([0, *self.keys]).cumsum(0).int()
+
+    def layout_bounds(self) -> Tensor:
+        """As the operator has them: `[n + 1]`, or `[2, n + 1]`."""
+        bounds, bounds_k = self.cu_seqlens(), self.cu_seqlens_k()
+        return bounds if bounds_k is None else torch.stack((bounds, bounds_k))
+
+    def sequences(self) -> Iterator[tuple[slice, slice, Case]]:
+        """The queries and the keys of each sequence, and the case that it is alone."""
+        query = key = 0
+        for n_query, n_key in zip(self.lengths, self.keys or self.lengths):
+            yield slice(query, query + n_query), slice(key, key + n_key), self.case.but(n_query=n_query, n_key=n_key)
+            query, key = query + n_query, key + n_key
 
 
 @st.composite
@@ -144,11 +163,15 @@ def paddings(n_key: int) -> st.SearchStrategy[tuple[int, int]]:
 
 
 @st.composite
-def packed_cases(draw, **fixed) -> Packed:
-    """Sequences packed one after another, empty ones among them."""
+def packed_cases(draw, more_keys: bool | None = False, **fixed) -> Packed:
+    """Sequences packed one after another, empty ones among them; with `more_keys` they may have more keys than queries (None: or not)."""
     lengths = tuple(draw(st.lists(st.integers(0, 20), min_size=1, max_size=5), label="lengths"))
-    total = sum(lengths)
-    return Packed(lengths, draw(cases(batch=1, n_key=total, n_query=total, padding=None, **fixed)))
+    keys = None
+    if draw(st.booleans(), label="more keys") if more_keys is None else more_keys:
+        keys = tuple(draw(st.tuples(*[st.integers(n, n + 30) | st.just(n) for n in lengths]), label="keys"))
+        if draw(st.booleans(), label="decoding"):
+            lengths = tuple(draw(st.tuples(*[st.just(min(1, n)) | st.just(m) for n, m in zip(keys, lengths)]), label="few queries"))
+    return Packed(lengths, draw(cases(batch=1, n_key=sum(keys or lengths), n_query=sum(lengths), padding=None, **fixed)), keys)
 
 
 def examples(count: int) -> settings:
@@ -178,6 +201,21 @@ def operands(case: Case, dtype: torch.dtype = torch.float64, requires_grad: bool
     return {name: x.to(dtype).requires_grad_(requires_grad) for name, x in drawn.items()}
 
 
+def laid_out(x: Tensor, layout: str) -> Tensor:
+    """The same numbers, elsewhere in memory."""
+    if layout == "tokens first":
+        return x.transpose(1, 2).contiguous().transpose(1, 2)
+    if layout == "width first":
+        return x.movedim(-1, 0).contiguous().movedim(0, -1)
+    if layout == "sliced":
+        return torch.cat([x, x + 1], 3)[..., : x.shape[3]]
+    if layout == "every other":
+        return torch.stack([x, x], 3).flatten(2, 3)[:, :, ::2]
+    if layout == "expanded":  # the same heads, with strides of 0
+        return x[:, :1].expand_as(x)
+    return x
+
+
 def attend(case: Case, tensors: dict[str, Tensor], implementation: str = "eager") -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp."""
     mask = case.padding_mask()
@@ -196,8 +234,8 @@ def unchecked(query: Tensor, key: Tensor, value: Tensor, *, implementation: str,
 def attend_packed(packed: Packed, tensors: dict[str, Tensor], implementation: str = "eager") -> tuple[Tensor, Tensor]:
     """The same for packed sequences, with everything still `[1, H, T, ...]`."""
     tensors = {name: x if name == "sinks" else x[0].transpose(0, 1) for name, x in tensors.items()}
-    bounds = packed.cu_seqlens()
-    out, lse = moba_attention_varlen(**tensors, cu_seqlens=bounds, **packed.case.settings, return_lse=True, implementation=implementation)
+    bounds = {"cu_seqlens": packed.cu_seqlens(), "cu_seqlens_k": packed.cu_seqlens_k()}
+    out, lse = moba_attention_varlen(**tensors, **bounds, **packed.case.settings, return_lse=True, implementation=implementation)
     return out.transpose(0, 1)[None], lse.transpose(0, 1)[None]
 
 

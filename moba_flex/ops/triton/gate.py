@@ -322,7 +322,7 @@ def choose(query: Tensor, key: Tensor, layout: BlockLayout, settings: AttentionS
         return chosen
     free = settings.n_free
     shape = heads, key.shape[1], layout.n_key_blocks, layout.n_query_blocks
-    sizes = {"D": width, "DP": max(16, next_power_of_2(width)), "P": layout.width}
+    sizes = {"D": width, "DP": max(16, next_power_of_2(width)), "P": layout.query_width}
     forced = {"SINK": settings.sink_blocks, "RECENT": settings.recent_blocks, "FREE": free}
     means = block_means(key, layout, query.dtype) if free else (query, None)  # nothing is chosen by a score then
     operands = query, *means, chosen
@@ -330,7 +330,7 @@ def choose(query: Tensor, key: Tensor, layout: BlockLayout, settings: AttentionS
 
     room, major = gpu_memory(query.device)
     in_registers = 0 if major >= 9 else 1  # stages of a loop whose means are in registers: Hopper multiplies out of shared memory
-    tile, lanes, turns, options = _program(query.dtype, free, layout.width, sizes["DP"], room, in_registers)
+    tile, lanes, turns, options = _program(query.dtype, free, layout.query_width, sizes["DP"], room, in_registers)
     if not major:  # an option of NVIDIA's compiler alone
         options = {name: value for name, value in options.items() if name != "maxnreg"}
     searched = min(tile, 64)
@@ -338,11 +338,11 @@ def choose(query: Tensor, key: Tensor, layout: BlockLayout, settings: AttentionS
     tiles, redo = cdiv(slots, tile), None
     if 0 < free <= _MOST_IN_LANES and bits <= _MOST_BITS:
         redo = chosen.new_empty(rows * heads * tiles * tile // searched)
-        spans = 1 if layout.width % tile == 0 else tile
+        spans = 1 if layout.query_width % tile == 0 else tile
         _lanes_kernel[(tiles, rows * heads)](
             *operands, redo, *places, **sizes, **forced, M=tile, R=spans, T=lanes, BITS=bits, TURNS=turns, REDO_M=searched, **options
         )
-    m, k = math.gcd(layout.width, searched), next_power_of_2(max(free, 2))
+    m, k = math.gcd(layout.query_width, searched), next_power_of_2(max(free, 2))
     _search_kernel[(slots // m, rows * heads)](
         *operands, redo, *places, tiles * tile // searched, searched, **sizes, **forced, K=k, M=m, T=searched, num_warps=4, num_stages=3
     )
