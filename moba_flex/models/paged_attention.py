@@ -114,10 +114,14 @@ def _sparse(call: LayerCall, keys: PagedKeys, part: Part) -> Tensor:
     """`[1, Tp, H, Dv]`: MoBA of the last tokens of each request."""
     query, key, value = autocast(call.query, *_read(call, keys, part))
     operation = operation_of(call, query, key, value, True)
-    each = zip(*(x.split(lengths, 2) for x, lengths in ((query, part.n_query), (key, part.n_key), (value, part.n_key))))
+    cu_seqlens, settings = part.cu_seqlens(part.n_query), operation.settings
+    if not part.is_new:
+        cu_seqlens = torch.stack((cu_seqlens, part.cu_seqlens(part.n_key)))
+        if settings.implementation == "triton":  # which is for as many keys as queries
+            settings = replace(settings, implementation="flex")
     with without_autocast(query):
-        out = [attend(*one, operation.settings, sinks=operation.sinks)[0] for one in each]
-    return torch.cat(out, 2).transpose(1, 2).contiguous()
+        out, _ = attend(query, key, value, settings, cu_seqlens=cu_seqlens, longest=max(part.n_key), sinks=operation.sinks)
+    return out.transpose(1, 2).contiguous()
 
 
 def _decoding(call: LayerCall, keys: PagedKeys, part: Part) -> Tensor:
