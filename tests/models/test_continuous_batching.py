@@ -196,7 +196,7 @@ def test_full_layers_have_the_attention_of_the_unpatched_model(decode, monkeypat
 
     def recorded(module, query, key, value, attention_mask, **kwargs):
         out = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-        calls.setdefault(module.layer_idx, []).append((query, key, value, attention_mask, kwargs.get("is_causal"), out[0]))
+        calls.setdefault(module.layer_idx, []).append((query, key, value, attention_mask.clone(), kwargs["is_causal"], out[0]))
         return out
 
     monkeypatch.setitem(transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS, "sdpa", recorded)

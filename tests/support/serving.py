@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import torch
 from torch import nn
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
+_empty = torch.empty
 SMALL = {"page_size": 16, "num_blocks": 48, "max_batch_tokens": 40, "safety_margin": 0.0}
 
 
@@ -24,7 +27,8 @@ class Serving:
 
     def __init__(self, model: nn.Module, new: int = 8, **config) -> None:
         self.manager = model.init_continuous_batching(generation(new), ContinuousBatchingConfig(**{**SMALL, **config}))
-        self.processor = self.manager.batch_processor = self.manager._create_batch_processor()
+        with mock.patch("torch.empty", _unpinned):
+            self.processor = self.manager.batch_processor = self.manager._create_batch_processor()
         self.cache = self.processor.cache
         self.manager.current_batch = 0
         self.tokens: dict[str, list[int]] = {}
@@ -54,3 +58,8 @@ class Serving:
             if not waiting and not self.processor.has_pending_requests():
                 return self.tokens
         raise AssertionError(f"requests are left after 2000 forward passes: {self.processor.scheduler.active_requests}")
+
+
+def _unpinned(*args, **kwargs) -> torch.Tensor:
+    """`torch.empty` where no memory can be pinned."""
+    return _empty(*args, **{**kwargs, "pin_memory": False})
