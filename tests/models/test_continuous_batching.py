@@ -141,15 +141,18 @@ def test_requests_that_lose_their_pages_go_on_as_if_nothing_had_happened(decode,
 
 
 @each_decode
-def test_several_answers_to_a_prompt_share_its_pages(decode):
+@pytest.mark.parametrize("sharing", [True, False])
+def test_several_answers_to_a_prompt_are_those_of_the_prompt_alone(decode, sharing):
+    """They share its full pages, and get copies of the last one, in pages that others had before."""
     model = small(decode)
-    config = ContinuousBatchingConfig(page_size=16, num_blocks=48, max_batch_tokens=40)
-    wanted = generation(20)
-    wanted.num_return_sequences = 3
-    out = model.generate_batch(prompts(70, 37), generation_config=wanted, continuous_batching_config=config)
-    for output in out.values():
-        assert output.generated_tokens == alone(model, output.prompt_ids, 20)
-    assert len(out) == 6
+    serving = Serving(model, new=20, answers=3, page_size=64, num_blocks=12, allow_block_sharing=sharing)
+    wanted = {}
+    for length in (70, 100, 50, 110, 47):
+        (prompt,) = prompts(length)
+        name = serving.add(prompt)
+        wanted.update({name: prompt, f"{name}__child#0": prompt, f"{name}__child#1": prompt})
+        serving.finish()
+    check(model, serving, wanted, 20)
 
 
 @each_decode

@@ -12,8 +12,10 @@ _empty = torch.empty
 SMALL = {"page_size": 16, "num_blocks": 48, "max_batch_tokens": 40, "safety_margin": 0.0}
 
 
-def generation(new: int) -> GenerationConfig:
-    return GenerationConfig(max_new_tokens=new, do_sample=False, eos_token_id=-1)
+def generation(new: int, answers: int = 1) -> GenerationConfig:
+    greedy = GenerationConfig(max_new_tokens=new, do_sample=False, eos_token_id=-1)
+    greedy.num_return_sequences = answers  # which its constructor refuses of greedy decoding
+    return greedy
 
 
 def alone(model: nn.Module, prompt: list[int], new: int = 8) -> list[int]:
@@ -25,8 +27,8 @@ def alone(model: nn.Module, prompt: list[int], new: int = 8) -> list[int]:
 class Serving:
     """The manager of a model's continuous batching, which works when it is told to."""
 
-    def __init__(self, model: nn.Module, new: int = 8, **config) -> None:
-        self.manager = model.init_continuous_batching(generation(new), ContinuousBatchingConfig(**{**SMALL, **config}))
+    def __init__(self, model: nn.Module, new: int = 8, answers: int = 1, **config) -> None:
+        self.manager = model.init_continuous_batching(generation(new, answers), ContinuousBatchingConfig(**{**SMALL, **config}))
         with mock.patch("torch.empty", _unpinned):
             self.processor = self.manager.batch_processor = self.manager._create_batch_processor()
         self.cache = self.processor.cache
