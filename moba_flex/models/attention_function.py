@@ -33,6 +33,7 @@ from .paged_attention import attend_paged, paged_keys
 from .recomputation import check_pass_is_known
 from .sizes import note_sparse, warn_of_no_effect
 from .state import choice_of, context_of, watcher_of
+
 if TYPE_CHECKING:
     from .upstream import AttentionLayer
 

@@ -44,11 +44,11 @@ class MobaBatchingManager(ContinuousBatchingManager):
         super().__init__(*args, **kwargs)
         if self._in_use and (unsuited := unsuited_options(self.continuous_batching_config)):
             raise ValueError(
-                f"continuous batching was asked for {', '.join(unsuited)}, which pad batches or prepare them ahead, and MoBA follows neither: "
-                "leave them at their defaults in the ContinuousBatchingConfig"
+                f"continuous batching was asked for {', '.join(unsuited)}, by which batches are padded or prepared ahead, and MoBA follows "
+                "neither: leave that at its default in the ContinuousBatchingConfig"
             )
 
-    def switch_to_cb_friendly_attn(self, model: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
+    def switch_to_cb_friendly_attn(self, model: Any, *args: Any, **kwargs: Any) -> None:
         now = attention_in_use(model)
         if self._in_use is not None and now != self._in_use:
             raise ValueError(
@@ -69,7 +69,7 @@ class MobaBatchingManager(ContinuousBatchingManager):
             def find(name: str) -> RequestState:
                 return scheduler.active_requests.get(name) or scheduler.waiting_requests[name]
 
-            settings = next(of_layer for attention, of_layer in self._in_use if attention != "full")
+            settings = next((of_layer for attention, of_layer in self._in_use if attention != "full"), self._in_use[0][1])
             adopt(processor.cache, settings, find, self._check_not_switched)
         return processor
 

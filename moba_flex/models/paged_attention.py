@@ -18,7 +18,7 @@ from ..core.autocast import without_autocast
 from ..dispatch import attend, attend_to_blocks
 from ..ops.decoding import Take
 from .decision import LayerCall, check_supported
-from .layer_operation import Operation, autocast, call_original, operation_of
+from .layer_operation import autocast, call_original, operation_of
 from .layers import original_implementation
 from .paged_batch import Part
 from .paged_cache import PAGED, PagedKeys

@@ -27,7 +27,7 @@ from ..config import MobaConfig
 from ..ops.decoding import mean_dtype
 from ..ops.gate import means_of
 from .paged_batch import PagedBatch, Request
-from .upstream import PagedAttentionCache, RequestState, pages_of_full_attention, pages_of_layer, prompt_length
+from .upstream import PagedAttentionCache, RequestState, pages_of_full_attention, pages_of_layer, prompt_length, window_of
 
 PAGED = "moba_paged"  # the keyword argument in which a layer's keys reach the attention function
 LEAST_RUN = 16  # means of fewer tokens would take more than an eighth of the keys' memory
@@ -66,7 +66,7 @@ class PageMeans:
 
     def to_compute(self, request: Request) -> list[int]:
         """The runs that are to be computed once a request has written its new keys. They count as known from now on."""
-        runs, per_page = [], self._page_size // self.run
+        runs, per_page = list[int](), self._page_size // self.run
         for i, page in enumerate(request.pages):
             before = min(max(request.past - i * self._page_size, 0), self._page_size)
             after = min(max(request.past + request.new - i * self._page_size, 0), self._page_size)
@@ -173,17 +173,10 @@ class MobaPagedCache(PagedAttentionCache):
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         key, value = super().update(key_states, value_states, layer_idx, kwargs)
-        allocator, batch = self.layer_to_allocator[layer_idx], self.last_batch
-        is_full = allocator is pages_of_full_attention(self)
-        kwargs[PAGED] = PagedKeys(
-            batch,
-            self._means if is_full else None,
-            layer_idx,
-            key,
-            *pages_of_layer(allocator, layer_idx),
-            n_key=[allocator.get_seqlen_k(request.past, request.new) for request in batch.requests],
-            window=1 if is_full else allocator.sliding_window,
-        )
+        batch, allocator, window = self.last_batch, self.layer_to_allocator[layer_idx], window_of(self, layer_idx)
+        n_key = [allocator.get_seqlen_k(request.past, request.new) for request in batch.requests]
+        means = self._means if window == 1 else None
+        kwargs[PAGED] = PagedKeys(batch, means, layer_idx, key, *pages_of_layer(self, layer_idx), n_key, window)
         return key, value
 
 

@@ -13,7 +13,7 @@ import textwrap
 from collections.abc import Callable, Iterable
 from enum import Enum
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, cache_utils, initialization
@@ -66,8 +66,8 @@ __all__ = [
     "bidirectional_mask_function",
     "cache_in",
     "causal_mask_function",
-    "fill_paged_mask",
     "file_of_repository",
+    "fill_paged_mask",
     "holds_config",
     "implementation_of",
     "is_offloaded",
@@ -86,6 +86,7 @@ __all__ = [
     "supports_sdpa",
     "unsuited_options",
     "use_manager",
+    "window_of",
     "zero_unless_read",
 ]
 
@@ -303,12 +304,17 @@ def prompt_length(state: RequestState) -> int:
 
 def pages_of_full_attention(cache: PagedAttentionCache) -> FullAttentionCacheAllocator:
     """What gives pages to layers with full attention: only an entry of a dict."""
-    return cache.cache_allocators["full_attention"]
+    return cast("FullAttentionCacheAllocator", cache.cache_allocators["full_attention"])
 
 
-def pages_of_layer(allocator: FullAttentionCacheAllocator, layer_idx: int) -> tuple[Tensor, Tensor]:
+def pages_of_layer(cache: PagedAttentionCache, layer_idx: int) -> tuple[Tensor, Tensor]:
     """The keys and values of a layer, token by token `[slots, G, D]`: the public method gives whole pages, in views of fewer."""
-    return allocator._kv_token_views[layer_idx]
+    return cast("FullAttentionCacheAllocator", cache.layer_to_allocator[layer_idx])._kv_token_views[layer_idx]
+
+
+def window_of(cache: PagedAttentionCache, layer_idx: int) -> int:
+    """How many tokens a layer sees; 1: all, as `fill_paged_mask` has it."""
+    return getattr(cache.layer_to_allocator[layer_idx], "sliding_window", 1)
 
 
 def fill_paged_mask(mask: Tensor, cu_seqlens_q: list[int], cu_seqlens_k: list[int], window: int) -> None:

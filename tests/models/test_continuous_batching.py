@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import random
+from itertools import pairwise
 
 import pytest
 import torch
 import transformers
-from support.families import attentions, build, each_decode, tokens
+from support.families import FAMILIES, build, each_decode, tokens
 from support.serving import Serving, alone, generation
 from transformers import AttentionInterface, ContinuousBatchingConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -226,9 +227,8 @@ def test_a_function_that_says_flash_is_told_lengths_in_place_of_a_mask(decode):
     def flash(module, query, key, value, attention_mask, **kwargs):
         assert attention_mask is None and kwargs["is_causal"]
         q, k = (kwargs[name].tolist() for name in ("cu_seq_lens_q", "cu_seq_lens_k"))
-        if q == [0]:
-            raise AssertionError("no sequence")
-        assert (max(b - a for a, b in zip(q, q[1:])), max(b - a for a, b in zip(k, k[1:]))) == (kwargs["max_length_q"], kwargs["max_length_k"])
+        longest = [max(b - a for a, b in pairwise(bounds)) for bounds in (q, k)]
+        assert longest == [kwargs["max_length_q"], kwargs["max_length_k"]]
         assert module.config._attn_implementation == "my_flash" and (q[-1], k[-1]) == (query.shape[2], key.shape[2])
         out = []
         for i in range(len(q) - 1):
@@ -237,7 +237,6 @@ def test_a_function_that_says_flash_is_told_lengths_in_place_of_a_mask(decode):
             out.append(torch.nn.functional.scaled_dot_product_attention(one, keys, values, seen, enable_gqa=True))
         return torch.cat(out, 2).transpose(1, 2), None
 
-    expected = {len(prompt): alone(small(decode), prompt) for prompt in prompts(100, 20, 45)}
     model = unpatch(small(decode))
     AttentionInterface.register("my_flash", flash)
     try:
@@ -247,7 +246,6 @@ def test_a_function_that_says_flash_is_told_lengths_in_place_of_a_mask(decode):
         serving = Serving(model)
         wanted = {serving.add(prompt): prompt for prompt in prompts(100, 20, 45)}
         check(reference, serving, wanted)
-        assert expected
     finally:
         AttentionInterface._global_mapping.pop("my_flash")
 
@@ -323,9 +321,9 @@ def test_what_cannot_be_served_is_refused_before_any_request(monkeypatch):
 
     model = small("sparse")
     for option in ({"default_compile_level": 1}, {"use_async_batching": True}):
-        with pytest.raises(ValueError, match=r"compile_config|use_async_batching.*leave them at their defaults"):
+        with pytest.raises(ValueError, match=r"compile_config|use_async_batching.*leave that at its default"):
             start(model, **option)
-    with pytest.raises(ValueError, match="LlamaForCausalLM has a key_conv.*call model.generate"):
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM has a key_conv.*call model.generate"):
         start(patch(build(), **SETTINGS, key_conv=3))
     monkeypatch.setattr("moba_flex.models.continuous_batching.BATCHES_CONTINUOUSLY", False)
     with pytest.raises(ValueError, match=r"needs transformers 5\.24 or newer, but this is .*: upgrade, call model\.generate"):
@@ -337,13 +335,10 @@ def test_cuda_graphs_are_among_the_options_that_are_refused():
     assert upstream.unsuited_options(ContinuousBatchingConfig()) == []
 
 
-@pytest.mark.parametrize("family", ["gemma2", "gemma4"])
+@pytest.mark.parametrize("family", [family for family in ("gemma2", "gemma4") if family in FAMILIES])
 def test_models_that_continuous_batching_would_get_wrong_are_refused(family):
-    if family not in __import__("support.families").families.FAMILIES:
-        pytest.skip("this version of transformers has no Gemma 4")
     model = patch(build(family), **SETTINGS)
     serving = Serving(model)
     serving.add(prompts(60)[0])
-    with pytest.raises(ValueError, match="caps its scores|keys are those of another layer"):
+    with pytest.raises(ValueError, match=r"caps its scores|keys are those of another layer"):
         serving.step(3)
-    assert attentions(model)
