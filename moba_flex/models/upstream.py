@@ -15,6 +15,8 @@ from enum import Enum
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
+import transformers
+from packaging.version import Version
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, cache_utils, initialization
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
@@ -278,9 +280,8 @@ def prefixes_of_peft(model: nn.Module) -> bool:
     return getattr(model, "active_peft_config", None) is not None
 
 
-# Whether continuous batching hands attention functions what MoBA needs: since transformers 5.24, whose cache has an allocator for each kind
-# of layers.
-BATCHES_CONTINUOUSLY = hasattr(continuous_api, "SLIDING_ATTENTION")
+# Whether layers, and not attention functions, read the cache of continuous batching: since transformers 5.24.
+BATCHES_CONTINUOUSLY = Version(transformers.__version__).release >= (5, 24)
 # An argument by which an attention function knows a call of continuous batching.
 PAGED_CALL = "write_index"
 
