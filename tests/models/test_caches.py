@@ -469,12 +469,6 @@ def test_full_decoding_with_a_static_cache_is_compiled():
 # What cannot be
 
 
-def test_continuous_batching_is_refused():
-    """transformers lets its own attention functions in and no others."""
-    with pytest.raises(ValueError, match=r"moba.* is not supported"):
-        build(**SPARSE).generate_batch(inputs=[tokens()[0].tolist()], max_new_tokens=3)
-
-
 def test_padding_between_real_tokens_is_refused_with_a_static_cache_too():
     model, inputs = build(**SPARSE), padded()
     inputs["attention_mask"] = inputs["attention_mask"].flip(1)  # padding on the right, and then new tokens
