@@ -119,7 +119,7 @@ def _prompt_and_drafts(call: LayerCall, n_drafts: int, weights: bool) -> tuple[T
 def _moba(call: LayerCall, decision: Decision) -> tuple[Tensor, Tensor | None]:
     """The paths that need more than the original attention: ALL_KEYS, for what lies beside the cache, DECODING_SPARSE and MOBA."""
     settings, cached = call.settings, call.key
-    means = means_of(call.cache, call.layer, cached) if settings.decode == "sparse" else None
+    means = means_of(call.cache, call.layer, cached, call.query.shape[2]) if settings.decode == "sparse" else None
     query, key, value = autocast(call.query, cached, call.value)
     if decision.places is not None:  # of DECODING_SPARSE
         return _decode(call, query, key, value, decision.places, means).transpose(1, 2).contiguous(), None

@@ -19,7 +19,7 @@ import transformers
 from packaging.version import Version
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, cache_utils, initialization
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, QuantizedLayer
 from transformers.generation.continuous_batching import continuous_api
 from transformers.generation.continuous_batching import utils as paged_utils
 from transformers.generation.continuous_batching.cache import PagedAttentionCache  # which layers of continuous batching are called with
@@ -83,6 +83,7 @@ __all__ = [
     "passes_to_attention",
     "prefixes_of_peft",
     "prompt_length",
+    "quantized_keys",
     "reads_as_it_lies",
     "set_implementation",
     "supports_sdpa",
@@ -217,6 +218,15 @@ def cache_in(kwargs: dict[str, Any]) -> Cache | None:
     """The cache among the keyword arguments of a layer or a model: "cache" since transformers 5.24, "past_key_values" before."""
     cache = kwargs.get("cache")
     return kwargs.get("past_key_values") if cache is None else cache
+
+
+def quantized_keys(layer: QuantizedLayer) -> object | None:
+    """What a quantized cache layer makes its older keys of, the same until it quantizes all anew; None: the next keys will be others.
+
+    It quantizes once `residual_length` new keys wait, and the first ones at once. The call that does so returns them as they were.
+    """
+    as_they_were = layer.keys is None or layer.keys.numel() == 0
+    return None if as_they_were or getattr(layer, "_pending_beam_idx", None) is not None else layer._quantized_keys
 
 
 def reads_as_it_lies(cache: Cache, cache_layer: CacheLayerMixin, key: Tensor) -> bool:

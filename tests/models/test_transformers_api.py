@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 import transformers
+from packaging.version import Version
 from support.families import attentions, build, tokens
 from support.serving import Serving, generation
 from torch.nn.attention.flex_attention import BlockMask
@@ -20,6 +21,7 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
 )
+from transformers.cache_utils import QuantizedLayer
 from transformers.models.llama import modeling_llama
 
 from moba_flex.models import patch, upstream
@@ -271,3 +273,24 @@ def test_options_that_pad_batches_have_these_names():
     wanted = ["use_cuda_graph", "use_async_batching", "varlen_compile_config"]
     assert upstream.unsuited_options(config) == wanted, changed("unsuited_options", "options have other names")
     assert not upstream.unsuited_options(ContinuousBatchingConfig()), changed("unsuited_options", "some are on by default")
+
+
+def test_a_quantized_layer_makes_its_keys_of_the_same_until_it_quantizes_anew():
+    class Whole(QuantizedLayer):
+        def _quantize(self, tensor, axis):
+            return tensor.clone()
+
+        def _dequantize(self, q_tensor):
+            return q_tensor
+
+    layer, seen = Whole(residual_length=3), []
+    for n_new in (5, 1, 1, 1, 1):
+        layer.update(torch.ones(1, 1, n_new, 2), torch.ones(1, 1, n_new, 2))
+        seen.append(upstream.quantized_keys(layer))
+    none = [keys is None for keys in seen]
+    assert none == [True, False, False, True, False], changed("quantized_keys", f"all is quantized anew after other calls: {none}")
+    assert seen[1] is seen[2] is not seen[4], changed("quantized_keys", "`_quantized_keys` is replaced in other calls")
+    if Version(transformers.__version__) < Version("5.20"):  # which reorders the new keys alone, so that no search works
+        return
+    layer.reorder_cache(torch.tensor([0]))
+    assert upstream.quantized_keys(layer) is None, changed("quantized_keys", "`_pending_beam_idx` does not tell of rows that change places")
