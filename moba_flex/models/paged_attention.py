@@ -91,7 +91,7 @@ def _read(call: LayerCall, keys: PagedKeys, part: Part) -> tuple[Tensor, Tensor]
 def _original(call: LayerCall, keys: PagedKeys, part: Part) -> Tensor:
     """`[1, Tp, H, Dv]`: the attention that the unpatched model has in continuous batching."""
     implementation = original_implementation(call.layer)
-    n_key = part.n_key if keys.window == 1 else keys.n_key
+    n_key = part.n_key if keys.window == 1 else [keys.length(request.past, request.new) for request in keys.batch.requests]
     key, value = _read(call, keys, part)
     if implementation in ("sdpa", "eager"):
         if implementation == "eager" and call.kwargs.get("softcap") is not None:

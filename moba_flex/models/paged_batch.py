@@ -61,7 +61,13 @@ class Part:
 
     def slots(self) -> Tensor:
         """`[Tk]`: where the part's keys lie in the pages, request by request."""
-        return self._once("slots", lambda: torch.cat([self._batch.slots_of(row, n) for row, n in zip(self.rows, self.n_key)]))
+
+        def make() -> Tensor:
+            n, total = torch.tensor(self.n_key, device=self._batch.device), sum(self.n_key)
+            row, first = (x.repeat_interleave(n, output_size=total) for x in (self.row_index(), n.cumsum(0) - n))
+            return self._batch.slots(row, torch.arange(total, device=n.device) - first)
+
+        return self._once("slots", make)
 
     def last(self) -> Tensor:
         """`[R]`: the position of each request's last token."""
@@ -143,10 +149,6 @@ class PagedBatch:
             return torch.tensor([request.pages + [0] * (most - len(request.pages)) for request in self.requests]).to(self.device)
 
         return self._once("pages", make)
-
-    def slots_of(self, row: int, n_tokens: int) -> Tensor:
-        """`[n_tokens]`: where the first keys of a request lie."""
-        return self.slots(torch.tensor(row, device=self.device), torch.arange(n_tokens, device=self.device))
 
     def slots(self, rows: Tensor, token: Tensor) -> Tensor:
         """Where the keys of tokens of requests lie."""

@@ -43,8 +43,8 @@ class PagedKeys:
     given: Tensor  # [1, G, T, D], what the layer got from the cache: new keys, of a layer with a window others too
     key: Tensor  # [slots, G, D]: the pages, token by token
     value: Tensor  # [slots, G, Dv]
-    n_key: list[int]  # of each request, what the layer reads
     window: int  # how many tokens the layer sees, or 1: all
+    length: Callable[[int, int], int]  # past and new tokens of a request -> how many of its keys the layer reads
 
 
 class PageMeans:
@@ -173,10 +173,9 @@ class MobaPagedCache(PagedAttentionCache):
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         key, value = super().update(key_states, value_states, layer_idx, kwargs)
-        batch, allocator, window = self.last_batch, self.layer_to_allocator[layer_idx], window_of(self, layer_idx)
-        n_key = [allocator.get_seqlen_k(request.past, request.new) for request in batch.requests]
+        window, length = window_of(self, layer_idx), self.layer_to_allocator[layer_idx].get_seqlen_k
         means = self._means if window == 1 else None
-        kwargs[PAGED] = PagedKeys(batch, means, layer_idx, key, *pages_of_layer(self, layer_idx), n_key, window)
+        kwargs[PAGED] = PagedKeys(self.last_batch, means, layer_idx, key, *pages_of_layer(self, layer_idx), window, length)
         return key, value
 
 

@@ -168,7 +168,12 @@ def test_no_mean_is_ever_out_of_date(seed, decode, monkeypatch):
         for mean, row in zip(means, rows):
             request = keys.batch.requests[row]
             n = (request.past + request.new) // self.block_size
-            true = keys.key[keys.batch.slots_of(row, n * self.block_size)].unflatten(0, (n, self.block_size)).mean(1).transpose(0, 1)
+            true = (
+                keys.key[keys.batch.slots(torch.tensor(row), torch.arange(n * self.block_size))]
+                .unflatten(0, (n, self.block_size))
+                .mean(1)
+                .transpose(0, 1)
+            )
             torch.testing.assert_close(mean[:, :n], true, rtol=1e-5, atol=1e-5)
             n_read += n
         return means
