@@ -75,6 +75,7 @@ def explain(
     scale: float | None = None,
     padding_mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
     return_lse: bool = False,
@@ -102,7 +103,7 @@ def explain(
         validation.check_query_key(query=query, key=key, value=value)
         validation.check_padding_mask(padding_mask, query, key)
     else:
-        longest = validation.check_packed(query, key, value, cu_seqlens)
+        longest = validation.check_packed(query, key, value, cu_seqlens, cu_seqlens_k)
     validation.check_flag("return_lse", return_lse)
     settings = checked_settings(
         query,
@@ -137,7 +138,7 @@ def explain(
         path.value,
         settings.implementation,
         routed and obstacles["CUDA graph"] is None,
-        share_of_keys(query.shape[2] if longest is None else longest, n_key, block_size, top_k, causal),
+        share_of_keys(min(query.shape[2], n_key), n_key, block_size, top_k, causal),
         {name: reason for name, reason in obstacles.items() if routed and reason},
     )
 

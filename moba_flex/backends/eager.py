@@ -227,21 +227,28 @@ def attend(
     into: tuple[Tensor, Tensor],
 ) -> None:
     """Attention to the own block and along `routes`, merged by log-sum-exps; output and log-sum-exp go to `into`."""
-    out, lse = local(query, key, value, layout, settings, into) if settings.causal else over_no_keys(query, value)
+    known = _range_of(query, key, value, settings)
+    out, lse = local(query, key, value, layout, settings, known, into) if settings.causal else over_no_keys(query, value)
     if routes is None:
         write((out, lse), into)
     else:
-        merge_routed(out, lse, query, key, value, routes, layout, settings, into)
+        merge_routed(out, lse, query, key, value, routes, layout, settings, known, into)
 
 
 def local(
-    query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, settings: AttentionSettings, into: tuple[Tensor, Tensor]
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: BlockLayout,
+    settings: AttentionSettings,
+    known: _Range,
+    into: tuple[Tensor, Tensor],
 ) -> tuple[Tensor, Tensor]:
     """Causal attention of each query to its own block: `[B, H, Q * P, Dv]`, float32 at least, and the log-sum-exp `[B, H, Q * P]`, float64.
 
     The output is that of `into` where it can hold it, so that no other memory need be taken for it.
     """
-    dtype, known = wide(query.dtype), _range_of(query, key, value, settings)
+    dtype = wide(query.dtype)
     out = into[0] if into[0].dtype == dtype and into[0].is_contiguous() else into[0].new_empty(into[0].shape, dtype=dtype)
     lse = into[1].new_empty(into[1].shape, dtype=torch.float64)
     for own, causal, (q, o, l), (k, v) in _local_heads(layout, (query, out, lse), (key, value)):
@@ -327,13 +334,14 @@ def merge_routed(
     routes: Routes,
     layout: BlockLayout,
     settings: AttentionSettings,
+    known: _Range,
     into: tuple[Tensor, Tensor],
 ) -> None:
     """What queries read along `routes`, added to an output `[B, H, N, Dv]` and its log-sum-exp `[B, H, N]`, written `into` such.
 
     Merging block after block keeps no partial output: they would be `top_k` times the size of the output.
     """
-    operands = (out, lse, query, key, value, routes, layout, settings, into)
+    operands = (out, lse, query, key, value, routes, layout, settings, known, into)
     if not (settings.causal and _sum_routed(*operands)):
         _merge_one_by_one(*operands)
 
@@ -347,6 +355,7 @@ def _sum_routed(
     routes: Routes,
     layout: BlockLayout,
     settings: AttentionSettings,
+    known: _Range,
     into: tuple[Tensor, Tensor],
 ) -> bool:
     """Softmax weights relative to one number a query, so that blocks add up and nothing has to be rescaled.
@@ -355,12 +364,11 @@ def _sum_routed(
     even so: a score some 80 above it (float32), infinity or NaN. A score far below is no matter, since its weight is nothing beside
     the local call's 1.
     """
-    known = _range_of(query, key, value, settings)
     if not known.safe:
         return False
     small, dtype = known.small, wide(query.dtype)
     q = _wide(query).flatten(0, 2)
-    k, v = _tiles(_wide(key) * settings.scale, layout), _tiles(_wide(value), layout)
+    k, v = (x.unflatten(2, (-1, layout.width)).flatten(0, 2) for x in (key, value))
     relative = None if small else lse.to(dtype).flatten()
     total = (lse if small else lse - relative.view(lse.shape)).to(dtype).exp().flatten()  # 1, but for rounding
     share = total.view(lse.shape)[..., None]
@@ -374,12 +382,13 @@ def _sum_routed(
         row_query, weight, part = (x[: tile * _TILES] for x in kept)  # rows after n: of an earlier block, for nothing
         in_tiles = [x.view(_TILES, tile, -1) for x in (row_query, weight, part)]
         torch.index_select(q, 0, queries, out=row_query[:n])
-        torch.bmm(in_tiles[0], k[block].mT, out=in_tiles[1])
+        block_key, block_value = _wide(k[block]) * settings.scale, _wide(v[block])  # only of blocks that are read
+        torch.bmm(in_tiles[0], block_key.mT.expand(_TILES, -1, -1), out=in_tiles[1])
         _cap(weight, settings)
         if relative is not None:
             weight[:n] -= relative.index_select(0, queries)[:, None]
         total.index_add_(0, queries, weight.exp_().sum(-1)[:n])
-        torch.bmm(in_tiles[1], v[block], out=in_tiles[2])
+        torch.bmm(in_tiles[1], block_value.expand(_TILES, -1, -1), out=in_tiles[2])
         sums.index_add_(0, queries, part[:n])
     if not small and not all(math.isfinite(bound) for x in (total, sums) for bound in torch.aminmax(x)):
         return False
@@ -387,11 +396,6 @@ def _sum_routed(
     torch.div(whole, total[..., None], out=into[0])
     into[1].copy_(total.log_() if small else total.log_().add_(relative.view(lse.shape)))
     return True
-
-
-def _tiles(x: Tensor, layout: BlockLayout) -> tuple[Tensor, ...]:
-    """Each block of `[B, G, C * P, D]` as often as its rows have tiles: `[tiles, P, D]`. Only whole blocks are routed to."""
-    return x.unflatten(2, (-1, layout.width)).flatten(0, 2)[:, None].expand(-1, _TILES, -1, -1).unbind(0)
 
 
 def _range_of(query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings) -> _Range:
@@ -415,12 +419,13 @@ def _merge_one_by_one(
     routes: Routes,
     layout: BlockLayout,
     settings: AttentionSettings,
+    known: _Range,
     into: tuple[Tensor, Tensor],
 ) -> None:
     """The same for any scores: each block's output is a softmax of its own, merged with what came before it."""
     lse = lse.double()
     q, total, sums = query.flatten(0, 2), lse.flatten(), out.flatten(0, 2)
-    k, v, known = key.flatten(0, 2), value.flatten(0, 2), _Range(False, _range_of(query, key, value, settings).safe)
+    k, v, known = key.flatten(0, 2), value.flatten(0, 2), _Range(False, known.safe)
     for queries, keys in _routed_keys(routes, layout, key.shape[1]):
         part, part_lse = _attend(_wide(q.index_select(0, queries)), _wide(k[keys]), _wide(v[keys]), None, settings, known)
         before, part_lse = total.index_select(0, queries), part_lse.to(total.dtype)

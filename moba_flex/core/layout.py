@@ -189,5 +189,8 @@ def _take(x: Tensor, index: Tensor, fill: float = 0) -> Tensor:
     index = index.view(shape)
     if x.shape[2] == 0:
         return x.new_full((*x.shape[:2], index.shape[2], *x.shape[3:]), fill)
-    out = x.gather(2, index.clamp(min=0).expand(*x.shape[:2], -1, *x.shape[3:]))
+    if index.shape[0] == 1 and x.shape[0] == 1:  # copies whole tokens, where `gather` looks up each number
+        out = x.index_select(2, index.clamp(min=0).flatten())
+    else:
+        out = x.gather(2, index.clamp(min=0).expand(*x.shape[:2], -1, *x.shape[3:]))
     return out.masked_fill_(index < 0, fill)

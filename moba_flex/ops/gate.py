@@ -128,20 +128,30 @@ def choose(query: Tensor, key: Tensor, layout: BlockLayout, settings: AttentionS
 
     finite = _largest(query) * _largest(mean) * query.shape[-1] < torch.finfo(torch.float32).max  # False for NaN too
     of_head = mean.repeat_interleave(heads // groups, 1)
-    equal = None
-    if free and some_are_equal(mean, layout.block_keys > 0):
-        equal = first_of_equals(mean).repeat_interleave(heads // groups, 1)[:, :, None]
+    some_equal = bool(free) and some_are_equal(mean, layout.block_keys > 0)
+    low, high = _blocks_of_sequences(layout, settings)
     step = max(1, _SCORES_AT_ONCE // max(1, rows * heads * layout.query_width * n_blocks))
     for start in range(0, layout.n_query_blocks if free else 0, step):
         part = slice(start, min(start + step, layout.n_query_blocks))
-        seen = min(n_blocks, layout.last_own(part.stop - 1)) if settings.causal else n_blocks
-        if seen:
-            candidate = (block[:seen] >= begin[:, part]) & (block[:seen] < stop[:, part])
+        seen = slice(min(low[part]), max(high[part]))
+        if seen.stop > seen.start:
+            candidate = (block[seen] >= begin[:, part]) & (block[seen] < stop[:, part])
             candidate = (candidate[:, :, None] & real[:, part, :, None])[:, None]  # [B, 1, q, P, seen]
             q = query[:, :, layout.slots(part)].to(mean.dtype)
-            score = q @ of_head[:, :, :seen].mT
-            if equal is not None:
-                score = score.gather(-1, equal[..., :seen].expand_as(score))
+            score = q @ of_head[:, :, seen].mT
+            if some_equal:
+                equal = first_of_equals(mean[:, :, seen]).repeat_interleave(heads // groups, 1)[:, :, None]
+                score = score.gather(-1, equal.expand_as(score))
             score = score.unflatten(2, (-1, layout.query_width))
-            out[:, :, part, :, :free] = best_blocks(score, candidate, free, finite)
+            best = best_blocks(score, candidate, free, finite)
+            out[:, :, part, :, :free] = torch.where(best >= 0, best + seen.start, -1) if seen.start else best
     return chosen
+
+
+def _blocks_of_sequences(layout: BlockLayout, settings: AttentionSettings) -> tuple[list[int], list[int]]:
+    """The first block and one past the last that a query block of any row may be routed to: those of other sequences are not scored."""
+    if layout.dense:
+        query_blocks = range(layout.n_query_blocks)
+        return [0] * len(query_blocks), [layout.last_own(i) if settings.causal else layout.n_key_blocks for i in query_blocks]
+    first, last = candidates(layout, settings)
+    return first.amin(0).tolist(), last.amax(0).tolist()

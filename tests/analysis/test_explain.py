@@ -71,6 +71,15 @@ def test_packed_sequences_are_explained_as_packed():
     assert (found.path == "routed" and "packed" in found.reasons["CUDA graph"]) or "GPU" in found.reasons["CUDA graph"]
 
 
+def test_packed_sequences_with_more_keys_are_explained_too():
+    query, key = (x[0].transpose(0, 1) for x in tensors())
+    bounds = {"cu_seqlens": torch.tensor([0, 40, 41]), "cu_seqlens_k": torch.tensor([0, 99, len(key)])}
+    found = explain(query[:41], key, **CALL, **bounds)
+    assert found.path == "routed" and f"41 queries on {len(key)} tokens" in found.call and 0 < found.share_of_keys < 1
+    with pytest.raises(ValueError, match="cu_seqlens_k must give each sequence at least as many keys"):
+        explain(query[:41], key, **CALL, **{**bounds, "cu_seqlens_k": torch.tensor([0, 39, len(key)])})
+
+
 @pytest.mark.parametrize("enabled", [True, False])
 def test_cuda_graphs_are_named(as_if_on_cuda, monkeypatch, enabled):
     monkeypatch.setattr(paths, "capture_obstacle", lambda *_: None)

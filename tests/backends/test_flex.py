@@ -20,7 +20,7 @@ from moba_flex.backends.block_masks import local_mask, routed_mask
 from moba_flex.core import chunking as chunks_module
 from moba_flex.core.chunking import QUERY_TILE, chunks, max_elements
 from moba_flex.core.layout import slots_per_block
-from moba_flex.core.layout_builders import _persistent_layout, dense_layout, packed_layout, padded_layout
+from moba_flex.core.layout_builders import _persistent_layout, dense_layout, packed_layout, padded_layout, with_last_queries
 from moba_flex.core.settings import AttentionSettings
 from moba_flex.operator import attention
 from moba_flex.ops import gate
@@ -50,7 +50,7 @@ def cases(draw):
         "sink_blocks": forced[0],
         "recent_blocks": forced[1],
         "causal": causal,
-        "padding": draw(st.sampled_from(["none", "left", "right", "packed"])),
+        "padding": draw(st.sampled_from(["none", "left", "right", "packed", "packed, more keys"])),
         "share_selection": draw(st.booleans()),
         "softcap": draw(st.sampled_from([None, 1.5])),
         "seed": draw(st.integers(0, 1000)),
@@ -59,9 +59,15 @@ def cases(draw):
 
 def visibility(case: dict, generator: torch.Generator):
     """A padding mask or bounds of packed sequences, or neither."""
-    if case["padding"] == "packed":
+    if "packed" in case["padding"]:
         cuts = torch.randint(0, case["n_key"] + 1, (2,), generator=generator).sort().values.tolist()
-        return None, torch.tensor([0, *cuts, case["n_key"]], dtype=torch.int32)
+        bounds = torch.tensor([0, *cuts, case["n_key"]], dtype=torch.int32)
+        if case["padding"] == "packed":
+            return None, bounds
+        kept = torch.randint(0, 4, (3,), generator=generator)  # no query, one, some, all
+        some = torch.stack([torch.zeros(3), torch.ones(3), bounds.diff() * 0.6, bounds.diff()])[kept, torch.arange(3)].int()
+        lengths = torch.minimum(some, bounds.diff()) if some.any() and bounds.diff()[some > 0].any() else bounds.diff()
+        return None, torch.stack([torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int(), bounds])
     if case["padding"] == "none":
         return None, None
     length = torch.randint(0, case["n_key"] + 1, (case["rows"], 1), generator=generator)
@@ -69,14 +75,23 @@ def visibility(case: dict, generator: torch.Generator):
     return position < length if case["padding"] == "right" else position >= case["n_key"] - length, None
 
 
+def queries_and_rows(case: dict) -> tuple[int, int]:
+    if "packed" not in case["padding"]:
+        return case["n_query"], case["rows"]
+    bounds = visibility(case, torch.Generator().manual_seed(case["seed"]))[1]
+    return int(bounds[..., -1].flatten()[0]), 1
+
+
 def prepared(case: dict):
     """Layout, settings_ and the routes of random queries, as the operator makes them."""
     generator = torch.Generator().manual_seed(case["seed"])
     padding_mask, bounds = visibility(case, generator)
-    n_query = case["n_key"] if bounds is not None else case["n_query"]
-    rows = 1 if bounds is not None else case["rows"]
+    n_query, rows = queries_and_rows(case)
     block_size, width = case["block_size"], slots_per_block(case["block_size"])
-    if bounds is not None:
+    if bounds is not None and bounds.dim() == 2:
+        tile = flex.slots_per_query_tile(width, n_query, 3)
+        layout = with_last_queries(packed_layout(bounds[1], case["n_key"], block_size, width), bounds, n_query, tile)
+    elif bounds is not None:
         layout = packed_layout(bounds, case["n_key"], block_size, width)
     elif padding_mask is not None:
         layout = padded_layout(padding_mask, n_query, block_size, width)
@@ -93,8 +108,7 @@ def prepared(case: dict):
 
 
 def operands(case: dict) -> list[torch.Tensor]:
-    packed = case["padding"] == "packed"
-    n_query, rows = (case["n_key"], 1) if packed else (case["n_query"], case["rows"])
+    n_query, rows = queries_and_rows(case)
     shapes = (rows, case["heads"], n_query, 8), (rows, case["groups"], case["n_key"], 8), (rows, case["groups"], case["n_key"], 6)
     generator = torch.Generator().manual_seed(case["seed"] + 1)
     return [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
@@ -214,12 +228,12 @@ def test_the_lists_of_the_local_mask_say_what_its_rule_says(case):
     layout, _, _ = prepared(case | {"causal": True, "sink_blocks": 0, "recent_blocks": 0, "top_k": max(2, case["top_k"])})
     mask = local_mask(layout, case["heads"], case["groups"])
     rows = layout.own.shape[0] * case["groups"]
-    n_query, n_key = layout.n_query_blocks * layout.width, layout.n_key_blocks * layout.width
+    n_query, n_key = layout.n_query_blocks * layout.query_width, layout.n_key_blocks * layout.width
     by_query, by_key = tile_maps(mask, n_query, n_key)
     seen = evaluated(mask, rows, n_query, n_key).unflatten(1, (-1, mask.tiles[0])).unflatten(3, (-1, mask.tiles[1]))
     wanted = seen.any(4).any(2).int() + seen.all(4).all(2).int()
     holds_queries = (layout.query_stop > layout.query_start).repeat_interleave(case["groups"], 0)
-    tiles = holds_queries.repeat_interleave(layout.width // mask.tiles[0], 1)
+    tiles = holds_queries.repeat_interleave(layout.query_width // mask.tiles[0], 1)
     for name, lists in (("queries", by_query), ("keys", by_key)):
         listed = lists.clone()
         # A tile whose rule holds everywhere may stand among the partial ones.

@@ -93,7 +93,7 @@ SOUND = {
 }
 ARGUMENTS = {
     moba_attention: ("query", "key", "value", "padding_mask", "causal", *BLOCKS, *SCORES),
-    moba_attention_varlen: ("query", "key", "value", "cu_seqlens", "causal", *BLOCKS, *SCORES),
+    moba_attention_varlen: ("query", "key", "value", "cu_seqlens", "cu_seqlens_k", "causal", *BLOCKS, *SCORES),
     select_blocks: ("query", "key", "padding_mask", "causal", *BLOCKS),
     compat.moba_attn_varlen: ("q", "k", "v", "cu_seqlens", "moba_chunk_size", "moba_topk"),
     compat.moba_attn_varlen_naive: ("q", "k", "v", "cu_seqlens", "moba_chunk_size", "moba_topk"),
@@ -108,7 +108,7 @@ ARGUMENTS = {
     AutoModelForCausalLM.from_config: ("config",),
 }
 ALLOWED = {  # argument, value: what is no mistake
-    *[(name, "None") for name in ("padding_mask", "scale", "softcap", "sinks", "heads", "title")],
+    *[(name, "None") for name in ("padding_mask", "cu_seqlens_k", "scale", "softcap", "sinks", "heads", "title")],
     *[(name, "a float") for name in ("scale", "softcap")],
     *[("title", text) for text in ("a long text", "lines")],
     *[("layers", listed) for listed in ("a list", "a long list", "a list of large ints")],

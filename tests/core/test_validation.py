@@ -127,6 +127,22 @@ PACKED = [
     ({"cu_seqlens": bounds(0, 8).float()}, TypeError, ["cu_seqlens", "torch.float32"]),
     ({"cu_seqlens": bounds(0, 8).to("meta")}, ValueError, ["cu_seqlens", "meta", "cpu"]),
 ]
+PACKED_KEYS = [
+    *[({"cu_seqlens_k": value}, TypeError, ["cu_seqlens_k", type(value).__name__]) for value in ([0, 20], 1.0)],
+    ({"cu_seqlens_k": None}, ValueError, ["query", "(8, 4, 3)", "key", "(20, 4, 3)", "cu_seqlens_k"]),
+    ({"cu_seqlens_k": bounds(1, 9, 9, 20)}, ValueError, ["cu_seqlens_k", "start at 0", "[1, 9, 9, 20]"]),
+    ({"cu_seqlens_k": bounds(0, 9, 8, 20)}, ValueError, ["cu_seqlens_k", "never fall", "[0, 9, 8, 20]"]),
+    ({"cu_seqlens_k": bounds(0, 9, 9, 19)}, ValueError, ["cu_seqlens_k", "end at 20", "[0, 9, 9, 19]"]),
+    ({"cu_seqlens_k": bounds(0, 9, 9, 20).float()}, TypeError, ["cu_seqlens_k", "torch.float32"]),
+    ({"cu_seqlens_k": bounds(0, 9, 20)}, ValueError, ["cu_seqlens", "cu_seqlens_k", "equally many sequences", "3", "2"]),
+    ({"cu_seqlens_k": bounds(0, 9, 9, 20)[None]}, ValueError, ["cu_seqlens_k", "one dimension", "(1, 4)"]),
+    ({"cu_seqlens_k": bounds(0, 9, 9, 20).to("meta")}, ValueError, ["cu_seqlens_k", "meta", "cpu"]),
+    ({"cu_seqlens_k": bounds(0, 4, 9, 20)}, ValueError, ["cu_seqlens_k", "cu_seqlens", "sequence 0", "5 queries", "4 keys"]),
+    ({"cu_seqlens_k": bounds(0, 18, 18, 20)}, ValueError, ["cu_seqlens_k", "cu_seqlens", "sequence 2", "3 queries", "2 keys"]),
+    ({"cu_seqlens": bounds(0, 5, 6, 8)}, ValueError, ["cu_seqlens_k", "cu_seqlens", "sequence 1", "1 queries", "0 keys"]),
+    ({"cu_seqlens": bounds(0, 5, 5, 7)}, ValueError, ["cu_seqlens", "end at 8", "[0, 5, 5, 7]"]),
+    ({"key": P}, ValueError, ["key", "(8, 4, 3)", "value", "(20, 4, 3)"]),
+]
 
 
 def each(*wrongs: tuple[dict, type[Exception], list[str]]) -> pytest.MarkDecorator:
@@ -169,6 +185,13 @@ def test_moba_attention_names_the_argument_that_is_wrong(no_work, wrong, error, 
 @each(*PACKED, *BLOCKS, *SCORES)
 def test_moba_attention_varlen_names_the_argument_that_is_wrong(no_work, wrong, error, said):
     sound = {"query": P, "key": P, "value": P, "cu_seqlens": bounds(0, 5, 5, 8), "block_size": 4, "top_k": 5}
+    check(moba_attention_varlen, sound, wrong, error, said)
+
+
+@each(*PACKED_KEYS)
+def test_moba_attention_varlen_names_the_bounds_of_keys_that_are_wrong(no_work, wrong, error, said):
+    sound = {"query": P, "key": zeros(20, 4, 3), "value": zeros(20, 4, 3), "block_size": 4, "top_k": 5}
+    sound |= {"cu_seqlens": bounds(0, 5, 5, 8), "cu_seqlens_k": bounds(0, 9, 9, 20)}
     check(moba_attention_varlen, sound, wrong, error, said)
 
 

@@ -50,7 +50,7 @@ def implementations(draw: Draw, device: str) -> tuple[str, ...]:
     """What runs on `device` for this dtype."""
     if device == "cpu" or draw.dtype == "float64":
         return "eager", "naive"
-    return "flex", "triton", "eager", "naive"
+    return ("flex", "eager", "naive") if draw.keys is not None else ("flex", "triton", "eager", "naive")
 
 
 def _check_all(draw: Draw, device: str) -> None:
@@ -313,21 +313,21 @@ def _check_packed(draw: Draw, tensors: dict[str, Tensor], implementation: str) -
     """Each sequence is what it is alone, values and gradients."""
     leaves = {name: x.detach().requires_grad_() for name, x in tensors.items()}
     packed = {name: x if name == "sinks" else x[0].transpose(0, 1) for name, x in leaves.items()}
-    bounds = draw.cu_seqlens().to(leaves["query"].device)
-    out, lse = moba_attention_varlen(**packed, cu_seqlens=bounds, **draw.case.settings, return_lse=True, implementation=implementation)
+    bounds = {"cu_seqlens": draw.packed().cu_seqlens(), "cu_seqlens_k": draw.packed().cu_seqlens_k()}
+    bounds = {name: None if x is None else x.to(leaves["query"].device) for name, x in bounds.items()}
+    out, lse = moba_attention_varlen(**packed, **bounds, **draw.case.settings, return_lse=True, implementation=implementation)
     upstream = {name: x.to(out.device) for name, x in upstream_for(out, lse, draw.case.seed + 1).items()}
     if not out.numel():
         return
     grads = torch.autograd.grad([out, lse], list(leaves.values()), list(upstream.values()), allow_unused=True)
     grads = {name: torch.zeros_like(x) if g is None else g for (name, x), g in zip(leaves.items(), grads)}
-    start = 0
-    for length in draw.lengths:
-        part = slice(start, start + length)
-        start += length
-        if not length:
+    for part, of_keys, case in draw.packed().sequences():
+        if not case.n_query:
+            if any(bool((grads[name][:, :, of_keys] != 0).any()) for name in ("key", "value")):
+                raise Wrong(f"{implementation}: keys {of_keys.start} to {of_keys.stop}, which no query sees, have a gradient")
             continue
-        alone = draw.but(n_key=length, n_query=length, lengths=None)
-        mine = {name: x if name == "sinks" else x[:, :, part] for name, x in tensors.items()}
+        alone = draw.but(n_key=case.n_key, n_query=case.n_query, lengths=None, keys=None)
+        mine = {name: x if name == "sinks" else x[:, :, part if name == "query" else of_keys] for name, x in tensors.items()}
         known = _Known()
         visible = _visible(alone, mine, implementation, known)
         if not known.certain:
@@ -339,7 +339,8 @@ def _check_packed(draw: Draw, tensors: dict[str, Tensor], implementation: str) -
             return
         wanted = expected(alone.case, mine, visible, given)
         results = {"out": out[part].transpose(0, 1)[None], "lse": lse[part].transpose(0, 1)[None]}
-        results |= {f"gradient of {name}": x[:, :, part] for name, x in grads.items() if name != "sinks"}
+        places = {"query": part, "key": of_keys, "value": of_keys}
+        results |= {f"gradient of {name}": grads[name][:, :, place] for name, place in places.items()}
         bound = _bounds(alone, mine, given, visible, wanted, sizes)
         for name, x in results.items():
             dtype = DTYPES[draw.dtype] if name != "lse" else torch.float32

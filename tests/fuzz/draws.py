@@ -6,7 +6,7 @@ import random
 from dataclasses import dataclass, field, replace
 
 import torch
-from support.cases import Case, generator, laid_out
+from support.cases import Case, Packed, generator, laid_out
 from torch import Tensor
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -17,7 +17,7 @@ VALUES = ("normal", "integers", "repeated blocks", "equal keys", "large", "tiny"
 
 @dataclass(frozen=True)
 class Draw:
-    """A call of `moba_attention`, or with `lengths` of `moba_attention_varlen`.
+    """A call of `moba_attention`, or with `lengths` of `moba_attention_varlen`; with `keys` its sequences have so many keys.
 
     `spoilt` are places of NaN and the like: an operand's name, "padding" or an index into all of its numbers, and what stands there.
     """
@@ -27,6 +27,7 @@ class Draw:
     values: str = "normal"
     layout: str = "contiguous"
     lengths: tuple[int, ...] | None = None
+    keys: tuple[int, ...] | None = None
     spoilt: tuple[tuple[str, str | int, float], ...] = field(default=())
     memory: int | None = None
     threads: int = 1
@@ -36,8 +37,8 @@ class Draw:
         others = {name: value for name, value in changes.items() if name not in of_case}
         return replace(self, case=self.case.but(**of_case), **others)
 
-    def cu_seqlens(self) -> Tensor:
-        return torch.tensor([0, *self.lengths]).cumsum(0).int()
+    def packed(self) -> Packed:
+        return Packed(self.lengths, self.case, self.keys)
 
     def tensors(self, device: str = "cpu") -> dict[str, Tensor]:
         """query, key, value and, if the case has them, sinks; all as the draw says they lie in memory."""
@@ -115,8 +116,11 @@ def _draw(seed: int, name: str) -> Draw:
     pick = rng.choice
     long = rng.random() < 0.1
     lengths = tuple(pick([0, rng.randint(1, 30)]) for _ in range(rng.randint(1, 5))) if rng.random() < 0.12 else None
-    n_key = sum(lengths) if lengths is not None else rng.randint(1, 200 if long else 40)
-    n_query = n_key if lengths is not None else pick([n_key, n_key, rng.randint(1, n_key), 1])
+    keys = None
+    if lengths is not None and random.Random(f"{seed}/keys {name}").random() < 0.5:
+        lengths, keys = _with_more_keys(random.Random(f"{seed}/more keys {name}"), lengths)
+    n_key = sum(keys or lengths) if lengths is not None else rng.randint(1, 200 if long else 40)
+    n_query = sum(lengths) if lengths is not None else pick([n_key, n_key, rng.randint(1, n_key), 1])
     block_size = pick([rng.randint(1, 9), rng.randint(1, 9), 16, 17, 64, rng.randint(1, 100)])
     causal = rng.random() < 0.8
     sink_blocks, recent_blocks = (pick([0, 0, 1, 2]), pick([0, 0, 1, 2])) if causal else (0, 0)
@@ -152,10 +156,17 @@ def _draw(seed: int, name: str) -> Draw:
         "normal" if lengths is not None and values == "integers" else values,
         pick(["contiguous", *LAYOUTS]),
         lengths,
+        keys,
         () if lengths is not None or rng.random() < 0.6 else tuple(_spoilt(rng, case, dtype) for _ in range(rng.randint(1, 3))),
         pick([None, None, None, 1, 20_000]),
         1 if rng.random() < 0.98 else pick([2, 3]),  # a busy machine takes long over them
     )
+
+
+def _with_more_keys(rng: random.Random, lengths: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Queries and keys of each sequence: chunks of prompts, tokens that are generated one by one, and what has no query now."""
+    keys = tuple(n + rng.choice([0, rng.randint(0, 40), rng.randint(0, 150)]) for n in lengths)
+    return tuple(rng.choice([n, n, min(1, n_key), 0]) for n, n_key in zip(lengths, keys)), keys
 
 
 def _of_any_size(rng: random.Random, signed: bool = False) -> float:

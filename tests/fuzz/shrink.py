@@ -57,10 +57,12 @@ def _smaller(draw: Draw) -> Iterator[Draw]:
     for i in range(len(draw.spoilt)):
         yield draw.but(spoilt=draw.spoilt[:i] + draw.spoilt[i + 1 :])
     if draw.lengths is not None:
+        if draw.keys is not None:
+            yield draw.but(keys=None, n_key=sum(draw.lengths))
         for i in range(len(draw.lengths)):
-            lengths = draw.lengths[:i] + draw.lengths[i + 1 :]
+            lengths, keys = (None if n is None else n[:i] + n[i + 1 :] for n in (draw.lengths, draw.keys))
             if sum(lengths):
-                yield draw.but(lengths=lengths, n_key=sum(lengths), n_query=sum(lengths))
+                yield draw.but(lengths=lengths, keys=keys, n_key=sum(keys or lengths), n_query=sum(lengths))
     elif case.padding is None and case.n_key > 1:
         for n_key in (case.n_key // 2, case.n_key - 1):
             yield draw.but(n_key=n_key, n_query=min(case.n_query, n_key))

@@ -33,7 +33,8 @@ def test_every_kind_of_case_is_drawn_and_the_same_in_every_run():
     assert min(scales) < 1e-30 and max(scales) > 1e30
     spoilt = [place for one in draws for place in one.spoilt]
     assert {name for name, _, _ in spoilt} == {"query", "key", "value"} and any(at == "padding" for _, at, _ in spoilt)
-    assert any(one.lengths for one in draws) and any(one.case.padding for one in draws)
+    assert any(one.lengths and not one.keys for one in draws) and any(one.case.padding for one in draws)
+    assert any(one.keys and 1 < max(one.lengths) < max(one.keys) and 1 in one.lengths for one in draws)
 
 
 def _plant(monkeypatch, fault: str) -> None:

@@ -87,6 +87,24 @@ def test_packed_sequences_equal_the_specification(name):
     assert distance(got, wanted) < TOLERANCE[torch.float16]
 
 
+@pytest.mark.parametrize("block_size", [48, 64, 128, 192, 512])
+@pytest.mark.parametrize("causal", [True, False])
+def test_packed_sequences_with_more_keys_equal_the_specification(block_size, causal):
+    generator = torch.Generator(device="cuda").manual_seed(0)
+    shapes = (390, 4, 64), (1800, 2, 64), (1800, 2, 64)
+    tensors = [torch.randn(*shape, generator=generator, device="cuda").half().requires_grad_() for shape in shapes]
+    bounds = [torch.tensor(b, dtype=torch.int32, device="cuda") for b in ([0, 1, 1, 389, 390], [0, 300, 301, 1000, 1800])]
+    call = {"cu_seqlens_k": bounds[1], "block_size": block_size, "top_k": 3, "causal": causal}
+    grad, results = torch.randn(390, 4, 64, generator=generator, device="cuda").half(), []
+    for name in ("flex", "naive"):
+        out = moba_attention_varlen(*tensors, bounds[0], **call, implementation=name)
+        results.append((out, *torch.autograd.grad(out, tensors, grad)))
+    for name, a, b in zip(("output", "dq", "dk", "dv"), *results):
+        assert distance(a, b) < TOLERANCE[torch.float16], (name, distance(a, b))
+    with pytest.raises(ValueError, match=r'implementation="triton" cannot take query .*: it takes no cu_seqlens_k; use "flex" or "auto"'):
+        moba_attention_varlen(*tensors, bounds[0], **call, implementation="triton")
+
+
 @pytest.mark.parametrize("implementation", ["flex", "triton"])
 @pytest.mark.parametrize(("block_size", "heads", "groups"), [(32, 4, 1), (128, 2, 2), (256, 2, 1)])
 def test_a_block_that_every_query_wants_is_cut_into_parts(block_size, heads, groups, implementation):

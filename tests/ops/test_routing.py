@@ -9,14 +9,14 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from support.cases import Case, Packed, cases, examples, generator, operands, packed_cases, random
 
-from moba_flex.backends import eager
+from moba_flex.backends import eager, flex
 from moba_flex.core.chunking import chunks, max_elements
 from moba_flex.core.layout import BlockLayout, slots_per_block
-from moba_flex.core.layout_builders import dense_layout, packed_layout, padded_layout
+from moba_flex.core.layout_builders import dense_layout, packed_layout, padded_layout, with_last_queries
 from moba_flex.ops import gate
 from moba_flex.ops.routing import Routes, route, tiles_needed
 
@@ -31,7 +31,12 @@ def layout_of(case: Case, wide: bool = False) -> BlockLayout:
 
 def packed_layout_of(packed: Packed, wide: bool = False) -> BlockLayout:
     width = slots_per_block(packed.case.block_size) if wide else packed.case.block_size
-    return packed_layout(packed.cu_seqlens(), sum(packed.lengths), packed.case.block_size, width)
+    if packed.keys is None:
+        return packed_layout(packed.cu_seqlens(), sum(packed.lengths), packed.case.block_size, width)
+    n_query, backend = sum(packed.lengths), flex if wide else eager
+    layout = packed_layout(packed.cu_seqlens_k(), sum(packed.keys), packed.case.block_size, width)
+    tile = backend.slots_per_query_tile(width, n_query, len(packed.lengths))
+    return with_last_queries(layout, packed.layout_bounds(), n_query, tile)
 
 
 # Routing
@@ -173,11 +178,35 @@ def test_the_number_of_pairs_is_bounded_with_padding(case: Case, wide: bool):
 
 
 @examples(60)
-@given(packed_cases(), st.booleans())
+@given(packed_cases(more_keys=None), st.booleans())
 def test_the_number_of_pairs_is_bounded_for_packed_sequences(packed: Packed, wide: bool):
+    assume(sum(packed.lengths) or packed.keys is None)
     layout = packed_layout_of(packed, wide)
     most = layout.max_pairs(packed.case.attention_settings().n_routed, packed.case.causal)
     assert (pairs_of_each_row_and_head(packed.case, layout, operands(packed.case)) <= most).all()
+
+
+@examples(60)
+@given(packed_cases(more_keys=True), st.booleans())
+def test_tiles_hold_the_last_tokens_of_packed_sequences_each_once(packed: Packed, wide: bool):
+    assume(sum(packed.lengths))
+    layout, size, held = packed_layout_of(packed, wide), packed.case.block_size, {}
+    every = torch.ones(1, sum(packed.lengths)).bool()
+    check_round_trip(layout, torch.ones(1, sum(packed.keys)).bool(), every)
+    tokens = layout.token_of_query_slot.view(-1, layout.query_width).tolist()
+    for q, tile in enumerate(tokens):
+        start, stop = int(layout.query_start[0, q]), int(layout.query_stop[0, q])
+        assert [token >= 0 for token in tile] == [start <= slot < stop for slot in range(layout.query_width)]
+        held |= {token: (q, slot) for slot, token in enumerate(tile) if token >= 0}
+    first = 0
+    for queries, keys, _ in packed.sequences():
+        for i, token in enumerate(range(queries.start, queries.stop)):
+            q, slot = held.pop(token)
+            block, place = divmod(keys.stop - keys.start - (queries.stop - queries.start) + i, size)
+            assert layout.own[0, q] == first + block and layout.offset[0, q] + slot == place
+            assert layout.first[0, q] == first and layout.end[0, q] == first + -(-(keys.stop - keys.start) // size)
+        first += -(-(keys.stop - keys.start) // size)
+    assert not held
 
 
 @examples(60)
@@ -277,7 +306,7 @@ def check_round_trip(layout: BlockLayout, real_keys: torch.Tensor, real_queries:
     assert slots.shape == (rows, 2, layout.n_key_blocks * layout.width, 3)
     assert torch.equal(layout.key_tokens(slots), keys.masked_fill(~real_keys[:, None, :, None], 0))
     slots = layout.query_slots(queries)
-    assert slots.shape == (rows, 2, layout.n_query_blocks * layout.width, 3)
+    assert slots.shape == (rows, 2, layout.n_query_blocks * layout.query_width, 3)
     assert torch.equal(layout.query_tokens(slots), queries.masked_fill(~real_queries[:, None, :, None], 0))
     fewer = layout.query_slots(queries[..., 0])  # what has no width, as the log-sum-exp
     filled = queries[..., 0].masked_fill(~real_queries[:, None], -torch.inf)
