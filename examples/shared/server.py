@@ -197,10 +197,12 @@ class KeysRead:
     """How many keys requests read, in the layers that use MoBA."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self._settings = next(layer for layer in moba_flex.describe(model).layers if layer.attention in MOBA)
+        self._settings = next((layer for layer in moba_flex.describe(model).layers if layer.attention in MOBA), None)
 
     def share(self, prompt: int, new: int) -> float:
-        """The keys that the tokens of a request read, over those up to each of them."""
+        """The keys that the tokens of a request read, over those up to each of them; 1 if no layer uses MoBA."""
+        if self._settings is None:
+            return 1.0
         n, used = prompt + max(0, new - 1), self._settings
         of_prompt, of_all = (share_of_keys(n_query, n_query, used.block_size, used.top_k) for n_query in (prompt, n))
         seen, seen_by_prompt = n * (n + 1), prompt * (prompt + 1)

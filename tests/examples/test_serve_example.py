@@ -31,7 +31,7 @@ pytestmark = pytest.mark.skipif(not upstream.BATCHES_CONTINUOUSLY, reason="this 
 
 ROOT = Path(__file__).parents[2]
 FLAGS = ["--block-size", "32", "--top-k", "2", "--page-size", "64", "--num-pages", "40", "--max-batch-tokens", "128", "--device", "cpu"]
-SECONDS = 60  # that anything may take; nothing waits for as long unless it fails
+SECONDS = 120  # that anything may take; nothing waits for as long unless it fails
 CHAT = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 
 
