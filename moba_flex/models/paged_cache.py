@@ -68,9 +68,12 @@ class PageMeans:
         """The runs that are to be computed once a request has written its new keys. They count as known from now on."""
         runs, per_page = list[int](), self._page_size // self.run
         for i, page in enumerate(request.pages):
+            known = self._known.get(page, 0)
+            if known == self._page_size and (i + 1) * known <= request.past:  # as nearly all are
+                continue
             before = min(max(request.past - i * self._page_size, 0), self._page_size)
             after = min(max(request.past + request.new - i * self._page_size, 0), self._page_size)
-            first = min(self._known.get(page, 0), before) // self.run
+            first = min(known, before) // self.run
             runs += range(page * per_page + first, page * per_page + after // self.run)
             self._known[page] = after
         return runs
