@@ -52,10 +52,10 @@ def attend_paged(call: LayerCall, keys: PagedKeys) -> Tensor:
     """
     if context_of(call.layer) is not None:
         raise ValueError(f"{call.name} works on a slice of a sequence, without a cache: call ContextParallel.remove() before generating")
-    if call.key is not keys.given:
+    if call.key is not keys.given[0] or call.value is not keys.given[1]:
         raise ValueError(
-            f"{call.name} changes its keys after it has read them from the cache, which MoBA cannot follow in continuous batching: "
-            "call model.generate"
+            f"{call.name} changes its keys or values after it has read them from the cache, which MoBA cannot follow in continuous "
+            "batching: call model.generate"
         )
     batch = keys.batch
     if call.attention == "full" or keys.window != 1:

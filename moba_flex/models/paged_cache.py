@@ -40,7 +40,7 @@ class PagedKeys:
     batch: PagedBatch
     means: PageMeans | None  # None: of layers with windows, and where none are stored
     layer_idx: int
-    given: Tensor  # [1, G, T, D], what the layer got from the cache: new keys, of a layer with a window others too
+    given: tuple[Tensor, Tensor]  # [1, G, T, D], [1, G, T, Dv]: what the layer got, new keys and values; with a window others too
     key: Tensor  # [slots, G, D]: the pages, token by token
     value: Tensor  # [slots, G, Dv]
     window: int  # how many tokens the layer sees, or 1: all
@@ -140,8 +140,9 @@ class MobaPagedCache(PagedAttentionCache):
         forked = super().prepare_fork_request(src_state, dst_req_ids, copy_src_and_dst)
         table = pages_of_full_attention(self).block_table
         if self._means is not None:
+            shared = set(table[src_state.request_id])
             for name in forked:
-                self._means.forget([page for page in table[name] if page not in table[src_state.request_id]])
+                self._means.forget([page for page in table[name] if page not in shared])
         return forked
 
     def search_prefix_match(self, request_id: str, prompt_ids: list[int]) -> int:
@@ -178,7 +179,7 @@ class MobaPagedCache(PagedAttentionCache):
         key, value = super().update(key_states, value_states, layer_idx, kwargs)
         window, length = window_of(self, layer_idx), self.layer_to_allocator[layer_idx].get_seqlen_k
         means = self._means if window == 1 else None
-        kwargs[PAGED] = PagedKeys(self.last_batch, means, layer_idx, key, *pages_of_layer(self, layer_idx), window, length)
+        kwargs[PAGED] = PagedKeys(self.last_batch, means, layer_idx, (key, value), *pages_of_layer(self, layer_idx), window, length)
         return key, value
 
 

@@ -344,3 +344,12 @@ def test_models_that_continuous_batching_would_get_wrong_are_refused(family):
     serving.add(prompts(60)[0])
     with pytest.raises(ValueError, match=r"caps its scores|keys are those of another layer"):
         serving.step(3)
+
+
+def test_keys_that_a_layer_changes_behind_the_cache_are_an_error(monkeypatch):
+    serving = Serving(small("sparse"))
+    serving.add(prompts(60)[0])
+    given = paged_cache.MobaPagedCache.update
+    monkeypatch.setattr(paged_cache.MobaPagedCache, "update", lambda *args, **kwargs: tuple(x * 1 for x in given(*args, **kwargs)))
+    with pytest.raises(ValueError, match="LlamaAttention 0 changes its keys or values after it has read them from the cache"):
+        serving.step()
