@@ -7,10 +7,9 @@ model keeps the name "moba": here transformers' manager learns that it serves su
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import transformers
-from torch import nn
 from transformers import PreTrainedModel
 
 from ..config import MobaConfig
@@ -20,12 +19,14 @@ from .paged_cache import MobaPagedCache, adopt
 from .state import choice_of, context_of
 from .upstream import BATCHES_CONTINUOUSLY, ContinuousBatchingManager, RequestState, implementation_of, unsuited_options
 
+if TYPE_CHECKING:
+    from .upstream import AttentionLayer
+
 InUse = tuple[tuple[str, MobaConfig], ...]
 
 
-def attention_in_use(model: nn.Module) -> InUse:
-    """What the layers of a model use, with their settings; empty if none uses MoBA."""
-    layers = attention_layers(model)
+def attention_in_use(layers: list[AttentionLayer]) -> InUse:
+    """What the attention layers of a model use, with their settings; empty if none uses MoBA."""
     if not any(implementation_of(layer.config) in MOBA for layer in layers):
         return ()
     settings = [MobaConfig.of(x.config) if choice_of(x) is not None else settings_to_come(x.config, MOBA) for x in layers]
@@ -39,6 +40,7 @@ class MobaBatchingManager(ContinuousBatchingManager):
     """
 
     _in_use: InUse | None = None
+    _layers: list[AttentionLayer]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -49,7 +51,8 @@ class MobaBatchingManager(ContinuousBatchingManager):
             )
 
     def switch_to_cb_friendly_attn(self, model: Any, *args: Any, **kwargs: Any) -> None:
-        now = attention_in_use(model)
+        self._layers = attention_layers(model)
+        now = attention_in_use(self._layers)
         if self._in_use is not None and now != self._in_use:
             raise ValueError(
                 f"the attention of {type(model).__name__} was switched since its continuous batching began: "
@@ -74,7 +77,7 @@ class MobaBatchingManager(ContinuousBatchingManager):
         return processor
 
     def _check_not_switched(self) -> None:
-        if attention_in_use(self.model) != self._in_use:
+        if attention_in_use(self._layers) != self._in_use:
             raise ValueError(
                 f"the attention of {type(self.model).__name__} was switched while continuous batching runs, where requests share keys: "
                 "stop it, switch, and start again"
