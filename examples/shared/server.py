@@ -26,6 +26,7 @@ from transformers.cli.serving.systemone import SystemOneHandler
 from transformers.cli.serving.transcription import TranscriptionHandler
 from transformers.cli.serving.utils import CBGenerateManager, GenerationState
 from transformers.generation.continuous_batching.model_runner import infer_max_single_request_tokens
+from transformers.generation.continuous_batching.utils import drain_queue
 
 import moba_flex
 from moba_flex.analysis.explain import share_of_keys
@@ -178,6 +179,7 @@ class Requests(CBGenerateManager):
             said = f"the prompt has {prompt:,} tokens" if prompt else "the prompt is empty"
             raise HTTPException(400, f"{said}, but must have from 1 to {most - 1:,}: {what} hold {most:,} with the answer")
         gen_config.max_new_tokens = min(gen_config.max_new_tokens, most - prompt)
+        drain_queue(self._cb.output_router.output_queue)  # what came for clients that had gone away, whom nobody will ask for
         began = time.perf_counter()
 
         def told(new: int, end: str) -> None:
