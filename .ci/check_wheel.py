@@ -34,7 +34,7 @@ def main(folder: str) -> None:
     assert said.get_payload().strip() == readme.strip(), "the README is not the description"
     assert all(link.startswith("https://") for link in re.findall(r"\]\(([^)\s]+)\)", readme)), "a link leads nowhere"
     extras = set(said.get_all("Provides-Extra"))
-    assert extras == {"demo", "docs", "flash", "kernels", "test", "viz"}, extras
+    assert extras == {"demo", "docs", "flash", "kernels", "serve", "test", "viz"}, extras
     assert "Typing :: Typed" in said.get_all("Classifier")
     assert said["Author"] and said["Keywords"] and said["Description-Content-Type"] == "text/markdown"
     print(f"{wheel.name}: {len(package)} files, version {version}, extras {', '.join(sorted(extras))}")

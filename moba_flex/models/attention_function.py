@@ -8,9 +8,7 @@ B batch, H query heads, G key heads, N tokens (Nq queries, Nk keys), D head dime
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -20,23 +18,21 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from ..config import MobaConfig
-from ..core import validation
 from ..core.autocast import without_autocast
-from ..core.settings import AttentionSettings
 from ..dispatch import attend, attend_decoding
-from ..functional import checked_settings
 from ..ops.decoding import means_for, write_means
 from .block_means import BlockMeans, means_of
 from .by_name import settings_by_name
 from .call_hooks import CACHE, DRAFTS, MASK, PASS, WHOLE
 from .decision import Decision, LayerCall, LayerPath, check_supported, decide, decide_sparse, n_decoded
 from .key_conv import check_key_conv
-from .layers import MOBA, attention_of, check_served, original_attention, original_implementation
+from .layer_operation import Operation, autocast, call_original, operation_of
+from .layers import MOBA, attention_of, check_served, original_implementation
 from .masks import MobaMask, Places, Visible
+from .paged_attention import attend_paged, paged_keys
 from .recomputation import check_pass_is_known
 from .sizes import note_sparse, warn_of_no_effect
 from .state import choice_of, context_of, watcher_of
-from .upstream import set_implementation
 
 if TYPE_CHECKING:
     from .upstream import AttentionLayer
@@ -60,7 +56,7 @@ def moba_attention_forward(
 
     Raises ValueError for what MoBA cannot do: attention dropout or weights without "moba_naive", custom masks, biases.
     """
-    cache, drafts = kwargs.pop(CACHE, None), kwargs.pop(DRAFTS, 0)
+    cache, drafts, paged = kwargs.pop(CACHE, None), kwargs.pop(DRAFTS, 0), paged_keys(module, kwargs)
     if (handed := kwargs.pop(MASK, None)) is not None:
         attention_mask = handed.restore(attention_mask)
     if kwargs.pop(WHOLE, False) and isinstance(attention_mask, MobaMask):
@@ -79,6 +75,8 @@ def moba_attention_forward(
     if attention != "full":
         check_key_conv(module, settings)
     call = LayerCall(module, query, key, value, attention_mask, settings, attention, cache, drafts, kwargs)
+    if paged is not None:
+        return attend_paged(call, paged), None
     decision = decide(call)
     weights = "moba_naive" in (named, attention) and call.wants_weights
     if decision.path is LayerPath.CONTEXT_PARALLEL:
@@ -99,20 +97,7 @@ def _original(call: LayerCall, weights: bool = False) -> tuple[Tensor, Tensor | 
     implementation = "eager" if weights else original_implementation(module)
     if isinstance(mask, MobaMask):
         mask = mask.original(implementation, call.query.device)
-    attention = original_attention(module, implementation)
-    named = module if implementation in ("eager", "sdpa") else _Named(module, implementation)
-    return attention(named, call.query, call.key, call.value, mask, **call.kwargs)
-
-
-class _Named:
-    """A layer whose configuration names another implementation: some functions look their own name up there."""
-
-    def __init__(self, module: AttentionLayer, implementation: str) -> None:
-        self._module, self.config = module, copy.copy(module.config)
-        set_implementation(self.config, implementation)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._module, name)
+    return call_original(call, implementation, mask)
 
 
 def _prompt_and_drafts(call: LayerCall, n_drafts: int, weights: bool) -> tuple[Tensor, Tensor | None]:
@@ -134,8 +119,8 @@ def _prompt_and_drafts(call: LayerCall, n_drafts: int, weights: bool) -> tuple[T
 def _moba(call: LayerCall, decision: Decision) -> tuple[Tensor, Tensor | None]:
     """The paths that need more than the original attention: ALL_KEYS, for what lies beside the cache, DECODING_SPARSE and MOBA."""
     settings, cached = call.settings, call.key
-    means = means_of(call.cache, call.layer, cached) if settings.decode == "sparse" else None
-    query, key, value = _autocast(call.query, cached, call.value)
+    means = means_of(call.cache, call.layer, cached, call.query.shape[2]) if settings.decode == "sparse" else None
+    query, key, value = autocast(call.query, cached, call.value)
     if decision.places is not None:  # of DECODING_SPARSE
         return _decode(call, query, key, value, decision.places, means).transpose(1, 2).contiguous(), None
 
@@ -143,7 +128,7 @@ def _moba(call: LayerCall, decision: Decision) -> tuple[Tensor, Tensor | None]:
     assert visible is not None
     if visible.n_key < key.shape[2]:
         key, value = key[:, :, : visible.n_key], value[:, :, : visible.n_key]
-    operation = None if decision.path is LayerPath.ALL_KEYS else _operation(call, query, key, value, visible.causal)
+    operation = None if decision.path is LayerPath.ALL_KEYS else operation_of(call, query, key, value, visible.causal)
     if (watcher := watcher_of(call.layer)) is not None:
         watcher(call.layer, query, key, visible, settings)
     if means is not None and visible.causal and not torch.compiler.is_compiling():
@@ -180,10 +165,10 @@ def _across_processes(call: LayerCall) -> Tensor:
             "what `ContextParallel.shard` returns"
         )
     check_supported(call)
-    query, key, value = _autocast(call.query, call.key, call.value)
+    query, key, value = autocast(call.query, call.key, call.value)
     behind = None if kept is None or kept.shared.is_prompt else kept  # of new tokens behind a prompt, which all processes compute
     visible = call.visible(query, key) if behind is None else Visible(key.shape[2])
-    operation = _operation(call, query, key, value, visible.causal)
+    operation = operation_of(call, query, key, value, visible.causal)
     if call.wants_weights or not visible.causal or visible.padding_mask is not None or visible.cu_seqlens is not None:
         raise ValueError(
             f"{call.name} works on a slice of a sequence, without attention weights, padding "
@@ -217,7 +202,7 @@ def _decodes_kept(call: LayerCall, cached: int) -> bool:
 
 def _decode(call: LayerCall, query: Tensor, key: Tensor, value: Tensor, places: Places, means: BlockMeans | None) -> Tensor:
     """`[B, H, Nq, Dv]`: a few tokens at the end of a cache, by way of the block means beside it."""
-    operation = _operation(call, query, key, value, True)
+    operation = operation_of(call, query, key, value, True)
     block_size, known = operation.settings.block_size, None
     if means is not None:
         assert isinstance(call.mask, MobaMask)  # which says that this is decoding
@@ -226,44 +211,6 @@ def _decode(call: LayerCall, query: Tensor, key: Tensor, value: Tensor, places: 
     if known is None:  # nothing is kept beside this cache
         known = write_means(means_for(key, max(1, key.shape[2] // block_size)), key, places.start, block_size)
     return attend_decoding(query, key, value, known, places.length, places.start, operation.settings, sinks=operation.sinks)
-
-
-def _autocast(*tensors: Tensor) -> Sequence[Tensor]:
-    """As autocast does for dense attention: rotary embeddings leave query and key wider than the value."""
-    kind = tensors[0].device.type
-    if torch.is_autocast_enabled(kind):
-        return [x.to(torch.get_autocast_dtype(kind)) if x.dtype == torch.float32 else x for x in tensors]
-    return tensors
-
-
-@dataclass(frozen=True)
-class Operation:
-    """What one layer asks of the operation, beside its tensors and who may see whom."""
-
-    settings: AttentionSettings
-    sinks: Tensor | None
-
-
-def _operation(call: LayerCall, query: Tensor, key: Tensor, value: Tensor, causal: bool) -> Operation:
-    """What a layer's call asks of the operation, checked."""
-    implementation = "naive" if call.naive else validation.resolve_implementation(call.settings.implementation, query)
-    scale, softcap, sinks = (call.kwargs.get(name) for name in ("scaling", "softcap", "s_aux"))
-    validation.check_query_key(query=query, key=key, value=value)
-    checked = checked_settings(
-        query,
-        query.shape[1],
-        block_size=call.settings.block_size,
-        top_k=call.settings.top_k,
-        sink_blocks=call.settings.sink_blocks,
-        recent_blocks=call.settings.recent_blocks,
-        share_selection=call.settings.share_selection,
-        causal=causal,
-        scale=scale,
-        softcap=softcap,
-        sinks=sinks,
-        implementation=implementation,
-    )
-    return Operation(checked, sinks)
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, visible: Visible, operation: Operation) -> Tensor:

@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, EncoderDecoderCache, StaticLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, EncoderDecoderCache, QuantizedLayer, StaticLayer
 
 from ..core.upstream import mark_static_address
 from ..ops.decoding import mean_dtype, means_for, write_means
 from .state import means_beside, put_means
-from .upstream import reads_as_it_lies
+from .upstream import quantized_keys, reads_as_it_lies
 
 if TYPE_CHECKING:
     from .upstream import AttentionLayer
@@ -37,6 +37,7 @@ class BlockMeans:
         self.stale = True  # some keys were written or moved that the means do not know
         self._waiting = False  # keys were written and not taken in yet
         self._keys: weakref.ref[Tensor] | None = None
+        self._quantized: tuple[object, int] | None = None  # of a quantized cache: what the keys were made of, and how many they were
 
     def __getstate__(self) -> dict[str, Any]:
         return {}  # a copy or pickle of a cache computes its means again
@@ -53,6 +54,11 @@ class BlockMeans:
         """These are the cache layer's keys now."""
         if not torch.compiler.is_compiling():  # while compiling there is only a static cache, which writes its keys in place
             self._keys = None if keys is None else weakref.ref(keys)
+
+    def check_quantized(self, quantized: object | None, length: int, n_new: int) -> None:
+        """`length` keys, `n_new` of them new, were made of this; are the others still those that were seen last?"""
+        self.stale = self._quantized is None or self._quantized[0] is not quantized or self._quantized[1] != length - n_new
+        self._quantized = None if quantized is None else (quantized, length)
 
     def expect(self) -> None:
         """New keys are about to be written."""
@@ -128,17 +134,18 @@ def layer_of_cache(cache: Cache, layer: AttentionLayer) -> CacheLayerMixin | Non
     return None if layer.layer_idx >= len(cache.layers) else cast(CacheLayerMixin, cache.layers[layer.layer_idx])
 
 
-def means_of(cache: Cache | None, layer: AttentionLayer, key: Tensor) -> BlockMeans | None:
-    """The block means that lie beside the keys of an attention layer, all of which `key [B, G, N, D]` is.
+def means_of(cache: Cache | None, layer: AttentionLayer, key: Tensor, n_new: int) -> BlockMeans | None:
+    """The block means that lie beside the keys of an attention layer, all of which `key [B, G, N, D]` is, the last `n_new` of them new.
 
-    None where there can be none: no cache or another kind of it (a quantized one changes its keys with time), keys that the layer
-    changed after it had read them from the cache.
+    None where there can be none: no cache or another kind of it, keys that the layer changed after it had read them from the cache.
     """
     cache = decoder_cache(cache)
     kept = None if cache is None else layer_of_cache(cache, layer)
     if cache is None or kept is None:
         return None
     if not torch.compiler.is_compiling():
+        if isinstance(kept, QuantizedLayer):
+            return _of_quantized(kept, key, n_new)
         if not reads_as_it_lies(cache, kept, key):
             return None
         if type(kept) in _EXTENDED:
@@ -147,6 +154,18 @@ def means_of(cache: Cache | None, layer: AttentionLayer, key: Tensor) -> BlockMe
             means.note(kept.keys)
             put_means(kept, means)
     return means_beside(kept)
+
+
+def _of_quantized(cache_layer: QuantizedLayer, key: Tensor, n_new: int) -> BlockMeans | None:
+    """The means beside a quantized layer, which stay right for as long as it makes its older keys of the same."""
+    if key.shape[2] != cache_layer.get_seq_length():
+        return None
+    means = means_beside(cache_layer)
+    if means is None:
+        means = BlockMeans()
+        put_means(cache_layer, means)
+    means.check_quantized(quantized_keys(cache_layer), key.shape[2], n_new)
+    return means
 
 
 def _means(cache_layer: CacheLayerMixin) -> BlockMeans:

@@ -13,11 +13,18 @@ import textwrap
 from collections.abc import Callable, Iterable
 from enum import Enum
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
+import transformers
+from packaging.version import Version
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, cache_utils, initialization
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, QuantizedLayer
+from transformers.generation.continuous_batching import continuous_api
+from transformers.generation.continuous_batching import utils as paged_utils
+from transformers.generation.continuous_batching.cache import PagedAttentionCache  # which layers of continuous batching are called with
+from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager  # which starts continuous batching
+from transformers.generation.continuous_batching.requests import RequestState  # what is known of a request
 from transformers.masking_utils import (
     ALL_MASK_ATTENTION_FUNCTIONS,  # builds the mask that a layer with full attention always had
     bidirectional_mask_function,  # tells encoders' requests
@@ -27,7 +34,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import cached_file, find_adapter_config_file, is_peft_available
 
 if TYPE_CHECKING:
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, ContinuousBatchingConfig
+    from transformers.generation.continuous_batching.cache_allocators import FullAttentionCacheAllocator
 
     class Configured(nn.Module):
         """A module that holds a configuration. To type checkers any attribute of an `nn.Module` is a tensor or a module."""
@@ -44,11 +52,16 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ADAPTER_SAVER",
+    "BATCHES_CONTINUOUSLY",
     "DRAFTED_POSITIONS",
     "FULL_LAYER_TYPES",
     "GROWING_LAYERS",
     "MASK_REQUEST",
+    "PAGED_CALL",
+    "ContinuousBatchingManager",
     "MaskUse",
+    "PagedAttentionCache",
+    "RequestState",
     "adapter_configs_of",
     "adapter_file",
     "attention_by_name",
@@ -57,6 +70,7 @@ __all__ = [
     "cache_in",
     "causal_mask_function",
     "file_of_repository",
+    "fill_paged_mask",
     "holds_config",
     "implementation_of",
     "is_offloaded",
@@ -65,11 +79,18 @@ __all__ = [
     "mask_use",
     "model_class_of",
     "mtp_offset",
+    "pages_of_full_attention",
+    "pages_of_layer",
     "passes_to_attention",
     "prefixes_of_peft",
+    "prompt_length",
+    "quantized_keys",
     "reads_as_it_lies",
     "set_implementation",
     "supports_sdpa",
+    "unsuited_options",
+    "use_manager",
+    "window_of",
     "zero_unless_read",
 ]
 
@@ -205,6 +226,15 @@ def cache_argument(model: nn.Module) -> str:
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
+def quantized_keys(layer: QuantizedLayer) -> object | None:
+    """What a quantized cache layer makes its older keys of, the same until it quantizes all anew; None: the next keys will be others.
+
+    It quantizes once `residual_length` new keys wait, and the first ones at once. The call that does so returns them as they were.
+    """
+    as_they_were = layer.keys is None or layer.keys.numel() == 0
+    return None if as_they_were or getattr(layer, "_pending_beam_idx", None) is not None else layer._quantized_keys
+
+
 def reads_as_it_lies(cache: Cache, cache_layer: CacheLayerMixin, key: Tensor) -> bool:
     """Whether `key` is what a cache layer holds. A layer of an offloaded cache has moved its keys on by the time that it is asked."""
     return cache_layer.keys is key or cache.offloading
@@ -264,3 +294,46 @@ def adapter_configs_of(module: nn.Module) -> list[Any]:
 def prefixes_of_peft(model: nn.Module) -> bool:
     """Whether a model is PEFT's, whose prompts only its own `forward` adds."""
     return getattr(model, "active_peft_config", None) is not None
+
+
+# Whether layers, and not attention functions, read the cache of continuous batching: since transformers 5.24.
+BATCHES_CONTINUOUSLY = Version(transformers.__version__).release >= (5, 24)
+# An argument by which an attention function knows a call of continuous batching.
+PAGED_CALL = "write_index"
+
+
+def use_manager(manager: type[ContinuousBatchingManager]) -> None:
+    """Let `generate_batch` and its like use this class: they take it from their module, and no argument names another."""
+    continuous_api.ContinuousBatchingManager = manager  # type: ignore[misc]
+
+
+def unsuited_options(config: ContinuousBatchingConfig) -> list[str]:
+    """The options in force under which batches are padded, or prepared before the last one is done."""
+    wanted = {"use_cuda_graph": any(config.cuda_graph_booleans), "use_async_batching": config.use_async_batching}
+    compiled = {name: getattr(config, name) is not None for name in ("varlen_compile_config", "decode_compile_config")}
+    return [name for name, in_force in {**wanted, **compiled}.items() if in_force]
+
+
+def prompt_length(state: RequestState) -> int:
+    """How many tokens a request came with. One that lost its pages begins again with what it has generated behind its prompt."""
+    return state._true_initial_tokens or len(state.initial_tokens)
+
+
+def pages_of_full_attention(cache: PagedAttentionCache) -> FullAttentionCacheAllocator:
+    """What gives pages to layers with full attention: only an entry of a dict."""
+    return cast("FullAttentionCacheAllocator", cache.cache_allocators["full_attention"])
+
+
+def pages_of_layer(cache: PagedAttentionCache, layer_idx: int) -> tuple[Tensor, Tensor]:
+    """The keys and values of a layer, token by token `[slots, G, D]`: the public method gives whole pages, in views of fewer."""
+    return cast("FullAttentionCacheAllocator", cache.layer_to_allocator[layer_idx])._kv_token_views[layer_idx]
+
+
+def window_of(cache: PagedAttentionCache, layer_idx: int) -> int:
+    """How many tokens a layer sees; 1: all, as `fill_paged_mask` has it."""
+    return getattr(cache.layer_to_allocator[layer_idx], "sliding_window", 1)
+
+
+def fill_paged_mask(mask: Tensor, cu_seqlens_q: list[int], cu_seqlens_k: list[int], window: int) -> None:
+    """Write what "sdpa" and "eager" add to scores in continuous batching; a window of 1 is none."""
+    paged_utils.build_attention_mask(mask, cu_seqlens_q, cu_seqlens_k, window)

@@ -10,6 +10,9 @@ K blocks read, D width. F: how many heads of a group choose for themselves, R, o
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -19,6 +22,8 @@ from .gate import best_blocks, first_of_equals, means_of, some_are_equal
 FEW = 32  # new tokens that are decoding: more of them are faster as a prefill
 _TOKENS_AT_ONCE = 1 << 16  # whose keys are copied to compute means
 _ELEMENTS_AT_ONCE = 1 << 24  # of keys and values that are copied to be read
+
+Take = Callable[[Tensor, Tensor, Tensor], Tensor]  # rows `[L, 1]`, key heads `[L, 1]`, tokens `[L, T]` -> a copy of their keys `[L, T, D]`
 
 
 def mean_dtype(key: Tensor) -> torch.dtype:
@@ -52,12 +57,34 @@ def write_means(means: Tensor, key: Tensor, start: Tensor | None, block_size: in
 def decode_plain(
     query: Tensor, key: Tensor, value: Tensor, means: Tensor, length: Tensor | None, start: Tensor | None, settings: AttentionSettings
 ) -> tuple[Tensor, Tensor]:
-    """`decode` in plain PyTorch. Blocks of all rows, heads and tokens are gathered at once, or as many as `_ELEMENTS_AT_ONCE` allows."""
-    groups, new, device = key.shape[1], query.shape[2], query.device
+    """`decode` in plain PyTorch."""
+    new, device = query.shape[2], query.device
     start = torch.zeros(query.shape[0], 1, dtype=torch.int64, device=device) if start is None else start[:, None]
     token = torch.arange(new, device=device) + ((key.shape[2] if length is None else length) - new)
+    _complete(means, key, token - start, start, settings.block_size)
+    width = key.shape[-1] + value.shape[-1]
+    return decode_blocks(query, partial(_take, key), partial(_take, value), means, token, start, key.shape[2], width, settings)
+
+
+def decode_blocks(
+    query: Tensor,
+    take_key: Take,
+    take_value: Take,
+    means: Tensor,
+    token: Tensor,
+    start: Tensor,
+    n_key: int,
+    width: int,
+    settings: AttentionSettings,
+) -> tuple[Tensor, Tensor]:
+    """`decode_plain` of keys that lie anywhere, all of whose means `[B, G, C, D]` are written.
+
+    `query [B, H, n, D]` at `token [n]` or `[B, n]`, all below `n_key`; `start [B, 1]`; `width`: of a key and a value together. Blocks of
+    all rows, heads and tokens are gathered at once, or as many as `_ELEMENTS_AT_ONCE` allows.
+    """
+    groups, device = means.shape[1], query.device
     position = token - start  # [B, n], below 0 for padding
-    _complete(means, key, position, start, settings.block_size)
+    token = token.expand_as(position)
     by_group = query.unflatten(1, (groups, -1)).to(means.dtype)  # [B, G, R, n, D]
     blocks = blocks_to_read(by_group, means, position, settings)  # [B, G, F, n, K]
     out, lse = attend_to_blocks(by_group, key, value, blocks, start, token, settings)
@@ -78,17 +105,18 @@ def attend_to_blocks(
     shape, each = together.shape, torch.arange(blocks[..., 0].numel(), device=device)
     group = each // (shape[2] * shape[3])
     row, group, last = group // groups, group % groups, each % shape[3]
-    at_once = max(1, _ELEMENTS_AT_ONCE // (blocks.shape[-1] * settings.block_size * (key.shape[-1] + value.shape[-1])))
-    parts = zip(*(x.split(at_once) for x in (together.flatten(0, 3), blocks.flatten(0, 3), row, group, token[last])))
-    out, lse = zip(*(_attend(q, key, value, chosen, b, g, start[b], t, settings) for q, chosen, b, g, t in parts))
+    at_once = max(1, _ELEMENTS_AT_ONCE // (blocks.shape[-1] * settings.block_size * width))
+    parts = zip(*(x.split(at_once) for x in (together.flatten(0, 3), blocks.flatten(0, 3), row, group, token[row, last])))
+    out, lse = zip(*(_attend(q, take_key, take_value, n_key, chosen, b, g, start[b], t, settings) for q, chosen, b, g, t in parts))
     whole = torch.cat(out).view(*shape[:-1], -1).movedim(4, 3).flatten(1, 3)
     return whole, torch.cat(lse).view(shape[:-1]).movedim(4, 3).flatten(1, 3)
 
 
 def _attend(
     query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    take_key: Take,
+    take_value: Take,
+    n_key: int,
     blocks: Tensor,
     row: Tensor,
     group: Tensor,
@@ -97,11 +125,11 @@ def _attend(
     settings: AttentionSettings,
 ) -> tuple[Tensor, Tensor]:
     """Readers `[L, M, D]`, each of M heads at `token [L]`, attend to their `blocks [L, K]`: `[L, M, Dv]` and `[L, M]`."""
-    offset = torch.arange(min(settings.block_size, key.shape[2]), device=key.device)
+    offset = torch.arange(min(settings.block_size, n_key), device=query.device)
     at = (start + blocks * settings.block_size)[..., None] + offset  # [L, K, P]
     seen = ((blocks >= 0)[..., None] & (at <= token[:, None, None])).flatten(1)  # [L, K * P]
-    at = at.flatten(1).clamp(0, key.shape[2] - 1)
-    k, v = (_take(x, row[:, None], group[:, None], at).to(query.dtype) for x in (key, value))
+    at = at.flatten(1).clamp(0, n_key - 1)
+    k, v = (take(row[:, None], group[:, None], at).to(query.dtype) for take in (take_key, take_value))
     score = query @ k.mT * settings.scale
     if settings.softcap is not None:
         score = settings.softcap * torch.tanh(score / settings.softcap)

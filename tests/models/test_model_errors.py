@@ -142,3 +142,11 @@ def test_layers_that_do_not_say_which_they_are_cannot_be_named():
     with pytest.raises(ValueError, match=r"full_attention_layers=\[1\], but no LlamaAttention says which layer it is: leave it out"):
         patch(model, **SPARSE, full_attention_layers=(1,))
     assert snapshot(model) == state
+
+
+def test_a_version_whose_continuous_batching_hands_too_little_is_told(monkeypatch):
+    monkeypatch.setattr("moba_flex.models.continuous_batching.BATCHES_CONTINUOUSLY", False)
+    model = patch(build(), block_size=8)
+    with pytest.raises(ValueError, match=r"needs transformers 5\.24 or newer, but this is .*: upgrade, call model\.generate"):
+        model.generate_batch([[1, 2, 3]])
+    assert model.config._attn_implementation == "moba"

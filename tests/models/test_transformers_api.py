@@ -8,12 +8,24 @@ import sys
 import pytest
 import torch
 import transformers
+from packaging.version import Version
 from support.families import attentions, build, tokens
+from support.serving import Serving, generation
 from torch.nn.attention.flex_attention import BlockMask
-from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    CompileConfig,
+    ContinuousBatchingConfig,
+    DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+from transformers.cache_utils import QuantizedLayer
 from transformers.models.llama import modeling_llama
 
 from moba_flex.models import patch, upstream
+from moba_flex.models.continuous_batching import MobaBatchingManager
 
 
 def changed(entry: str, what: str) -> str:
@@ -204,3 +216,84 @@ def test_accelerate_marks_what_it_offloads():
 
     model = cpu_offload(patch(build(), block_size=8, top_k=2))
     assert upstream.is_offloaded(model.modules()), changed("is_offloaded", "accelerate's `_hf_hook` is another name")
+
+
+batches = pytest.mark.skipif(not upstream.BATCHES_CONTINUOUSLY, reason="this version of transformers hands MoBA too little")
+
+
+@batches
+def test_generate_batch_uses_the_manager_that_it_is_given():
+    built = build().init_continuous_batching(generation(2), ContinuousBatchingConfig())
+    assert type(built) is MobaBatchingManager, changed("use_manager", "managers are not of `continuous_api.ContinuousBatchingManager`")
+
+
+@batches
+def test_a_forward_pass_names_its_requests_and_each_layer_updates_the_cache(monkeypatch):
+    calls, cache_class = [], upstream.PagedAttentionCache
+    names = ("can_store_request_tokens", "extend_read_and_write_indices", "update")
+    for name, method in [(name, getattr(cache_class, name)) for name in names]:
+
+        def recorded(*args, name=name, method=method, **kwargs):
+            calls.append((name, (*args[1:], *kwargs.values())))
+            return method(*args, **kwargs)
+
+        monkeypatch.setattr(cache_class, name, recorded)
+    serving = Serving(build("gemma3"), new=2)
+    for prompt in tokens(2, 20).tolist():
+        serving.add(prompt)
+    serving.step(1)
+    names = [name for name, _ in calls]
+    wanted = ["can_store_request_tokens"] * 2 + ["extend_read_and_write_indices"] * 2 + ["update"] * 4
+    assert names == wanted, changed("PagedAttentionCache", f"a pass calls {names}")
+    (state, length), (request, past, new, _, writes), (key, value, layer, kwargs) = (calls[i][1] for i in (0, 2, 5))
+    assert (state.request_id, length) == (request, 20) and (past, new) == (0, 20), changed("PagedAttentionCache", "it is told other things")
+    assert upstream.prompt_length(state) == 20, changed("prompt_length", "a new request has another prompt")
+    assert upstream.prompt_length(state.create_equivalent_initial_request()) == 20, changed("prompt_length", "a request that begins again")
+    assert upstream.PAGED_CALL in kwargs, changed("PAGED_CALL", f"a layer's arguments are {sorted(kwargs)}")
+    full = upstream.pages_of_full_attention(serving.cache)
+    assert upstream.window_of(serving.cache, 0) == 8 and upstream.window_of(serving.cache, layer) == 1, changed("window_of", "windows")
+    slots = torch.tensor(calls[3][1][4][list(serving.cache.cache_allocators.values()).index(full)])
+    for given, kept in zip((key, value), upstream.pages_of_layer(serving.cache, layer)):
+        assert torch.equal(kept[slots], given[0].transpose(0, 1)), changed("pages_of_layer", "new keys are not where they should be")
+    stride = full.block_table[request][0] * full.block_physical_stride
+    assert slots[:16].tolist() == list(range(stride, stride + 16)), changed("pages_of_full_attention", "tokens of a page lie otherwise")
+    assert writes, changed("PagedAttentionCache", "it is not told where to write")
+
+
+@batches
+def test_masks_of_continuous_batching_see_past_tokens_of_the_own_request():
+    mask = torch.full((1, 1, 4, 6), -1.0)
+    upstream.fill_paged_mask(mask, [0, 1, 4], [0, 3, 6], 1)
+    seen = mask[0, 0] == 0
+    assert seen.int().tolist() == [[1, 1, 1, 0, 0, 0], [0, 0, 0, 1, 0, 0], [0, 0, 0, 1, 1, 0], [0, 0, 0, 1, 1, 1]], changed(
+        "fill_paged_mask", "`build_attention_mask` writes another mask"
+    )
+
+
+@batches
+def test_options_that_pad_batches_have_these_names():
+    config = ContinuousBatchingConfig(use_cuda_graph=True, use_async_batching=True, varlen_compile_config=CompileConfig())
+    wanted = ["use_cuda_graph", "use_async_batching", "varlen_compile_config"]
+    assert upstream.unsuited_options(config) == wanted, changed("unsuited_options", "options have other names")
+    assert not upstream.unsuited_options(ContinuousBatchingConfig()), changed("unsuited_options", "some are on by default")
+
+
+def test_a_quantized_layer_makes_its_keys_of_the_same_until_it_quantizes_anew():
+    class Whole(QuantizedLayer):
+        def _quantize(self, tensor, axis):
+            return tensor.clone()
+
+        def _dequantize(self, q_tensor):
+            return q_tensor
+
+    layer, seen = Whole(residual_length=3), []
+    for n_new in (5, 1, 1, 1, 1):
+        layer.update(torch.ones(1, 1, n_new, 2), torch.ones(1, 1, n_new, 2))
+        seen.append(upstream.quantized_keys(layer))
+    none = [keys is None for keys in seen]
+    assert none == [True, False, False, True, False], changed("quantized_keys", f"all is quantized anew after other calls: {none}")
+    assert seen[1] is seen[2] is not seen[4], changed("quantized_keys", "`_quantized_keys` is replaced in other calls")
+    if Version(transformers.__version__) < Version("5.20"):  # which reorders the new keys alone, so that no search works
+        return
+    layer.reorder_cache(torch.tensor([0]))
+    assert upstream.quantized_keys(layer) is None, changed("quantized_keys", "`_pending_beam_idx` does not tell of rows that change places")

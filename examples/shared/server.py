@@ -1,0 +1,211 @@
+"""transformers' server for one model that is loaded and patched already.
+
+What `transformers serve` does not do is done here: a request that is longer than the model or the cache is refused before it can end the
+loop that serves all; Ctrl-C ends requests that are under way; and each request's speed is told.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import time
+from collections.abc import Callable
+from typing import Any
+
+import uvicorn
+from fastapi import HTTPException, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cli.serving.chat_completion import ChatCompletionHandler
+from transformers.cli.serving.completion import CompletionHandler
+from transformers.cli.serving.model_manager import ModelManager
+from transformers.cli.serving.response import ResponseHandler
+from transformers.cli.serving.server import build_server
+from transformers.cli.serving.systemone import SystemOneHandler
+from transformers.cli.serving.transcription import TranscriptionHandler
+from transformers.cli.serving.utils import CBGenerateManager, GenerationState
+from transformers.generation.continuous_batching.model_runner import infer_max_single_request_tokens
+from transformers.generation.continuous_batching.utils import drain_queue
+
+import moba_flex
+from moba_flex.analysis.explain import share_of_keys
+from moba_flex.models.layers import MOBA
+
+SECONDS_TO_LEAVE = 1  # that clients have after Ctrl-C
+
+
+def serve(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str, listening: socket.socket, batching: dict[str, int | None]
+) -> None:
+    """Serve until Ctrl-C."""
+    state = State(ContinuousBatchingConfig(**batching), model)
+    models = OneModel(name, model, tokenizer, state)
+    chat, completion = ChatCompletionHandler(models, state), CompletionHandler(models, state)
+    others = {
+        "response_handler": ResponseHandler(models, state),
+        "transcription_handler": TranscriptionHandler(models, state),
+        "systemone_handler": SystemOneHandler(models, state),
+    }
+    app = build_server(models, chat, completion_handler=completion, generation_state=state, **others)
+
+    for kind in (HTTPException, RequestValidationError, RuntimeError, KeyError, TypeError, AttributeError):
+        app.add_exception_handler(kind, refused)
+    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=SECONDS_TO_LEAVE)
+    Server(config, name, state).run([listening])
+
+
+async def refused(_: Request, error: Exception) -> JSONResponse:
+    """What a client is told of a request that is wrong, in the form that its package shows."""
+    if isinstance(error, HTTPException):
+        status, said = error.status_code, str(error.detail)
+    elif isinstance(error, RequestValidationError):
+        status, said = 422, f"the body of the request is not a JSON object: {error.errors()[0]['msg']}"
+    elif isinstance(error, RuntimeError):
+        status, said = 503, f"the request was not finished: {error}"
+    else:  # which transformers does not check
+        missing = isinstance(error, KeyError)
+        status, said = 422, f"the request lacks {error}" if missing else f"the request cannot be understood: {error}"
+    return JSONResponse({"error": {"message": said, "type": "invalid_request_error", "code": status}}, status)
+
+
+class Server(uvicorn.Server):
+    """Says where it listens once it does, and ends requests that are under way before it waits for their clients to leave."""
+
+    def __init__(self, config: uvicorn.Config, name: str, state: State) -> None:
+        super().__init__(config)
+        self._name, self._state = name, state
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        host, port, *_ = self.servers[0].sockets[0].getsockname()
+        print(f"Serving {self._name} on http://{f'[{host}]' if ':' in host else host}:{port}/v1. Ctrl-C ends it.", flush=True)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await asyncio.to_thread(self._state.shutdown)
+        await super().shutdown(sockets)
+
+
+class OneModel(ModelManager):
+    """The one model of the server."""
+
+    def __init__(self, name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, state: State) -> None:
+        self._model, self._tokenizer, self._state = model, tokenizer, state
+        super().__init__(force_model=name)
+
+    def _load_model(self, *args: Any, **kwargs: Any) -> PreTrainedModel:
+        return self._model
+
+    def _load_processor(self, *args: Any, **kwargs: Any) -> PreTrainedTokenizerBase:
+        return self._tokenizer
+
+    def shutdown(self) -> None:
+        self._state.shutdown()
+        super().shutdown()
+
+
+class State(GenerationState):
+    """Continuous batching, by `Requests`."""
+
+    def __init__(self, config: ContinuousBatchingConfig, model: PreTrainedModel) -> None:
+        super().__init__(continuous_batching=True, cb_config=config)
+        self._read = KeysRead(model)
+
+    def get_manager(self, model_id: str, use_cb: bool = False) -> CBGenerateManager:
+        if self._cb_manager is None:
+            self._cb_manager, self._cb_model_id = Requests(self._cb_config, self._read), model_id
+        return self._cb_manager
+
+
+class Requests(CBGenerateManager):
+    """What becomes of requests: those that are too long are refused, the others told of when they are done."""
+
+    def __init__(self, config: ContinuousBatchingConfig, read: KeysRead) -> None:
+        super().__init__(config)
+        self._read, self._most = read, 0
+
+    def init_cb(self, model: PreTrainedModel, gen_config: GenerationConfig) -> None:
+        """Start continuous batching with the first request, whose settings of sampling are those of all: transformers does it so."""
+        if self._cb is None:
+            manager = model.init_continuous_batching(generation_config=gen_config, continuous_batching_config=self._cb_config)
+            manager.warmup()  # makes the cache
+            self._most = infer_max_single_request_tokens(manager.batch_processor.cache)
+            manager.start()
+            self._cb = manager
+
+    def generate_streaming(
+        self,
+        model: PreTrainedModel,
+        processor: Any,
+        inputs: dict,
+        gen_config: GenerationConfig,
+        request_id: str,
+        response_parser: Any = None,
+    ) -> tuple[Any, Any]:
+        told, handlers = self._begin(model, inputs, gen_config, request_id), self._cb.output_router.result_handlers
+        # transformers adds a request before it listens. What comes in between waits here until this function has returned.
+        self._cb.register_result_handler(request_id, lambda output: listener(output))
+        queue, streamer = super().generate_streaming(model, processor, inputs, gen_config, request_id, response_parser)
+        listener = handlers[request_id][0]
+        end, cancel = streamer.end, streamer.cancel
+
+        def ended() -> None:
+            told(streamer.total_tokens, "")
+            end()
+
+        def cancelled() -> None:
+            told(streamer.total_tokens, ", then the client went away")
+            cancel()
+            handlers.pop(request_id, None)
+
+        streamer.end, streamer.cancel = ended, cancelled
+        return queue, streamer
+
+    async def generate_non_streaming(
+        self, model: PreTrainedModel, processor: Any, inputs: dict, gen_config: GenerationConfig, request_id: str
+    ) -> tuple[str, int, list[int]]:
+        told = self._begin(model, inputs, gen_config, request_id)
+        text, length, tokens = await super().generate_non_streaming(model, processor, inputs, gen_config, request_id)
+        told(len(tokens), "")
+        return text, length, tokens
+
+    def _begin(self, model: PreTrainedModel, inputs: dict, gen_config: GenerationConfig, request_id: str) -> Callable[[int, str], None]:
+        """Check a request, and return what tells of it at its end. HTTPException if it is too long."""
+        prompt, limits = len(inputs["input_ids"]), {"the cache's pages": self._most}
+        if (context := getattr(model.config.get_text_config(), "max_position_embeddings", None)) is not None:
+            limits["the model's context"] = context
+        what, most = min(limits.items(), key=lambda item: item[1])
+        if not 0 < prompt < most:
+            said = f"the prompt has {prompt:,} tokens" if prompt else "the prompt is empty"
+            raise HTTPException(400, f"{said}, but must have from 1 to {most - 1:,}: {what} hold {most:,} with the answer")
+        gen_config.max_new_tokens = min(gen_config.max_new_tokens, most - prompt)
+        drain_queue(self._cb.output_router.output_queue)  # what came for clients that had gone away, whom nobody will ask for
+        began = time.perf_counter()
+
+        def told(new: int, end: str) -> None:
+            seconds = time.perf_counter() - began
+            speed = f"{new:,} new in {seconds:.2f} s, {new / max(seconds, 1e-9):.1f} tokens/s"
+            share = f"{self._read.share(prompt, new):.1%} of the keys read in layers with MoBA"
+            print(f"{request_id}: {prompt:,} prompt tokens, {speed}, {share}{end}", flush=True)
+
+        return told
+
+    def stop(self) -> None:
+        if self._cb is not None:
+            self._cb.stop(block=True, hard_stop=True)
+
+
+class KeysRead:
+    """How many keys requests read, in the layers that use MoBA."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._settings = next((layer for layer in moba_flex.describe(model).layers if layer.attention in MOBA), None)
+
+    def share(self, prompt: int, new: int) -> float:
+        """The keys that the tokens of a request read, over those up to each of them; 1 if no layer uses MoBA."""
+        if self._settings is None:
+            return 1.0
+        n, used = prompt + max(0, new - 1), self._settings
+        of_prompt, of_all = (share_of_keys(n_query, n_query, used.block_size, used.top_k) for n_query in (prompt, n))
+        seen, seen_by_prompt = n * (n + 1), prompt * (prompt + 1)
+        return of_all if used.decode == "sparse" else (of_prompt * seen_by_prompt + seen - seen_by_prompt) / seen

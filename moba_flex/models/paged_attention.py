@@ -1,0 +1,150 @@
+"""Attention of a layer in continuous batching: `[1, H, T, D]` queries of many requests, whose keys lie in pages.
+
+`paged_batch.py` says which tokens read what. Layers that do not use MoBA, and tokens that read all keys, get the attention that the
+unpatched model has in continuous batching.
+
+H query heads, G key heads, T tokens of all requests, Tp and Tk: the tokens and keys of a part of them, R requests, D and Dv widths.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..core.autocast import without_autocast
+from ..dispatch import attend, attend_to_blocks
+from ..ops.decoding import Take
+from .decision import LayerCall, check_supported
+from .layer_operation import autocast, call_original, operation_of
+from .layers import original_implementation
+from .paged_batch import Part
+from .paged_cache import PAGED, PagedKeys
+from .sizes import note_sparse
+from .state import context_of
+from .upstream import PAGED_CALL
+
+if TYPE_CHECKING:
+    from .upstream import AttentionLayer
+
+
+def paged_keys(layer: AttentionLayer, kwargs: dict[str, Any]) -> PagedKeys | None:
+    """Take the keys of a call of continuous batching out of its arguments; None: it is another call.
+
+    Raises ValueError if the call is one of continuous batching that was started for another attention.
+    """
+    keys: PagedKeys | None = kwargs.pop(PAGED, None)
+    if keys is None and PAGED_CALL in kwargs:
+        raise ValueError(
+            f"{type(layer).__name__} {layer.layer_idx} is called by continuous batching, but either its keys are those of another layer, "
+            'which MoBA cannot follow there: use set_attention(model, "full"); or the model was switched to MoBA after continuous batching '
+            "had started: stop it, switch, and start again"
+        )
+    return keys
+
+
+def attend_paged(call: LayerCall, keys: PagedKeys) -> Tensor:
+    """`[1, T, H, Dv]` of a layer's call.
+
+    Raises ValueError for what cannot be had in continuous batching.
+    """
+    if context_of(call.layer) is not None:
+        raise ValueError(f"{call.name} works on a slice of a sequence, without a cache: call ContextParallel.remove() before generating")
+    if call.key is not keys.given[0] or call.value is not keys.given[1]:
+        raise ValueError(
+            f"{call.name} changes its keys or values after it has read them from the cache, which MoBA cannot follow in continuous "
+            "batching: call model.generate"
+        )
+    batch = keys.batch
+    if call.attention == "full" or keys.window != 1:
+        return _original(call, keys, batch.whole)
+    check_supported(call)
+    if keys.means is not None:
+        keys.means.take_in(keys)
+    parts = batch.parts(call.settings, call.naive, keys.means is not None)
+    if parts.sparse is not None or parts.decoding is not None:
+        note_sparse(call.layer.config, call.settings)
+    out: Tensor | None = None
+    for part, attention in zip(parts, (_original, _decoding, _sparse)):
+        if part is None:
+            continue
+        if part.is_whole:
+            return attention(call, keys, part)
+        of_part = attention(replace(call, query=call.query[:, :, part.queries()]), keys, part)
+        if out is None:
+            out = of_part.new_empty(1, batch.n_tokens, *of_part.shape[2:])
+        out[:, part.queries()] = of_part
+    assert out is not None  # a pass has tokens
+    return out
+
+
+def _read(call: LayerCall, keys: PagedKeys, part: Part) -> tuple[Tensor, Tensor]:
+    """`[1, G, Tk, D]`, `[1, G, Tk, Dv]`: all keys and values of a part, request by request."""
+    if keys.window != 1 or part.is_new:
+        return call.key, call.value
+    key, value = (x.index_select(0, part.slots()).transpose(0, 1)[None] for x in (keys.key, keys.value))
+    return key, value
+
+
+def _original(call: LayerCall, keys: PagedKeys, part: Part) -> Tensor:
+    """`[1, Tp, H, Dv]`: the attention that the unpatched model has in continuous batching."""
+    implementation = original_implementation(call.layer)
+    n_key = part.n_key if keys.window == 1 else [keys.length(request.past, request.new) for request in keys.batch.requests]
+    key, value = _read(call, keys, part)
+    if implementation in ("sdpa", "eager"):
+        if implementation == "eager" and call.kwargs.get("softcap") is not None:
+            raise ValueError(
+                f"{call.name} caps its scores, which transformers' continuous batching with eager attention leaves out: call model.generate"
+            )
+        mask = part.mask(n_key, keys.window, call.query.dtype)
+        given = replace(call, key=key, value=value, kwargs={**call.kwargs, "is_causal": False})
+        return call_original(given, "paged|eager" if implementation == "eager" else implementation, mask)[0]
+    lengths = {
+        "cu_seq_lens_q": part.cu_seqlens(part.n_query),
+        "cu_seq_lens_k": part.cu_seqlens(n_key),
+        "max_length_q": max(part.n_query),
+        "max_length_k": max(n_key),
+    }
+    return call_original(replace(call, key=key, value=value, kwargs={**call.kwargs, **lengths}), implementation, None)[0]
+
+
+def _sparse(call: LayerCall, keys: PagedKeys, part: Part) -> Tensor:
+    """`[1, Tp, H, Dv]`: MoBA of the last tokens of each request."""
+    query, key, value = autocast(call.query, *_read(call, keys, part))
+    operation = operation_of(call, query, key, value, True)
+    cu_seqlens, settings = part.cu_seqlens(part.n_query), operation.settings
+    if not part.is_new:
+        cu_seqlens = torch.stack((cu_seqlens, part.cu_seqlens(part.n_key)))
+        if settings.implementation == "triton":  # which is for as many keys as queries
+            settings = replace(settings, implementation="flex")
+    with without_autocast(query):
+        out, _ = attend(query, key, value, settings, cu_seqlens=cu_seqlens, longest=max(part.n_key), sinks=operation.sinks)
+    return out.transpose(1, 2).contiguous()
+
+
+def _decoding(call: LayerCall, keys: PagedKeys, part: Part) -> Tensor:
+    """`[1, Tp, H, Dv]`: MoBA of one token of each request, by way of block means. Of the keys only the chosen blocks are read."""
+    (query,) = autocast(call.query[0].transpose(0, 1)[:, :, None])  # [R, H, 1, D]
+    operation = operation_of(call, query, query, query, True)
+    assert keys.means is not None
+    means = keys.means.of(keys, part.rows, max(1, max(part.n_key) // operation.settings.block_size))
+    take_key, take_value = (_taker(x, keys, part) for x in (keys.key, keys.value))
+    width = keys.key.shape[-1] + keys.value.shape[-1]
+    with without_autocast(query):
+        out = attend_to_blocks(
+            query, take_key, take_value, means, part.last()[:, None], max(part.n_key), width, operation.settings, sinks=operation.sinks
+        )
+    return out[:, :, 0][None]
+
+
+def _taker(x: Tensor, keys: PagedKeys, part: Part) -> Take:
+    """Copies tokens of requests out of the pages `x [slots, G, D]`."""
+    rows, flat = part.row_index(), x.flatten(0, 1)
+
+    def take(row: Tensor, group: Tensor, at: Tensor) -> Tensor:
+        slot = keys.batch.slots(rows[row], at)
+        return flat.index_select(0, (slot * x.shape[1] + group).flatten()).view(*at.shape, -1)
+
+    return take

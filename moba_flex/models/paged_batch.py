@@ -1,0 +1,184 @@
+"""Which requests take part in one forward pass of continuous batching, what each of their tokens reads, and where it lies.
+
+All of it follows from numbers that the host has. What goes to the device is made once per forward pass, and used by all layers.
+
+T tokens of all requests, R requests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from ..backends.paths import reads_all_keys
+from ..config import MobaConfig
+from ..core.settings import AttentionSettings
+from .upstream import fill_paged_mask
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Request:
+    """One request in one forward pass."""
+
+    name: str
+    past: int  # tokens that were there before
+    new: int  # tokens of this pass
+    prompt: int  # tokens that the request came with; those behind were generated
+    pages: list[int]  # where its keys lie
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Some tokens of one request, one after another, and the keys up to the last of them."""
+
+    row: int
+    first: int  # among the tokens of all requests
+    n_query: int
+    n_key: int
+
+
+class Part:
+    """Tokens of some requests, which the same computation serves."""
+
+    def __init__(self, slices: list[Slice], batch: PagedBatch) -> None:
+        self.slices, self._batch = slices, batch
+        self.rows = [one.row for one in slices]
+        self.n_query, self.n_key = [one.n_query for one in slices], [one.n_key for one in slices]
+        self.is_whole = sum(self.n_query) == batch.n_tokens  # all tokens of the pass
+        self.is_new = self.is_whole and self.n_query == self.n_key  # no keys but theirs
+        self._made: dict[object, Tensor] = {}
+
+    def queries(self) -> Tensor:
+        """`[Tp]`: the places of the part's tokens among those of the pass."""
+        return self._once("queries", lambda: torch.cat([torch.arange(one.first, one.first + one.n_query) for one in self.slices]))
+
+    def slots(self) -> Tensor:
+        """`[Tk]`: where the part's keys lie in the pages, request by request."""
+
+        def make() -> Tensor:
+            n, total = torch.tensor(self.n_key, device=self._batch.device), sum(self.n_key)
+            row, first = (x.repeat_interleave(n, output_size=total) for x in (self.row_index(), n.cumsum(0) - n))
+            return self._batch.slots(row, torch.arange(total, device=n.device) - first)
+
+        return self._once("slots", make)
+
+    def last(self) -> Tensor:
+        """`[R]`: the position of each request's last token."""
+        return self._once("last", lambda: torch.tensor(self.n_key) - 1)
+
+    def row_index(self) -> Tensor:
+        """`[R]`: which of the pass's requests these are."""
+        return self._once("rows", lambda: torch.tensor(self.rows))
+
+    def cu_seqlens(self, lengths: list[int]) -> Tensor:
+        """`[R + 1]` int32: where the sequences of these lengths begin and end."""
+        return self._once(tuple(lengths), lambda: torch.tensor(_bounds(lengths), dtype=torch.int32))
+
+    def mask(self, n_key: list[int], window: int, dtype: torch.dtype) -> Tensor:
+        """`[1, 1, Tp, Tk]`: what "sdpa" and "eager" add to the scores, as transformers makes it."""
+
+        def make() -> Tensor:
+            size = 1, 1, sum(self.n_query), sum(n_key)
+            mask = torch.full(size, torch.finfo(dtype).min, dtype=dtype, device=self._batch.device)
+            fill_paged_mask(mask, _bounds(self.n_query), _bounds(n_key), window)
+            return mask
+
+        return self._once(("mask", tuple(n_key), window, dtype), make)
+
+    def _once(self, name: object, make: Callable[[], Tensor]) -> Tensor:
+        if name not in self._made:
+            self._made[name] = make().to(self._batch.device)
+        return self._made[name]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The tokens of a pass by what a layer with MoBA does with them."""
+
+    full: Part | None  # they read all keys
+    decoding: Part | None  # one token of each request, whose blocks are found by stored means
+    sparse: Part | None  # MoBA
+
+    def __iter__(self):  # type: ignore[no-untyped-def]
+        return iter((self.full, self.decoding, self.sparse))
+
+
+class PagedBatch:
+    """The requests of one forward pass, in order."""
+
+    def __init__(self, requests: list[Request], runs: list[int], page_size: int, stride: int, device: torch.device) -> None:
+        self.requests, self.device = requests, device
+        self.n_tokens = sum(request.new for request in requests)
+        self._runs, self._page_size, self._stride = runs, page_size, stride
+        firsts = _bounds([request.new for request in requests])
+        every = [Slice(i, firsts[i], request.new, request.past + request.new) for i, request in enumerate(requests)]
+        self.whole = Part(every, self)
+        self._made: dict[object, object] = {}
+
+    def parts(self, settings: MobaConfig, naive: bool, has_means: bool) -> Parts:
+        """The tokens of a pass by what a layer with MoBA does with them. `has_means`: block means are stored."""
+        return self._once(("parts", settings, naive, has_means), lambda: self._parted(settings, naive, has_means))
+
+    def _parted(self, settings: MobaConfig, naive: bool, has_means: bool) -> Parts:
+        full, decoding, sparse = list[Slice](), list[Slice](), list[Slice]()
+        blocks = AttentionSettings(settings.block_size, settings.top_k)
+        for request, every in zip(self.requests, self.whole.slices):
+            n_full = min(max(every.n_key - request.prompt, 0), request.new) if settings.decode == "full" else 0
+            if not naive and settings.implementation != "eager" and reads_all_keys(every.n_key, blocks):
+                n_full = request.new  # which the original attention computes in less time
+            n_moba = request.new - n_full
+            if n_moba:
+                one = Slice(every.row, every.first, n_moba, request.past + n_moba)
+                (decoding if has_means and n_moba == 1 and not naive else sparse).append(one)
+            if n_full:
+                full.append(Slice(every.row, every.first + n_moba, n_full, every.n_key))
+        return Parts(*(Part(slices, self) if slices else None for slices in (full, decoding, sparse)))
+
+    def pages(self) -> Tensor:
+        """`[R, pages of the longest]` int64; behind a request's last page stands 0, which no request has."""
+
+        def make() -> Tensor:
+            most = max(len(request.pages) for request in self.requests)
+            return torch.tensor([request.pages + [0] * (most - len(request.pages)) for request in self.requests]).to(self.device)
+
+        return self._once("pages", make)
+
+    def slots(self, rows: Tensor, token: Tensor) -> Tensor:
+        """Where the keys of tokens of requests lie."""
+        return self.pages()[rows, token // self._page_size] * self._stride + token % self._page_size
+
+    def runs(self, length: int) -> tuple[Tensor, Tensor]:
+        """`[runs]` and `[runs, length]`: the runs of tokens whose means are to be computed, and where their keys lie."""
+
+        def make() -> tuple[Tensor, Tensor]:
+            runs, per_page = torch.tensor(self._runs, dtype=torch.int64), self._page_size // length
+            first = runs // per_page * self._stride + runs % per_page * length
+            return runs.to(self.device), (first[:, None] + torch.arange(length)).to(self.device)
+
+        return self._once("runs", make)
+
+    def runs_of(self, rows: list[int], n_runs: int, length: int) -> Tensor:
+        """`[R, n_runs]`: the first runs of tokens of requests; behind a request's last page any others."""
+
+        def make() -> Tensor:
+            per_page, run = self._page_size // length, torch.arange(n_runs, device=self.device)
+            pages = self.pages()[torch.tensor(rows, device=self.device)]
+            return pages[:, (run // per_page).clamp(max=pages.shape[1] - 1)] * per_page + run % per_page
+
+        return self._once(("runs", tuple(rows), n_runs), make)
+
+    def _once(self, name: object, make: Callable[[], T]) -> T:
+        if name not in self._made:
+            self._made[name] = make()
+        return self._made[name]  # type: ignore[return-value]
+
+
+def _bounds(lengths: list[int]) -> list[int]:
+    return [0, *accumulate(lengths)]

@@ -1,0 +1,198 @@
+"""The keys of many requests in pages, as continuous batching keeps them, and the block means beside them.
+
+transformers gives the keys of all layers of a request pages of its cache, shares full pages among requests with the same beginning, and
+takes pages back. Once per forward pass it says which requests take part; then each layer writes its new keys. Layers with full attention
+are handed their new keys alone here, and read from the pages what they need.
+
+Means are stored by page, not by request, so that requests share them as they share pages. They are never out of date:
+
+- A page gets into a request's hands in two ways. Given out anew, nothing of it counts as known. Shared, it is full, and stays as it is.
+- What a page holds changes in two ways. Layers write new keys: the means of all that these complete are computed then, from what the page
+  holds. Pages that were just given out are copied to: nothing of them is known, so that all is computed before it is first read.
+
+G key heads, P tokens per block, C blocks, D head dimension, R requests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import gcd
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config import MobaConfig
+from ..ops.decoding import mean_dtype
+from ..ops.gate import means_of
+from .paged_batch import PagedBatch, Request
+from .upstream import PagedAttentionCache, RequestState, pages_of_full_attention, pages_of_layer, prompt_length, window_of
+
+PAGED = "moba_paged"  # the keyword argument in which a layer's keys reach the attention function
+LEAST_RUN = 16  # means of fewer tokens would take more than an eighth of the keys' memory
+
+
+@dataclass(frozen=True, eq=False)
+class PagedKeys:
+    """What one layer reads in one forward pass."""
+
+    batch: PagedBatch
+    means: PageMeans | None  # None: of layers with windows, and where none are stored
+    layer_idx: int
+    given: tuple[Tensor, Tensor]  # [1, G, T, D], [1, G, T, Dv]: what the layer got, new keys and values; with a window others too
+    key: Tensor  # [slots, G, D]: the pages, token by token
+    value: Tensor  # [slots, G, Dv]
+    window: int  # how many tokens the layer sees, or 1: all
+    length: Callable[[int, int], int]  # past and new tokens of a request -> how many of its keys the layer reads
+
+
+class PageMeans:
+    """The mean key of each run of tokens within a page, and which of them are known.
+
+    Runs are as long as blocks and pages allow: a block is one or more of them, and so is a page.
+    """
+
+    def __init__(self, block_size: int, page_size: int, n_pages: int) -> None:
+        self.block_size, self.run = block_size, gcd(block_size, page_size)
+        self._page_size, self._n_runs = page_size, n_pages * (page_size // self.run)
+        self._known: dict[int, int] = {}  # of each page, how many of its tokens the means know
+        self._means: dict[int, Tensor] = {}  # of each layer, [runs, G, D]
+
+    def forget(self, pages: list[int]) -> None:
+        """Pages were given out, and may hold anything."""
+        for page in pages:
+            self._known.pop(page, None)
+
+    def to_compute(self, request: Request) -> list[int]:
+        """The runs that are to be computed once a request has written its new keys. They count as known from now on."""
+        runs, per_page = list[int](), self._page_size // self.run
+        for i, page in enumerate(request.pages):
+            known = self._known.get(page, 0)
+            if known == self._page_size and (i + 1) * known <= request.past:  # as nearly all are
+                continue
+            before = min(max(request.past - i * self._page_size, 0), self._page_size)
+            after = min(max(request.past + request.new - i * self._page_size, 0), self._page_size)
+            first = min(known, before) // self.run
+            runs += range(page * per_page + first, page * per_page + after // self.run)
+            self._known[page] = after
+        return runs
+
+    @torch.no_grad()
+    def take_in(self, keys: PagedKeys) -> None:
+        """Compute the means of a layer that its new keys complete."""
+        if keys.layer_idx not in self._means:
+            with torch.inference_mode(False):
+                shape = (self._n_runs, *keys.key.shape[1:])
+                self._means[keys.layer_idx] = keys.key.new_zeros(shape, dtype=mean_dtype(keys.key))
+        runs, slots = keys.batch.runs(self.run)
+        if runs.numel():
+            of_runs = keys.key[slots].transpose(1, 2)  # [runs, G, run, D]
+            self._means[keys.layer_idx].index_copy_(0, runs, means_of(of_runs, self.run))
+
+    def of(self, keys: PagedKeys, rows: list[int], n_blocks: int) -> Tensor:
+        """`[R, G, C, D]`: the means of requests; what stands behind a request's last complete block is undefined."""
+        per_block, means = self.block_size // self.run, self._means[keys.layer_idx]
+        runs = keys.batch.runs_of(rows, n_blocks * per_block, self.run)
+        found = means[runs.flatten()].view(len(rows), n_blocks, per_block, *means.shape[1:]).movedim(3, 1)  # [R, G, C, runs, D]
+        return found[:, :, :, 0] if per_block == 1 else means_of(found, per_block)
+
+
+class MobaPagedCache(PagedAttentionCache):
+    """transformers' cache of pages, for a model with MoBA. An object of its class changes to this one by `adopt`."""
+
+    _find: Callable[[str], RequestState]
+    _check: Callable[[], None]
+    _settings: MobaConfig
+    _means: PageMeans | None
+    _requests: list[Request]
+    _batch: PagedBatch | None
+
+    def serve(self, settings: MobaConfig, find: Callable[[str], RequestState], check: Callable[[], None]) -> None:
+        """Set what the cache serves. `find` finds a request by its name; `check` raises if the model's attention was switched."""
+        self._find, self._check, self._settings = find, check, settings
+        self._requests, self._batch, self._means = [], None, None
+        allocator = pages_of_full_attention(self)
+        page_size = allocator.tokens_per_page
+        if settings.decode == "sparse" and gcd(settings.block_size, page_size) >= LEAST_RUN:
+            n_pages = allocator.cache_tensor.shape[0] // page_size  # no fewer than there are
+            self._means = PageMeans(settings.block_size, page_size, n_pages // allocator.pages_per_block)
+
+    @property
+    def last_batch(self) -> PagedBatch:
+        """The requests of the forward pass that was prepared last."""
+        if self._batch is None:
+            allocator = pages_of_full_attention(self)
+            runs = [run for request in self._requests for run in self._means.to_compute(request)] if self._means is not None else []
+            place = allocator.tokens_per_page, allocator.block_physical_stride, torch.device(self.device)
+            self._batch = PagedBatch(self._requests, runs, *place)
+        return self._batch
+
+    def can_store_request_tokens(self, state: RequestState, request_len: int, dry_run: bool = False) -> bool:
+        table = pages_of_full_attention(self).block_table
+        before = len(table.get(state.request_id, ()))
+        stored = super().can_store_request_tokens(state, request_len, dry_run)
+        if self._means is not None and not dry_run:
+            self._means.forget(table.get(state.request_id, [])[before:])
+        return stored
+
+    def prepare_fork_request(self, src_state: RequestState, dst_req_ids: list[str], copy_src_and_dst: Any) -> list[str]:
+        forked = super().prepare_fork_request(src_state, dst_req_ids, copy_src_and_dst)
+        table = pages_of_full_attention(self).block_table
+        if self._means is not None:
+            shared = set(table[src_state.request_id])
+            for name in forked:
+                self._means.forget([page for page in table[name] if page not in shared])
+        return forked
+
+    def search_prefix_match(self, request_id: str, prompt_ids: list[int]) -> int:
+        return super().search_prefix_match(request_id, prompt_ids[: self._n_shareable(self._find(request_id))])
+
+    def mark_complete_blocks(self, state: RequestState, complete_blocks: dict[str, int]) -> None:
+        n = self._n_shareable(state)
+        super().mark_complete_blocks(state if n is None else _Beginning(state, n), complete_blocks)  # type: ignore[arg-type]
+
+    def _n_shareable(self, state: RequestState) -> int | None:
+        """How many of a request's first tokens have keys that any request with these tokens has; None: all.
+
+        With `decode="full"` generated tokens read all keys. In a later prompt the same tokens read as MoBA does.
+        """
+        return prompt_length(state) if self._settings.decode == "full" else None
+
+    def extend_read_and_write_indices(
+        self, request_id: str, past_length: int, query_length: int, read_index: list[list[int]] | None, write_index: list[list[int]]
+    ) -> None:
+        if not any(write_index):  # the first request of a forward pass
+            self._check()
+            self._requests, self._batch = [], None
+        full = pages_of_full_attention(self)
+        pages = full.block_table[request_id][: -(-(past_length + query_length) // full.tokens_per_page)]
+        self._requests.append(Request(request_id, past_length, query_length, prompt_length(self._find(request_id)), pages))
+        for allocator, writes in zip(self.cache_allocators.values(), write_index):
+            writes.extend(allocator.get_write_indices(request_id, past_length, query_length))
+        if read_index is not None:
+            for allocator, reads in zip(self.cache_allocators.values(), read_index):
+                if allocator is not full:  # whose layers read from the pages what they need
+                    reads.extend(allocator.get_read_indices(request_id, past_length, query_length))
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        key, value = super().update(key_states, value_states, layer_idx, kwargs)
+        window, length = window_of(self, layer_idx), self.layer_to_allocator[layer_idx].get_seqlen_k
+        means = self._means if window == 1 else None
+        kwargs[PAGED] = PagedKeys(self.last_batch, means, layer_idx, (key, value), *pages_of_layer(self, layer_idx), window, length)
+        return key, value
+
+
+class _Beginning:
+    """The first tokens of a request, to those who ask which of its pages are full."""
+
+    def __init__(self, state: RequestState, n_tokens: int) -> None:
+        self.request_id, self.status = state.request_id, state.status
+        self.initial_tokens, self.generated_tokens = state.initial_tokens[:n_tokens], list[int]()
+
+
+def adopt(cache: PagedAttentionCache, settings: MobaConfig, find: Callable[[str], RequestState], check: Callable[[], None]) -> None:
+    """Let a new cache of pages serve a model with MoBA."""
+    cache.__class__ = MobaPagedCache
+    assert isinstance(cache, MobaPagedCache)
+    cache.serve(settings, find, check)
