@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING
 
 from ..figures import _figure as new_figure
@@ -13,17 +14,22 @@ if TYPE_CHECKING:
 
     from .report import Calibration, Candidate
 
-_POINTS, _FRONTIER, _CHOSEN, _LIMIT = "#9ab3cc", "#1f4e79", "#d1495b", "#666666"
+_TEXTS, _FRONTIER, _CHOSEN, _LIMIT = ("#9ab3cc", "#e0a458", "#8fbc8f", "#b39ddb"), "#1f4e79", "#d1495b", "#666666"
+_MOST_TEXTS = len(_TEXTS)
 
 
 def calibration_figure(report: Calibration) -> Figure:
-    """One panel: nats behind full attention on the search texts against the cost, and the chosen settings on the texts set aside."""
+    """One panel: nats behind full attention against the cost, a point per text and setting, and what was chosen on the texts set aside."""
     figure = new_figure((7.5, 4.8))
     panel: Axes = figure.subplots()
-    whole = [c for c in report.candidates if c.search.n_texts == report.n_search]
-    panel.scatter(*_places(report, whole), color=_POINTS, s=22, label="measured")
     frontier = [report.candidates[i] for i in report.frontier()]
-    panel.plot(*_places(report, frontier), color=_FRONTIER, marker="o", markersize=4, linewidth=1.4, label="frontier")
+    if report.deciding is not None:
+        name = f"least on text {report.deciding}, which decided"
+        panel.plot(*_places(report, frontier, report.deciding), color=_FRONTIER, linewidth=1.4, label=name)
+    read = Counter(text for candidate in report.candidates for text in candidate.texts)
+    for (text, _), color in zip(read.most_common(_MOST_TEXTS), _TEXTS):
+        of = [candidate for candidate in report.candidates if text in candidate.texts]
+        panel.scatter(*_places(report, of, text), color=color, s=24, label=f"text {text}", zorder=3)
     panel.axhline(
         report.limits["within"], color=_LIMIT, linestyle="--", linewidth=1, label=f"asked for: within {report.limits['within']:g}"
     )
@@ -42,8 +48,8 @@ def calibration_figure(report: Calibration) -> Figure:
     return figure
 
 
-def _places(report: Calibration, candidates: list[Candidate]) -> tuple[list[float], list[float]]:
-    return [_cost(report, c) for c in candidates], [c.search.difference for c in candidates]
+def _places(report: Calibration, candidates: list[Candidate], text: int) -> tuple[list[float], list[float]]:
+    return [_cost(report, c) for c in candidates], [c.texts[text] for c in candidates]
 
 
 def _cost(report: Calibration, candidate: Candidate) -> float:
