@@ -191,6 +191,7 @@ class _Run:
             candidates=tuple(self._candidate(config) for config in configs),
             deciding=next(reversed(search.deciding), search.search[0]),
             layers=search.gains,
+            ranked=tuple(search.ranked),
             together=tuple(search.together),
             facts=facts,
             n_checked=len(search.checked),

@@ -8,12 +8,14 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from ...config import MobaConfig
 from ...core.messages import shown
 from ..tables import runs, table
 from .saved import write
+from .texts import split
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -79,6 +81,7 @@ class Calibration:
         deciding: the index of the text on which settings were tried last, one that lost much; None in files of older versions.
         layers: nats that each layer gives back with full attention, by layer, summed over the texts on which layers were ranked; layers
             that were measured as a group share what it gives back. Empty if no layer had to be full.
+        ranked: the indices of these texts; those that were set aside count less as proof.
         together: the best layers of each ranking as (layers, nats they give back, the sum of what each gives back alone).
         facts: with "full" and "moba", how many facts were found of "of"; None without a tokenizer, or if nothing was chosen.
         n_checked: how many settings were tried on the texts set aside.
@@ -100,6 +103,7 @@ class Calibration:
     candidates: tuple[Candidate, ...]
     deciding: int | None = None
     layers: Mapping[int, float] = field(default_factory=dict)
+    ranked: tuple[int, ...] = ()
     together: tuple[tuple[tuple[int, ...], float, float], ...] = ()
     facts: Mapping[str, int] | None = None
     n_checked: int = 0
@@ -132,7 +136,7 @@ class Calibration:
         values["candidates"] = tuple(_candidate(c) for c in plain["candidates"])
         values["layers"] = {int(n): x for n, x in plain["layers"].items()}
         values["together"] = tuple((tuple(layers), gain, alone) for layers, gain, alone in plain["together"])
-        values["warnings"] = tuple(plain["warnings"])
+        values |= {name: tuple(plain.get(name, ())) for name in ("ranked", "warnings")}
         return cls(**values)
 
     def save(self, file: str | os.PathLike[str]) -> None:
@@ -200,6 +204,16 @@ class Calibration:
             *("" if lost is None else f"{lost:+.4f}", _mean(c.search, self.n_search), _mean(c.held_out, self.n_held_out)),
         ]
 
+    def _ranked_again(self) -> list[str]:
+        """On which texts set aside layers were ranked, and what is lost on the others of these."""
+        searched, held_out = split(self.n_search + self.n_held_out)
+        again = sorted(set(self.ranked) - set(searched))
+        if not again:
+            return []
+        lost = [x for i, x in self.candidates[self.chosen or 0].texts.items() if i in held_out and i not in again]
+        others = f"; on the other {len(lost)} set aside {fmean(lost):+.4f}" if lost else ""
+        return [f"layers were ranked again on text {runs(again)}, which was set aside and on which settings failed{others}"]
+
     def _sentences(self) -> list[str]:
         said = []
         if self.config is None:
@@ -211,6 +225,7 @@ class Calibration:
                 f"* {self.config}: {part.difference:+.4f} ± {part.spread:.4f} nats behind full attention on {part.n_texts} texts set "
                 f"aside, {part.last_quarter:+.4f} in their last quarter; {part.agreement:.1%} of next tokens agree"
             )
+            said += self._ranked_again()
         if self.facts is not None:
             said.append(f"facts found of {self.facts['of']}: full attention {self.facts['full']}, with MoBA {self.facts['moba']}")
         for layers, gain, alone in self.together:
