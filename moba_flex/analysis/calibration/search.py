@@ -1,4 +1,4 @@
-"""The search for the cheapest settings within limits: sinks, then layers, then sizes, then the check on texts set aside.
+"""The search for the cheapest settings within limits: sinks, sizes, the check on texts set aside, then the same with full layers.
 
 It measures little, by what is known of MoBA: more blocks, smaller ones of as many keys, and more layers with full attention lose less. So
 settings that fail rule out all that read less. And most settings that fail do so on one text: settings are tried on that text alone, and
@@ -85,14 +85,20 @@ class Search:
         for text in self.search:
             self.read(variant, text)
         self.decide_by(variant, self.search)
-        found = self.cheapest(blocks[:1])  # where it holds, nothing is cheaper, and no layer needs to be full
-        while found is None or not self.check(found, extra):
+        best, left = None, blocks  # the text that decides is best known before layers are ranked, so these come later
+        while True:
+            found = self.cheapest(left) or (self.cheapest(left, strict=False) if best is None else None)
+            if found is not None and self.check(found, extra):
+                best = found
+            if best == blocks[0] or (found is None and self.ranked):
+                return best
             self.rank_layers(with_full_layers(self.failed[-1] if self.failed else variant))
-            left = [config for config in self.candidates(blocks, costs.of) if not any(is_below(config, other) for other in self.failed)]
-            found = self.cheapest(left) or self.cheapest(left, strict=False)
-            if found is None:
-                return None
-        return found
+            left = [config for config in self.candidates(blocks, costs.of) if self.may_win(config, best, costs.of)]
+
+    def may_win(self, config: MobaConfig, best: MobaConfig | None, cost: Callable[[MobaConfig], float]) -> bool:
+        """Whether it costs less than the best so far, and is not below what failed."""
+        cheaper = best is None or rounded(cost(config)) < rounded(cost(best))
+        return cheaper and not any(is_below(config, other) for other in self.failed)
 
     def choose_variant(self) -> MobaConfig:
         """The reference with those sinks, recent blocks and shared choice that lose least on the first search text."""
@@ -212,7 +218,7 @@ class Search:
         n_candidates = len(self.space.blocks(self.space.reference())) * len(self.space.full_counts())
         ranking = math.ceil(n_layers / group_size(n_layers)) + MOST_HALVED
         sizes = math.ceil(math.log2(max(2, n_candidates))) + 2
-        return n_search + n_held_out + n_search + 4 + 2 * (ranking + sizes + n_search + n_held_out)
+        return n_search + n_held_out + n_search + 4 + ranking + 2 * (sizes + n_search + n_held_out)
 
 
 def group_size(n_layers: int) -> int:
