@@ -78,22 +78,28 @@ class Search:
     def run(self, costs: Costs, extra: Callable[[MobaConfig], bool]) -> MobaConfig | None:
         """The cheapest setting that keeps all limits on the texts set aside, or None. `extra`: one more condition, asked last."""
         variant = self.choose_variant()
-        blocks = sorted(self.space.blocks(variant), key=costs.of)
+        blocks = self.space.blocks(variant)
         if not blocks:
             return None
         costs.prepare(blocks)
         for text in self.search:
             self.read(variant, text)
         self.decide_by(variant, self.search)
-        best, left = None, blocks  # the text that decides is best known before layers are ranked, so these come later
+        cheapest, *_ = left = self.by_cost(blocks, costs.of)
+        best: MobaConfig | None = None  # the text that decides is best known before layers are ranked, so these come later
         while True:
             found = self.cheapest(left) or (self.cheapest(left, strict=False) if best is None else None)
             if found is not None and self.check(found, extra):
                 best = found
-            if best == blocks[0] or (found is None and self.ranked):
+            if best == cheapest or (found is None and self.ranked):
                 return best
             self.rank_layers(with_full_layers(self.failed[-1] if self.failed else variant))
-            left = [config for config in self.candidates(blocks, costs.of) if self.may_win(config, best, costs.of)]
+            order = sorted(self.gains, key=lambda n: -self.gains[n])
+            every = [with_full_layers(config, order[:n]) for config in blocks for n in self.space.full_counts()]
+            left = [config for config in self.by_cost(every, costs.of) if self.may_win(config, best, costs.of)]
+
+    def by_cost(self, configs: Iterable[MobaConfig], cost: Callable[[MobaConfig], float]) -> list[MobaConfig]:
+        return sorted(configs, key=lambda config: (rounded(cost(config)), self.space.share(config), config.block_size))
 
     def may_win(self, config: MobaConfig, best: MobaConfig | None, cost: Callable[[MobaConfig], float]) -> bool:
         """Whether it costs less than the best so far, and is not below what failed."""
@@ -104,12 +110,6 @@ class Search:
         """The reference with those sinks, recent blocks and shared choice that lose least on the first search text."""
         reference = self.space.reference()
         return min([reference, *variants(reference)], key=lambda config: self.lost(config, self.search[0]))
-
-    def candidates(self, blocks: Sequence[MobaConfig], cost: Callable[[MobaConfig], float]) -> list[MobaConfig]:
-        """All blocks with the first layers of the ranking full, the cheapest first."""
-        order = sorted(self.gains, key=lambda n: -self.gains[n])
-        every = [with_full_layers(config, order[:n]) for config in blocks for n in self.space.full_counts()]
-        return sorted(every, key=lambda config: (rounded(cost(config)), self.space.share(config), config.block_size))
 
     def cheapest(self, ordered: Iterable[MobaConfig], strict: bool = True) -> MobaConfig | None:
         """The first of `ordered` that does well on the deciding texts, by halves: what a failure or a success rules out is not measured.
