@@ -10,7 +10,8 @@ import ast
 import inspect
 import sys
 import textwrap
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from enum import Enum
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeGuard, cast
@@ -30,6 +31,7 @@ from transformers.masking_utils import (
     bidirectional_mask_function,  # tells encoders' requests
     causal_mask_function,  # tells plain causal requests from those of packed sequences and custom masks
 )
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import cached_file, find_adapter_config_file, is_peft_available
 
@@ -53,6 +55,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ADAPTER_SAVER",
     "BATCHES_CONTINUOUSLY",
+    "DECODER_LAYER",
     "DRAFTED_POSITIONS",
     "FULL_LAYER_TYPES",
     "GROWING_LAYERS",
@@ -64,6 +67,7 @@ __all__ = [
     "RequestState",
     "adapter_configs_of",
     "adapter_file",
+    "answer_at_once",
     "attention_by_name",
     "bidirectional_mask_function",
     "cache_argument",
@@ -100,6 +104,8 @@ MASK_REQUEST = ("q_offset", "kv_offset", "mask_function", "attention_mask", "all
 DRAFTED_POSITIONS = "logits_to_keep"
 # Entries of `config.layer_types` that mean full attention: "attention" before 5.18; "hybrid" layers have a state-space part beside it.
 FULL_LAYER_TYPES = ("full_attention", "attention", "hybrid")
+# The class of all decoder layers, whose one output is the next one's input: no list says which modules they are.
+DECODER_LAYER = GradientCheckpointingLayer
 # The method of PEFT's `PeftConfig` by which its models write `adapter_config.json`, after they have made their state dict.
 ADAPTER_SAVER = "save_pretrained"
 # Kinds of cache layers that only grow. The second is that of hybrid models, and is not in all versions.
@@ -192,6 +198,21 @@ def _use_of(node: ast.AST, tree: ast.AST) -> MaskUse:
         handed_on = name.endswith("attention_interface") or name.removeprefix("self.") in OPTIONAL_CODE.values()
         return MaskUse.NOTHING if handed_on else MaskUse.CHANGES
     return MaskUse.CHANGES if isinstance(node, (ast.Attribute, ast.Subscript, ast.BinOp, ast.UnaryOp)) else MaskUse.NOTHING
+
+
+@contextmanager
+def answer_at_once(layers: Iterable[nn.Module], output: Any) -> Iterator[None]:
+    """Within the block the layers give `output`, and compute nothing.
+
+    No hook can skip a module's `forward`. PyTorch looks it up on the module before its class, where accelerate too puts one of its own.
+    """
+    with ExitStack() as stack:
+        for layer in layers:
+            before = {name: x for name, x in layer.__dict__.items() if name == "forward"}
+            layer.__dict__["forward"] = lambda *args, **kwargs: output
+            stack.callback(layer.__dict__.update, before)
+            stack.callback(layer.__dict__.pop, "forward")
+        yield
 
 
 def attention_by_name(source: ModuleType | None, implementation: str) -> Callable[..., Any] | None:

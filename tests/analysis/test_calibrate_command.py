@@ -10,12 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 import transformers
+from support.calibration import loss, stopped_after
 
 import moba_flex
 from moba_flex import Calibration
-from moba_flex.analysis.calibration import measure
 
 command = importlib.import_module("moba_flex.calibrate")
 
@@ -42,22 +41,13 @@ def test_it_prints_the_table_writes_its_files_and_ends_with_python_that_runs(fla
     assert "Calibrating: about " in printed.err and "forward passes of 512 tokens" in printed.err, "what it costs is said first"
 
 
-def test_after_ctrl_c_the_same_command_goes_on(flags, tmp_path, monkeypatch, capsys):
-    logits, n = measure.Meter._logits, []
-
-    def stopped(*args):
-        n.append(1)
-        if len(n) == 6:
-            raise KeyboardInterrupt
-        return logits(*args)
-
-    monkeypatch.setattr(measure.Meter, "_logits", stopped)
-    assert command.main(flags) == 130
+def test_after_ctrl_c_the_same_command_goes_on(flags, tmp_path, capsys):
+    with stopped_after(5):
+        assert command.main(flags) == 130
     file = tmp_path / "new" / "found.measured.json"
     assert f"interrupted: the same command goes on from {file}" in capsys.readouterr().err
     before = json.loads(file.read_text())["measured"]
     assert len(before) == 5
-    monkeypatch.undo()
     assert command.main(flags) == 0
     after = json.loads(file.read_text())["measured"]
     assert {name: after[name] for name in before} == before
@@ -109,17 +99,9 @@ def test_the_demos_model_keeps_its_promise_on_text_that_was_not_seen(smollm2, tm
     pieces = command.text_pieces(None, tokenizer, 1024, 16)
     report = moba_flex.calibrate(model, pieces[:6], within=0.03, block_sizes=[32], budgets=[256, 384])
     assert report.config is not None and not hasattr(model.config, "moba")
-    fresh = [measured(model, report.config, ids) for ids in pieces[6:]]
+    full = [loss(model, ids) for ids in pieces[6:]]
+    moba_flex.patch(model, report.config)
+    fresh = [loss(model, ids) - x for ids, x in zip(pieces[6:], full)]
     part = report.candidates[report.chosen].held_out
     assert sum(fresh) / len(fresh) <= 0.03 + part.spread
     moba_flex.unpatch(model)
-
-
-@torch.no_grad()
-def measured(model, config, ids) -> float:
-    """Nats behind full attention."""
-    losses = []
-    for use in (lambda: moba_flex.set_attention(model, "full"), lambda: moba_flex.patch(model, config)):
-        use()
-        losses.append(torch.nn.functional.cross_entropy(model(ids[None, :-1]).logits[0], ids[1:]).item())
-    return losses[1] - losses[0]

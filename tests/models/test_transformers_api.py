@@ -146,6 +146,20 @@ def test_models_take_the_number_of_drafted_positions():
     assert upstream.DRAFTED_POSITIONS in names, changed("DRAFTED_POSITIONS", "the argument is gone")
 
 
+def test_a_decoder_layer_can_answer_at_once_and_what_it_gives_is_the_next_ones_input():
+    model, outputs = build(), []
+    layers = [module for module in model.modules() if isinstance(module, upstream.DECODER_LAYER)]
+    assert layers == list(model.model.layers), changed("DECODER_LAYER", "a Llama's decoder layers are of another class")
+    for layer in layers:
+        layer.register_forward_hook(lambda _, args, output: outputs.append(output))
+    whole = model(tokens(), use_cache=False).logits
+    layers[0].forward = own = layers[0].forward  # as accelerate leaves it
+    with upstream.answer_at_once(layers[:1], outputs[0]):
+        rest = model(outputs[0].new_zeros(tokens().shape).long(), use_cache=False).logits
+    assert torch.equal(rest, whole), changed("answer_at_once", "a layer reads more of the one before it than its output")
+    assert layers[0].__dict__["forward"] is own and "forward" not in layers[1].__dict__, "what was there before is not put back"
+
+
 def test_layer_types_name_full_attention():
     config = build("gemma3").config
     assert set(config.layer_types) & set(upstream.FULL_LAYER_TYPES), changed("FULL_LAYER_TYPES", "full attention has another name")

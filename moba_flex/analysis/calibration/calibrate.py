@@ -31,7 +31,6 @@ from .texts import sequences, split, with_facts
 
 COSTS = ("auto", "time", "keys")
 FEW_TEXTS, SHORT = 4, 1024  # fewer texts set aside, or shorter ones, tell little
-MOST_FACT_TEXTS = 2
 
 
 def calibrate(
@@ -52,9 +51,10 @@ def calibrate(
     """Find the cheapest settings of MoBA whose loss is within `within` nats of full attention's, without training.
 
     Every third text is searched with; the others are set aside, and what is chosen was checked on them: mean and standard error of the
-    difference to full attention are at most `within` together. Searched are block sizes, numbers of keys, sink and recent blocks, a shared
-    selection, and which layers keep full attention. The model is left as it was, also after an exception. Before it begins it says how long
-    it takes, and a progress bar counts the passes; `transformers.utils.logging.disable_progress_bar()` turns both off.
+    difference to full attention are at most `within` together. Where a check fails, the text that lost most there is searched with too.
+    Searched are block sizes, numbers of keys, sink and recent blocks, a shared selection, and which layers keep full attention. The model
+    is left as it was, also after an exception. Before it begins it says how long it takes, and a progress bar counts the passes;
+    `transformers.utils.logging.disable_progress_bar()` turns both off.
 
     Args:
         model: a transformers model with a language-model head, patched or not, on the device whose time counts.
@@ -118,7 +118,8 @@ class _Run:
         self._meter = Meter(model, ids, saved, self._count)
         search, held_out = split(len(ids))
         self._search = Search(self._meter, space, limits, search, held_out)
-        fact_texts = {} if tokenizer is None else {i: with_facts(ids[i], tokenizer, i) for i in held_out[:MOST_FACT_TEXTS]}
+        n_facts = 0 if tokenizer is None else 1 if limits.retrieval is None else 2  # texts with facts
+        fact_texts = {i: with_facts(ids[i], tokenizer, i) for i in held_out[:n_facts]}
         self._facts = {i: text for i, text in fact_texts.items() if text.answers}
         self._found: dict[str, tuple[int, int]] = {}
         self._costs = Costs(self._meter, space, cost)
@@ -170,8 +171,7 @@ class _Run:
 
     def _made(self, chosen: MobaConfig | None) -> Calibration:
         search, (measured, spent) = self._search, self._saved.spent()
-        read = [config for config, readings in search.seen.items() if not readings.keys().isdisjoint(search.search)]
-        configs = sorted(read, key=lambda config: (self._costs.of(config), self._space.share(config)))
+        configs = sorted(search.seen, key=lambda config: (self._costs.of(config), self._space.share(config)))
         facts = None
         if chosen is not None and name_of(chosen) in self._found:
             full = self._found.get(name_of(None)) or self._find(None)
@@ -189,7 +189,9 @@ class _Run:
             full_seconds=self._costs.times.get(None) or median(x.seconds or 0.0 for x in search.full.values()),
             chosen=None if chosen is None else configs.index(chosen),
             candidates=tuple(self._candidate(config) for config in configs),
+            deciding=next(reversed(search.deciding), search.search[0]),
             layers=search.gains,
+            ranked=tuple(search.ranked),
             together=tuple(search.together),
             facts=facts,
             n_checked=len(search.checked),
@@ -203,8 +205,8 @@ class _Run:
         timed = [x.seconds for x in readings.values() if x.seconds is not None]
         seconds = self._costs.of(config) if self._cost == "time" else median(timed) if timed else None
         parts = [_part({i: x for i, x in readings.items() if i in texts}, search.full) for texts in (search.search, search.held_out)]
-        assert parts[0] is not None, "those that a text set aside ruled out at once are not reported"
-        return Candidate(config, self._space.share(config), seconds, parts[0], parts[1])
+        lost = {i: x.loss - search.full[i].loss for i, x in sorted(readings.items())}
+        return Candidate(config, self._space.share(config), seconds, parts[0], parts[1], lost)
 
 
 def _part(readings: Mapping[int, Reading], full: Mapping[int, Reading]) -> Part | None:

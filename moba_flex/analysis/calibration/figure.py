@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING
 
 from ..figures import _figure as new_figure
 from ..tables import runs
+from .texts import split
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -13,37 +15,44 @@ if TYPE_CHECKING:
 
     from .report import Calibration, Candidate
 
-_POINTS, _FRONTIER, _CHOSEN, _LIMIT = "#9ab3cc", "#1f4e79", "#d1495b", "#666666"
+_TEXTS, _FRONTIER, _CHOSEN, _LIMIT = ("#9ab3cc", "#e0a458", "#8fbc8f", "#b39ddb"), "#1f4e79", "#d1495b", "#666666"
+_MOST_TEXTS = len(_TEXTS)
 
 
 def calibration_figure(report: Calibration) -> Figure:
-    """One panel: nats behind full attention on the search texts against the cost, and the chosen settings on the texts set aside."""
-    figure = new_figure((7.5, 4.8))
+    """One panel: nats behind full attention against the cost, a point per text and setting, and what was chosen on the texts set aside."""
+    figure = new_figure((9.5, 4.8))
     panel: Axes = figure.subplots()
-    whole = [c for c in report.candidates if c.search.n_texts == report.n_search]
-    panel.scatter(*_places(report, whole), color=_POINTS, s=22, label="measured")
+    panel.set_yscale("symlog", linthresh=max(1e-4, report.limits["within"] / 2))
     frontier = [report.candidates[i] for i in report.frontier()]
-    panel.plot(*_places(report, frontier), color=_FRONTIER, marker="o", markersize=4, linewidth=1.4, label="frontier")
+    if report.deciding is not None:
+        name = f"least on text {report.deciding}, which decided"
+        panel.plot(*_places(report, frontier, report.deciding), color=_FRONTIER, linewidth=1.4, label=name)
+    searched, _ = split(report.n_search + report.n_held_out)
+    read = Counter(text for candidate in report.candidates for text in candidate.texts)
+    for (text, _), color in zip(read.most_common(_MOST_TEXTS), _TEXTS):
+        of = [candidate for candidate in report.candidates if text in candidate.texts]
+        name = f"text {text}, searched with" if text in searched else f"text {text}, set aside"
+        panel.scatter(*_places(report, of, text), color=color, s=24, label=name, zorder=3)
     panel.axhline(
         report.limits["within"], color=_LIMIT, linestyle="--", linewidth=1, label=f"asked for: within {report.limits['within']:g}"
     )
     panel.axhline(0, color=_LIMIT, linewidth=0.8)
     if report.chosen is not None:
         _draw_chosen(panel, report, report.candidates[report.chosen])
-    panel.set_yscale("symlog", linthresh=max(1e-4, report.limits["within"] / 2))
     panel.yaxis.set_major_formatter("{x:g}")
     panel.set_xlabel("time of full attention = 100 %" if report.cost == "time" else "keys read, full attention = 100 %", fontsize=11)
     panel.xaxis.set_major_formatter("{x:.0f} %")
     panel.set_ylabel("nats per token behind full attention", fontsize=11)
     panel.set_title(f"{report.model}, {report.length:,} tokens, {report.device}", fontsize=12)
-    panel.legend(fontsize=10, frameon=False)
+    panel.legend(fontsize=10, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     panel.grid(color="#e6e6e6", linewidth=0.6)
     panel.set_axisbelow(True)
     return figure
 
 
-def _places(report: Calibration, candidates: list[Candidate]) -> tuple[list[float], list[float]]:
-    return [_cost(report, c) for c in candidates], [c.search.difference for c in candidates]
+def _places(report: Calibration, candidates: list[Candidate], text: int) -> tuple[list[float], list[float]]:
+    return [_cost(report, c) for c in candidates], [c.texts[text] for c in candidates]
 
 
 def _cost(report: Calibration, candidate: Candidate) -> float:
@@ -57,7 +66,10 @@ def _draw_chosen(panel: Axes, report: Calibration, chosen: Candidate) -> None:
     assert chosen.held_out is not None, "what is chosen was checked"
     x, y = _cost(report, chosen), chosen.held_out.difference
     panel.errorbar([x], [y], yerr=[chosen.held_out.spread], color=_CHOSEN, marker="*", markersize=13, capsize=3, linestyle="none",
-                   label="chosen, on the texts set aside")  # fmt: skip
+                   label="chosen, mean of the texts set aside")  # fmt: skip
     layers = runs(chosen.config.full_attention_layers)
     words = f"block {chosen.config.block_size}, top-{chosen.config.top_k}\n" + (f"full layers {layers}" if layers else "no full layer")
-    panel.annotate(words, (x, y), (10, 12), textcoords="offset points", fontsize=10, color=_CHOSEN)
+    left, right = panel.get_xlim()
+    on_left = x > (left + right) / 2
+    panel.annotate(words, (x, y), (-10 if on_left else 10, -24), textcoords="offset points", fontsize=10, color=_CHOSEN,
+                   horizontalalignment="right" if on_left else "left")  # fmt: skip

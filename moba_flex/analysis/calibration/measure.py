@@ -106,9 +106,9 @@ class Meter:
         self._done()
         return int(result["found"]), int(result["of"])
 
-    def times(self, configs: Sequence[MobaConfig | None]) -> dict[str, float]:
-        """Median seconds of a prefill on a GPU by `name_of`: all are timed in turn, in `ROUNDS` rounds, after a warm-up of each."""
-        found: dict[str, list[float]] = {name_of(config): [] for config in configs}
+    def times(self, configs: Sequence[MobaConfig | None]) -> dict[MobaConfig | None, float]:
+        """Median seconds of a prefill on a GPU: all are timed in turn, in `ROUNDS` rounds, after a warm-up of each."""
+        found: dict[MobaConfig | None, list[float]] = {config: [] for config in configs}
 
         def one(config: MobaConfig | None) -> Measured:
             self.use(config)
@@ -119,9 +119,9 @@ class Meter:
         for turn in range(ROUNDS):
             for config in configs:
                 result = self._saved.get(f"{name_of(config)} | time {turn}", lambda config=config: one(config))  # type: ignore[misc]
-                found[name_of(config)].append(float(result["seconds"]))
+                found[config].append(float(result["seconds"]))
                 self._done()
-        return {name: median(times) for name, times in found.items()}
+        return {config: median(times) for config, times in found.items()}
 
     def use(self, config: MobaConfig | None) -> None:
         """Let the model use these settings."""

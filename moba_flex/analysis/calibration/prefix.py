@@ -1,4 +1,4 @@
-"""Layers that need not be computed again: those before the first layer in which two passes over a text differ.
+"""Layers that need not be computed again: those before the first layer in which a pass over a text differs from earlier ones.
 
 Which layers need full attention is found by passes that differ in one layer. On a CPU a pass takes many seconds, and half of them are the
 layers before that one.
@@ -8,34 +8,42 @@ L decoder layers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ...config import MobaConfig
 from ...models.layers import attention_layers, takes_moba
+from ...models.upstream import DECODER_LAYER, answer_at_once
+from .space import with_full_layers
 
-MOST_BYTES = 4 << 30  # of kept outputs
+MOST_BYTES = 2 << 30  # of kept outputs
 PROBE = 64  # tokens with which it is seen whether a model can go on from a layer's output
 
 
 @dataclass
 class _Pass:
-    kinds: list[Hashable]  # what each layer used
+    text: int
+    kinds: list[object]  # what each layer used
     outputs: list[Any]
+
+    def shared(self, text: int, kinds: list[object]) -> int:
+        """How many of its first layers a pass over `text` would repeat."""
+        if text != self.text:
+            return 0
+        return next((n for n, (one, other) in enumerate(zip(kinds, self.kinds)) if one != other), len(kinds))
 
 
 class Prefix:
-    """Keeps the outputs of the decoder layers of the last pass over each text, as far as there is room."""
+    """Keeps the outputs of the decoder layers of passes, as far as there is room: those that were of no use for longest go first."""
 
     def __init__(self, model: nn.Module) -> None:
         self._layers = _decoder_layers(model)
-        self._last: dict[int, _Pass] = {}
+        self._kept: list[_Pass] = []
 
     @property
     def possible(self) -> bool:
@@ -43,25 +51,20 @@ class Prefix:
 
     @contextmanager
     def reused(self, config: MobaConfig | None, text: int) -> Iterator[int]:
-        """Within the block a pass over `text` computes only what the last one over it did not; gives the number of layers that it skips."""
+        """Within the block a pass over `text` computes only what none before it did; gives the number of layers that it skips."""
         kinds = [_kind(attention, config) for _, attention in self._layers]
-        last = self._last.get(text)
-        n = 0
-        while last is not None and n < len(kinds) and kinds[n] == last.kinds[n]:
-            n += 1
-        n = min(n, len(kinds) - 1)
-        now = _Pass(kinds, last.outputs[:n] if last is not None else [])
+        best = max(self._kept, key=lambda kept: kept.shared(text, kinds), default=None)
+        n = 0 if best is None else min(best.shared(text, kinds), len(kinds) - 1)
+        now = _Pass(text, kinds, [] if best is None else best.outputs[:n])
         with _instead(self._layers, now.outputs, n):
             yield n
-        self._keep(text, now)
-
-    def _keep(self, text: int, now: _Pass) -> None:
-        self._last.pop(text, None)
-        size = sum(_bytes(output) for output in now.outputs)
-        while self._last and size * (1 + len(self._last)) > MOST_BYTES:
-            self._last.pop(next(iter(self._last)))
-        if size <= MOST_BYTES and len(now.outputs) == len(self._layers):
-            self._last[text] = now
+        if best is not None and n:
+            self._kept.remove(best)
+            self._kept.append(best)
+        if len(now.outputs) == len(self._layers):
+            self._kept.append(now)
+        while self._kept and _bytes(kept.outputs for kept in self._kept) > MOST_BYTES:
+            self._kept.pop(0)
 
     def works(self, logits: Callable[[], Tensor]) -> bool:
         """Whether `logits`, a pass over a few tokens, gives the same bits when it goes on from the middle."""
@@ -82,19 +85,12 @@ class Prefix:
 def _instead(layers: list[tuple[nn.Module, nn.Module]], outputs: list[Any], n: int) -> Iterator[None]:
     """The first `n` layers give the last of `outputs` at once; what the others give is appended to it."""
     hooks = [layer.register_forward_hook(lambda _, args, output: outputs.append(output)) for layer, _ in layers[n:]]
-    kept = outputs[n - 1] if n else None
-    before = [layer.__dict__.get("forward") for layer, _ in layers[:n]]
     try:
-        for layer, _ in layers[:n]:
-            layer.__dict__["forward"] = lambda *args, **kwargs: kept
-        yield
+        with answer_at_once([layer for layer, _ in layers[:n]], outputs[n - 1] if n else None):
+            yield
     finally:
         for hook in hooks:
             hook.remove()
-        for (layer, _), forward in zip(layers, before):
-            layer.__dict__.pop("forward", None)
-            if forward is not None:
-                layer.__dict__["forward"] = forward
 
 
 def _decoder_layers(model: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
@@ -102,7 +98,7 @@ def _decoder_layers(model: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
     attentions = attention_layers(model)
     found: list[tuple[nn.Module, nn.Module]] = []
     for layer in model.modules():
-        if isinstance(layer, GradientCheckpointingLayer):
+        if isinstance(layer, DECODER_LAYER):
             within = [module for module in attentions if any(module is part for part in layer.modules())]
             if len(within) != 1:
                 return []
@@ -110,16 +106,23 @@ def _decoder_layers(model: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
     return found if len(found) == len(attentions) else []
 
 
-def _kind(attention: Any, config: MobaConfig | None) -> Hashable:
+def _kind(attention: Any, config: MobaConfig | None) -> object:
     """What makes two passes the same in a layer."""
     if not takes_moba(attention):
         return "its own"
     if config is None or attention.layer_idx in config.full_attention_layers:
         return "full"
-    return config.block_size, config.top_k, config.sink_blocks, config.recent_blocks, config.share_selection
+    return with_full_layers(config)
 
 
-def _bytes(output: Any) -> int:
-    if isinstance(output, Tensor):
-        return output.numel() * output.element_size()
-    return sum(map(_bytes, output)) if isinstance(output, (tuple, list)) else 0
+def _bytes(outputs: Iterable[Any]) -> int:
+    """Of all tensors, each once: passes share them."""
+    return sum({id(x): x.numel() * x.element_size() for x in _tensors(outputs)}.values())
+
+
+def _tensors(outputs: Iterable[Any]) -> Iterator[Tensor]:
+    for output in outputs:
+        if isinstance(output, Tensor):
+            yield output
+        elif isinstance(output, (tuple, list)):
+            yield from _tensors(output)

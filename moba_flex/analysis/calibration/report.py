@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from ...config import MobaConfig
 from ...core.messages import shown
 from ..tables import runs, table
 from .saved import write
+from .texts import split
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -47,15 +50,17 @@ class Candidate:
         config: the settings, for `moba_flex.patch`.
         share_of_keys: the keys that all layers read of a text, over those of full attention, 0 to 1.
         seconds: of a forward pass over one text, the median; None if it was not timed.
-        search: a `Part`, means over the search texts.
+        search: a `Part`, means over the search texts; None if these were not read with it.
         held_out: a `Part`, means over the texts set aside; None if these were not read with it.
+        texts: nats per token behind full attention by the index of the text, of all that were read with it.
     """
 
     config: MobaConfig
     share_of_keys: float
     seconds: float | None
-    search: Part
+    search: Part | None
     held_out: Part | None = None
+    texts: Mapping[int, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, repr=False)
@@ -73,8 +78,11 @@ class Calibration:
         full_seconds: of a forward pass over one text with full attention, the median.
         chosen: the index of the chosen settings in `candidates`; None if none keeps the limits.
         candidates: all `Candidate`s, the cheapest first.
-        layers: nats that each layer alone gives back with full attention, by layer; empty if no layer had to be full.
-        together: groups of layers as (layers, nats they give back, the sum of what each gives back alone).
+        deciding: the index of the text on which settings were tried last, one that lost much; None in files of older versions.
+        layers: nats that each layer gives back with full attention, by layer, summed over the texts on which layers were ranked; layers
+            that were measured as a group share what it gives back. Empty if no layer had to be full.
+        ranked: the indices of these texts; those that were set aside count less as proof.
+        together: the best layers of each ranking as (layers, nats they give back, the sum of what each gives back alone).
         facts: with "full" and "moba", how many facts were found of "of"; None without a tokenizer, or if nothing was chosen.
         n_checked: how many settings were tried on the texts set aside.
         measured: how many measurements were made, each of one text.
@@ -93,7 +101,9 @@ class Calibration:
     full_seconds: float
     chosen: int | None
     candidates: tuple[Candidate, ...]
+    deciding: int | None = None
     layers: Mapping[int, float] = field(default_factory=dict)
+    ranked: tuple[int, ...] = ()
     together: tuple[tuple[tuple[int, ...], float, float], ...] = ()
     facts: Mapping[str, int] | None = None
     n_checked: int = 0
@@ -110,8 +120,9 @@ class Calibration:
         """A plain dict of plain JSON values. `from_dict` is the inverse."""
         plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "candidates"}
         plain["candidates"] = [
-            {**{f.name: getattr(c, f.name) for f in fields(c)}, "config": c.config.to_dict(), "search": asdict(c.search)}
-            | {"held_out": None if c.held_out is None else asdict(c.held_out)}
+            {f.name: getattr(c, f.name) for f in fields(c)}
+            | {"config": c.config.to_dict()}
+            | {name: None if part is None else asdict(part) for name, part in (("search", c.search), ("held_out", c.held_out))}
             for c in self.candidates
         ]
         return dict(json.loads(json.dumps({"format": FORMAT, **plain})))
@@ -125,7 +136,7 @@ class Calibration:
         values["candidates"] = tuple(_candidate(c) for c in plain["candidates"])
         values["layers"] = {int(n): x for n, x in plain["layers"].items()}
         values["together"] = tuple((tuple(layers), gain, alone) for layers, gain, alone in plain["together"])
-        values["warnings"] = tuple(plain["warnings"])
+        values |= {name: tuple(plain.get(name, ())) for name in ("ranked", "warnings")}
         return cls(**values)
 
     def save(self, file: str | os.PathLike[str]) -> None:
@@ -154,22 +165,13 @@ class Calibration:
         return calibration_figure(self)
 
     def table(self) -> str:
-        """The measured settings of the frontier and the chosen ones, a line each, and sentences about them."""
-        columns = [
-            "",
-            "block",
-            "top-k",
-            "sink",
-            "recent",
-            "shared",
-            "full layers",
-            "keys read",
-            "time",
-            "nats behind",
-            "agree",
-            "set aside",
-        ]
-        rows = [["", "full attention", "", "", "", "", "all", "100.0%", _seconds(self.full_seconds), "", "", f"loss {self.full_loss:.4f}"]]
+        """The measured settings of the frontier and the chosen ones, a line each, and sentences about them.
+
+        Losses are nats per token behind full attention: on the text that decided, on the search texts, and on those set aside.
+        """
+        columns = ["", "block", "top-k", "sink", "recent", "shared", "full layers", "keys read", "time"]
+        columns += ["" if self.deciding is None else f"text {self.deciding}", "search", "set aside"]
+        rows = [["", "full attention", *[""] * 4, "all", "100.0%", _seconds(self.full_seconds), "", "", f"loss {self.full_loss:.4f}"]]
         shown_ones = sorted({*self.frontier(), *([] if self.chosen is None else [self.chosen])})
         rows += [self._row(i) for i in shown_ones]
         asked = ", ".join(f"{name} {x:g}" for name, x in self.limits.items())
@@ -182,23 +184,35 @@ class Calibration:
     __repr__ = table
 
     def frontier(self) -> list[int]:
-        """Indices of the candidates that were read with all search texts and than which none is both cheaper and better, cheapest first."""
+        """Indices of the candidates than which none is both cheaper and better on the text that decided, cheapest first."""
         found: list[int] = []
+        least = math.inf
         for i, candidate in enumerate(self.candidates):
-            whole = candidate.search.n_texts == self.n_search
-            if whole and (not found or candidate.search.difference < self.candidates[found[-1]].search.difference):
+            lost = math.inf if self.deciding is None else candidate.texts.get(self.deciding, math.inf)
+            if lost < least:
                 found.append(i)
+                least = lost
         return found
 
     def _row(self, i: int) -> list[str]:
         c = self.candidates[i]
-        held = "" if c.held_out is None else f"{c.held_out.difference:+.4f} ± {c.held_out.spread:.4f}"
+        lost = c.texts.get(-1 if self.deciding is None else self.deciding)
         numbers = [c.config.block_size, c.config.top_k, c.config.sink_blocks, c.config.recent_blocks]
         return [
             *("*" if i == self.chosen else "", *map(str, numbers), "yes" if c.config.share_selection else "no"),
             *(runs(c.config.full_attention_layers) or "none", f"{c.share_of_keys:.1%}", _seconds(c.seconds)),
-            *(f"{c.search.difference:+.4f}", f"{c.search.agreement:.1%}", held),
+            *("" if lost is None else f"{lost:+.4f}", _mean(c.search, self.n_search), _mean(c.held_out, self.n_held_out)),
         ]
+
+    def _ranked_again(self) -> list[str]:
+        """On which texts set aside layers were ranked, and what is lost on the others of these."""
+        searched, held_out = split(self.n_search + self.n_held_out)
+        again = sorted(set(self.ranked) - set(searched))
+        if not again:
+            return []
+        lost = [x for i, x in self.candidates[self.chosen or 0].texts.items() if i in held_out and i not in again]
+        others = f"; on the other {len(lost)} set aside {fmean(lost):+.4f}" if lost else ""
+        return [f"layers were ranked again on text {runs(again)}, which was set aside and on which settings failed{others}"]
 
     def _sentences(self) -> list[str]:
         said = []
@@ -211,6 +225,7 @@ class Calibration:
                 f"* {self.config}: {part.difference:+.4f} ± {part.spread:.4f} nats behind full attention on {part.n_texts} texts set "
                 f"aside, {part.last_quarter:+.4f} in their last quarter; {part.agreement:.1%} of next tokens agree"
             )
+            said += self._ranked_again()
         if self.facts is not None:
             said.append(f"facts found of {self.facts['of']}: full attention {self.facts['full']}, with MoBA {self.facts['moba']}")
         for layers, gain, alone in self.together:
@@ -224,14 +239,16 @@ class Calibration:
 
 
 def _candidate(plain: Mapping[str, Any]) -> Candidate:
-    held_out = plain["held_out"]
-    return Candidate(
-        MobaConfig.from_dict(plain["config"]),
-        plain["share_of_keys"],
-        plain["seconds"],
-        Part(**plain["search"]),
-        None if held_out is None else Part(**held_out),
-    )
+    parts = [None if plain[name] is None else Part(**plain[name]) for name in ("search", "held_out")]
+    lost = {int(i): x for i, x in plain.get("texts", {}).items()}
+    return Candidate(MobaConfig.from_dict(plain["config"]), plain["share_of_keys"], plain["seconds"], parts[0], parts[1], lost)
+
+
+def _mean(part: Part | None, n_texts: int) -> str:
+    """Over all texts, with its spread; "" where some were not read."""
+    if part is None or part.n_texts < n_texts:
+        return ""
+    return f"{part.difference:+.4f}" + (f" ± {part.spread:.4f}" if n_texts > 1 else "")
 
 
 def _seconds(seconds: float | None) -> str:

@@ -1,7 +1,9 @@
-"""The search for the cheapest settings within a limit: sinks, then layers, then sizes, then the check on texts set aside.
+"""The search for the cheapest settings within limits: sinks, sizes, the check on texts set aside, then the same with full layers.
 
-It measures little, by what is known of MoBA: more blocks, and more layers with full attention, lose less. So a setting that fails rules out
-all that read a part of what it reads, and one that passes rules out all that cost more.
+It measures little, by what is known of MoBA: more blocks, smaller ones of as many keys, and more layers with full attention lose less. So
+settings that fail rule out all that read less. And most settings that fail do so on one text: settings are tried on that text alone, and
+only the cheapest that do well there are read with the others. A text set aside on which these fail becomes the next one to try settings
+on, and layers are ranked again on it.
 
 S search texts, H held-out texts, L layers.
 """
@@ -10,15 +12,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from statistics import fmean, stdev
 
 from ...config import MobaConfig
-from .measure import Meter, Reading, name_of
-from .space import Space, is_below, variants
+from .measure import Meter, Reading
+from .space import Space, is_below, variants, with_full_layers
 
 NEAR = 0.02  # costs that differ by less count as equal
-CANDIDATE_LAYERS, MOST_GREEDY = 3, 4  # layers that are tried in each round, and rounds
+MOST_RANKED = 3  # texts on which layers are ranked
+MOST_HALVED = 8  # groups of layers, on each of these texts
+MOST_TOGETHER = 4  # layers whose gain together is compared with that of each alone
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,25 @@ class Limits:
     agreement: float | None = None  # least share of the positions
     retrieval: float | None = None  # least share of the facts that full attention finds
 
+    def used(self, readings: Sequence[tuple[Reading, Reading]], n: int, spread: bool = False) -> float:
+        """Which share of the limits the means over `n` texts use up, the largest of them, with `spread` one standard error further.
+
+        `readings` are those with MoBA and with full attention. Texts that are not among them count as if MoBA lost nothing there, which
+        makes it the least that it can be.
+        """
+        rest = [0.0] * (n - len(readings))
+        values = [
+            ([x.loss - full.loss for x, full in readings], self.within),
+            ([x.last_quarter - full.last_quarter for x, full in readings], self.last_quarter),
+            ([1 - x.agreement for x, _ in readings], None if self.agreement is None else 1 - self.agreement),
+        ]
+        return max(_share([*of, *rest], limit, spread) for of, limit in values if limit is not None)
+
+
+def _share(values: Sequence[float], limit: float, spread: bool) -> float:
+    bound = fmean(values) + (standard_error(values) if spread else 0.0)
+    return bound / limit if limit else math.inf if bound > 0 else 0.0
+
 
 class Search:
     """The steps of a calibration, in order: `run`."""
@@ -37,9 +60,11 @@ class Search:
     def __init__(self, meter: Meter, space: Space, limits: Limits, search: Sequence[int], held_out: Sequence[int]) -> None:
         self.meter, self.space, self.limits = meter, space, limits
         self.search, self.held_out = list(search), list(held_out)
-        self.order: list[int] = []  # layers, those that need full attention most first
-        self.gains: dict[int, float] = {}  # nats that each layer alone gives back
+        self.ranked: list[int] = []  # texts on which layers were ranked
+        self.gains: dict[int, float] = {}  # nats that each layer gives back, summed over these texts
         self.together: list[tuple[tuple[int, ...], float, float]] = []  # layers, nats they give back, the sum of each alone
+        self.deciding: dict[int, float] = {}  # texts on which settings are tried first: which share of the limits they may use there
+        self.failed: list[MobaConfig] = []  # the check
         self.seen: dict[MobaConfig, dict[int, Reading]] = {}
         self.full: dict[int, Reading] = {}
         self.checked: set[MobaConfig] = set()  # on the texts set aside
@@ -57,102 +82,126 @@ class Search:
         if not blocks:
             return None
         costs.prepare(blocks)
-        cost = costs.of
-        candidates = sorted(blocks, key=cost)
-        cheapest = candidates[0]  # where it holds, nothing is cheaper, and no layer needs to be full
-        if self.holds(cheapest, self.search) and self.passes_check(cheapest, extra):
-            return cheapest
-        self.rank_layers(variant)
-        candidates = [
-            replace(config, full_attention_layers=tuple(sorted(self.order[:n]))) for config in candidates for n in self.space.full_counts()
-        ]
-        ordered = sorted(candidates, key=lambda config: (rounded(cost(config)), self.space.share(config), config.block_size))
-        found = self.cheapest(ordered, lambda config: self.holds(config, self.search))
-        if found is None or self.passes_check(found, extra):
-            return found
-        costlier = [config for config in ordered[ordered.index(found) + 1 :] if not is_below(config, found)]
-        return self.cheapest(costlier, lambda config: self.passes_check(config, extra) and self.holds(config, self.search))
+        for text in self.search:
+            self.read(variant, text)
+        self.decide_by(variant, self.search)
+        cheapest, *_ = left = self.by_cost(blocks, costs.of)
+        best: MobaConfig | None = None  # the text that decides is best known before layers are ranked, so these come later
+        while True:
+            found = self.cheapest(left) or (self.cheapest(left, strict=False) if best is None else None)
+            if found is not None and self.check(found, extra):
+                best = found
+            if best == cheapest or (found is None and self.ranked):
+                return best
+            self.rank_layers(with_full_layers(self.failed[-1] if self.failed else variant))
+            order = sorted(self.gains, key=lambda n: -self.gains[n])
+            every = [with_full_layers(config, order[:n]) for config in blocks for n in self.space.full_counts()]
+            left = [config for config in self.by_cost(every, costs.of) if self.may_win(config, best, costs.of)]
 
-    def cheapest(self, ordered: Iterable[MobaConfig], holds: Callable[[MobaConfig], bool]) -> MobaConfig | None:
-        """The first of `ordered` that holds, by halves: what a failure or a success rules out is not measured."""
-        left, best = list(ordered), None
-        while left:
-            probe = left[(len(left) - 1) // 2]
-            if holds(probe):
-                best, left = probe, left[: left.index(probe)]
-            else:
-                left = [config for config in left if not is_below(config, probe)]
-        return best
+    def by_cost(self, configs: Iterable[MobaConfig], cost: Callable[[MobaConfig], float]) -> list[MobaConfig]:
+        return sorted(configs, key=lambda config: (rounded(cost(config)), self.space.share(config), config.block_size))
+
+    def may_win(self, config: MobaConfig, best: MobaConfig | None, cost: Callable[[MobaConfig], float]) -> bool:
+        """Whether it costs less than the best so far, and is not below what failed."""
+        cheaper = best is None or rounded(cost(config)) < rounded(cost(best))
+        return cheaper and not any(is_below(config, other) for other in self.failed)
 
     def choose_variant(self) -> MobaConfig:
-        """The reference with those sinks, recent blocks and shared choice that lose least on the search texts."""
-        best = self.space.reference()
-        for other in variants(best):
-            least = self.difference(best, self.search)
-            if self.difference(other, self.search, stop=least) < least:
-                best = other
+        """The reference with those sinks, recent blocks and shared choice that lose least on the first search text."""
+        reference = self.space.reference()
+        return min([reference, *variants(reference)], key=lambda config: self.lost(config, self.search[0]))
+
+    def cheapest(self, ordered: Iterable[MobaConfig], strict: bool = True) -> MobaConfig | None:
+        """The first of `ordered` that does well on the deciding texts, by halves: what a failure or a success rules out is not measured.
+
+        `strict`: what it may lose there is what it should, by how the losses of the texts went together so far. Else what it can at most.
+        """
+        most = {text: share if strict else self.most(text) for text, share in reversed(self.deciding.items())}
+
+        def fails(config: MobaConfig, texts: Iterable[int]) -> bool:
+            return any(self.used(config, [text]) > most[text] for text in texts)
+
+        known = [config for config, readings in self.seen.items() if fails(config, most.keys() & readings.keys())]
+        left, best = [config for config in ordered if not any(is_below(config, other) for other in known)], None
+        while left:
+            probe = left[(len(left) - 1) // 2]
+            if fails(probe, most):
+                left = [config for config in left if not is_below(config, probe)]
+            else:
+                best, left = probe, left[: left.index(probe)]
         return best
 
-    def rank_layers(self, variant: MobaConfig) -> None:
-        """Put the layers into the order in which full attention helps: each alone, then the best ones together.
-
-        Each layer is measured on the search text that loses most, the best ones on all. In each round the next layer is the one that
-        gives back most beside those found: two layers may do the same work, or only help together.
-        """
-        text = max(self.search, key=lambda i: self.lost(variant, i))
-        least = self.lost(variant, text)
-        self.gains = {n: least - self.lost(replace(variant, full_attention_layers=(n,)), text) for n in self.space.layers}
-        rest = sorted(self.gains, key=lambda n: -self.gains[n])
-        lost = self.difference(variant, self.search)
-        found: list[int] = []
-        for _ in range(min(MOST_GREEDY, len(rest) // 2)):
-            tried = {n: self.difference(self._full(variant, [*found, n]), self.search) for n in rest[:CANDIDATE_LAYERS]}
-            best = min(tried, key=lambda n: tried[n])
-            if lost - tried[best] <= self.limits.within / 20:  # the rest of the layers change next to nothing
-                break
-            found.append(best)
-            rest.remove(best)
-            alone = sum(self.gains[n] for n in found)
-            self.together.append((tuple(sorted(found)), self.lost(variant, text) - self.lost(self._full(variant, found), text), alone))
-            lost = tried[best]
-        self.order = found + rest
-
-    @staticmethod
-    def _full(variant: MobaConfig, layers: Sequence[int]) -> MobaConfig:
-        return replace(variant, full_attention_layers=tuple(sorted(layers)))
-
-    def holds(self, config: MobaConfig, texts: Sequence[int], spread: bool = False) -> bool:
-        """Whether the means over `texts` keep the limits, with `spread` one standard error further. It stops where they no longer can."""
-        if self.difference(config, texts, stop=self.limits.within) > self.limits.within:
+    def check(self, config: MobaConfig, extra: Callable[[MobaConfig], bool]) -> bool:
+        """Whether it holds on the search texts and on those set aside, there with their spread. Where not, the worst text decides next."""
+        for texts, spread in ((self.search, False), (self.held_out, True)):
+            if spread:
+                self.checked.add(config)
+            if self.used(config, texts, spread) > 1:
+                self.decide_by(config, texts, spread)
+                self.failed.append(config)
+                return False
+        if not extra(config):
+            self.failed.append(config)
             return False
-        readings = [self.read(config, i) for i in texts]
-        lost = [x.loss - self.full[i].loss for i, x in zip(texts, readings)]
-        last = [x.last_quarter - self.full[i].last_quarter for i, x in zip(texts, readings)]
-        agreed = [x.agreement for x in readings]
-        limits, error = self.limits, standard_error if spread else (lambda values: 0.0)
-        return (
-            fmean(lost) + error(lost) <= limits.within
-            and (limits.last_quarter is None or fmean(last) + error(last) <= limits.last_quarter)
-            and (limits.agreement is None or fmean(agreed) - error(agreed) >= limits.agreement)
-        )
+        return True
 
-    def passes_check(self, config: MobaConfig, extra: Callable[[MobaConfig], bool]) -> bool:
-        """The same on the texts that are set aside, with their spread. The text that lost most so far is read first: most fail on it."""
-        self.checked.add(config)
-        most = {
-            i: max((readings[i].loss - self.full[i].loss for readings in self.seen.values() if i in readings), default=0.0)
-            for i in self.held_out
-        }
-        return self.holds(config, sorted(self.held_out, key=lambda i: -most[i]), spread=True) and extra(config)
+    def decide_by(self, config: MobaConfig, texts: Sequence[int], spread: bool = False) -> None:
+        """Try settings on the one of `texts` first that `config` did worst on, with the share of its limits that all may use up."""
+        used = {text: self.used(config, [text]) for text in texts if text in self.seen[config]}
+        text, most = max(used, key=lambda i: used[i]), math.inf
+        whole = self.limits.used([(self.seen[config][i], self.full[i]) for i in used], len(texts), spread)
+        if whole > 0:
+            most = used[text] / whole
+        self.deciding[text] = min(most, self.most(text), self.deciding.pop(text, math.inf))
 
-    def difference(self, config: MobaConfig, texts: Sequence[int], stop: float = math.inf) -> float:
-        """Mean nats behind full attention; as soon as it must end above `stop` if no text is ahead, what it is so far, over all texts."""
-        total = 0.0
-        for i in texts:
-            total += self.lost(config, i)
-            if total / len(texts) > stop:
+    def most(self, text: int) -> float:
+        """The share of the limits that settings use up on one text at most, where they lose nothing on the others and yet hold."""
+        if text in self.search:
+            return len(self.search)
+        return max(1.0, len(self.held_out) / 2)  # half of it is the spread
+
+    def rank_layers(self, blocks: MobaConfig) -> None:
+        """Measure what layers give back with full attention on the text that decides, unless that was done.
+
+        First groups of neighbours, then halves of the group that gives back most. The last layers come first: a pass shares those before
+        its group with other passes.
+        """
+        text = next(reversed(self.deciding))
+        if text in self.ranked or len(self.ranked) == MOST_RANKED:
+            return
+        self.ranked.append(text)
+        lost, layers = self.lost(blocks, text), self.space.layers
+
+        def gain(group: Sequence[int]) -> float:
+            return lost - self.lost(with_full_layers(blocks, group), text)
+
+        size = group_size(len(layers))
+        gains = {group: gain(group) for group in reversed([layers[i : i + size] for i in range(0, len(layers), size)])}
+        for _ in range(MOST_HALVED):
+            group = max((group for group in gains if len(group) > 1), key=lambda group: gains[group], default=())
+            if not group or gains[group] <= self.limits.within / 20:  # the others change next to nothing
                 break
-        return total / len(texts)
+            whole, half = gains.pop(group), len(group) // 2
+            gains[group[half:]] = gain(group[half:])
+            gains[group[:half]] = whole - gains[group[half:]]
+        alone = {n: gains[group] / len(group) for group in gains for n in group}
+        best = sorted(alone, key=lambda n: -alone[n])[: min(MOST_TOGETHER, len(layers) // 2)]
+        if best:
+            self.together.append((tuple(sorted(best)), gain(best), sum(alone[n] for n in best)))
+        self.gains = {n: self.gains.get(n, 0.0) + alone[n] for n in layers}
+
+    def used(self, config: MobaConfig, texts: Sequence[int], spread: bool = False) -> float:
+        """`Limits.used` over `texts`. It stops as soon as that must end above 1: the text that lost most so far is read first."""
+        used, readings = 0.0, []
+        for text in sorted(texts, key=lambda i: -self.most_lost(i)) if len(texts) > 1 else texts:
+            readings.append((self.read(config, text), self.full[text]))
+            used = self.limits.used(readings, len(texts), spread)
+            if used > 1:
+                break
+        return used
+
+    def most_lost(self, text: int) -> float:
+        return max((readings[text].loss - self.full[text].loss for readings in self.seen.values() if text in readings), default=0.0)
 
     def lost(self, config: MobaConfig, text: int) -> float:
         return self.read(config, text).loss - self.full[text].loss
@@ -160,16 +209,21 @@ class Search:
     def read(self, config: MobaConfig, text: int) -> Reading:
         readings = self.seen.setdefault(config, {})
         if text not in readings:
-            readings[text] = self.meter.read(config, text, timed=text in self.held_out)
+            readings[text] = self.meter.read(config, text, timed=text not in self.ranked)
         return readings[text]
 
     def passes(self) -> int:
-        """About how many forward passes it takes: for the estimate before it begins."""
+        """About how many forward passes it takes, if the check fails once: for the estimate before it begins."""
         n_search, n_held_out, n_layers = len(self.search), len(self.held_out), len(self.space.layers)
         n_candidates = len(self.space.blocks(self.space.reference())) * len(self.space.full_counts())
-        sizes = n_search * math.ceil(math.log2(max(2, n_candidates)) + 2)
-        greedy = n_search * CANDIDATE_LAYERS * min(MOST_GREEDY, n_layers // 2)
-        return n_search + n_held_out + 5 * n_search + n_layers + greedy + sizes + 2 * n_held_out
+        ranking = math.ceil(n_layers / group_size(n_layers)) + MOST_HALVED
+        sizes = math.ceil(math.log2(max(2, n_candidates))) + 2
+        return n_search + n_held_out + n_search + 4 + ranking + 2 * (sizes + n_search + n_held_out)
+
+
+def group_size(n_layers: int) -> int:
+    """Layers that are measured together at first: about as many as there are groups."""
+    return math.isqrt(n_layers - 1) + 1
 
 
 class Costs:
@@ -177,26 +231,22 @@ class Costs:
 
     def __init__(self, meter: Meter, space: Space, kind: str) -> None:
         self._meter, self._space, self._kind = meter, space, kind
-        self.times: dict[tuple[int, int] | None, float] = {}  # by block size and top-k; None: full attention
+        self.times: dict[MobaConfig | None, float] = {}  # without full layers; None: full attention
 
     def prepare(self, blocks: Sequence[MobaConfig]) -> None:
         """Time settings without full layers in turn, and full attention beside them."""
         if self._kind == "time":
-            found = self._meter.times([None, *blocks])
-            self.times |= {_size(config): found[name_of(config)] for config in [None, *blocks]}
+            self.times |= self._meter.times([None, *blocks])
 
     def of(self, config: MobaConfig) -> float:
         """Seconds are those of its blocks without full layers, and for each of these what full attention takes more or less."""
         if self._kind == "keys":
             return self._space.share(config)
-        if _size(config) not in self.times or None not in self.times:
-            self.prepare([replace(config, full_attention_layers=())])
-        blocks, full = self.times[_size(config)], self.times[None]
+        without = with_full_layers(config)
+        if without not in self.times:
+            self.prepare([without])
+        blocks, full = self.times[without], self.times[None]
         return blocks + (full - blocks) * len(config.full_attention_layers) / len(self._space.layers)
-
-
-def _size(config: MobaConfig | None) -> tuple[int, int] | None:
-    return None if config is None else (config.block_size, config.top_k)
 
 
 def standard_error(values: Sequence[float]) -> float:

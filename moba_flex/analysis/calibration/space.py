@@ -5,7 +5,7 @@ L layers that MoBA can replace, N tokens of a text.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from ...config import MobaConfig
@@ -31,10 +31,10 @@ class Space:
         budget = sorted(self.budgets)[min(1, len(self.budgets) - 1)]
         return self.config(self.block_sizes[len(self.block_sizes) // 2], budget, self.template)
 
-    def config(self, block_size: int, budget: int, variant: MobaConfig, layers: Sequence[int] = ()) -> MobaConfig:
+    def config(self, block_size: int, budget: int, variant: MobaConfig) -> MobaConfig:
         """Settings of that size, with the sinks, recent blocks and choice of `variant`."""
         top_k = max(budget // block_size, 2 + variant.sink_blocks + variant.recent_blocks)  # one block at least is chosen
-        return replace(variant, block_size=block_size, top_k=top_k, full_attention_layers=tuple(sorted(layers)))
+        return replace(variant, block_size=block_size, top_k=top_k)
 
     def blocks(self, variant: MobaConfig) -> list[MobaConfig]:
         """All sizes and budgets, without full layers; those that would read a text of that length whole are left out."""
@@ -72,11 +72,18 @@ def default_budgets(length: int) -> tuple[int, ...]:
     return tuple(int(length * share) for share in KEYS)
 
 
+def with_full_layers(config: MobaConfig, layers: Iterable[int] = ()) -> MobaConfig:
+    """The same settings with full attention in these layers and no others."""
+    return replace(config, full_attention_layers=tuple(sorted(layers)))
+
+
 def is_below(config: MobaConfig, other: MobaConfig) -> bool:
-    """Whether `config` reads nothing that `other` does not: blocks of the same size, at most as many, and no other full layers."""
+    """Whether `config` loses at least as much as `other`: as many keys at most, in blocks as large at least, and no other full layers."""
     return (
-        config.block_size == other.block_size
-        and config.top_k <= other.top_k
+        (config.sink_blocks, config.recent_blocks, config.share_selection)
+        == (other.sink_blocks, other.recent_blocks, other.share_selection)
+        and config.block_size >= other.block_size
+        and config.block_size * config.top_k <= other.block_size * other.top_k
         and set(config.full_attention_layers) <= set(other.full_attention_layers)
     )
 
