@@ -19,7 +19,7 @@ from .core.layout import one_block, slots_per_block
 from .core.settings import AttentionSettings
 from .core.validation import check_not_onnx, check_not_transformed
 from .decoding import decode
-from .ops.decoding import Take, decode_blocks
+from .ops.decoding import Stored, decode_blocks
 from .reference import reference_attention
 
 _LEAST_WIDTH = {"flex": 16, "triton": 16, "eager": 1}  # of a GPU's tiles; values without a width have a log-sum-exp all the same
@@ -80,22 +80,13 @@ def attend_decoding(
     return out if sinks is None else with_sinks(out, lse, sinks)[0]
 
 
-def attend_to_blocks(
-    query: Tensor,
-    take_key: Take,
-    take_value: Take,
-    means: Tensor,
-    token: Tensor,
-    n_key: int,
-    width: int,
-    settings: AttentionSettings,
-    *,
-    sinks: Tensor | None = None,
+def attend_decoding_stored(
+    query: Tensor, stored: Stored, means: Tensor, token: Tensor, settings: AttentionSettings, *, sinks: Tensor | None = None
 ) -> Tensor:
     """`attend_decoding` of keys that lie anywhere, see `moba_flex.ops.decoding.decode_blocks`: `[B, H, n, Dv]`."""
-    settings = _with_bounded_top_k(settings, means.shape[2] + 1)
-    out, lse = decode_blocks(query, take_key, take_value, means, token, torch.zeros_like(token[:, :1]), n_key, width, settings)
-    return out if sinks is None else _with_sinks(out, lse, sinks)[0]
+    settings = with_bounded_top_k(settings, means.shape[2] + 1)
+    out, lse = decode_blocks(query, stored, means, token, torch.zeros_like(token[:, :1]), settings)
+    return out if sinks is None else with_sinks(out, lse, sinks)[0]
 
 
 def _nothing(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..core.dtypes import wide
 from ..core.settings import AttentionSettings
 from ..dispatch import with_bounded_top_k, with_sinks
-from ..ops.decoding import attend_to_blocks, blocks_to_read
+from ..ops.decoding import Stored, attend_to_blocks, blocks_to_read
 from .cache import SharedLayer
 from .collectives import gathered
 from .placement import Placement
@@ -99,7 +99,7 @@ def _to_chosen(
     if not most:
         return _by_head(query, *_nothing(query.flatten(2, 3), value))
     start = token.new_zeros(query.shape[0], 1)
-    return attend_to_blocks(query, key, value, blocks[..., :most], start, last, settings)
+    return attend_to_blocks(query, Stored.of(key, value), blocks[..., :most], start, last, settings)
 
 
 def _nothing(query: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:

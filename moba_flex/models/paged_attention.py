@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from ..core.autocast import without_autocast
-from ..dispatch import attend, attend_to_blocks
-from ..ops.decoding import Take
+from ..dispatch import attend, attend_decoding_stored
+from ..ops.decoding import Stored, Take
 from .decision import LayerCall, check_supported
 from .layer_operation import autocast, call_original, operation_of
 from .layers import original_implementation
@@ -130,12 +130,10 @@ def _decoding(call: LayerCall, keys: PagedKeys, part: Part) -> Tensor:
     operation = operation_of(call, query, query, query, True)
     assert keys.means is not None
     means = keys.means.of(keys, part.rows, max(1, max(part.n_key) // operation.settings.block_size))
-    take_key, take_value = (_taker(x, keys, part) for x in (keys.key, keys.value))
     width = keys.key.shape[-1] + keys.value.shape[-1]
+    stored = Stored(_taker(keys.key, keys, part), _taker(keys.value, keys, part), max(part.n_key), width)
     with without_autocast(query):
-        out = attend_to_blocks(
-            query, take_key, take_value, means, part.last()[:, None], max(part.n_key), width, operation.settings, sinks=operation.sinks
-        )
+        out = attend_decoding_stored(query, stored, means, part.last()[:, None], operation.settings, sinks=operation.sinks)
     return out[:, :, 0][None]
 
 

@@ -11,6 +11,7 @@ K blocks read, D width. F: how many heads of a group choose for themselves, R, o
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -24,6 +25,21 @@ _TOKENS_AT_ONCE = 1 << 16  # whose keys are copied to compute means
 _ELEMENTS_AT_ONCE = 1 << 24  # of keys and values that are copied to be read
 
 Take = Callable[[Tensor, Tensor, Tensor], Tensor]  # rows `[L, 1]`, key heads `[L, 1]`, tokens `[L, T]` -> a copy of their keys `[L, T, D]`
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Keys and values, wherever they lie."""
+
+    take_key: Take
+    take_value: Take
+    n_tokens: int  # which are all below it
+    width: int  # of a key and a value together
+
+    @classmethod
+    def of(cls, key: Tensor, value: Tensor) -> Stored:
+        """`key [B, G, N, D]`, `value [B, G, N, Dv]`."""
+        return cls(partial(_take, key), partial(_take, value), key.shape[2], key.shape[3] + value.shape[3])
 
 
 def mean_dtype(key: Tensor) -> torch.dtype:
@@ -62,61 +78,51 @@ def decode_plain(
     start = torch.zeros(query.shape[0], 1, dtype=torch.int64, device=device) if start is None else start[:, None]
     token = torch.arange(new, device=device) + ((key.shape[2] if length is None else length) - new)
     _complete(means, key, token - start, start, settings.block_size)
-    width = key.shape[-1] + value.shape[-1]
-    return decode_blocks(query, partial(_take, key), partial(_take, value), means, token, start, key.shape[2], width, settings)
+    return decode_blocks(query, Stored.of(key, value), means, token, start, settings)
 
 
 def decode_blocks(
-    query: Tensor,
-    take_key: Take,
-    take_value: Take,
-    means: Tensor,
-    token: Tensor,
-    start: Tensor,
-    n_key: int,
-    width: int,
-    settings: AttentionSettings,
+    query: Tensor, stored: Stored, means: Tensor, token: Tensor, start: Tensor, settings: AttentionSettings
 ) -> tuple[Tensor, Tensor]:
     """`decode_plain` of keys that lie anywhere, all of whose means `[B, G, C, D]` are written.
 
-    `query [B, H, n, D]` at `token [n]` or `[B, n]`, all below `n_key`; `start [B, 1]`; `width`: of a key and a value together. Blocks of
-    all rows, heads and tokens are gathered at once, or as many as `_ELEMENTS_AT_ONCE` allows.
+    `query [B, H, n, D]` at `token [n]` or `[B, n]`, `start [B, 1]`. Blocks of all rows, heads and tokens are gathered at once, or as many
+    as `_ELEMENTS_AT_ONCE` allows.
     """
-    groups, device = means.shape[1], query.device
+    groups = means.shape[1]
     position = token - start  # [B, n], below 0 for padding
-    token = token.expand_as(position)
     by_group = query.unflatten(1, (groups, -1)).to(means.dtype)  # [B, G, R, n, D]
     blocks = blocks_to_read(by_group, means, position, settings)  # [B, G, F, n, K]
-    out, lse = attend_to_blocks(by_group, key, value, blocks, start, token, settings)
+    out, lse = attend_to_blocks(by_group, stored, blocks, start, token, settings)
     return out.to(query.dtype), lse
 
 
 def attend_to_blocks(
-    query: Tensor, key: Tensor, value: Tensor, blocks: Tensor, start: Tensor, token: Tensor, settings: AttentionSettings
+    query: Tensor, stored: Stored, blocks: Tensor, start: Tensor, token: Tensor, settings: AttentionSettings
 ) -> tuple[Tensor, Tensor]:
-    """`query [B, G, R, n, D]` attends to the `blocks [B, G, F, n, K]` of `key [B, G, N, D]`, -1 for none, and there to no later token.
+    """`query [B, G, R, n, D]` attends to the `blocks [B, G, F, n, K]` of what is stored, -1 for none, and there to no later token.
 
-    `start [B, 1]` is where each row's blocks begin, `token [n]` the place of each query. `[B, H, n, Dv]` in the query's dtype, `[B, H, n]`.
+    `start [B, 1]` is where each row's blocks begin, `token [n]` or `[B, n]` the place of each query. `[B, H, n, Dv]` in the query's dtype,
+    `[B, H, n]`.
     """
-    groups, device = key.shape[1], query.device
+    groups, device = query.shape[1], query.device
+    token = token.expand(query.shape[0], -1)
     together = query.unflatten(2, (blocks.shape[2], -1)).movedim(3, 4)  # [B, G, F, n, R / F, D]
 
     # From here on a reader is a token of heads that read together, [B * G * F * n], wherever it belongs.
     shape, each = together.shape, torch.arange(blocks[..., 0].numel(), device=device)
     group = each // (shape[2] * shape[3])
     row, group, last = group // groups, group % groups, each % shape[3]
-    at_once = max(1, _ELEMENTS_AT_ONCE // (blocks.shape[-1] * settings.block_size * width))
+    at_once = max(1, _ELEMENTS_AT_ONCE // (blocks.shape[-1] * settings.block_size * stored.width))
     parts = zip(*(x.split(at_once) for x in (together.flatten(0, 3), blocks.flatten(0, 3), row, group, token[row, last])))
-    out, lse = zip(*(_attend(q, take_key, take_value, n_key, chosen, b, g, start[b], t, settings) for q, chosen, b, g, t in parts))
+    out, lse = zip(*(_attend(q, stored, chosen, b, g, start[b], t, settings) for q, chosen, b, g, t in parts))
     whole = torch.cat(out).view(*shape[:-1], -1).movedim(4, 3).flatten(1, 3)
     return whole, torch.cat(lse).view(shape[:-1]).movedim(4, 3).flatten(1, 3)
 
 
 def _attend(
     query: Tensor,
-    take_key: Take,
-    take_value: Take,
-    n_key: int,
+    stored: Stored,
     blocks: Tensor,
     row: Tensor,
     group: Tensor,
@@ -125,11 +131,11 @@ def _attend(
     settings: AttentionSettings,
 ) -> tuple[Tensor, Tensor]:
     """Readers `[L, M, D]`, each of M heads at `token [L]`, attend to their `blocks [L, K]`: `[L, M, Dv]` and `[L, M]`."""
-    offset = torch.arange(min(settings.block_size, n_key), device=query.device)
+    offset = torch.arange(min(settings.block_size, stored.n_tokens), device=query.device)
     at = (start + blocks * settings.block_size)[..., None] + offset  # [L, K, P]
     seen = ((blocks >= 0)[..., None] & (at <= token[:, None, None])).flatten(1)  # [L, K * P]
-    at = at.flatten(1).clamp(0, n_key - 1)
-    k, v = (take(row[:, None], group[:, None], at).to(query.dtype) for take in (take_key, take_value))
+    at = at.flatten(1).clamp(0, stored.n_tokens - 1)
+    k, v = (take(row[:, None], group[:, None], at).to(query.dtype) for take in (stored.take_key, stored.take_value))
     score = query @ k.mT * settings.scale
     if settings.softcap is not None:
         score = settings.softcap * torch.tanh(score / settings.softcap)
