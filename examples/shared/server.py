@@ -178,7 +178,7 @@ class Requests(CBGenerateManager):
         if not 0 < prompt < most:
             said = f"the prompt has {prompt:,} tokens" if prompt else "the prompt is empty"
             raise HTTPException(400, f"{said}, but must have from 1 to {most - 1:,}: {what} hold {most:,} with the answer")
-        gen_config.max_new_tokens = min(gen_config.max_new_tokens, most - prompt)
+        gen_config.max_new_tokens = min(gen_config.max_new_tokens or most, most - prompt)
         drain_queue(self._cb.output_router.output_queue)  # what came for clients that had gone away, whom nobody will ask for
         began = time.perf_counter()
 

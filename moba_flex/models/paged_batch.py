@@ -7,7 +7,7 @@ T tokens of all requests, R requests.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import TypeVar
@@ -106,7 +106,7 @@ class Parts:
     decoding: Part | None  # one token of each request, whose blocks are found by stored means
     sparse: Part | None  # MoBA
 
-    def __iter__(self):  # type: ignore[no-untyped-def]
+    def __iter__(self) -> Iterator[Part | None]:
         return iter((self.full, self.decoding, self.sparse))
 
 
