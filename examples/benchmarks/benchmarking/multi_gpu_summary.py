@@ -80,8 +80,9 @@ def speeds(results: Results) -> list[tuple[str, str | None, dict[str, Any]]]:
         if name.startswith("speed-"):
             n = int(name.removeprefix("speed-"))
             rates[n] = statistics.median(x["tokens_per_second"][2:])
-            share = rates[n] / rates[1] / n if 1 in rates else math.nan
-            line = f"training, {n} processes: {rates[n]:,.0f} tokens a second, {share:.2f} of linear"
+            share = rates[n] / rates[1] / n if 1 in rates else None
+            linear = "" if share is None else f", {share:.2f} of linear"
+            line = f"training, {n} processes: {rates[n]:,.0f} tokens a second{linear}"
             found.append((line, None, {"what": name, "processes": n, "tokens_per_second": rates[n], "share_of_linear": share}))
     return found
 
