@@ -170,13 +170,14 @@ class _Run:
         return self._found[name_of(config)]
 
     def _made(self, chosen: MobaConfig | None) -> Calibration:
-        search, (measured, spent) = self._search, self._saved.spent()
+        search = self._search
         configs = sorted(search.seen, key=lambda config: (self._costs.of(config), self._space.share(config)))
         facts = None
         if chosen is not None and name_of(chosen) in self._found:
             full = self._found.get(name_of(None)) or self._find(None)
             facts = {"full": full[0], "moba": self._found[name_of(chosen)][0], "of": full[1]}
         held_out = [search.full[i].loss for i in search.held_out]
+        measured, spent = self._saved.spent()
         report = Calibration(
             model=type(self._model).__name__,
             device=_name(next(self._model.parameters()).device),
