@@ -32,7 +32,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from moba_flex.core.settings import AttentionSettings
 from moba_flex.distributed import moba_attention_cp
 from moba_flex.distributed.collectives import gathered
-from moba_flex.ops.decoding import attend_to_blocks, blocks_to_read, means_for, write_means
+from moba_flex.ops.decoding import Stored, attend_to_blocks, blocks_to_read, means_for, write_means
 
 APART = 0.05  # a larger error is one of the gate, in which another block was as good to 16 bits; bfloat16 rounds to 0.004
 
@@ -102,7 +102,7 @@ def check(args: argparse.Namespace, query: Tensor, key: Tensor, value: Tensor, o
             write_means(means[:, :, c : c + 64], of_blocks, None, args.block_size)
         q = query[:, g * ratio : (g + 1) * ratio, place][:, None].double()  # [1, 1, R, n, D]
         blocks = blocks_to_read(q, means, token[None], settings)
-        wanted, _ = attend_to_blocks(q, k, v, blocks, token.new_zeros(1, 1), token, settings)
+        wanted, _ = attend_to_blocks(q, Stored.of(k, v), blocks, token.new_zeros(1, 1), token, settings)
         actual = out[:, g * ratio : (g + 1) * ratio, place].double()
         errors.append(((actual - wanted).norm(dim=-1) / wanted.norm(dim=-1)).flatten())
     every = gathered(torch.cat(errors), mesh.get_group())

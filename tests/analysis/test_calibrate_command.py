@@ -93,15 +93,15 @@ def test_it_runs_as_a_module(tmp_path):
 
 @pytest.mark.weights
 def test_the_demos_model_keeps_its_promise_on_text_that_was_not_seen(smollm2, tmp_path):
-    """SmolLM2-135M at 1,024 tokens, so that it takes a minute."""
+    """SmolLM2-135M at 384 tokens and with few candidates, so that it takes a minute."""
     model, tokenizer = smollm2
     transformers.utils.logging.disable_progress_bar()
-    pieces = command.text_pieces(None, tokenizer, 1024, 16)
-    report = moba_flex.calibrate(model, pieces[:6], within=0.03, block_sizes=[32], budgets=[256, 384])
+    pieces = command.text_pieces(None, tokenizer, 384, 10)
+    report = moba_flex.calibrate(model, pieces[:6], within=0.04, block_sizes=[16], budgets=[160])
     assert report.config is not None and not hasattr(model.config, "moba")
     full = [loss(model, ids) for ids in pieces[6:]]
     moba_flex.patch(model, report.config)
     fresh = [loss(model, ids) - x for ids, x in zip(pieces[6:], full)]
     part = report.candidates[report.chosen].held_out
-    assert sum(fresh) / len(fresh) <= 0.03 + part.spread
+    assert sum(fresh) / len(fresh) <= 0.04 + part.spread
     moba_flex.unpatch(model)
