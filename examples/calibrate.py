@@ -1,7 +1,7 @@
 """Find MoBA's settings for SmolLM2-135M without training, on texts that every Python brings.
 
     pip install ".[demo,viz]"
-    python examples/calibrate.py                            # 20 minutes of one processor; after Ctrl-C the same command goes on
+    python examples/calibrate.py                            # ten minutes on two cores; after Ctrl-C the same command goes on
     python examples/calibrate.py --within 0.01 --retrieval 1
     python -m moba_flex.calibrate --model Qwen/Qwen3-8B     # the same for other models
 
