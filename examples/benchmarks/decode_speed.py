@@ -27,6 +27,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from benchmarking.model import MODELS
 from shared.command_line import Parser, UserError, exit_code
 from shared.flag_types import count
 from shared.startup import run_script
@@ -42,16 +43,7 @@ from moba_flex.decoding import decode
 from moba_flex.ops.decoding import means_for, write_means
 
 HEADS, GROUPS, WIDTH = 32, 8, 128
-LLAMA_8B = {
-    "vocab_size": 128256,
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": HEADS,
-    "num_key_value_heads": GROUPS,
-    "max_position_embeddings": 1 << 20,
-    "tie_word_embeddings": False,
-}
+LLAMA_8B = MODELS["llama-8b"] | {"max_position_embeddings": 1 << 20}
 
 
 KINDS = ("full", "full, no mask", "sparse", "shared")

@@ -20,32 +20,26 @@ import time
 
 import torch
 import torch.distributed as dist
+from benchmarking.model import build
+from benchmarking.processes import process_group, synchronize
 from shared.command_line import Parser, config_of_flags, exit_code
 from shared.flag_types import count
 from shared.startup import run_script
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import moba_flex
 from moba_flex.distributed import context_parallel, watch_processes
 
-SHAPES = {
-    "1B": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8},
-    "tiny": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2},
-}
-
 
 def measure(args: argparse.Namespace, device: str) -> dict:
-    shape = "tiny" if args.tiny else "1B"
+    shape = "tiny" if args.tiny else "llama-1b"
     torch.manual_seed(0)
-    sizes = {**SHAPES[shape], "vocab_size": 256 if args.tiny else 128256, "max_position_embeddings": args.tokens + args.new_tokens}
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    with torch.device(device):
-        model = LlamaForCausalLM(LlamaConfig(**sizes, eos_token_id=None, bos_token_id=None)).to(dtype).eval()
+    model = build(shape, dtype, torch.device(device), positions=args.tokens + args.new_tokens)
     settings = {name: getattr(args, name) for name in ("block_size", "top_k", "sink_blocks", "full_attention_layers")}
     moba_flex.patch(model, config_of_flags({**settings, "decode": "sparse"}))
     if dist.get_world_size() > 1:
         context_parallel(model, dist.group.WORLD, exchange=args.exchange)
-    ids = torch.randint(sizes["vocab_size"], (1, args.tokens), generator=torch.Generator().manual_seed(0)).to(device)
+    ids = torch.randint(model.config.vocab_size, (1, args.tokens), generator=torch.Generator().manual_seed(0)).to(device)
     warm = ids[:, : min(args.tokens, 4 * dist.get_world_size() * args.block_size)]
     model.generate(warm, attention_mask=torch.ones_like(warm), max_new_tokens=2, do_sample=False)  # compiles
 
@@ -74,29 +68,19 @@ def measure(args: argparse.Namespace, device: str) -> dict:
     }
 
 
-def synchronize(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
 def run(args: argparse.Namespace) -> None:
     device = "cuda" if torch.cuda.is_available() and not args.cpu else "cpu"
-    if device == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    dist.init_process_group("nccl" if device == "cuda" else "gloo", **alone)
-    watch = watch_processes(silent=120.0)  # kernels are compiled
-    try:
-        result = measure(args, device)
-    except torch.OutOfMemoryError as error:
-        print(json.dumps({"tokens": args.tokens, "out_of_memory": True, "said": str(error).splitlines()[0]}), flush=True)
-        os._exit(3)  # the others wait for this one, and no exception would reach them
-    if dist.get_rank() == 0:
-        print(json.dumps(result), flush=True)
-    dist.barrier()
-    watch.end()
-    if device == "cuda":
-        dist.destroy_process_group()
+    with process_group(device):
+        watch = watch_processes(silent=120.0)  # kernels are compiled
+        try:
+            result = measure(args, device)
+        except torch.OutOfMemoryError as error:
+            print(json.dumps({"tokens": args.tokens, "out_of_memory": True, "said": str(error).splitlines()[0]}), flush=True)
+            os._exit(3)  # the others wait for this one, and no exception would reach them
+        if dist.get_rank() == 0:
+            print(json.dumps(result), flush=True)
+        dist.barrier()
+        watch.end()
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -28,6 +28,7 @@ import time
 from dataclasses import dataclass, field
 
 import torch
+from benchmarking.model import MODELS
 from benchmarking.multi_gpu_summary import summary
 from shared import saved_results
 from shared.command_line import Parser, UserError, exit_code
@@ -110,8 +111,8 @@ def save_model(folder: Path) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     torch.manual_seed(0)
-    sizes = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3}
-    config = LlamaConfig(vocab_size=257, eos_token_id=256, max_position_embeddings=1 << 17, tie_word_embeddings=True, **sizes)
+    sizes = MODELS["smollm2-135m"] | {"vocab_size": 257, "max_position_embeddings": 1 << 17}
+    config = LlamaConfig(**sizes, eos_token_id=256)
     LlamaForCausalLM(config).save_pretrained(folder)
     letters = {letter: i for i, letter in enumerate([*sorted(pre_tokenizers.ByteLevel.alphabet()), "<end>"])}
     read = Tokenizer(models.BPE(letters, merges=[]))

@@ -18,11 +18,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # examples/, where the packa
 
 import argparse
 import json
-import os
 import time
 
 import torch
 import torch.distributed as dist
+from benchmarking.processes import process_group, synchronize
 from shared.command_line import Parser, exit_code
 from shared.flag_types import count, count_from_0
 from shared.startup import run_script
@@ -122,22 +122,12 @@ def bytes_sent(args: argparse.Namespace, length: int, size: int, e: int) -> floa
     return (size - 1) / size * length * 2 * (args.heads + max(args.key_heads, size)) * args.width * e
 
 
-def synchronize(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
 def run(args: argparse.Namespace) -> None:
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", **alone)
-    result = measure(args)
-    if dist.get_rank() == 0:
-        print(json.dumps(result), flush=True)
-    dist.barrier()
-    if torch.cuda.is_available():
-        dist.destroy_process_group()
+    with process_group("cuda" if torch.cuda.is_available() else "cpu"):
+        result = measure(args)
+        if dist.get_rank() == 0:
+            print(json.dumps(result), flush=True)
+        dist.barrier()
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -30,8 +30,6 @@ from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedM
 
 import moba_flex
 
-SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-MODELS["tiny"] = dict(zip(SIZES, (256, 64, 64, 2, 4, 2)))
 SYSTEMS = {"moba_flex": "moba", "sdpa": "full"}
 
 

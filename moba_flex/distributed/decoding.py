@@ -19,6 +19,7 @@ from ..core.dtypes import wide
 from ..core.settings import AttentionSettings
 from ..dispatch import with_bounded_top_k, with_sinks
 from ..ops.decoding import Stored, attend_to_blocks, blocks_to_read
+from ..ops.rows import weights_of_parts
 from .cache import SharedLayer
 from .collectives import gathered
 from .placement import Placement
@@ -58,8 +59,7 @@ def _across(out: Tensor, lse: Tensor, sinks: Tensor | None, group: dist.ProcessG
 
 def merged(out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
     """The softmax-weighted sum of partial outputs `[W, ..., Dv]` by their log-sum-exps `[W, ...]`, -inf for a part that read nothing."""
-    whole = lse.logsumexp(0)
-    weight = lse.masked_fill(whole == -torch.inf, 0).softmax(0).masked_fill(lse == -torch.inf, 0)
+    weight, whole = weights_of_parts(lse, 0)
     return (weight[..., None] * out.masked_fill((lse == -torch.inf)[..., None], 0)).sum(0), whole
 
 

@@ -44,12 +44,18 @@ def merge(out: Tensor, lse: Tensor, row_out: Tensor, row_lse: Tensor, routes: Ro
         pair = pairs[part]
         part_lse = _take_rows(row_lse, pair).masked_fill_(pair < 0, -torch.inf)
         part_lse = torch.cat([part_lse, lse.flatten()[part, None]], 1)
-        whole = part_lse.logsumexp(1)
-        weight = part_lse.masked_fill((whole == -torch.inf)[:, None], 0).softmax(1).masked_fill(part_lse == -torch.inf, 0)
+        weight, whole = weights_of_parts(part_lse, 1)
         result = _sum_of_rows(row_out, pair, weight[:, : pair.shape[1]])
         merged[part] = result.addcmul_(weight[:, -1:], out.flatten(0, 2)[part].to(result.dtype))
         total[part] = whole
     write((whole_out, whole_lse), into)
+
+
+def weights_of_parts(lse: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """Shares of partial outputs by their log-sum-exps along `dim`, -inf for a part that read nothing; and that of their sum."""
+    whole = lse.logsumexp(dim)
+    some = lse.masked_fill((whole == -torch.inf).unsqueeze(dim), 0)
+    return some.softmax(dim).masked_fill(lse == -torch.inf, 0), whole
 
 
 def sum_rows(grad: Tensor, row_grad: Tensor, routes: Routes, into: Tensor) -> None:

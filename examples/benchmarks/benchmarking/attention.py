@@ -191,15 +191,7 @@ class Attention:
         make, packed = SYSTEMS[system].call, SYSTEMS[system].packed
         tensors = [x.transpose(1, 2).flatten(0, 1) if packed else x for x in self.inputs(tokens, sample, pass_ == BOTH)]
         leaves, grad = [x.detach().requires_grad_(pass_ == BOTH) for x in tensors[:3]], tensors[3:]
-
-        def forward() -> None:
-            with torch.no_grad():
-                make(*leaves, self.row)
-
-        def both() -> None:
-            torch.autograd.grad(make(*leaves, self.row), leaves, grad)
-
-        return both if pass_ == BOTH else forward
+        return one_pass(lambda *operands: make(*operands, self.row), leaves, grad, pass_)
 
     def inputs(self, tokens: int, sample: int, grad: bool) -> list[Tensor]:
         """Query, key, value and, for a backward pass, the gradient of the output."""
@@ -212,6 +204,19 @@ class Attention:
             query += lean
             key += lean * (torch.arange(tokens, device=self.device) // self.row.block_size % 10 == 0)[:, None]
         return [query, key, value, *([normal(query.shape)] if grad else [])]
+
+
+def one_pass(attention: Callable[..., Tensor], leaves: list[Tensor], grad: list[Tensor], pass_: str) -> Call:
+    """The call of `attention` on query, key and value that is timed. `grad`: of a backward pass, the gradient of the output."""
+
+    def forward() -> None:
+        with torch.no_grad():
+            attention(*leaves)
+
+    def both() -> None:
+        torch.autograd.grad(attention(*leaves), leaves, grad)
+
+    return both if pass_ == BOTH else forward
 
 
 def available(names: list[str] | None, device: torch.device) -> tuple[list[str], dict[str, str]]:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from moba_flex import moba_attention, moba_attention_varlen
 
-from .attention import BOTH, FORWARD, Settings
+from .attention import BOTH, FORWARD, Settings, one_pass
 from .measure import Call
 from .results import describe, find, markdown, number, of
 
@@ -92,17 +92,8 @@ class Corners:
         else:
             shapes = [(case.rows, h, tokens // case.rows, row.width) for h in heads]
         leaves = [normal(shape).requires_grad_(pass_ == BOTH) for shape in shapes]
-        attention = self.attention(case, row, tokens)
-        grad = normal(shapes[0]) if pass_ == BOTH else None
-
-        def forward() -> None:
-            with torch.no_grad():
-                attention(*leaves)
-
-        def both() -> None:
-            torch.autograd.grad(attention(*leaves), leaves, grad)
-
-        return both if pass_ == BOTH else forward
+        grad = [normal(shapes[0])] if pass_ == BOTH else []
+        return one_pass(self.attention(case, row, tokens), leaves, grad, pass_)
 
     def attention(self, case: Case, row: Settings, tokens: int) -> Callable[..., Tensor]:
         if case.dense:

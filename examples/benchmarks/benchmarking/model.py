@@ -43,6 +43,14 @@ MODELS = {
         "num_key_value_heads": 3,
         "tie_word_embeddings": True,
     },
+    "tiny": {
+        "vocab_size": 256,
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    },
 }
 
 
@@ -136,8 +144,8 @@ class ModelTraining(_OfModel):
         return step
 
 
-def build(name: str, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+def build(name: str, dtype: torch.dtype, device: torch.device, positions: int = 1 << 20) -> PreTrainedModel:
     """The model with random weights, made in `dtype` on the device: there is never a copy of them elsewhere."""
-    config = LlamaConfig(**MODELS[name], max_position_embeddings=1 << 20, bos_token_id=None, eos_token_id=None)
+    config = LlamaConfig(**MODELS[name], max_position_embeddings=positions, bos_token_id=None, eos_token_id=None)
     with torch.device(device):
         return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa").eval()

@@ -1,0 +1,27 @@
+"""The processes of a measurement on several devices: one under torchrun, or this one alone."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+
+
+@contextmanager
+def process_group(device: str) -> Iterator[None]:
+    """The default group of torchrun's processes, or of this one where there is no launcher; `device`: "cuda" or "cpu"."""
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    dist.init_process_group("nccl" if device == "cuda" else "gloo", **alone)
+    yield
+    if device == "cuda":
+        dist.destroy_process_group()
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
