@@ -39,22 +39,31 @@ HEAD_BY_HEAD_FROM = 1 << 18  # elements of a query
 def forward(query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, settings: AttentionSettings) -> tuple[Tensor, Tensor, Tensor]:
     """Output `[B, H, Nq, Dv]`, log-sum-exp `[B, H, Nq]` and the chosen blocks `[B, H, Q * P, S]`."""
     backend = backend_of(settings)
-    q = query_slots(query, layout, backend)
-    k, v = layout.key_slots(key).contiguous(), layout.key_slots(value).contiguous()
-    plan = planned_pieces(q, k, v, layout, settings, backend)
+    plan = planned_pieces(query, key, value, layout, settings, backend)
+    in_place = backend.reads_tokens(query, value, layout, False) and _in_whole_rows(plan, layout)
+    places = layout if in_place else layout.in_slots()
+    q = placed_queries(query, layout, backend, in_place)
+    k, v = (placed_keys(x, layout, in_place) for x in (key, value))
 
-    chosen = gate(q, k, layout, settings, backend)
-    out, lse = empty_with_strides_of(q, q.shape[2], v.shape[-1]), q.new_empty(q.shape[:3], dtype=wide(q.dtype))
+    chosen = gate(q, k, places, settings, backend)
+    out = empty_with_strides_of(q, q.shape[2], v.shape[-1]) if layout.dense else q.new_empty(*q.shape[:3], v.shape[-1])
+    lse = q.new_empty(q.shape[:3], dtype=wide(q.dtype))
+    if in_place and not layout.covers:
+        out.zero_()
+        lse.fill_(-torch.inf)
 
     def attend(piece: Piece) -> None:
         rows, groups, heads, blocks = piece[:4]
-        part, at = layout.part(rows, blocks), (rows, heads, layout.slots(blocks))
+        part, slots = places.part(rows, blocks), layout.slots(blocks)
+        at = rows, heads, slice(None) if in_place else slots
         operands, into = (q[at], k[rows, groups], v[rows, groups]), (out[at], lse[at])
-        routes = route(chosen[at], operands[1], blocks, layout, settings, backend)
+        routes = route(chosen[rows, heads, slots], operands[1], blocks, layout, settings, backend)
         backend.attend(*operands, routes, part, settings, into)
 
     for _ in side_by_side(attend, plan, q.device):
         pass
+    if in_place:
+        return out, lse, chosen
     return layout.query_tokens(out), layout.query_tokens(lse, fill=-torch.inf), chosen
 
 
@@ -75,19 +84,24 @@ def backward(
     backend = backend_of(settings)
     grad = keep_strides(grad) if backend.READS_STRIDES else grad.contiguous()
     delta = backend.delta(out, grad, grad_lse)
-    q, grad = (query_slots(x, layout, backend) for x in (query, grad))
-    k, v, lse, delta = (x.contiguous() for x in (layout.key_slots(key), layout.key_slots(value), *map(layout.query_slots, (lse, delta))))
-    grad_q, grad_k, grad_v = (x.new_empty(x.shape) for x in (q, k, v))
-    plan = planned_pieces(q, k, v, layout, settings, backend)
+    plan = planned_pieces(query, key, value, layout, settings, backend)
+    in_place = backend.reads_tokens(query, value, layout, True) and _in_whole_rows(plan, layout)
+    places = layout if in_place else layout.in_slots()
+    q, grad = (placed_queries(x, layout, backend, in_place) for x in (query, grad))
+    k, v = (placed_keys(x, layout, in_place) for x in (key, value))
+    lse, delta = (x.contiguous() if in_place else layout.query_slots(x).contiguous() for x in (lse, delta))
+    new = torch.Tensor.new_empty if layout.covers or not in_place else torch.Tensor.new_zeros
+    grad_q, grad_k, grad_v = (new(x, x.shape) for x in (q, k, v))
 
     def differentiate(piece: Piece) -> tuple[Tensor, Tensor]:
         rows, groups, heads, blocks = piece[:4]
-        part, at = layout.part(rows, blocks), (rows, heads, layout.slots(blocks))
+        part, slots = places.part(rows, blocks), layout.slots(blocks)
+        at = rows, heads, slice(None) if in_place else slots
         operands = (q[at], k[rows, groups], v[rows, groups], grad[at], lse[at], delta[at])
         into = grad_k[rows, groups], grad_v[rows, groups]
         if not piece.alone:
             into = empty(into[0]), empty(into[1])
-        routes = route(chosen[at], operands[1], blocks, layout, settings, backend)
+        routes = route(chosen[rows, heads, slots], operands[1], blocks, layout, settings, backend)
         backend.backward(*operands, routes, part, settings, (grad_q[at], *into))
         return into
 
@@ -98,19 +112,32 @@ def backward(
     for of_keys, piece in zip(side_by_side(differentiate, plan, q.device), plan):
         if piece.alone:
             continue
-        places = (grad_k[piece.rows, piece.groups], grad_v[piece.rows, piece.groups])
+        sums = (grad_k[piece.rows, piece.groups], grad_v[piece.rows, piece.groups])
         if piece.is_first:  # the gradients of a key are then a sum over pieces, always in this order, in float32 at least
-            totals = tuple(torch.zeros_like(x, dtype=wide(x.dtype)) for x in places)
+            totals = tuple(torch.zeros_like(x, dtype=wide(x.dtype)) for x in sums)
         for total, x in zip(totals, of_keys):
             total += x
         if piece.is_last:
-            write(totals, places)
+            write(totals, sums)
+    if in_place:
+        return grad_q, grad_k, grad_v
     return layout.query_tokens(grad_q), layout.key_tokens(grad_k), layout.key_tokens(grad_v)
 
 
-def query_slots(x: Tensor, layout: BlockLayout, backend: Backend) -> Tensor:
-    """`[B, H, Nq, D]` -> `[B, H, Q * P, D]`, not copied where the backend can read it as it is."""
-    return keep_strides(layout.query_slots(x, keep_strides=True)) if backend.READS_STRIDES else layout.query_slots(x).contiguous()
+def placed_queries(x: Tensor, layout: BlockLayout, backend: Backend, in_place: bool) -> Tensor:
+    """`[B, H, Nq, D]` as it is, or in slots `[B, H, Q * P, D]`; not copied where the backend can read it as it is."""
+    x = x if in_place else layout.query_slots(x, keep_strides=backend.READS_STRIDES)
+    return keep_strides(x) if backend.READS_STRIDES else x.contiguous()
+
+
+def placed_keys(x: Tensor, layout: BlockLayout, in_place: bool) -> Tensor:
+    """`[B, G, Nk, D]` as it is, or in slots `[B, G, C * P, D]`."""
+    return keep_strides(x) if in_place else layout.key_slots(x).contiguous()
+
+
+def _in_whole_rows(plan: list[Piece], layout: BlockLayout) -> bool:
+    """Whether no piece is some query blocks of a row: where tokens lie, such a piece is no slice."""
+    return all(piece.blocks == slice(0, layout.n_query_blocks) for piece in plan)
 
 
 def gate(query: Tensor, key: Tensor, layout: BlockLayout, settings: AttentionSettings, backend: Backend) -> Tensor:
@@ -122,7 +149,7 @@ def gate(query: Tensor, key: Tensor, layout: BlockLayout, settings: AttentionSet
     if settings.share_selection:
         query = query.unflatten(1, (-1, repeats)).sum(2, dtype=wide(query.dtype))
     every = slice(0, layout.n_query_blocks)
-    if _head_by_head(query, backend):
+    if _head_by_head(query, layout, backend):
         ratio = query.shape[1] // key.shape[1]
         some = [(slice(b, b + 1), slice(h, h + 1), slice(h // ratio, h // ratio + 1)) for b, h in product(*map(range, query.shape[:2]))]
     else:
@@ -147,11 +174,12 @@ def planned_pieces(
     query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, settings: AttentionSettings, backend: Backend
 ) -> list[Piece]:
     """The pieces of a call, worked out once for all calls with the same layout and shapes."""
-    most, alone = backend.MAX_TENSOR_ELEMENTS, _head_by_head(query, backend)
+    most, alone = backend.MAX_TENSOR_ELEMENTS, _head_by_head(query, layout, backend)
     name = ("pieces", query.shape, key.shape[1], value.shape[-1], query.dtype, settings.n_routed, settings.working_memory, most, alone)
     return layout.cached(name, lambda: pieces(chunks(query, key, value, layout, settings, most, alone)))
 
 
-def _head_by_head(query: Tensor, backend: Backend) -> bool:
+def _head_by_head(query: Tensor, layout: BlockLayout, backend: Backend) -> bool:
     """Whether each query head is a piece of its own. Small calls are sooner done in one."""
-    return backend.HEAD_BY_HEAD and query.numel() >= HEAD_BY_HEAD_FROM
+    slots = layout.n_query_blocks * layout.query_width
+    return backend.HEAD_BY_HEAD and query.shape[0] * query.shape[1] * slots * query.shape[-1] >= HEAD_BY_HEAD_FROM

@@ -128,7 +128,7 @@ def select_blocks(
     with without_autocast(query), torch.no_grad(), torch.cuda.device_of(query):  # which the operation does too
         layout = layout_of(query, key, padding_mask, None, block_size, backend)
         if query.numel():
-            chosen = gate(layout.query_slots(query), layout.key_slots(key), layout, settings, backend)
+            chosen = gate(layout.query_slots(query), layout.key_slots(key), layout.in_slots(), settings, backend)
             indices = layout.query_tokens(chosen, fill=-1)
         else:
             indices = torch.full((*query.shape[:3], settings.n_routed), -1, dtype=torch.int32, device=query.device)

@@ -52,6 +52,7 @@ def phases(heads: int, groups: int, tokens: int, width: int, block_size: int, to
     settings = AttentionSettings(block_size, top_k, scale=width**-0.5, implementation="flex")
     layout = dense_layout(1, tokens, tokens, block_size, slots_per_block(block_size), q.device)
     q, k, v, grad = layout.query_slots(q), layout.key_slots(k), layout.key_slots(v), layout.query_slots(grad)
+    layout = layout.in_slots()
     pairs = heads * layout.max_pairs(settings.n_routed, True)
 
     chosen = kernels.choose(q, k, layout, settings)
@@ -70,7 +71,7 @@ def phases(heads: int, groups: int, tokens: int, width: int, block_size: int, to
         "dispatch": lambda: kernels.dispatch(q, routes),
         "routed call": lambda: flex.routed(row_q, k, v, routes, layout, settings),
         "local call": lambda: flex.local(q, k, v, layout, settings),
-        "merge": lambda: kernels.merge(out, lse, row_out, row_lse, routes, (merged, total)),
+        "merge": lambda: kernels.merge(out, lse, row_out, row_lse, routes, layout, (merged, total)),
         "delta": lambda: kernels.delta(out, grad, None),
         "dispatch backward": lambda: kernels.dispatch_backward(q, grad, lse, delta, routes),
         "routed backward": lambda: flex.routed_backward(*rows, k, v, routes, layout, settings),

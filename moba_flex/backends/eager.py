@@ -32,7 +32,7 @@ from .eager_softmax import (
     widened,
 )
 
-__all__ = ["HEAD_BY_HEAD", "MAX_TENSOR_ELEMENTS", "READS_STRIDES", "attend", "backward", "choose", "delta", "route"]
+__all__ = ["HEAD_BY_HEAD", "MAX_TENSOR_ELEMENTS", "READS_STRIDES", "attend", "backward", "choose", "delta", "reads_tokens", "route"]
 __all__ += ["slots_per_block", "slots_per_query_tile"]
 
 MAX_TENSOR_ELEMENTS = sys.maxsize
@@ -43,6 +43,11 @@ HEAD_BY_HEAD = True
 def slots_per_block(block_size: int) -> int:
     """As many as it has tokens: nothing here is cut into tiles."""
     return block_size
+
+
+def reads_tokens(query: Tensor, value: Tensor, layout: BlockLayout, backward: bool) -> bool:
+    """Never: blocks are an axis of their own here."""
+    return False
 
 
 def slots_per_query_tile(width: int, n_query: int, sequences: int) -> int:

@@ -23,7 +23,7 @@ from . import flash, paths
 from .block_masks import local_mask, query_tile, routed_mask
 from .flex_calls import by_group, flex_backward, flex_forward
 
-__all__ = ["HEAD_BY_HEAD", "MAX_TENSOR_ELEMENTS", "READS_STRIDES", "attend", "backward", "choose", "delta", "route"]
+__all__ = ["HEAD_BY_HEAD", "MAX_TENSOR_ELEMENTS", "READS_STRIDES", "attend", "backward", "choose", "delta", "reads_tokens", "route"]
 __all__ += ["slots_per_block", "slots_per_query_tile"]
 
 # FlexAttention's kernels take the number of a key, and backward that of a row, times the width in 32 bits.
@@ -35,6 +35,11 @@ HEAD_BY_HEAD = False
 def slots_per_query_tile(width: int, n_query: int, sequences: int) -> int:
     """One tile of the local call: see `local_mask`."""
     return query_tile(width)
+
+
+def reads_tokens(query: Tensor, value: Tensor, layout: BlockLayout, backward: bool) -> bool:
+    """Whether tokens are taken where they lie: by the backward pass of one kernel. A BlockMask wants them in slots."""
+    return backward and paths.one_pass_backward_obstacle(query, value, layout.width, layout.tile is not None) is None
 
 
 def route(chosen: Tensor, groups: int, n_blocks: int, max_pairs: int) -> Routes:
@@ -63,7 +68,7 @@ def attend(
         return
     steps = steps_for(query)
     row_out, row_lse = routed(steps.dispatch(query, routes), key, value, routes, layout, settings)
-    steps.merge(out, lse, row_out, row_lse, routes, into)
+    steps.merge(out, lse, row_out, row_lse, routes, layout, into)
 
 
 def local(query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, settings: AttentionSettings) -> tuple[Tensor, Tensor]:

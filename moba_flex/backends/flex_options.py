@@ -24,6 +24,10 @@ OPERATOR_OPTIONS: Options = {
 def kernel_options(routed: bool, tiles: tuple[int, int], widths: tuple[int, int], dtype: torch.dtype) -> Options:
     """PyTorch's own choice where its tile sizes, which divide 128, divide ours; smaller blocks need smaller ones."""
     options: Options = {"BACKEND": "TRITON", "IS_DIVISIBLE": True, "BLOCKS_ARE_CONTIGUOUS": True}
+    if dtype == torch.float32 and torch.version.hip is None:
+        # Three products of TensorFloat32 halves are as exact as float32's own, which the matrix units do not have: on an H200 forward
+        # passes of 32,768 tokens are 12 times as fast, 5e-7 from float64 like PyTorch's dense attention.
+        options["FLOAT32_PRECISION"] = "'tf32x3'"
     q, kv = (math.gcd(tile, QUERY_TILE) for tile in tiles)
     half, narrow = dtype != torch.float32, max(widths) <= 64
     # A tile of rows meets so few keys that loading dominates: with four warps two tiles share a multiprocessor. On an H100 23 % faster at

@@ -34,7 +34,8 @@ class Path(Enum):
     ROUTED = "routed"
 
 
-# Of one tensor of a captured call: 8,192 tokens of 32 heads of width 128. Copies of larger ones cost the GPU more than launches the host.
+# Of one tensor of a captured forward pass: 8,192 tokens of 32 heads of width 128. Copies of larger ones cost the GPU more than launches the
+# host. Of a backward pass half of it: it copies twice as many tensors, and the graphs of both passes would not fit into the working memory.
 MAX_CAPTURED_ELEMENTS = 1 << 25
 MAX_ONE_PASS_BLOCK, MAX_ONE_PASS_WIDTH = 256, 256
 _HALF = (torch.bfloat16, torch.float16)  # what float32 means on a GPU follows from settings that may change
@@ -122,8 +123,8 @@ def _one_kernel_obstacle(query: Tensor, value: Tensor, slots: int, last_queries:
 
 
 def capture_obstacle(tensors: tuple[Tensor | None, ...], settings: AttentionSettings, dense_layout: bool) -> str | None:
-    """What keeps a call from a CUDA graph. `tensors` are its operands, the query or its gradient first."""
-    first = tensors[0]
+    """What keeps a call from a CUDA graph. `tensors` are its operands: query, key and value, or the many of a backward pass."""
+    first, most = tensors[0], MAX_CAPTURED_ELEMENTS if len(tensors) <= 3 else MAX_CAPTURED_ELEMENTS // 2
     assert first is not None
     if settings.implementation not in CUDA_IMPLEMENTATIONS or not first.is_cuda:
         return "it is not on a GPU"
@@ -131,8 +132,8 @@ def capture_obstacle(tensors: tuple[Tensor | None, ...], settings: AttentionSett
         return "it is neither in bfloat16 nor in float16"
     if not dense_layout:  # such layouts follow from data, so that no graph can hold them
         return "it has padding or packed sequences"
-    if first.numel() == 0 or not all(x is None or x.numel() <= MAX_CAPTURED_ELEMENTS for x in tensors):
-        return "a tensor has more than 2**25 elements, so that copying it costs more than launching kernels"
+    if first.numel() == 0 or not all(x is None or x.numel() <= most for x in tensors):
+        return "a tensor has more than 2**25 elements (2**24 in a backward pass), so that copying it costs more than launching kernels"
     if flash.enabled():
         return 'set_flex_backend("flash") is in force'
     if torch.cuda.is_current_stream_capturing():

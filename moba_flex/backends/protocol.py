@@ -1,4 +1,6 @@
-"""What a backend is: the steps of MoBA on tensors in block slots. A backend is a module with these functions.
+"""What a backend is: the steps of MoBA. A backend is a module with these functions.
+
+Shapes are those of tensors in block slots. Where a backend `reads_tokens`, it is given tokens as they lie, and the layout says where.
 
 B rows, H query heads, G key heads, Q query blocks, C key blocks, P slots per block, S chosen blocks per query, D and Dv widths.
 """
@@ -36,6 +38,10 @@ class Backend(Protocol):
 
     def slots_per_query_tile(self, width: int, n_query: int, sequences: int, /) -> int:
         """How many slots a tile of queries has where they are the last tokens of packed sequences, from shapes alone."""
+        ...
+
+    def reads_tokens(self, query: Tensor, value: Tensor, layout: BlockLayout, backward: bool, /) -> bool:
+        """Whether `choose` and `attend`, or `backward`, take tokens where they lie, `[B, H, Nq, D]`, instead of in slots."""
         ...
 
     def choose(self, query: Tensor, key: Tensor, layout: BlockLayout, settings: AttentionSettings, /) -> Tensor:

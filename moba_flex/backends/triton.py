@@ -1,6 +1,6 @@
 """The implementation for CUDA with a forward pass of one kernel: `implementation="triton"`.
 
-It takes blocks of up to 256 tokens in half precision, where it beats FlexAttention: queries are read where they are in memory, and no
+It takes blocks of up to 256 tokens in half precision, where it beats FlexAttention: tokens are read where they are in memory, and no
 row of them is copied. Everything but `attend` is that of `flex.py`. `paths.one_pass_obstacle` says what it does not take.
 """
 
@@ -13,10 +13,16 @@ from ..core.settings import AttentionSettings
 from ..ops import kernels
 from ..ops.routing import Routes
 from ..ops.rows import over_no_keys, write
+from . import flex
 from .flex import HEAD_BY_HEAD, MAX_TENSOR_ELEMENTS, READS_STRIDES, backward, choose, delta, route, slots_per_block, slots_per_query_tile
 
-__all__ = ["HEAD_BY_HEAD", "MAX_TENSOR_ELEMENTS", "READS_STRIDES", "attend", "backward", "choose", "delta", "route"]
+__all__ = ["HEAD_BY_HEAD", "MAX_TENSOR_ELEMENTS", "READS_STRIDES", "attend", "backward", "choose", "delta", "reads_tokens", "route"]
 __all__ += ["slots_per_block", "slots_per_query_tile"]
+
+
+def reads_tokens(query: Tensor, value: Tensor, layout: BlockLayout, backward: bool) -> bool:
+    """Whether tokens are taken where they lie: always forward, where no other call comes here."""
+    return not backward or flex.reads_tokens(query, value, layout, backward)
 
 
 def attend(
@@ -39,4 +45,4 @@ def attend(
     if rows is None or routes is None:
         write(own, into)
     else:
-        kernels.merge(*own, *rows, routes, into)
+        kernels.merge(*own, *rows, routes, layout, into)

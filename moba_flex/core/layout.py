@@ -3,7 +3,10 @@
 All fast implementations work on one layout: a row (one batch element, or all packed sequences together) is a line of blocks, a
 block is `width` slots, the first `block_size` of them for tokens. Each sequence starts a block of its own, at its first real token,
 so padding on the left, padding on the right, packed sequences, odd lengths and odd block sizes all look alike from here on.
-When tokens already are in this order, nothing is copied.
+
+The tokens of a block are one run. So a kernel that is told where each run begins (`key_token`, `query_token`) reads and writes tokens
+where they lie. What wants a tensor of slots gets a copy (`key_slots`, `query_slots`), unless tokens are in this order already, and
+`in_slots` is the layout of such copies.
 
 Queries lie in blocks of their own. Where they are the last tokens of packed sequences, most of a block would often be empty: a query
 block then is a tile of fewer slots, `tile`, which has one own block all the same.
@@ -23,6 +26,7 @@ from torch import Tensor
 
 from .allocation import allocate_persistent
 from .strides import tokens_first
+from .take import take
 
 T = TypeVar("T")
 
@@ -60,11 +64,14 @@ class BlockLayout:
     query_start: Tensor  # [B, Q] real queries are the slots query_start <= slot < query_stop of their block
     query_stop: Tensor
     block_keys: Tensor  # [B, C] how many real keys a block has
+    query_token: Tensor  # [B, Q] the query in the first slot of each query block, or that would be in it: it can be below 0
+    key_token: Tensor  # [B, C] the key in the first slot of each block
     lead: int  # how many slots precede the first query, where that is the same for all rows
     token_of_key_slot: Tensor | None = None  # [B, C * P] int64, -1 where no token is; None: tokens are in order from slot 0
     slot_of_key: Tensor | None = None  # [B, Nk] int64, -1 for padding
     token_of_query_slot: Tensor | None = None
     slot_of_query: Tensor | None = None
+    covers: bool = True  # whether every token is in a block: padding is not
     persistent: bool = False  # whether later calls use it too, and so what it caches
     tile: int | None = None  # slots of a query block; None: `width`
     offset: Tensor | None = None  # [B, Q] the slot of its own block at which a query block begins; None: 0
@@ -102,7 +109,7 @@ class BlockLayout:
     def key_slots(self, x: Tensor) -> Tensor:
         """`[B, G, Nk, D]` -> `[B, G, C * P, D]`, zeros where no token is."""
         if self.token_of_key_slot is not None:
-            return _take(x, self.token_of_key_slot)
+            return take(x, self.token_of_key_slot)
         return self._spread(x, 2, 0, self.n_key_blocks)
 
     def query_slots(self, x: Tensor, keep_strides: bool = False) -> Tensor:
@@ -111,7 +118,7 @@ class BlockLayout:
         A copy has its heads one after another; with `keep_strides`, and without padding, it has the strides of `x`.
         """
         if self.token_of_query_slot is not None:
-            return _take(x, self.token_of_query_slot)
+            return take(x, self.token_of_query_slot)
         if keep_strides and tokens_first(x):
             return self._spread(x.transpose(1, 2), 1, self.lead, self.n_query_blocks).transpose(1, 2)
         return self._spread(x, 2, self.lead, self.n_query_blocks)
@@ -119,30 +126,43 @@ class BlockLayout:
     def key_tokens(self, x: Tensor) -> Tensor:
         """The inverse of `key_slots`; zeros at padding."""
         if self.slot_of_key is not None:
-            return _take(x, self.slot_of_key)
+            return take(x, self.slot_of_key)
         return self._collect(x, 2, 0, self.n_key)
 
     def query_tokens(self, x: Tensor, fill: float = 0) -> Tensor:
         """The inverse of `query_slots`; `fill` at padding."""
         if self.slot_of_query is not None:
-            return _take(x, self.slot_of_query, fill)
+            return take(x, self.slot_of_query, fill)
         if tokens_first(x):
             return self._collect(x.transpose(1, 2), 1, self.lead, self.n_query).transpose(1, 2)
         return self._collect(x, 2, self.lead, self.n_query)
+
+    def in_slots(self) -> BlockLayout:
+        """The same for copies that `key_slots` and `query_slots` made."""
+
+        def make() -> BlockLayout:
+            query, key = (
+                (torch.arange(n, device=self.own.device, dtype=torch.int32) * width).expand(self.own.shape[0], -1).contiguous()
+                for n, width in ((self.n_query_blocks, self.query_width), (self.n_key_blocks, self.width))
+            )
+            return replace(self, _cache={}, query_token=query, key_token=key)
+
+        return self.cached(("in slots",), make)
 
     def slots(self, blocks: slice) -> slice:
         """The query slots of some query blocks."""
         return slice(blocks.start * self.query_width, blocks.stop * self.query_width)
 
     def part(self, rows: slice, blocks: slice) -> BlockLayout:
-        """The same for some of the rows and query blocks. Only what works on slots is right in it: tokens have been moved by then."""
+        """The same for some of the rows and query blocks. It moves nothing: tokens, or copies in slots, are where they are by then."""
         if (rows.stop - rows.start, blocks.stop - blocks.start) == self.own.shape:
             return self
-        of_query = ("own", "first", "end", "query_start", "query_stop", *(() if self.offset is None else ("offset",)))
+        of_query = ("own", "first", "end", "query_start", "query_stop", "query_token", *(() if self.offset is None else ("offset",)))
 
         def make() -> BlockLayout:
             cut = {name: getattr(self, name)[rows, blocks].contiguous() for name in of_query}
-            return replace(self, _cache={}, block_keys=self.block_keys[rows], **cut)
+            cut["query_token"] = cut["query_token"] - self.query_width * blocks.start  # only copies in slots are cut at blocks
+            return replace(self, _cache={}, block_keys=self.block_keys[rows], key_token=self.key_token[rows].contiguous(), **cut)
 
         return self.cached((rows.start, rows.stop, blocks.start, blocks.stop), make)
 
@@ -181,16 +201,3 @@ class BlockLayout:
         if self.width > self.block_size:
             x = x.unflatten(dim, (-1, self.width)).narrow(dim + 1, 0, self.block_size).flatten(dim, dim + 1)
         return x.narrow(dim, lead, n_tokens).contiguous()
-
-
-def _take(x: Tensor, index: Tensor, fill: float = 0) -> Tensor:
-    """`out[b, h, i] = x[b, h, index[b, i]]`, `fill` where the index is -1."""
-    shape = (index.shape[0], 1, index.shape[1]) + (1,) * (x.dim() - 3)
-    index = index.view(shape)
-    if x.shape[2] == 0:
-        return x.new_full((*x.shape[:2], index.shape[2], *x.shape[3:]), fill)
-    if index.shape[0] == 1 and x.shape[0] == 1:  # copies whole tokens, where `gather` looks up each number
-        out = x.index_select(2, index.clamp(min=0).flatten())
-    else:
-        out = x.gather(2, index.clamp(min=0).expand(*x.shape[:2], -1, *x.shape[3:]))
-    return out.masked_fill_(index < 0, fill)

@@ -104,18 +104,21 @@ def _persistent_layout(stream: int | None, *settings: Any) -> BlockLayout:
 
 def _dense_layout(rows: int, n_query: int, n_key: int, block_size: int, width: int, device: torch.device) -> BlockLayout:
     n_blocks, first_block = -(-n_key // block_size), (n_key - n_query) // block_size
-    own = torch.arange(first_block, n_blocks, device=device, dtype=torch.int32).expand(rows, -1)
+    own = torch.arange(first_block, n_blocks, device=device, dtype=torch.int32).repeat(rows, 1)
+    block = torch.arange(n_blocks, device=device, dtype=torch.int32).repeat(rows, 1)
     return BlockLayout(
         block_size,
         width,
         n_key,
         n_query,
         n_blocks,
-        own.contiguous(),
-        torch.zeros_like(own).contiguous(),
-        torch.full_like(own, n_blocks).contiguous(),
+        own,
+        torch.zeros_like(own),
+        torch.full_like(own, n_blocks),
         *_query_range(own, n_key - n_query, n_key, block_size),
-        _keys_in(torch.arange(n_blocks, device=device, dtype=torch.int32).expand(rows, -1), n_key, block_size),
+        _keys_in(block, n_key, block_size),
+        own * block_size - (n_key - n_query),
+        block * block_size,
         lead=(n_key - n_query) - first_block * block_size,
     )
 
@@ -156,11 +159,14 @@ def padded_layout(padding_mask: Tensor, n_query: int, block_size: int, width: in
         query_start,
         query_stop,
         _keys_in(block, length, block_size),
+        (own * block_size + (start - skipped)).int(),
+        (block * block_size + start).int(),
         0,
         token,
         slot,
         query_token,
         query_slot,
+        covers=False,
     )
 
 
@@ -178,14 +184,15 @@ def packed_layout(cu_seqlens: Tensor, n_tokens: int, block_size: int, width: int
     local = block - before[of_block]
     keys = (lengths[of_block] - local * block_size).clamp(0, block_size)
     offset = torch.arange(width, device=device)
-    token = torch.where(offset < keys[:, None], (bounds[of_block] + local * block_size)[:, None] + offset, -1)
+    begin = bounds[of_block] + local * block_size
+    token = torch.where(offset < keys[:, None], begin[:, None] + offset, -1)
 
     position = torch.arange(n_tokens, device=device)
     of_token = torch.searchsorted(bounds[1:].contiguous(), position, right=True).clamp(max=n_sequences - 1)
     position = position - bounds[of_token]
     slot = (before[of_token] + position // block_size) * width + position % block_size
 
-    token, slot, keys = token.view(1, -1), slot.view(1, -1), keys.int().view(1, -1)
+    token, slot, keys, begin = token.view(1, -1), slot.view(1, -1), keys.int().view(1, -1), begin.int().view(1, -1)
     return BlockLayout(
         block_size,
         width,
@@ -198,6 +205,8 @@ def packed_layout(cu_seqlens: Tensor, n_tokens: int, block_size: int, width: int
         torch.zeros_like(keys),
         keys,
         keys,
+        begin,
+        begin,
         0,
         token,
         slot,
@@ -234,7 +243,8 @@ def with_last_queries(layout: BlockLayout, cu_seqlens: Tensor, n_query: int, til
     stop = torch.minimum(keys[of_tile] - begin, room).clamp(min=0)
     start = torch.minimum((skipped[of_tile] - begin).clamp(min=0), stop)
     slot = torch.arange(tile, device=device)
-    token = (bounds[:-1][of_tile] + begin - skipped[of_tile])[:, None] + slot
+    first_query = bounds[:-1][of_tile] + begin - skipped[of_tile]
+    token = first_query[:, None] + slot
     token = torch.where((slot >= start[:, None]) & (slot < stop[:, None]), token, -1)
 
     query = torch.arange(n_query, device=device)
@@ -244,7 +254,8 @@ def with_last_queries(layout: BlockLayout, cu_seqlens: Tensor, n_query: int, til
 
     own = (block_before[of_tile] + number // per_block).clamp(max=layout.n_key_blocks - 1)
     end = block_before + -(-keys // size)
-    own, first, end, start, stop, offset = (x.int().view(1, -1) for x in (own, block_before[of_tile], end[of_tile], start, stop, offset))
+    of_tiles = own, block_before[of_tile], end[of_tile], start, stop, offset, first_query
+    own, first, end, start, stop, offset, first_query = (x.int().view(1, -1) for x in of_tiles)
     return replace(
         layout,
         _cache={},
@@ -254,6 +265,7 @@ def with_last_queries(layout: BlockLayout, cu_seqlens: Tensor, n_query: int, til
         end=end,
         query_start=start,
         query_stop=stop,
+        query_token=first_query,
         token_of_query_slot=token.view(1, -1),
         slot_of_query=slot.view(1, -1),
         tile=tile,

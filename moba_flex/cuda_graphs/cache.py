@@ -49,7 +49,8 @@ def set_cuda_graphs(enabled: bool = True) -> bool:
     On a GPU the host takes longer to launch a short call than the GPU to do it. So from the third call of the same shapes, strides, dtype
     and settings on the same stream, forward and backward passes are replayed from a CUDA graph, with the same results to the bit. That is
     for bfloat16 and float16, without `padding_mask` and `cu_seqlens`, for tensors of at most 2**25 elements (8,192 tokens of 32 heads of
-    width 128), and neither within a capture of one's own nor with `set_flex_backend("flash")`; all other calls are as without graphs. So
+    width 128; half of it in backward passes), and neither within a capture of one's own nor with `set_flex_backend("flash")`; all other
+    calls are as without graphs. So
     are those of 2**23 elements or more while the GPU is some calls behind: then the host has the time, and a graph's copies are saved.
 
     It costs memory: on each GPU up to as many bytes as `set_working_memory` says, for inputs, outputs and working memory of at most 16

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..core.dtypes import wide
+from ..core.layout import BlockLayout
 from .routing import Routes
 
 _QUERIES_AT_ONCE = 1 << 14
@@ -30,11 +31,13 @@ def dispatch_backward(query: Tensor, grad: Tensor, lse: Tensor, delta: Tensor, r
     return dispatch(query, routes), dispatch(grad, routes), dispatch(lse, routes, torch.inf), dispatch(delta, routes)
 
 
-def merge(out: Tensor, lse: Tensor, row_out: Tensor, row_lse: Tensor, routes: Routes, into: tuple[Tensor, Tensor]) -> None:
+def merge(
+    out: Tensor, lse: Tensor, row_out: Tensor, row_lse: Tensor, routes: Routes, layout: BlockLayout, into: tuple[Tensor, Tensor]
+) -> None:
     """The softmax-weighted sum of a query's partial outputs.
 
     `out [B, H, N, Dv]` and `lse [B, H, N]` of the local call and `row_out [R, Dv]`, `row_lse [R]` of the routed call give the output
-    over all blocks and its log-sum-exp, written `into` two tensors of these shapes.
+    over all blocks and its log-sum-exp, written `into` two tensors of these shapes. They are in the slots of `layout`.
     """
     pairs = routes.row_of_pair.flatten(0, 2)
     whole_out, whole_lse = (x if x.is_contiguous() else torch.empty_like(x, memory_format=torch.contiguous_format) for x in into)

@@ -459,6 +459,9 @@ def test_only_small_calls_in_half_precision_without_padding_are_captured(monkeyp
     assert capture_obstacle((x, None, x), SETTINGS, dense_layout=True) is None
     assert capture_obstacle((on_a_gpu(MAX_CAPTURED_ELEMENTS, dtype=torch.float16), x, x), SETTINGS, dense_layout=True) is None
     assert capture_obstacle((x, large, x), SETTINGS, dense_layout=True)
+    half = on_a_gpu(MAX_CAPTURED_ELEMENTS // 2)  # of a backward pass, which has more operands
+    assert capture_obstacle((half, None, x, x, x, x, x, x), SETTINGS, dense_layout=True) is None
+    assert capture_obstacle((on_a_gpu(MAX_CAPTURED_ELEMENTS // 2 + 1), None, x, x, x, x, x, x), SETTINGS, dense_layout=True)
     assert capture_obstacle((on_a_gpu(8, dtype=torch.float32), x, x), SETTINGS, dense_layout=True)
     assert capture_obstacle((on_a_gpu(8, is_cuda=False), x, x), SETTINGS, dense_layout=True)
     assert capture_obstacle((on_a_gpu(0), x, x), SETTINGS, dense_layout=True)

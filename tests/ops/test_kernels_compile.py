@@ -9,6 +9,7 @@ from support.gpu_compiler import GPUS, Gpu, compiling_for
 from moba_flex.core.layout import slots_per_block
 from moba_flex.core.layout_builders import dense_layout
 from moba_flex.core.settings import AttentionSettings
+from moba_flex.core.take import take_in_one_pass
 from moba_flex.ops import plain
 
 pytest.importorskip("triton", reason="needs Triton, which the extra `kernels` brings: pip install '.[kernels]'")
@@ -32,7 +33,7 @@ SHAPES = {
 def launch(block_size: int, width: int, value_width: int, top_k: int, dtype: torch.dtype, **more) -> None:
     """All kernels of a forward and a backward pass, and of decoding, that such a call launches."""
     heads, groups, n_tokens = 4, 2, 6 * block_size
-    layout = dense_layout(1, n_tokens, n_tokens, block_size, slots_per_block(block_size), torch.device("cpu"))
+    layout = dense_layout(1, n_tokens, n_tokens, block_size, slots_per_block(block_size), torch.device("cpu")).in_slots()
     settings = AttentionSettings(block_size, top_k, scale=width**-0.5, implementation="flex", **more)
 
     def tensor(h: int, w: int) -> torch.Tensor:
@@ -40,12 +41,14 @@ def launch(block_size: int, width: int, value_width: int, top_k: int, dtype: tor
 
     query, key, value, out = tensor(heads, width), tensor(groups, width), tensor(groups, value_width), tensor(heads, value_width)
     lse = torch.zeros(query.shape[:3])
+    take_in_one_pass(query, torch.arange(n_tokens)[None])
+    take_in_one_pass(torch.zeros(query.shape[:3]), torch.arange(n_tokens)[None], fill=-torch.inf)
     chosen = kernels.choose(query, key, layout, settings)
     pairs = heads * layout.max_pairs(settings.n_routed, True)
     kernels.route(chosen, groups, layout.n_key_blocks, 128, pairs)
     routes = plain.route(torch.zeros_like(chosen), groups, layout.n_key_blocks, 128, pairs)
     rows = kernels.dispatch(query, routes)
-    kernels.merge(out, lse, torch.zeros(routes.n_rows, value_width, dtype=dtype), torch.zeros(routes.n_rows), routes, (out, lse))
+    kernels.merge(out, lse, torch.zeros(routes.n_rows, value_width, dtype=dtype), torch.zeros(routes.n_rows), routes, layout, (out, lse))
     kernels.delta(out, out, lse)
     kernels.dispatch_backward(query, out, lse, lse, routes)
     kernels.sum_rows(query, rows, routes, query)

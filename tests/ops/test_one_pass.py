@@ -2,14 +2,14 @@
 
     TRITON_INTERPRET=1 python -m pytest tests/ops/test_one_pass.py
 
-Spare slots hold NaN, and so does the memory of results beforehand.
+Tokens lie as a caller has them, or in block slots. Spare slots and padding hold NaN, and so does the memory of results beforehand.
 """
 
 from __future__ import annotations
 
 import os
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -19,12 +19,15 @@ pytest.importorskip("triton", reason="needs Triton, which the extra `kernels` br
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("interprets Triton kernels: set TRITON_INTERPRET=1", allow_module_level=True)
 
-from moba_flex.backends import eager
+from moba_flex import attention
+from moba_flex.backends import eager, flex
 from moba_flex.backends import triton as triton_backend
 from moba_flex.core.layout import BlockLayout, slots_per_block
 from moba_flex.core.layout_builders import dense_layout, packed_layout, padded_layout
 from moba_flex.core.settings import AttentionSettings
-from moba_flex.ops import gate, routing, rows
+from moba_flex.core.take import take, take_in_one_pass
+from moba_flex.ops import gate, routing
+from moba_flex.ops import triton as kernels
 from moba_flex.ops.routing import Routes
 from moba_flex.ops.triton import backward, block_programs, forward
 from moba_flex.reference import reference_attention
@@ -45,6 +48,7 @@ class Case:
     width: int
     value_width: int
     dtype: torch.dtype
+    in_place: bool  # tokens are not in slots
     transposed: bool  # strides
     skewed: bool  # all queries like the first block
     tile: int
@@ -83,6 +87,7 @@ def draw(seed: int) -> Case:
         width,
         r.choice([16, 16, 20, 32]),
         r.choice([torch.float32, torch.float32, torch.float16]),
+        r.random() < 0.6,
         r.random() < 0.4,
         r.random() < 0.3,
         r.choice([16, 32, 128]),
@@ -120,13 +125,20 @@ def operands(case: Case) -> list[Tensor]:
     return [x.to(case.dtype).double() for x in (query, key, value, grad)]
 
 
-def in_slots(case: Case, layout: BlockLayout, per_query: list[Tensor], per_key: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """Tensors in block slots, NaN where no token is."""
-    offset = torch.arange(layout.width)
-    no_query = ~((offset >= layout.query_start[..., None]) & (offset < layout.query_stop[..., None])).flatten(1)
-    no_key = (offset >= layout.block_keys[..., None]).flatten(1)
+def placed(case: Case, layout: BlockLayout, per_query: list[Tensor], per_key: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Tensors as they lie, or in block slots, NaN where no token is."""
+    if case.in_place:
+        no_query, no_key = (
+            padding(layout, slots, n) for slots, n in ((layout.slot_of_query, case.n_query), (layout.slot_of_key, case.n_key))
+        )
+        moves = torch.clone, torch.clone
+    else:
+        offset = torch.arange(layout.width)
+        no_query = ~((offset >= layout.query_start[..., None]) & (offset < layout.query_stop[..., None])).flatten(1)
+        no_key = (offset >= layout.block_keys[..., None]).flatten(1)
+        moves = layout.query_slots, layout.key_slots
     moved = []
-    for tensors, move, spare in ((per_query, layout.query_slots, no_query), (per_key, layout.key_slots, no_key)):
+    for tensors, move, spare in ((per_query, moves[0], no_query), (per_key, moves[1], no_key)):
         filled = [move(x).clone() for x in tensors]
         for x in filled:
             x[spare[:, None].expand(x.shape[:3])] = torch.nan
@@ -134,6 +146,20 @@ def in_slots(case: Case, layout: BlockLayout, per_query: list[Tensor], per_key: 
     if case.transposed:
         moved = [[x.transpose(1, 2).contiguous().transpose(1, 2) if x.dim() == 4 else x for x in tensors] for tensors in moved]
     return moved[0], moved[1]
+
+
+def padding(layout: BlockLayout, slots: Tensor | None, n: int) -> Tensor:
+    """`[B, n]`: the tokens that are in no block."""
+    return torch.zeros(layout.own.shape[0], n, dtype=torch.bool) if slots is None else slots < 0
+
+
+def in_tokens(case: Case, layout: BlockLayout, x: Tensor, of_keys: bool, fill: float = 0) -> Tensor:
+    """The inverse of `placed`, `fill` at padding."""
+    if not case.in_place:
+        return layout.key_tokens(x) if of_keys else layout.query_tokens(x, fill)
+    none = padding(layout, layout.slot_of_key if of_keys else layout.slot_of_query, x.shape[2])[:, None].expand(x.shape[:3])
+    assert x[none].isnan().all(), "written at padding"
+    return torch.where(none if x.dim() == 3 else none[..., None], fill, x)
 
 
 def routes_of(case: Case, layout: BlockLayout, query: Tensor, key: Tensor) -> Routes | None:
@@ -153,15 +179,16 @@ def test_gradients_are_those_of_the_specification(seed: int, monkeypatch):
     wanted = torch.autograd.grad(out, leaves, grad)
 
     delta = (out * grad).sum(-1).detach()
-    (q, do, l, d), (k, v) = in_slots(case, layout, [query, grad, lse.detach(), delta], [key, value])
+    (q, do, l, d), (k, v) = placed(case, layout, [query, grad, lse.detach(), delta], [key, value])
     l = l.masked_fill(l.isnan(), -torch.inf)
     keys = min(case.keys, backward.next_power_of_2(case.slots))
     monkeypatch.setattr(block_programs, "_LEAST_WINDOW", case.window)
     monkeypatch.setattr(backward, "program", lambda *_: (keys, case.queries, 4, 2, seed % 2 == 1))
     into = tuple(torch.full_like(x, torch.nan) for x in (q, k, v))
     routes = routes_of(case, layout, query, key)
-    backward.one_pass_backward(q, k, v, do, l.contiguous(), d.contiguous(), routes, layout, case.settings, into)
-    found = layout.query_tokens(into[0]), layout.key_tokens(into[1]), layout.key_tokens(into[2])
+    places = layout if case.in_place else layout.in_slots()
+    backward.one_pass_backward(q, k, v, do, l.contiguous(), d.contiguous(), routes, places, case.settings, into)
+    found = [in_tokens(case, layout, x, of_keys) for x, of_keys in zip(into, (False, True, True))]
     for name, x, y in zip(("query", "key", "value"), found, wanted):
         bound = (2e-5 if case.dtype == torch.float32 else 6e-3) * max(1.0, float(y.abs().max()))
         torch.testing.assert_close(x.double(), y, rtol=0, atol=bound, msg=lambda m, name=name: f"gradient of {name}: {m} in {case}")
@@ -173,20 +200,80 @@ def test_the_output_is_that_of_the_specification(seed: int, monkeypatch):
     layout, told = layout_of(case)
     query, key, value, _ = operands(case)
     wanted, wanted_lse = reference_attention(query, key, value, case.settings, **told)
-    (q,), (k, v) = in_slots(case, layout, [query], [key, value])
+    (q,), (k, v) = placed(case, layout, [query], [key, value])
+    places = layout if case.in_place else layout.in_slots()
     monkeypatch.setattr(block_programs, "_LEAST_WINDOW", case.window)
     monkeypatch.setattr(forward, "program", lambda *_: (forward.next_power_of_2(layout.width), case.queries, 4, 2))
-    out, lse = torch.zeros(*q.shape[:3], case.value_width, dtype=case.dtype), torch.full(q.shape[:3], -torch.inf)
+    out, lse = torch.full((*q.shape[:3], case.value_width), torch.nan, dtype=case.dtype), torch.full(q.shape[:3], torch.nan)
+    if not case.settings.causal:
+        out, lse = torch.zeros_like(out), torch.full_like(lse, -torch.inf)
     routes = routes_of(case, layout, query, key)
-    partial = forward.one_pass_forward(q, k, v, routes, layout, case.settings, (out, lse))
+    partial = forward.one_pass_forward(q, k, v, routes, places, case.settings, (out, lse))
     if partial is not None:
-        into = torch.empty_like(out), torch.empty_like(lse)
-        rows.merge(out, lse, *partial, routes, into)
+        into = torch.full_like(out, torch.nan), torch.full_like(lse, torch.nan)
+        kernels.merge(out, lse, *partial, routes, places, into)
         out, lse = into
     bound = 1e-5 if case.dtype == torch.float32 else 6e-3
-    found, found_lse = layout.query_tokens(out).double(), layout.query_tokens(lse, fill=-torch.inf).double()
+    found, found_lse = in_tokens(case, layout, out, False).double(), in_tokens(case, layout, lse, False, -torch.inf).double()
     torch.testing.assert_close(found, wanted, rtol=0, atol=bound * max(1.0, float(wanted.abs().max())), msg=lambda m: f"{m} in {case}")
     torch.testing.assert_close(found_lse, wanted_lse.double(), rtol=bound, atol=bound, msg=lambda m: f"log-sum-exp: {m} in {case}")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.int32])
+@pytest.mark.parametrize("shape", [(2, 3, 7), (2, 3, 7, 5), (1, 2, 40, 24)], ids=str)
+@pytest.mark.parametrize("strided", [False, True])
+def test_tokens_are_taken_in_one_pass_as_pytorch_takes_them(shape: tuple[int, ...], dtype: torch.dtype, strided: bool):
+    torch.manual_seed(0)
+    x = (100 * torch.randn(shape)).to(dtype)
+    if strided:
+        x = x.transpose(1, 2).contiguous().transpose(1, 2)
+    index = torch.randint(-1, shape[2], (shape[0], 50))
+    for fill in (0, -1) if dtype == torch.int32 else (0.0, -torch.inf):
+        assert torch.equal(take_in_one_pass(x, index, fill), take(x, index, fill))
+
+
+@pytest.mark.parametrize("seed", range(2000, 2010))
+def test_both_passes_take_tokens_where_they_lie(seed: int, monkeypatch):
+    """No query, key or value is copied to slots, in chunks of a key head too."""
+    case = draw(seed)
+    settings = replace(case.settings, implementation="triton", working_memory=1 if seed % 2 else 1 << 30)
+    layout, told = layout_of(case)
+    query, key, value, grad = operands(case)
+    choice = gate.choose(layout.query_slots(query), layout.key_slots(key), layout, settings)
+    for name in ("key_slots", "query_slots", "key_tokens", "query_tokens"):
+        monkeypatch.delattr(BlockLayout, name)
+    monkeypatch.setattr(triton_backend, "choose", lambda *_: choice)  # the interpreter takes long for a gate
+    monkeypatch.setattr(flex.paths, "one_pass_backward_obstacle", lambda *_: None)
+    leaves = [x.clone().requires_grad_() for x in (query, key, value)]
+    wanted, wanted_lse = reference_attention(*leaves, settings, **told)
+    wanted_grads = torch.autograd.grad(wanted, leaves, grad)
+    q, k, v, do = (x.to(case.dtype) for x in (query, key, value, grad))
+    for x, slots in ((q, layout.slot_of_query), (k, layout.slot_of_key), (v, layout.slot_of_key), (do, layout.slot_of_query)):
+        x[padding(layout, slots, x.shape[2])[:, None].expand(x.shape[:3])] = torch.nan
+    if case.transposed:
+        q, k, v, do = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v, do))
+    out, lse, chosen = attention.forward(q, k, v, layout, settings)
+    grads = attention.backward(do, None, q, k, v, out, lse, chosen, layout, settings)
+    bound = 2e-5 if case.dtype == torch.float32 else 6e-3
+    torch.testing.assert_close(lse.double(), wanted_lse.double(), rtol=bound, atol=bound, msg=lambda m: f"log-sum-exp: {m} in {case}")
+    for name, x, y in zip(("output", "query", "key", "value"), (out, *grads), (wanted, *wanted_grads)):
+        within = bound * max(1.0, float(y.abs().max()))
+        torch.testing.assert_close(x.double(), y, rtol=0, atol=within, msg=lambda m, name=name: f"{name}: {m} in {case}")
+
+
+@pytest.mark.parametrize("kind", ["suffix", "padded suffix", "packed"])
+@pytest.mark.parametrize("block_size", [16, 20])
+def test_the_gate_takes_tokens_where_they_lie(kind: str, block_size: int):
+    case = replace(draw(0), kind=kind, n_key=90, n_query=90 if kind == "packed" else 50, batch=1 if kind == "packed" else 2, width=16)
+    settings = AttentionSettings(block_size, 3, 1, scale=0.25)
+    case = replace(case, settings=settings, dtype=torch.float32)
+    layout, _ = layout_of(case)
+    query, key = (x.float() for x in operands(case)[:2])
+    wanted = kernels.choose(layout.query_slots(query), layout.key_slots(key), layout.in_slots(), settings)
+    assert (wanted >= 0).any()
+    for x, slots in ((query, layout.slot_of_query), (key, layout.slot_of_key)):
+        x[padding(layout, slots, x.shape[2])[:, None].expand(x.shape[:3])] = torch.nan
+    assert torch.equal(kernels.choose(query, key, layout, settings), wanted)
 
 
 @pytest.mark.parametrize("causal", [True, False])

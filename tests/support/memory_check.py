@@ -80,6 +80,7 @@ def check_prefill(heads, groups, n_query, n_key, width, block_size, top_k, dtype
     batch, settings = layout.own.shape[0], AttentionSettings(block_size, top_k, 1, 1, scale=width**-0.5)
     query = layout.query_slots(torch.randn(batch, heads, n_query, width).to(dtype)).contiguous()
     key = layout.key_slots(torch.randn(batch, groups, n_key, width).to(dtype)).contiguous()
+    layout = layout.in_slots()
     chosen = kernels.choose(on_device(query), on_device(key), on_device(layout), settings).to(CPU)
     wanted = gate.choose(query, key, layout, settings)
     assert (chosen.sort(-1).values != wanted.sort(-1).values).any(-1).float().mean() < 0.01  # near-ties of half precision
@@ -87,7 +88,7 @@ def check_prefill(heads, groups, n_query, n_key, width, block_size, top_k, dtype
     given = groups, layout.n_key_blocks, 128, batch * heads * layout.max_pairs(settings.n_routed, True)
     routes, on_gpu = routing.route(chosen, *given), kernels.route(on_device(chosen), *given)
     same(on_gpu.row_of_pair, routes.row_of_pair)
-    check_rows(query, routes, on_gpu)
+    check_rows(query, routes, on_gpu, layout)
     if dtype != torch.float32 and layout.tile is None:  # which the one-pass kernels do not take
         check_one_pass(query, key, chosen, layout, settings)
 
@@ -117,7 +118,7 @@ def turned(x: Tensor) -> Tensor:
     return x.transpose(1, 2).contiguous().transpose(1, 2)
 
 
-def check_rows(query: Tensor, routes: Routes, on_gpu: Routes) -> None:
+def check_rows(query: Tensor, routes: Routes, on_gpu: Routes, layout: BlockLayout) -> None:
     width, lse = query.shape[-1], torch.randn(query.shape[:3])
     used = routes.tile_in_use.bool().repeat_interleave(routes.tile)
     real = rows.dispatch(torch.ones_like(lse)[..., None], routes)[:, 0] > 0
@@ -129,12 +130,15 @@ def check_rows(query: Tensor, routes: Routes, on_gpu: Routes) -> None:
 
     row_out, row_lse = torch.randn(routes.n_rows, width).to(query.dtype), torch.randn(routes.n_rows)
     partial, into = (query, lse, row_out, row_lse), (torch.empty_like(query), torch.empty_like(lse))
-    rows.merge(*partial, routes, into)
+    rows.merge(*partial, routes, layout, into)
+    offset = torch.arange(layout.query_width)
+    here = ((offset >= layout.query_start[..., None]) & (offset < layout.query_stop[..., None])).flatten(1)
+    here = here[:, None].expand(query.shape[:3])  # other slots are not written
     for strided in (turned(query), query):
         got = on_device(torch.empty_like(strided)), on_device(torch.empty_like(lse))
-        kernels.merge(*map(on_device, (strided, *partial[1:])), on_gpu, got)
+        kernels.merge(*map(on_device, (strided, *partial[1:])), on_gpu, on_device(layout), got)
         for a, b in zip(got, into):
-            same(a, b, 2e-2)
+            same(a[on_device(here)], b[here], 2e-2)
     rows.sum_rows(query, row_out, routes, into[0])
     kernels.sum_rows(on_device(query), on_device(row_out), on_gpu, got[0])
     same(got[0], into[0], 2e-2)

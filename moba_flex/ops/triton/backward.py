@@ -8,7 +8,7 @@ queries chose. All sums have a fixed order, so two runs give the same bits.
 A block of more than `K` keys is several sub-blocks, with a program each; a query then gets a row from each of them.
 
 B rows of the batch, H query heads, G key heads, Q query blocks, C key blocks, P slots per block, K keys of a program, M queries of
-a turn, N query slots, R routed rows, S chosen blocks per query, D and Dv widths.
+a turn, N query slots (Q * P), R routed rows, S chosen blocks per query, D and Dv widths; Nq queries and Nk keys, tokens or slots.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _LENGTHS = ["N", "N_ROWS", "N_QUERIES", "N_WINDOWS", "WINDOW", "C", "Q"]  # a ne
 @triton.jit(do_not_specialize=_LENGTHS)
 def _backward_kernel(
     QUERY, KEY, VALUE, GRAD, ROW_QUERY, ROW_LSE, ROW_DELTA, FIRST, TILES, ROWS, BLOCK_OF_TILE,
-    OWN, QUERY_START, QUERY_STOP, BLOCK_KEYS, ROW_GRAD, TO_KEY, TO_VALUE, PART_KEY, PART_VALUE,
+    OWN, QUERY_START, QUERY_STOP, QUERY_TOKEN, KEY_TOKEN, BLOCK_KEYS, ROW_GRAD, TO_KEY, TO_VALUE, PART_KEY, PART_VALUE,
     query_b, query_h, query_n, key_b, key_g, key_n, value_b, value_g, value_n, grad_b, grad_h, grad_n,
     to_key_b, to_key_g, to_key_n, to_value_b, to_value_g, to_value_n,
     scale, softcap, G, C, Q, N, N_ROWS, N_QUERIES, N_WINDOWS, WINDOW,
@@ -54,19 +54,19 @@ def _backward_kernel(
     b, g = group // G, group % G
     d, dv, j = tl.arange(0, DP), tl.arange(0, DVP), sub * K + tl.arange(0, K)
     n_keys = tl.load(BLOCK_KEYS + b * C + c)
-    slot = (c * P + j).to(tl.int64)
-    k = KEY + b.to(tl.int64) * key_b + g.to(tl.int64) * key_g + slot * key_n
+    key = tl.load(KEY_TOKEN + b * C + c).to(tl.int64) + j
+    k = KEY + b.to(tl.int64) * key_b + g.to(tl.int64) * key_g + key * key_n
     k = tl.load(k[:, None] + d[None, :], mask=columns(j < n_keys, d, D, DP), other=0.0)
-    v = VALUE + b.to(tl.int64) * value_b + g.to(tl.int64) * value_g + slot * value_n
+    v = VALUE + b.to(tl.int64) * value_b + g.to(tl.int64) * value_g + key * value_n
     v = tl.load(v[:, None] + dv[None, :], mask=columns(j < n_keys, dv, DV, DVP), other=0.0)
     grad_k, grad_v = tl.zeros([K, DP], tl.float32), tl.zeros([K, DVP], tl.float32)
 
-    own_turns, query_block, query_start, query_stop = 0, c, 0, 0
+    own_turns, query_block, query_start, query_stop, first_token = 0, c, 0, 0, 0
     first_slot = sub * K // M * M  # queries before this sub-block see none of its keys
     turns_per_head: tl.constexpr = (P + M - 1) // M
     turns_left = turns_per_head - sub * K // M
     if CAUSAL:
-        query_block, there, query_start, query_stop = own_queries(OWN, QUERY_START, QUERY_STOP, b, c, Q)
+        query_block, there, query_start, query_stop, first_token = own_queries(OWN, QUERY_START, QUERY_STOP, QUERY_TOKEN, b, c, Q)
         own_turns = tl.where(there & (begin == 0), turns_left * REPEATS, 0)
     turns, first_row = own_turns, tl.full([], 0, tl.int64)
     if ROUTED:
@@ -84,7 +84,7 @@ def _backward_kernel(
     for turn in tl.range(0, turns, num_stages=STAGES):
         own, repeat, slot0, i = place_of_turn(turn, own_turns, turns_left, first_slot, begin, M, REPEATS)
         real = (m >= tl.where(own, query_start - slot0, 0)) & (m < tl.where(own, query_stop - slot0, stop - i))
-        n, r = tl.where(own, first_query + slot0 + m, routed // REPEATS).to(tl.int64), tl.where(own, repeat, routed % REPEATS)
+        n, r = tl.where(own, first_token + slot0 + m, routed // REPEATS).to(tl.int64), tl.where(own, repeat, routed % REPEATS)
         routed = rows_of_turn(turn + 1, own_turns, ROW_QUERY, first_row, begin, stop, M, ROUTED)
         at = r.to(tl.int64) * query_h + n * query_n
         q = tl.load(queries + at[:, None] + d[None, :], mask=columns(real, d, D, DP), other=0.0)
@@ -124,10 +124,10 @@ def _backward_kernel(
 
     grad_k *= scale
     if window < 0:
-        to = TO_KEY + b.to(tl.int64) * to_key_b + g.to(tl.int64) * to_key_g + slot * to_key_n
-        tl.store(to[:, None] + d[None, :], grad_k.to(k.dtype), mask=columns(j < P, d, D, DP))
-        to = TO_VALUE + b.to(tl.int64) * to_value_b + g.to(tl.int64) * to_value_g + slot * to_value_n
-        tl.store(to[:, None] + dv[None, :], grad_v.to(v.dtype), mask=columns(j < P, dv, DV, DVP))
+        to = TO_KEY + b.to(tl.int64) * to_key_b + g.to(tl.int64) * to_key_g + key * to_key_n
+        tl.store(to[:, None] + d[None, :], grad_k.to(k.dtype), mask=columns(j < n_keys, d, D, DP))
+        to = TO_VALUE + b.to(tl.int64) * to_value_b + g.to(tl.int64) * to_value_g + key * to_value_n
+        tl.store(to[:, None] + dv[None, :], grad_v.to(v.dtype), mask=columns(j < n_keys, dv, DV, DVP))
     else:
         at = tl.cast(window, tl.int64) * P + j
         tl.store(PART_KEY + at[:, None] * D + d[None, :], grad_k, mask=columns(j < P, d, D, DP))
@@ -135,19 +135,19 @@ def _backward_kernel(
 
 
 @triton.jit
-def _sum_windows(PART, TO, window, last, j, P: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr):
+def _sum_windows(PART, TO, window, last, j, n_keys, P: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr):
     d = tl.arange(0, DP)
     mask = columns(j < P, d, D, DP)
     total = tl.zeros([M, DP], tl.float32)
     for w in tl.range(window, last, num_stages=3):
         at = tl.cast(w, tl.int64) * P + j
         total += tl.load(PART + at[:, None] * D + d[None, :], mask=mask, other=0.0)
-    tl.store(TO[:, None] + d[None, :], total.to(TO.dtype.element_ty), mask=mask)
+    tl.store(TO[:, None] + d[None, :], total.to(TO.dtype.element_ty), mask=columns(j < n_keys, d, D, DP))
 
 
 @triton.jit(do_not_specialize=["WINDOW", "C"])
 def _sum_parts_kernel(
-    PART_KEY, PART_VALUE, FIRST, TILES, BLOCK_OF_TILE, TO_KEY, TO_VALUE,
+    PART_KEY, PART_VALUE, FIRST, TILES, BLOCK_OF_TILE, KEY_TOKEN, BLOCK_KEYS, TO_KEY, TO_VALUE,
     to_key_b, to_key_g, to_key_n, to_value_b, to_value_g, to_value_n, G, C, WINDOW,
     P: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, M: tl.constexpr,
 ):  # fmt: skip
@@ -158,21 +158,24 @@ def _sum_parts_kernel(
     end = first + tl.load(TILES + block)
     if (tl.cdiv(first, WINDOW) != window) | ((window + 1) * WINDOW >= end):
         return
-    group, slot, last = block // C, ((block % C) * P + j).to(tl.int64), tl.cdiv(end, WINDOW)
+    group, c, last = block // C, block % C, tl.cdiv(end, WINDOW)
     b, g = (group // G).to(tl.int64), (group % G).to(tl.int64)
-    _sum_windows(PART_KEY, TO_KEY + b * to_key_b + g * to_key_g + slot * to_key_n, window, last, j, P, D, DP, M)
-    _sum_windows(PART_VALUE, TO_VALUE + b * to_value_b + g * to_value_g + slot * to_value_n, window, last, j, P, DV, DVP, M)
+    key, n_keys = tl.load(KEY_TOKEN + b * C + c).to(tl.int64) + j, tl.load(BLOCK_KEYS + b * C + c)
+    _sum_windows(PART_KEY, TO_KEY + b * to_key_b + g * to_key_g + key * to_key_n, window, last, j, n_keys, P, D, DP, M)
+    _sum_windows(PART_VALUE, TO_VALUE + b * to_value_b + g * to_value_g + key * to_value_n, window, last, j, n_keys, P, DV, DVP, M)
 
 
-@triton.jit(do_not_specialize=["N", "N_ROWS", "N_QUERIES"])
+@triton.jit(do_not_specialize=["N", "N_ROWS", "N_QUERIES", "Q"])
 def _sum_rows_kernel(
-    ROW_GRAD, ROW_OF_PAIR, TO, to_b, to_h, to_n, H, N, N_ROWS, N_QUERIES,
+    ROW_GRAD, ROW_OF_PAIR, QUERY_START, QUERY_STOP, QUERY_TOKEN, TO, to_b, to_h, to_n, H, N, Q, N_ROWS, N_QUERIES,
     CAUSAL: tl.constexpr, S: tl.constexpr, UNROLLED: tl.constexpr, P: tl.constexpr, SUBS: tl.constexpr, K: tl.constexpr,
     D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr,
 ):  # fmt: skip
-    # One program: M queries of a head.
+    # One program: M queries of a query block of a head.
     head, i, d = tl.program_id(1).to(tl.int64), tl.program_id(0) * M + tl.arange(0, M), tl.arange(0, DP)
-    here, query = i < N, head * N + i
+    block = (head // H) * Q + tl.program_id(0) * M // P
+    here = (i % P >= tl.load(QUERY_START + block)) & (i % P < tl.load(QUERY_STOP + block))
+    query, token = head * N + i, (tl.load(QUERY_TOKEN + block) + i % P).to(tl.int64)
     rows = N_ROWS.to(tl.int64) + N_QUERIES
     total = tl.zeros([M, DP], tl.float32)
     for sub in tl.static_range(SUBS):
@@ -185,7 +188,7 @@ def _sum_rows_kernel(
                 row = tl.load(ROW_OF_PAIR + query * S + s + u, mask=here & (s + u < S), other=-1).to(tl.int64)
                 x = tl.load(part + row[:, None] * D + d[None, :], mask=columns(row >= 0, d, D, DP), other=0.0)
                 total += x.to(tl.float32)
-    at = (head // H) * to_b + (head % H) * to_h + i.to(tl.int64) * to_n
+    at = (head // H) * to_b + (head % H) * to_h + token * to_n
     tl.store(TO + at[:, None] + d[None, :], total.to(TO.dtype.element_ty), mask=columns(here, d, D, DP))
 
 
@@ -203,11 +206,12 @@ def one_pass_backward(
 ) -> None:
     """Writes the gradients of query, key and value through the own block and along `routes` to `into`.
 
-    `query [B, H, N, D]`, `key [B, G, C * P, D]`, `value [B, G, C * P, Dv]`, `grad [B, H, N, Dv]`: any strides, last dimension
-    contiguous, and so are those of `into`. `lse` (of all that a query reads) and `delta` (`out . grad`): float32 `[B, H, N]`,
-    contiguous. `routes` is None where no query is routed. Slots without a token are not read.
+    `query [B, H, Nq, D]`, `key [B, G, Nk, D]`, `value [B, G, Nk, Dv]`, `grad [B, H, Nq, Dv]`: any strides, last dimension
+    contiguous, and so are those of `into`. `lse` (of all that a query reads) and `delta` (`out . grad`): float32 `[B, H, Nq]`,
+    contiguous. `routes` is None where no query is routed. What lies between the tokens of `layout` is neither read nor written.
     """
-    (rows, heads, slots, width), groups, value_width = query.shape, key.shape[1], value.shape[-1]
+    (rows, heads, _, width), groups, value_width = query.shape, key.shape[1], value.shape[-1]
+    slots = layout.n_query_blocks * layout.width
     keys, queries, warps, stages, transposed = program(query.dtype, layout.width, width, value_width, *gpu_memory(query.device))
     subs, n_queries, device = cdiv(layout.width, keys), rows * heads * slots, query.device
     padded, value_padded = max(16, next_power_of_2(width)), max(16, next_power_of_2(value_width))
@@ -221,12 +225,12 @@ def one_pass_backward(
     of_rows = row_indices(routes, layout, query.shape, groups, lse, delta)
     row_grad = query.new_empty(subs, n_rows + n_queries, width)
     parts = [torch.empty(n_windows, layout.width, x.shape[-1], dtype=torch.float32, device=device) for x in (key, value)]
-    of_layout = layout.own, layout.query_start, layout.query_stop, layout.block_keys
+    of_queries, of_keys = (layout.query_start, layout.query_stop, layout.query_token), (layout.key_token, layout.block_keys)
     strides = [s for x in (query, key, value, grad) for s in x.stride()[:3]]
     into_strides = [s for x in into[1:] for s in x.stride()[:3]]
 
     _backward_kernel[((n_windows + rows * groups * layout.n_key_blocks) * subs,)](
-        query, key, value, grad, *of_rows, *lists, *of_layout, row_grad, *into[1:], *parts, *strides, *into_strides,
+        query, key, value, grad, *of_rows, *lists, layout.own, *of_queries, *of_keys, row_grad, *into[1:], *parts, *strides, *into_strides,
         settings.scale, settings.softcap or 0.0, groups, layout.n_key_blocks, layout.n_query_blocks, slots,
         n_rows, n_queries, n_windows, window,
         CAUSAL=settings.causal, CAPPED=settings.softcap is not None, ROUTED=routes is not None, PRECISION=dot_precision(query.dtype),
@@ -236,13 +240,13 @@ def one_pass_backward(
     if n_windows:
         at_once = min(16, layout.width)
         _sum_parts_kernel[(n_windows, cdiv(layout.width, at_once))](
-            *parts, *lists[:2], lists[3], *into[1:], *into_strides, groups, layout.n_key_blocks, window,
+            *parts, *lists[:2], lists[3], *of_keys, *into[1:], *into_strides, groups, layout.n_key_blocks, window,
             layout.width, width, padded, value_width, value_padded, at_once, num_warps=4,
         )  # fmt: skip
     pairs = nothing if routes is None else routes.row_of_pair
     count, at_once = 0 if routes is None else pairs.shape[-1], 16
     _sum_rows_kernel[(cdiv(slots, at_once), rows * heads)](
-        row_grad, pairs, into[0], *into[0].stride()[:3], heads, slots, n_rows, n_queries,
+        row_grad, pairs, *of_queries, into[0], *into[0].stride()[:3], heads, slots, layout.n_query_blocks, n_rows, n_queries,
         settings.causal, count, max(1, count if count <= 16 else 8), layout.width, subs, keys, width, padded, at_once, num_warps=4,
     )  # fmt: skip
 

@@ -51,13 +51,15 @@ def part_of_program(item, FIRST, TILES, ROWS, BLOCK_OF_TILE, N_WINDOWS, WINDOW, 
 
 
 @triton.jit
-def own_queries(OWN, QUERY_START, QUERY_STOP, b, c, Q):
-    """The query block whose own block is key block `c` of row `b`, and the slots of its real queries. No slots if there is none."""
+def own_queries(OWN, QUERY_START, QUERY_STOP, QUERY_TOKEN, b, c, Q):
+    """The query block whose own block is key block `c` of row `b`, the slots of its real queries and the query of the first slot. No
+    slots if there is none."""
     query_block = c - tl.load(OWN + b * Q)
     there = (query_block >= 0) & (query_block < Q)
     start = tl.load(QUERY_START + b * Q + query_block, mask=there, other=0)
     stop = tl.load(QUERY_STOP + b * Q + query_block, mask=there, other=0)
-    return query_block, there, start, stop
+    token = tl.load(QUERY_TOKEN + b * Q + query_block, mask=there, other=0)
+    return query_block, there, start, stop, token
 
 
 @triton.jit
@@ -91,28 +93,31 @@ def columns(real, d, D: tl.constexpr, DP: tl.constexpr):
         return real[:, None] & (d < D)[None, :]
 
 
-@triton.jit(do_not_specialize=["N", "N_QUERIES", "N_ROWS", "Q"])
+@triton.jit(do_not_specialize=["N", "N_TOKENS", "N_QUERIES", "N_ROWS", "Q"])
 def _row_indices_kernel(
-    LSE, DELTA, ROW_OF_PAIR, FIRST, TILES, ROWS, QUERY_START, QUERY_STOP, ROW_QUERY, ROW_LSE, ROW_DELTA, H, N, N_QUERIES, N_ROWS, Q,
-    S, REPEATS: tl.constexpr, TILE: tl.constexpr, P: tl.constexpr, BACKWARD: tl.constexpr, M: tl.constexpr,
+    LSE, DELTA, ROW_OF_PAIR, FIRST, TILES, ROWS, QUERY_START, QUERY_STOP, QUERY_TOKEN, ROW_QUERY, ROW_LSE, ROW_DELTA,
+    H, N, N_TOKENS, N_QUERIES, N_ROWS, Q, S,
+    REPEATS: tl.constexpr, TILE: tl.constexpr, P: tl.constexpr, BACKWARD: tl.constexpr, M: tl.constexpr,
 ):  # fmt: skip
     programs = tl.cdiv(N_QUERIES, M)
     if tl.program_id(0) < programs:  # M queries
         query = tl.program_id(0).to(tl.int64) * M + tl.arange(0, M)
         here, head, n = query < N_QUERIES, (query // N).to(tl.int32), (query % N).to(tl.int32)
+        block, slot = (head // H) * Q + n // P, n % P
+        token = tl.load(QUERY_TOKEN + block, mask=here, other=0) + slot
         lse, delta = 0.0, 0.0
         if BACKWARD:
-            block, slot = (head // H) * Q + n // P, n % P
             real = here & (slot >= tl.load(QUERY_START + block, mask=here, other=0))
             real &= slot < tl.load(QUERY_STOP + block, mask=here, other=0)
-            lse = tl.load(LSE + query, mask=real, other=float("inf")) * 1.4426950408889634
+            at = head.to(tl.int64) * N_TOKENS + token
+            lse = tl.load(LSE + at, mask=real, other=float("inf")) * 1.4426950408889634
             lse = tl.where(lse == float("-inf"), float("inf"), lse)  # reads nothing
-            delta = tl.load(DELTA + query, mask=real, other=0.0)
+            delta = tl.load(DELTA + at, mask=real, other=0.0)
             tl.store(ROW_LSE + N_ROWS + query, lse, mask=here)
             tl.store(ROW_DELTA + N_ROWS + query, delta, mask=here)
         for s in range(S):
             row = tl.load(ROW_OF_PAIR + query * S + s, mask=here, other=-1).to(tl.int64)
-            tl.store(ROW_QUERY + row, n * REPEATS + head % REPEATS, mask=row >= 0)
+            tl.store(ROW_QUERY + row, token * REPEATS + head % REPEATS, mask=row >= 0)
             if BACKWARD:
                 tl.store(ROW_LSE + row, lse, mask=row >= 0)
                 tl.store(ROW_DELTA + row, delta, mask=row >= 0)
@@ -130,11 +135,13 @@ def row_indices(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Of each routed row its query, `n * (H / G) + h % (H / G)`, int32 `[R]`; and of each row its query's `lse` and `delta`, if given.
 
-    These two are float32 `[R + B * H * N]`: own rows follow the routed ones. `lse` is in base 2, and infinite where a row is spare or
+    `shape` is that of the query, and `lse` and `delta` are `[B, H, N]`. Those of rows are float32 `[R + B * H * Q * P]`: one for each slot
+    follows the routed ones. `lse` is in base 2, and infinite where a row is spare or
     its query reads nothing, so that its weights are 0; `delta` is then 0. A block's program loads these numbers in order, so that it
     looks up only what is as wide as a head.
     """
-    rows, heads, slots = shape[:3]
+    rows, heads, n_tokens = shape[:3]
+    slots = layout.n_query_blocks * layout.width
     n_queries, n_rows, step, backward = rows * heads * slots, 0 if routes is None else routes.n_rows, 256, lse is not None
     row_query = layout.own if routes is None else routes.row_of_pair.new_empty(n_rows)
     row_lse, row_delta = (None, None) if lse is None else lse.new_empty(2, n_rows + n_queries).unbind()
@@ -143,7 +150,8 @@ def row_indices(
         lists = routes.row_of_pair, routes.first_tile, routes.tiles_of_block, routes.rows_of_block
         count, blocks, tile = routes.row_of_pair.shape[-1], routes.n_blocks if backward else 0, routes.tile
     _row_indices_kernel[(cdiv(n_queries, step) + blocks,)](
-        lse, delta, *lists, layout.query_start, layout.query_stop, row_query, row_lse, row_delta,
-        heads, slots, n_queries, n_rows, layout.n_query_blocks, count, heads // groups, tile, layout.width, backward, step, num_warps=4,
+        lse, delta, *lists, layout.query_start, layout.query_stop, layout.query_token, row_query, row_lse, row_delta,
+        heads, slots, n_tokens, n_queries, n_rows, layout.n_query_blocks, count,
+        heads // groups, tile, layout.width, backward, step, num_warps=4,
     )  # fmt: skip
     return row_query, row_lse, row_delta

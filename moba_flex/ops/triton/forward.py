@@ -4,7 +4,7 @@ The program of a block holds its keys and values and makes the partial output of
 A query reads a block whole, so that no running softmax is needed. `merge` then adds up the partial outputs of each query.
 
 B rows of the batch, H query heads, G key heads, Q query blocks, C key blocks, P slots per block, K keys of a program, M queries of
-a turn, N query slots, R routed rows, D and Dv widths.
+a turn, R routed rows, D and Dv widths; Nq queries and Nk keys, tokens or slots.
 """
 
 from __future__ import annotations
@@ -26,12 +26,13 @@ from .sizes import gpu_memory, next_power_of_2
 _LOG2E, _LN2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
 
 
-@triton.jit(do_not_specialize=["N", "N_WINDOWS", "WINDOW", "C", "Q"])
+@triton.jit(do_not_specialize=["N_TOKENS", "N_WINDOWS", "WINDOW", "C", "Q"])
 def _forward_kernel(
-    QUERY, KEY, VALUE, ROW_QUERY, FIRST, TILES, ROWS, BLOCK_OF_TILE, OWN, QUERY_START, QUERY_STOP, BLOCK_KEYS,
+    QUERY, KEY, VALUE, ROW_QUERY, FIRST, TILES, ROWS, BLOCK_OF_TILE, OWN, QUERY_START, QUERY_STOP, QUERY_TOKEN,
+    KEY_TOKEN, BLOCK_KEYS,
     OUT, LSE, ROW_OUT, ROW_LSE,
     query_b, query_h, query_n, key_b, key_g, key_n, value_b, value_g, value_n, out_b, out_h, out_n,
-    scale, softcap, G, C, Q, N, N_WINDOWS, WINDOW,
+    scale, softcap, G, C, Q, N_TOKENS, N_WINDOWS, WINDOW,
     CAUSAL: tl.constexpr, CAPPED: tl.constexpr, ROUTED: tl.constexpr, PRECISION: tl.constexpr, REPEATS: tl.constexpr,
     TILE: tl.constexpr, P: tl.constexpr, K: tl.constexpr, M: tl.constexpr, STAGES: tl.constexpr,
     D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
@@ -46,22 +47,21 @@ def _forward_kernel(
     b, g = group // G, group % G
     d, dv, j, m = tl.arange(0, DP), tl.arange(0, DVP), tl.arange(0, K), tl.arange(0, M)
     n_keys = tl.load(BLOCK_KEYS + b * C + c)
-    slot = (c * P + j).to(tl.int64)
-    k = KEY + b.to(tl.int64) * key_b + g.to(tl.int64) * key_g + slot * key_n
+    key = tl.load(KEY_TOKEN + b * C + c).to(tl.int64) + j
+    k = KEY + b.to(tl.int64) * key_b + g.to(tl.int64) * key_g + key * key_n
     k = tl.load(k[:, None] + d[None, :], mask=columns(j < n_keys, d, D, DP), other=0.0)
-    v = VALUE + b.to(tl.int64) * value_b + g.to(tl.int64) * value_g + slot * value_n
+    v = VALUE + b.to(tl.int64) * value_b + g.to(tl.int64) * value_g + key * value_n
     v = tl.load(v[:, None] + dv[None, :], mask=columns(j < n_keys, dv, DV, DVP), other=0.0)
 
-    own_turns, query_block, query_start, query_stop = 0, c, 0, 0
+    own_turns, query_start, query_stop, first_token = 0, 0, 0, 0
     turns_per_head: tl.constexpr = (P + M - 1) // M
     if CAUSAL:
-        query_block, there, query_start, query_stop = own_queries(OWN, QUERY_START, QUERY_STOP, b, c, Q)
+        _, there, query_start, query_stop, first_token = own_queries(OWN, QUERY_START, QUERY_STOP, QUERY_TOKEN, b, c, Q)
         own_turns = tl.where(there & (begin == 0), turns_per_head * REPEATS, 0)
     turns, first_row = own_turns, tl.full([], 0, tl.int64)
     if ROUTED:
         first_row = tl.load(FIRST + block).to(tl.int64) * TILE
         turns += tl.cdiv(stop - begin, M)
-    first_query = query_block * P
     heads = (b * G + g).to(tl.int64) * REPEATS
     queries = QUERY + b.to(tl.int64) * query_b + (g * REPEATS).to(tl.int64) * query_h
     outs = OUT + b.to(tl.int64) * out_b + (g * REPEATS).to(tl.int64) * out_h
@@ -71,7 +71,7 @@ def _forward_kernel(
     for turn in tl.range(0, turns, num_stages=STAGES):
         own, repeat, slot0, i = place_of_turn(turn, own_turns, turns_per_head, 0, begin, M, REPEATS)
         real = (m >= tl.where(own, query_start - slot0, 0)) & (m < tl.where(own, query_stop - slot0, stop - i))
-        n, r = tl.where(own, first_query + slot0 + m, routed // REPEATS).to(tl.int64), tl.where(own, repeat, routed % REPEATS)
+        n, r = tl.where(own, first_token + slot0 + m, routed // REPEATS).to(tl.int64), tl.where(own, repeat, routed % REPEATS)
         routed = rows_of_turn(turn + 1, own_turns, ROW_QUERY, first_row, begin, stop, M, ROUTED)
         at = r.to(tl.int64) * query_h + n * query_n
         q = tl.load(queries + at[:, None] + d[None, :], mask=columns(real, d, D, DP), other=0.0)
@@ -90,15 +90,14 @@ def _forward_kernel(
         total = tl.sum(weight, 1)
         out = tl.dot(weight.to(v.dtype), v, input_precision=PRECISION) * (1.0 / tl.where(total == 0, 1.0, total))[:, None]
 
-        written = m < tl.where(own, P - slot0, stop - i)
-        query = (heads + repeat) * N + first_query + slot0
-        to = outs + tl.cast(repeat, tl.int64) * out_h + (first_query + slot0).to(tl.int64) * out_n
+        query = (heads + repeat) * N_TOKENS + first_token + slot0
+        to = outs + tl.cast(repeat, tl.int64) * out_h + (first_token + slot0).to(tl.int64) * out_n
         to_lse, step = LSE + query, tl.cast(out_n, tl.int64)
         if ROUTED:
             to, to_lse = tl.where(own, to, ROW_OUT + (first_row + i) * DV), tl.where(own, to_lse, ROW_LSE + (first_row + i))
             step = tl.where(own, step, DV)
-        tl.store((to + m * step)[:, None] + dv[None, :], out.to(v.dtype), mask=columns(written, dv, DV, DVP))
-        tl.store(to_lse + m, (most + tl.log2(total)) * _LN2, mask=written)
+        tl.store((to + m * step)[:, None] + dv[None, :], out.to(v.dtype), mask=columns(real, dv, DV, DVP))
+        tl.store(to_lse + m, (most + tl.log2(total)) * _LN2, mask=real)
         late += 1  # noqa: SIM113
 
 
@@ -111,13 +110,13 @@ def one_pass_forward(
     settings: AttentionSettings,
     into: tuple[Tensor, Tensor],
 ) -> tuple[Tensor, Tensor] | None:
-    """Partial outputs: of own blocks `into` `[B, H, N, Dv]` and the log-sum-exp `[B, H, N]`, of routed rows returned, for `merge`.
+    """Partial outputs: of own blocks `into` `[B, H, Nq, Dv]` and the log-sum-exp `[B, H, Nq]`, of routed rows returned, for `merge`.
 
-    `query [B, H, N, D]`, `key [B, G, C * P, D]`, `value [B, G, C * P, Dv]`: any strides, last dimension contiguous, and so is the
+    `query [B, H, Nq, D]`, `key [B, G, Nk, D]`, `value [B, G, Nk, Dv]`: any strides, last dimension contiguous, and so is the
     output. Returns `[R, Dv]` and float32 `[R]`, or None where there are no `routes`. Nothing is written `into` unless attention is
-    causal. Slots without a token are not read.
+    causal. What lies between the tokens of `layout` is neither read nor written.
     """
-    (rows, heads, slots, width), groups, value_width = query.shape, key.shape[1], value.shape[-1]
+    (rows, heads, n_tokens, width), groups, value_width = query.shape, key.shape[1], value.shape[-1]
     keys, queries, warps, stages = program(query.dtype, layout.width, width, value_width, *gpu_memory(query.device))
     n_windows, window, tile, lists, row_out, row_lse = 0, 1, 1, (layout.own,) * 5, *into
     if routes is not None:
@@ -127,8 +126,9 @@ def one_pass_forward(
         row_out, row_lse = value.new_empty(routes.n_rows, value_width), into[1].new_empty(routes.n_rows)
     strides = [s for x in (query, key, value, into[0]) for s in x.stride()[:3]]
     _forward_kernel[(n_windows + rows * groups * layout.n_key_blocks,)](
-        query, key, value, *lists, layout.own, layout.query_start, layout.query_stop, layout.block_keys, *into, row_out, row_lse,
-        *strides, settings.scale, settings.softcap or 0.0, groups, layout.n_key_blocks, layout.n_query_blocks, slots, n_windows, window,
+        query, key, value, *lists, layout.own, layout.query_start, layout.query_stop, layout.query_token,
+        layout.key_token, layout.block_keys, *into, row_out, row_lse,
+        *strides, settings.scale, settings.softcap or 0.0, groups, layout.n_key_blocks, layout.n_query_blocks, n_tokens, n_windows, window,
         CAUSAL=settings.causal, CAPPED=settings.softcap is not None, ROUTED=routes is not None, PRECISION=dot_precision(query.dtype),
         REPEATS=heads // groups, TILE=tile, P=layout.width, K=keys, M=queries, STAGES=stages,
         D=width, DP=max(16, next_power_of_2(width)), DV=value_width, DVP=max(16, next_power_of_2(value_width)), num_warps=warps,

@@ -31,12 +31,12 @@ def _means_kernel(
     HIGH,
     LOW,
     COUNT,
+    TOKEN,
     stride_b,
     stride_g,
     stride_n,
     G,
     C,
-    P: tl.constexpr,
     D: tl.constexpr,
     DP: tl.constexpr,
     STEP: tl.constexpr,
@@ -46,7 +46,8 @@ def _means_kernel(
     b, g = bg // G, bg % G
     d, slot = tl.arange(0, DP), tl.arange(0, STEP)
     keys = tl.load(COUNT + b * C + c)
-    base = KEY + b.to(tl.int64) * stride_b + g.to(tl.int64) * stride_g + c.to(tl.int64) * P * stride_n
+    first = tl.load(TOKEN + b * C + c).to(tl.int64)
+    base = KEY + b.to(tl.int64) * stride_b + g.to(tl.int64) * stride_g + first * stride_n
     total = tl.zeros([STEP, DP], tl.float32)
     for start in range(0, keys, STEP):
         at = (start + slot).to(tl.int64)
@@ -61,7 +62,7 @@ def _means_kernel(
 
 
 def block_means(key: Tensor, layout: BlockLayout, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """`[B, G, C * P, D]` -> the mean of each block's real keys, `[B, G, C, D]`, as a high and a low half in the queries' `dtype`."""
+    """`[B, G, Nk, D]` -> the mean of each block's real keys, `[B, G, C, D]`, as a high and a low half in the queries' `dtype`."""
     rows, groups, _, width = key.shape
     high = key.new_empty(rows, groups, layout.n_key_blocks, width, dtype=dtype)
     low = None if dtype == torch.float32 else torch.empty_like(high)
@@ -71,10 +72,10 @@ def block_means(key: Tensor, layout: BlockLayout, dtype: torch.dtype) -> tuple[T
         high,
         low,
         layout.block_keys,
+        layout.key_token,
         *key.stride()[:3],
         groups,
         layout.n_key_blocks,
-        layout.width,
         width,
         padded,
         min(next_power_of_2(layout.block_size), 64, max(1, 16384 // padded)),  # more would not fit into registers
@@ -133,7 +134,7 @@ def _turn(q, HIGH, LOW, base, c, end, turn, bits: tl.constexpr, since, until, R:
 
 @triton.jit
 def _lanes_kernel(
-    QUERY, HIGH, LOW, OUT, REDO, FIRST, LAST, START, STOP, stride_b, stride_h, stride_n, H, G, C, N_BLOCKS,
+    QUERY, HIGH, LOW, OUT, REDO, FIRST, LAST, START, STOP, TOKEN, stride_b, stride_h, stride_n, H, G, C, N_BLOCKS,
     SINK: tl.constexpr, RECENT: tl.constexpr, FREE: tl.constexpr, P: tl.constexpr,
     M: tl.constexpr, R: tl.constexpr, T: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     BITS: tl.constexpr, TURNS: tl.constexpr, REDO_M: tl.constexpr,
@@ -151,8 +152,9 @@ def _lanes_kernel(
     first, last = tl.load(FIRST + meta, mask=exists, other=C), tl.load(LAST + meta, mask=exists, other=0)
     start, stop = tl.load(START + meta, mask=exists, other=0), tl.load(STOP + meta, mask=exists, other=0)
     real = (slot - block * P >= start) & (slot - block * P < stop)
+    token = tl.load(TOKEN + meta, mask=exists, other=0) + slot - block * P
     d, lane = tl.arange(0, DP), tl.arange(0, T)
-    queries = QUERY + b.to(tl.int64) * stride_b + h.to(tl.int64) * stride_h + slot.to(tl.int64) * stride_n
+    queries = QUERY + b.to(tl.int64) * stride_b + h.to(tl.int64) * stride_h + token.to(tl.int64) * stride_n
     q = tl.load(queries[:, None] + d[None, :], mask=real[:, None] & (d[None, :] < D), other=0.0)
 
     none: tl.constexpr = -3.4028234e38
@@ -233,7 +235,7 @@ def _lanes_kernel(
 
 @triton.jit
 def _search_kernel(
-    QUERY, HIGH, LOW, OUT, REDO, FIRST, LAST, START, STOP, stride_b, stride_h, stride_n, H, G, C, N_BLOCKS, TILES, M_OF_TILE,
+    QUERY, HIGH, LOW, OUT, REDO, FIRST, LAST, START, STOP, TOKEN, stride_b, stride_h, stride_n, H, G, C, N_BLOCKS, TILES, M_OF_TILE,
     SINK: tl.constexpr, RECENT: tl.constexpr, FREE: tl.constexpr, K: tl.constexpr, P: tl.constexpr,
     M: tl.constexpr, T: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
 ):  # fmt: skip
@@ -250,8 +252,9 @@ def _search_kernel(
     meta = b * N_BLOCKS + block
     first, last = tl.load(FIRST + meta), tl.load(LAST + meta)
     real = (in_block >= tl.load(START + meta)) & (in_block < tl.load(STOP + meta))
+    token = (tl.load(TOKEN + meta) + in_block).to(tl.int64)
     q = tl.load(
-        QUERY + b.to(tl.int64) * stride_b + h.to(tl.int64) * stride_h + slot.to(tl.int64)[:, None] * stride_n + d[None, :],
+        QUERY + b.to(tl.int64) * stride_b + h.to(tl.int64) * stride_h + token[:, None] * stride_n + d[None, :],
         mask=real[:, None] & (d[None, :] < D),
         other=0.0,
     )
@@ -315,8 +318,11 @@ def _program(dtype: torch.dtype, free: int, slots: int, width: int, room: int, i
 
 
 def choose(query: Tensor, key: Tensor, layout: BlockLayout, settings: AttentionSettings) -> Tensor:
-    """`[B, H, Q * P, D]`, `[B, G, C * P, D]` -> `[B, H, Q * P, S]` int32, the chosen blocks, -1 where there are fewer."""
-    rows, heads, slots, width = query.shape
+    """`[B, H, Nq, D]`, `[B, G, Nk, D]` -> `[B, H, Q * P, S]` int32, the chosen blocks, -1 where there are fewer.
+
+    Queries and keys are tokens or slots: `layout` says where they lie.
+    """
+    (rows, heads, _, width), slots = query.shape, layout.n_query_blocks * layout.query_width
     chosen = torch.empty(rows, heads, slots, settings.n_routed, dtype=torch.int32, device=query.device)
     if settings.n_routed == 0:
         return chosen
@@ -326,7 +332,7 @@ def choose(query: Tensor, key: Tensor, layout: BlockLayout, settings: AttentionS
     forced = {"SINK": settings.sink_blocks, "RECENT": settings.recent_blocks, "FREE": free}
     means = block_means(key, layout, query.dtype) if free else (query, None)  # nothing is chosen by a score then
     operands = query, *means, chosen
-    places = *candidates(layout, settings), layout.query_start, layout.query_stop, *query.stride()[:3], *shape
+    places = *candidates(layout, settings), layout.query_start, layout.query_stop, layout.query_token, *query.stride()[:3], *shape
 
     room, major = gpu_memory(query.device)
     in_registers = 0 if major >= 9 else 1  # stages of a loop whose means are in registers: Hopper multiplies out of shared memory

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...core.layout import BlockLayout
 from ..routing import Routes
 from .sizes import cdiv, next_power_of_2
 
@@ -107,21 +108,24 @@ def _unrolled(slots: int) -> int:
 
 @triton.jit
 def _merge_kernel(
-    OUT, LSE, ROW_OUT, ROW_LSE, PAIR, TO, TO_LSE, H, N, stride_b, stride_h, stride_n, to_stride_b, to_stride_h, to_stride_n,
-    S: tl.constexpr, UNROLLED: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr,
+    OUT, LSE, ROW_OUT, ROW_LSE, PAIR, QUERY_START, QUERY_STOP, QUERY_TOKEN, TO, TO_LSE, H, N, N_TOKENS, Q,
+    stride_b, stride_h, stride_n, to_stride_b, to_stride_h, to_stride_n,
+    S: tl.constexpr, UNROLLED: tl.constexpr, P: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr,
 ):  # fmt: skip
-    # One program: M queries of a head.
+    # One program: M queries of a query block of a head.
     head, i, d = tl.program_id(1).to(tl.int64), tl.program_id(0).to(tl.int64) * M + tl.arange(0, M), tl.arange(0, DP)
-    n, here, seen = head * N + i, i < N, d[None, :] < D
-    most = tl.load(LSE + n, mask=here, other=float("-inf"))
+    block = (head // H) * Q + tl.program_id(0) * M // P
+    here = (i % P >= tl.load(QUERY_START + block)) & (i % P < tl.load(QUERY_STOP + block))
+    n, token, seen = head * N + i, tl.load(QUERY_TOKEN + block) + i % P, d[None, :] < D
+    most = tl.load(LSE + head * N_TOKENS + token, mask=here, other=float("-inf"))
     for s in range(0, S, UNROLLED):
         for u in tl.static_range(UNROLLED):
             row = tl.load(PAIR + n * S + s + u, mask=here & (s + u < S), other=-1).to(tl.int64)
             most = tl.maximum(most, tl.load(ROW_LSE + row, mask=row >= 0, other=float("-inf")), propagate_nan=tl.PropagateNan.ALL)
     most = tl.where(most == float("-inf"), 0.0, most)
 
-    total = tl.exp(tl.load(LSE + n, mask=here, other=float("-inf")) - most)
-    at = _offset(head, i, H, stride_b, stride_h, stride_n)
+    total = tl.exp(tl.load(LSE + head * N_TOKENS + token, mask=here, other=float("-inf")) - most)
+    at = _offset(head, token, H, stride_b, stride_h, stride_n)
     acc = total[:, None] * tl.load(OUT + at[:, None] + d[None, :], mask=here[:, None] & seen, other=0.0).to(tl.float32)
     for s in range(0, S, UNROLLED):
         for u in tl.static_range(UNROLLED):
@@ -131,18 +135,26 @@ def _merge_kernel(
             total += weight
             acc += weight[:, None] * part.to(tl.float32)
     acc = acc / tl.where(total == 0, 1.0, total)[:, None]
-    at = _offset(head, i, H, to_stride_b, to_stride_h, to_stride_n)
+    at = _offset(head, token, H, to_stride_b, to_stride_h, to_stride_n)
     tl.store(TO + at[:, None] + d[None, :], acc.to(TO.dtype.element_ty), mask=here[:, None] & seen)
-    tl.store(TO_LSE + n, most + tl.log(total), mask=here)
+    tl.store(TO_LSE + head * N_TOKENS + token, most + tl.log(total), mask=here)
 
 
-def merge(out: Tensor, lse: Tensor, row_out: Tensor, row_lse: Tensor, routes: Routes, into: tuple[Tensor, Tensor]) -> None:
-    """The softmax-weighted sum of a query's partial outputs: see `moba_flex.ops.rows.merge`. Tensors may have any strides."""
-    (rows, heads, slots, width), count, tile = out.shape, routes.row_of_pair.shape[-1], 16
-    tensors, strides = (out, lse, row_out, row_lse, routes.row_of_pair, *into), (*out.stride()[:3], *into[0].stride()[:3])
+def merge(
+    out: Tensor, lse: Tensor, row_out: Tensor, row_lse: Tensor, routes: Routes, layout: BlockLayout, into: tuple[Tensor, Tensor]
+) -> None:
+    """The softmax-weighted sum of a query's partial outputs: see `moba_flex.ops.rows.merge`.
+
+    `out [B, H, Nq, Dv]` may have any strides, and so may that in `into`; the log-sum-exps are contiguous. Only queries of `layout` are
+    written.
+    """
+    (rows, heads, n_tokens, width), count, tile, slots = out.shape, routes.row_of_pair.shape[-1], 16, routes.row_of_pair.shape[2]
+    of_queries = layout.query_start, layout.query_stop, layout.query_token
     _merge_kernel[(cdiv(slots, tile), rows * heads)](
-        *tensors, heads, slots, *strides, count, _unrolled(count), width, next_power_of_2(width), tile, num_warps=4
-    )
+        out, lse, row_out, row_lse, routes.row_of_pair, *of_queries, *into, heads, slots, n_tokens, layout.n_query_blocks,
+        *out.stride()[:3], *into[0].stride()[:3],
+        count, _unrolled(count), layout.query_width, width, next_power_of_2(width), tile, num_warps=4,
+    )  # fmt: skip
 
 
 @triton.jit
