@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from support.gpu_compiler import GPUS, Gpu, compiling_for
+from support.pages import PagedCase
 
 from moba_flex.core.layout import slots_per_block
 from moba_flex.core.layout_builders import dense_layout
@@ -56,6 +57,8 @@ def launch(block_size: int, width: int, value_width: int, top_k: int, dtype: tor
             kernels.one_pass_backward(query, key, value, out, lse, lse, routes, layout, settings, (query, key, value))
     means = torch.zeros(1, groups, layout.n_key_blocks, width)
     kernels.decode(query[:, :, :1], key, value, means, None, None, settings)
+    pages = PagedCase(0, settings, (300, 9), groups, heads // groups, width, value_width, dtype, page=256, stride=256)
+    kernels.decode_pages(*pages.operands(), settings)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
