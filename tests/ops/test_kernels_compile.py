@@ -41,6 +41,8 @@ def launch(block_size: int, width: int, value_width: int, top_k: int, dtype: tor
 
     query, key, value, out = tensor(heads, width), tensor(groups, width), tensor(groups, value_width), tensor(heads, value_width)
     lse = torch.zeros(query.shape[:3])
+    for x, fill in ((query, 0), (lse, 0), (lse, -float("inf"))):
+        kernels.take(x, torch.zeros(1, 5, dtype=torch.int64), fill)
     chosen = kernels.choose(query, key, layout, settings)
     pairs = heads * layout.max_pairs(settings.n_routed, True)
     kernels.route(chosen, groups, layout.n_key_blocks, 128, pairs)

@@ -1,4 +1,4 @@
-"""Triton kernels: the gate, routing, rows, decoding; and attention forward and backward, each in one pass.
+"""Triton kernels: slots, the gate, routing, rows, decoding; and attention forward and backward, each in one pass.
 
 Those of a file that `moba_flex.ops` has too are held against it by tests; `forward.py` and `backward.py` against the specification.
 Importing this needs Triton, which comes with PyTorch for CUDA.
@@ -10,6 +10,7 @@ from .forward import one_pass_forward
 from .gate import choose
 from .routing import route
 from .rows import delta, dispatch, dispatch_backward, merge, sum_rows
+from .slots import take
 
 __all__ = [
     "choose",
@@ -23,4 +24,5 @@ __all__ = [
     "one_pass_forward",
     "route",
     "sum_rows",
+    "take",
 ]
