@@ -1,6 +1,7 @@
 """The operator for decoding: a few new tokens read the means of all blocks, and then only the blocks that they choose.
 
-`ops/decoding.py` says how it works, and what block means are.
+`ops/decoding.py` says how it works, and what block means are. Keys that a server keeps in pages have no operator, as its batches are
+neither differentiated nor compiled.
 
 B rows, H query heads, G key heads, N tokens the cache has room for, n new tokens, C blocks, D and Dv widths.
 """
@@ -19,7 +20,9 @@ from .core.dtypes import wide
 from .core.settings import AttentionSettings
 from .core.validation import CUDA_IMPLEMENTATIONS
 from .ops import kernels
+from .ops import pages as plain
 from .ops.decoding import decode_plain
+from .ops.pages import Pages
 
 
 def decode(
@@ -81,3 +84,22 @@ def _launched_by_rows(
     starts = (None if start is None else start[rows] for rows in some)
     out, lse = zip(*(kernels.decode(*of_rows, length, first, settings) for of_rows, first in zip(tensors, starts)))
     return torch.cat(out), torch.cat(lse)
+
+
+def decode_pages(query: Tensor, pages: Pages, settings: AttentionSettings) -> tuple[Tensor, Tensor]:
+    """`decode` of keys in pages, whose means are written already. The Triton kernels give no gradients.
+
+    Args:
+        query: `[B, H, n, D]`, the last n tokens of each row.
+        pages: the keys, values and means of all rows.
+        settings: "flex" stands for Triton kernels, "eager" for plain PyTorch; they mean the same.
+
+    Returns:
+        `[B, H, n, Dv]` in the query's dtype and the log-sum-exp `[B, H, n]`.
+    """
+    with without_autocast(query), torch.cuda.device_of(query):
+        if settings.implementation not in CUDA_IMPLEMENTATIONS:
+            return plain.decode_pages(query, pages, settings)
+        some = launches(query.shape[0], query.shape[1] * query.shape[2])
+        out, lse = zip(*(kernels.decode_pages(query[rows], pages.rows(rows), settings) for rows in some))
+        return (out[0], lse[0]) if len(some) == 1 else (torch.cat(out), torch.cat(lse))

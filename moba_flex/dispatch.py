@@ -18,8 +18,8 @@ from .core.dtypes import wide
 from .core.layout import one_block, slots_per_block
 from .core.settings import AttentionSettings
 from .core.validation import check_not_onnx, check_not_transformed
-from .decoding import decode
-from .ops.decoding import Stored, decode_blocks
+from .decoding import decode, decode_pages
+from .ops.pages import Pages
 from .reference import reference_attention
 
 _LEAST_WIDTH = {"flex": 16, "triton": 16, "eager": 1}  # of a GPU's tiles; values without a width have a log-sum-exp all the same
@@ -80,12 +80,10 @@ def attend_decoding(
     return out if sinks is None else with_sinks(out, lse, sinks)[0]
 
 
-def attend_decoding_stored(
-    query: Tensor, stored: Stored, means: Tensor, token: Tensor, settings: AttentionSettings, *, sinks: Tensor | None = None
-) -> Tensor:
-    """`attend_decoding` of keys that lie anywhere, see `moba_flex.ops.decoding.decode_blocks`: `[B, H, n, Dv]`."""
-    settings = with_bounded_top_k(settings, means.shape[2] + 1)
-    out, lse = decode_blocks(query, stored, means, token, torch.zeros_like(token[:, :1]), settings)
+def attend_decoding_pages(query: Tensor, pages: Pages, settings: AttentionSettings, *, sinks: Tensor | None = None) -> Tensor:
+    """`attend_decoding` of keys in pages, see `moba_flex.decoding.decode_pages`: `[B, H, n, Dv]`."""
+    settings = with_bounded_top_k(settings, pages.n_blocks(settings.block_size) + 1)
+    out, lse = decode_pages(query, pages, settings)
     return out if sinks is None else with_sinks(out, lse, sinks)[0]
 
 

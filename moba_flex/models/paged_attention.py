@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from ..core.autocast import without_autocast
-from ..dispatch import attend, attend_decoding_stored
-from ..ops.decoding import Stored, Take
+from ..dispatch import attend, attend_decoding_pages
 from .decision import LayerCall, check_supported
 from .layer_operation import autocast, call_original, operation_of
 from .layers import original_implementation
@@ -129,20 +128,6 @@ def _decoding(call: LayerCall, keys: PagedKeys, part: Part) -> Tensor:
     (query,) = autocast(call.query[0].transpose(0, 1)[:, :, None])  # [R, H, 1, D]
     operation = operation_of(call, query, query, query, True)
     assert keys.means is not None
-    means = keys.means.of(keys, part.rows, max(1, max(part.n_key) // operation.settings.block_size))
-    width = keys.key.shape[-1] + keys.value.shape[-1]
-    stored = Stored(_taker(keys.key, keys, part), _taker(keys.value, keys, part), max(part.n_key), width)
     with without_autocast(query):
-        out = attend_decoding_stored(query, stored, means, part.last()[:, None], operation.settings, sinks=operation.sinks)
+        out = attend_decoding_pages(query, keys.means.pages_of(keys, part), operation.settings, sinks=operation.sinks)
     return out[:, :, 0][None]
-
-
-def _taker(x: Tensor, keys: PagedKeys, part: Part) -> Take:
-    """Copies tokens of requests out of the pages `x [slots, G, D]`."""
-    rows, flat = part.row_index(), x.flatten(0, 1)
-
-    def take(row: Tensor, group: Tensor, at: Tensor) -> Tensor:
-        slot = keys.batch.slots(rows[row], at)
-        return flat.index_select(0, (slot * x.shape[1] + group).flatten()).view(*at.shape, -1)
-
-    return take

@@ -69,9 +69,13 @@ class Part:
 
         return self._once("slots", make)
 
-    def last(self) -> Tensor:
-        """`[R]`: the position of each request's last token."""
-        return self._once("last", lambda: torch.tensor(self.n_key) - 1)
+    def lengths(self) -> Tensor:
+        """`[R]` int64: the keys of each request."""
+        return self._once("lengths", lambda: torch.tensor(self.n_key))
+
+    def pages(self) -> Tensor:
+        """`[R, pages of the longest]` int64: the pages of each request; behind its last one any that there are."""
+        return self._once("pages", lambda: self._batch.pages()[self.row_index()])
 
     def row_index(self) -> Tensor:
         """`[R]`: which of the pass's requests these are."""
@@ -116,7 +120,8 @@ class PagedBatch:
     def __init__(self, requests: list[Request], runs: list[int], page_size: int, stride: int, device: torch.device) -> None:
         self.requests, self.device = requests, device
         self.n_tokens = sum(request.new for request in requests)
-        self._runs, self._page_size, self._stride = runs, page_size, stride
+        self.stride = stride  # slots from one page to the next
+        self._runs, self._page_size = runs, page_size
         firsts = _bounds([request.new for request in requests])
         every = [Slice(i, firsts[i], request.new, request.past + request.new) for i, request in enumerate(requests)]
         self.whole = Part(every, self)
@@ -152,27 +157,17 @@ class PagedBatch:
 
     def slots(self, rows: Tensor, token: Tensor) -> Tensor:
         """Where the keys of tokens of requests lie."""
-        return self.pages()[rows, token // self._page_size] * self._stride + token % self._page_size
+        return self.pages()[rows, token // self._page_size] * self.stride + token % self._page_size
 
     def runs(self, length: int) -> tuple[Tensor, Tensor]:
         """`[runs]` and `[runs, length]`: the runs of tokens whose means are to be computed, and where their keys lie."""
 
         def make() -> tuple[Tensor, Tensor]:
             runs, per_page = torch.tensor(self._runs, dtype=torch.int64), self._page_size // length
-            first = runs // per_page * self._stride + runs % per_page * length
+            first = runs // per_page * self.stride + runs % per_page * length
             return runs.to(self.device), (first[:, None] + torch.arange(length)).to(self.device)
 
         return self._once("runs", make)
-
-    def runs_of(self, rows: list[int], n_runs: int, length: int) -> Tensor:
-        """`[R, n_runs]`: the first runs of tokens of requests; behind a request's last page any others."""
-
-        def make() -> Tensor:
-            per_page, run = self._page_size // length, torch.arange(n_runs, device=self.device)
-            pages = self.pages()[torch.tensor(rows, device=self.device)]
-            return pages[:, (run // per_page).clamp(max=pages.shape[1] - 1)] * per_page + run % per_page
-
-        return self._once(("runs", tuple(rows), n_runs), make)
 
     def _once(self, name: object, make: Callable[[], T]) -> T:
         if name not in self._made:

@@ -26,7 +26,8 @@ from torch import Tensor
 from ..config import MobaConfig
 from ..ops.decoding import mean_dtype
 from ..ops.gate import means_of
-from .paged_batch import PagedBatch, Request
+from ..ops.pages import Pages
+from .paged_batch import PagedBatch, Part, Request
 from .upstream import PagedAttentionCache, RequestState, pages_of_full_attention, pages_of_layer, prompt_length, window_of
 
 PAGED = "moba_paged"  # the keyword argument in which a layer's keys reach the attention function
@@ -54,7 +55,7 @@ class PageMeans:
     """
 
     def __init__(self, block_size: int, page_size: int, n_pages: int) -> None:
-        self.block_size, self.run = block_size, gcd(block_size, page_size)
+        self.run = gcd(block_size, page_size)
         self._page_size, self._n_runs = page_size, n_pages * (page_size // self.run)
         self._known: dict[int, int] = {}  # of each page, how many of its tokens the means know
         self._means: dict[int, Tensor] = {}  # of each layer, [runs, G, D]
@@ -90,12 +91,10 @@ class PageMeans:
             of_runs = keys.key[slots].transpose(1, 2)  # [runs, G, run, D]
             self._means[keys.layer_idx].index_copy_(0, runs, means_of(of_runs, self.run))
 
-    def of(self, keys: PagedKeys, rows: list[int], n_blocks: int) -> Tensor:
-        """`[R, G, C, D]`: the means of requests; what stands behind a request's last complete block is undefined."""
-        per_block, means = self.block_size // self.run, self._means[keys.layer_idx]
-        runs = keys.batch.runs_of(rows, n_blocks * per_block, self.run)
-        found = means[runs.flatten()].view(len(rows), n_blocks, per_block, *means.shape[1:]).movedim(3, 1)  # [R, G, C, runs, D]
-        return found[:, :, :, 0] if per_block == 1 else means_of(found, per_block)
+    def pages_of(self, keys: PagedKeys, part: Part) -> Pages:
+        """The keys, values and means of a part's requests, up to the last of its tokens."""
+        means, place = self._means[keys.layer_idx], (self._page_size, keys.batch.stride, self.run)
+        return Pages(keys.key, keys.value, means, part.pages(), part.lengths(), max(part.n_key), *place)
 
 
 class MobaPagedCache(PagedAttentionCache):

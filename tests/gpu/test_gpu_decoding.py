@@ -6,10 +6,12 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
+from support.pages import PagedCase
 
 from moba_flex import moba_attention
 from moba_flex.core.settings import AttentionSettings
-from moba_flex.decoding import decode
+from moba_flex.decoding import decode, decode_pages
+from moba_flex.ops import pages as plain
 from moba_flex.ops.decoding import decode_plain, means_for, write_means
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU: Triton kernels")]
@@ -176,6 +178,83 @@ def test_token_by_token_over_a_static_cache():
         tokens = torch.tensor(i + 1, device="cuda")
         out, _ = decode(query[:, :, i : i + 1], key, value, means, tokens, case.start, case.settings)
         torch.testing.assert_close(out, wanted[:, :, i : i + 1], rtol=1e-4, atol=1e-4, msg=lambda m, i=i: f"token {i}: {m}")
+
+
+def paged(block_size: int = 128, top_k: int = 8, dtype: torch.dtype = torch.bfloat16, width: int = 128, **more) -> PagedCase:
+    """Four rows of up to 3,000 tokens, in pages of 256."""
+    more = {"lengths": (3000, 1, 700, 2048), "groups": 2, "repeats": 4, "value_width": width, "page": 256, "stride": 256, **more}
+    chosen = {name: more.pop(name) for name in ("sink_blocks", "recent_blocks", "share_selection", "softcap") if name in more}
+    settings = AttentionSettings(block_size, top_k, scale=width**-0.5, implementation="flex", **chosen)
+    return PagedCase(0, settings, width=width, dtype=dtype, device="cuda", **more)
+
+
+PAGED = {
+    "plain": paged(),
+    "shared, several tokens": paged(new=5, share_selection=True),
+    "sink and recent blocks, soft-capped, width 64": paged(64, 6, width=64, sink_blocks=1, recent_blocks=2, softcap=2.0),
+    "a block of many pages, float32": paged(512, 3, torch.float32, page=64, stride=64),
+    "blocks across pages, which lie among those of other layers": paged(96, 4, page=64, stride=100, interleaved=True),
+    "many blocks": paged(16, 70, torch.float16),
+    "many rows": paged(lengths=tuple(range(100, 3000, 40))),
+    "width 24, values 40": paged(width=24, value_width=40),
+    "width 256": paged(width=256),
+}
+
+
+@pytest.mark.parametrize("name", PAGED)
+def test_decoding_from_pages_equals_plain_pytorch(name):
+    case = PAGED[name]
+    exact = plain.decode_pages(*case.operands(torch.float64), case.settings)
+    query, pages = case.operands()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        out, lse = decode_pages(query, pages, case.settings)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    empty = exact[1] == -torch.inf
+    assert out.dtype == case.dtype and torch.equal(lse == -torch.inf, empty) and (out[empty] == 0).all()
+    assert distance(out, exact[0]) < TOLERANCE[case.dtype], case
+    assert distance(lse.masked_fill(empty, 0), exact[1].masked_fill(empty, 0)) < 1e-3, case
+    assert torch.equal(decode_pages(query, pages, case.settings)[0], out), "two runs differ"
+
+
+def test_pages_beyond_32_bits():
+    """Behind 2**24 slots of 128 numbers each."""
+    case = paged(lengths=(2000,), groups=1)
+    query, pages = case.operands()
+    means, before = pages.means, (1 << 24) // case.page
+    runs = before * case.page // pages.run
+
+    def behind(x: torch.Tensor, n: int) -> torch.Tensor:
+        return torch.cat([x.new_full((1, 1, 1), torch.nan).expand(n, 1, 128), x])
+
+    key, value = (behind(x, before * case.page) for x in (pages.key, pages.value))
+    far = replace(pages, key=key, value=value, means=behind(means, runs), table=pages.table + before)
+    for x, y in zip(decode_pages(query, far, case.settings), decode_pages(query, pages, case.settings)):
+        assert torch.equal(x, y) and not x.isnan().any()
+
+
+@pytest.mark.parametrize("decode_by", ["sparse", "full"])
+def test_continuous_batching_gives_the_tokens_of_generate(decode_by):
+    from transformers import ContinuousBatchingConfig, GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+    from moba_flex import patch
+    from moba_flex.models import upstream
+
+    if not upstream.BATCHES_CONTINUOUSLY:
+        pytest.skip("this version of transformers hands MoBA too little")
+    sizes = {"hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=64, **sizes, initializer_range=0.3, pad_token_id=0, eos_token_id=None)).eval().cuda()
+    patch(model, block_size=16, top_k=3, decode=decode_by)
+    prompts = [torch.randint(2, 64, (length,)).tolist() for length in (150, 7, 90)]
+    greedy = GenerationConfig(max_new_tokens=20, do_sample=False, eos_token_id=-1)
+    batching = ContinuousBatchingConfig(page_size=32, num_blocks=32, max_batch_tokens=64)
+    out = model.generate_batch(prompts, generation_config=greedy, continuous_batching_config=batching)
+    call = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    for request, prompt in zip(out.values(), prompts):
+        assert request.error is None, request.error
+        assert request.generated_tokens == model.generate(torch.tensor([prompt]).cuda(), **call)[0, len(prompt) :].tolist()
 
 
 @pytest.mark.parametrize("cache", [None, "static", "offloaded", "offloaded_static"])

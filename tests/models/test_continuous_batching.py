@@ -15,6 +15,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from moba_flex import full_attention, patch, set_attention, unpatch
 from moba_flex.models import paged_cache, upstream
+from moba_flex.ops.pages import Pages
 
 pytestmark = pytest.mark.skipif(not upstream.BATCHES_CONTINUOUSLY, reason="this version of transformers hands MoBA too little")
 SETTINGS = {"block_size": 16, "top_k": 2}
@@ -158,25 +159,20 @@ def test_several_answers_to_a_prompt_are_those_of_the_prompt_alone(decode, shari
 @pytest.mark.parametrize("seed", range(3))
 def test_no_mean_is_ever_out_of_date(seed, decode, monkeypatch):
     """Requests come and go in any order, with common beginnings, and memory is short: their tokens, and all means that are read."""
-    of, n_read = paged_cache.PageMeans.of, 0
+    block_means, n_read = Pages.block_means, 0
 
-    def checked(self, keys, rows, n_blocks):
+    def checked(self, block_size):
         nonlocal n_read
-        means = of(self, keys, rows, n_blocks)
-        for mean, row in zip(means, rows):
-            request = keys.batch.requests[row]
-            n = (request.past + request.new) // self.block_size
-            true = (
-                keys.key[keys.batch.slots(torch.tensor(row), torch.arange(n * self.block_size))]
-                .unflatten(0, (n, self.block_size))
-                .mean(1)
-                .transpose(0, 1)
-            )
+        means = block_means(self, block_size)
+        for row, (mean, length) in enumerate(zip(means, self.length.tolist())):
+            n = length // block_size
+            keys = self.key[self.slots(torch.tensor(row), torch.arange(n * block_size))]
+            true = keys.unflatten(0, (n, block_size)).mean(1).transpose(0, 1)
             torch.testing.assert_close(mean[:, :n], true, rtol=1e-5, atol=1e-5)
             n_read += n
         return means
 
-    monkeypatch.setattr(paged_cache.PageMeans, "of", checked)
+    monkeypatch.setattr(Pages, "block_means", checked)
     draw, model = random.Random(seed), small(decode, block_size=32, top_k=2)
     serving = Serving(model, new=24, num_blocks=20, cpu_offload_space=draw.choice([0.0, 0.01]), allow_block_sharing=seed != 2)
     beginnings, wanted, open_ = prompts(40, 96), {}, []

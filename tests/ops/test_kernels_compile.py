@@ -9,7 +9,7 @@ from support.gpu_compiler import GPUS, Gpu, compiling_for
 from moba_flex.core.layout import slots_per_block
 from moba_flex.core.layout_builders import dense_layout
 from moba_flex.core.settings import AttentionSettings
-from moba_flex.core.take import take_in_one_pass
+from moba_flex.core.take import take_by_kernel
 from moba_flex.ops import plain
 
 pytest.importorskip("triton", reason="needs Triton, which the extra `kernels` brings: pip install '.[kernels]'")
@@ -41,8 +41,8 @@ def launch(block_size: int, width: int, value_width: int, top_k: int, dtype: tor
 
     query, key, value, out = tensor(heads, width), tensor(groups, width), tensor(groups, value_width), tensor(heads, value_width)
     lse = torch.zeros(query.shape[:3])
-    take_in_one_pass(query, torch.arange(n_tokens)[None])
-    take_in_one_pass(torch.zeros(query.shape[:3]), torch.arange(n_tokens)[None], fill=-torch.inf)
+    take_by_kernel(query, torch.arange(n_tokens)[None])
+    take_by_kernel(torch.zeros(query.shape[:3]), torch.arange(n_tokens)[None], fill=-torch.inf)
     chosen = kernels.choose(query, key, layout, settings)
     pairs = heads * layout.max_pairs(settings.n_routed, True)
     kernels.route(chosen, groups, layout.n_key_blocks, 128, pairs)

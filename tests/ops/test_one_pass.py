@@ -25,7 +25,6 @@ from moba_flex.backends import triton as triton_backend
 from moba_flex.core.layout import BlockLayout, slots_per_block
 from moba_flex.core.layout_builders import dense_layout, packed_layout, padded_layout
 from moba_flex.core.settings import AttentionSettings
-from moba_flex.core.take import take, take_in_one_pass
 from moba_flex.ops import gate, routing
 from moba_flex.ops import triton as kernels
 from moba_flex.ops.routing import Routes
@@ -217,19 +216,6 @@ def test_the_output_is_that_of_the_specification(seed: int, monkeypatch):
     found, found_lse = in_tokens(case, layout, out, False).double(), in_tokens(case, layout, lse, False, -torch.inf).double()
     torch.testing.assert_close(found, wanted, rtol=0, atol=bound * max(1.0, float(wanted.abs().max())), msg=lambda m: f"{m} in {case}")
     torch.testing.assert_close(found_lse, wanted_lse.double(), rtol=bound, atol=bound, msg=lambda m: f"log-sum-exp: {m} in {case}")
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.int32])
-@pytest.mark.parametrize("shape", [(2, 3, 7), (2, 3, 7, 5), (1, 2, 40, 24)], ids=str)
-@pytest.mark.parametrize("strided", [False, True])
-def test_tokens_are_taken_in_one_pass_as_pytorch_takes_them(shape: tuple[int, ...], dtype: torch.dtype, strided: bool):
-    torch.manual_seed(0)
-    x = (100 * torch.randn(shape)).to(dtype)
-    if strided:
-        x = x.transpose(1, 2).contiguous().transpose(1, 2)
-    index = torch.randint(-1, shape[2], (shape[0], 50))
-    for fill in (0, -1) if dtype == torch.int32 else (0.0, -torch.inf):
-        assert torch.equal(take_in_one_pass(x, index, fill), take(x, index, fill))
 
 
 @pytest.mark.parametrize("seed", range(2000, 2010))

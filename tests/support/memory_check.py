@@ -17,6 +17,7 @@ import os
 from dataclasses import fields, replace
 
 import torch
+from pages import PagedCase
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -27,6 +28,7 @@ from moba_flex.core.settings import AttentionSettings
 from moba_flex.ops import gate, routing, rows
 from moba_flex.ops import triton as kernels
 from moba_flex.ops.decoding import decode_plain, means_for, write_means
+from moba_flex.ops.pages import decode_pages
 from moba_flex.ops.routing import Routes
 
 CPU = torch.device("cpu")
@@ -159,6 +161,11 @@ def check_decoding(heads, groups, new, tokens, room, width, value_width, block_s
     same(out, wanted, 2e-2)
     same(lse, wanted_lse, 2e-2)
     same(got[3], means, 1e-4)
+
+    case = PagedCase(0, settings, (tokens, 1), groups, heads // groups, width, value_width, dtype, page=48, stride=50, new=new)
+    query, pages = case.operands()
+    for x, y in zip(kernels.decode_pages(on_device(query), on_device(pages), settings), decode_pages(query, pages, settings)):
+        same(x, y, 2e-2)
 
 
 if __name__ == "__main__":

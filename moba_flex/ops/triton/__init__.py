@@ -5,7 +5,7 @@ Importing this needs Triton, which comes with PyTorch for CUDA.
 """
 
 from .backward import one_pass_backward
-from .decoding import decode
+from .decoding import decode, decode_pages
 from .forward import one_pass_forward
 from .gate import choose
 from .routing import route
@@ -14,6 +14,7 @@ from .rows import delta, dispatch, dispatch_backward, merge, sum_rows
 __all__ = [
     "choose",
     "decode",
+    "decode_pages",
     "delta",
     "dispatch",
     "dispatch_backward",

@@ -3,8 +3,10 @@
 All of it is spread over blocks, because the few new tokens alone would leave a GPU idle. Nothing depends on the number of tokens but
 numbers that the kernels read themselves, so a CUDA graph of a call serves all tokens to come.
 
+Keys lie in a cache, row by row, or in pages: all that differs is where a token is (`_slot`), and where the mean of a block (`_means`).
+
 B rows, H query heads, G key heads, R = H / G, F heads a group that choose for themselves (R, or 1 if they share a selection), n new
-tokens, C blocks, P tokens per block, D and Dv widths.
+tokens, C blocks, P tokens per block, W pages of a row, D and Dv widths.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...core.settings import AttentionSettings
+from ..pages import Pages
 from .sizes import cdiv, gpu_memory, next_power_of_2
 
 _NONE = tl.constexpr(-(1 << 63))  # below every score
@@ -24,11 +27,41 @@ _SHARED_BYTES = 150_000  # of keys and values on their way, at most
 
 
 @triton.jit
-def _place(LENGTH, START, N, b):
+def _place(LENGTH, START, N, b, length_b):
     """How many tokens there are with the new ones, and the row's first real one."""
-    length = tl.full([], N, tl.int64) if LENGTH is None else tl.load(LENGTH)
+    length = tl.full([], N, tl.int64) if LENGTH is None else tl.load(LENGTH + b * length_b)
     start = tl.full([], 0, tl.int64) if START is None else tl.load(START + b)
     return length, start
+
+
+@triton.jit
+def _slot(TABLE, b, W, token, there, page_stride, PAGE: tl.constexpr):
+    """The slots of tokens of a row, which are `there`: its pages say where. In a cache of rows a token's slot is its number."""
+    if TABLE is None:
+        return token
+    else:
+        return tl.load(TABLE + b * W + token // PAGE, mask=there, other=0) * page_stride + token % PAGE
+
+
+@triton.jit
+def _means(
+    MEANS, TABLE, bg, b, g, G, C, W, block, length,
+    P: tl.constexpr, PAGE: tl.constexpr, RUN: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+):  # fmt: skip
+    """The means of `block [T]` as columns; of blocks that are not complete any numbers. By page there are those of runs of tokens."""
+    d = tl.arange(0, DP)
+    if TABLE is None:
+        mask = (block < C)[None, :] & (d < D)[:, None]
+        return tl.load(MEANS + bg.to(tl.int64) * C * D + block[None, :].to(tl.int64) * D + d[:, None], mask=mask, other=0.0)
+    else:
+        there = block.to(tl.int64) * P + P <= length
+        mask = there[None, :] & (d < D)[:, None]
+        total = tl.zeros([DP, block.shape[0]], tl.float32)
+        for i in range(P // RUN):
+            token = block.to(tl.int64) * P + i * RUN
+            run = _slot(TABLE, b, W, token, there, PAGE, PAGE) // RUN
+            total += tl.load(MEANS + (run * G + g)[None, :] * D + d[:, None], mask=mask, other=0.0)
+        return total / (P // RUN)
 
 
 @triton.jit
@@ -40,30 +73,31 @@ def _rank(score, block):
     return (ordered.to(tl.int64) << 32) | (0x7FFFFFFF - block).to(tl.int64)
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit(do_not_specialize=["N", "C", "W"])
 def _choose_kernel(
-    QUERY, KEY, MEANS, BEST, LENGTH, START, query_b, query_h, query_n, key_b, key_g, key_n, N, G, C,
-    NEW: tl.constexpr, R: tl.constexpr, F: tl.constexpr, P: tl.constexpr, SINK: tl.constexpr, RECENT: tl.constexpr,
-    KEEP: tl.constexpr, T: tl.constexpr, S: tl.constexpr, M: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    QUERY, KEY, MEANS, BEST, LENGTH, START, TABLE, query_b, query_h, query_n, key_b, key_g, key_n, N, G, length_b, W, C,
+    NEW: tl.constexpr, R: tl.constexpr, F: tl.constexpr, P: tl.constexpr, SINK: tl.constexpr, RECENT: tl.constexpr, PAGE: tl.constexpr,
+    RUN: tl.constexpr, KEEP: tl.constexpr, T: tl.constexpr, S: tl.constexpr, M: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
 ):  # fmt: skip
     # One program: T blocks of one row and key head, and M queries. First the means that the new tokens complete, of which most programs
-    # have none; programs of other queries write the same.
+    # have none; programs of other queries write the same. Means of pages are all there.
     part, bg = tl.program_id(0), tl.program_id(1)
     b, g = (bg // G).to(tl.int64), (bg % G).to(tl.int64)
-    length, start = _place(LENGTH, START, N, b)
+    length, start = _place(LENGTH, START, N, b, length_b)
     d, column, slot = tl.arange(0, DP), tl.arange(0, T), tl.arange(0, S)
-    keys = KEY + b * key_b + g * key_g + start * key_n
-    means = MEANS + bg.to(tl.int64) * C * D
-    first = tl.maximum(length - NEW - start, 0) // P
-    stop = tl.maximum(length - start, 0) // P
-    for c in range(tl.maximum(first, part * T), tl.minimum(tl.minimum(stop, C), part * T + T)):
-        total = tl.zeros([S, DP], tl.float32)
-        for at in range(0, P, S):
-            token = c * P + at + slot
-            mask = (at + slot < P)[:, None] & (d < D)[None, :]
-            total += tl.load(keys + token[:, None] * key_n + d[None, :], mask=mask, other=0.0).to(tl.float32)
-        tl.store(means + c * D + d, tl.sum(total, 0) / P, mask=d < D)
-    tl.debug_barrier()
+    if TABLE is None:
+        keys = KEY + b * key_b + g * key_g + start * key_n
+        means = MEANS + bg.to(tl.int64) * C * D
+        first = tl.maximum(length - NEW - start, 0) // P
+        stop = tl.maximum(length - start, 0) // P
+        for c in range(tl.maximum(first, part * T), tl.minimum(tl.minimum(stop, C), part * T + T)):
+            total = tl.zeros([S, DP], tl.float32)
+            for at in range(0, P, S):
+                token = c * P + at + slot
+                mask = (at + slot < P)[:, None] & (d < D)[None, :]
+                total += tl.load(keys + token[:, None] * key_n + d[None, :], mask=mask, other=0.0).to(tl.float32)
+            tl.store(means + c * D + d, tl.sum(total, 0) / P, mask=d < D)
+        tl.debug_barrier()
 
     row = tl.program_id(2) * M + tl.arange(0, M)
     new, f = row % NEW, row // NEW
@@ -75,7 +109,7 @@ def _choose_kernel(
     for r in tl.static_range(R // F):  # heads that choose together: the sum of scores is the score of the sum
         q += tl.load(query + (g * R + f[:, None] + r) * query_h, mask=real, other=0.0).to(tl.float32)
     block = part * T + column
-    mean = tl.load(means + block[None, :].to(tl.int64) * D + d[:, None], mask=(block < C)[None, :] & (d < D)[:, None], other=0.0)
+    mean = _means(MEANS, TABLE, bg, b, g, G, C, W, block, length, P, PAGE, RUN, D, DP)
     score = tl.dot(q, mean, input_precision="ieee")
     candidate = (block >= SINK)[None, :] & (block[None, :] < (own - RECENT)[:, None]) & (block < C)[None, :]
     rank = tl.where(candidate, _rank(score, block[None, :] + 0 * row[:, None]), _NONE)
@@ -87,11 +121,11 @@ def _choose_kernel(
         rank = tl.where(rank == most[:, None], _NONE, rank)
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit(do_not_specialize=["N", "W", "found"])
 def _attend_kernel(
-    QUERY, KEY, VALUE, BEST, OUT, LSE, LENGTH, START, query_b, query_h, query_n, key_b, key_g, key_n, value_b, value_g, value_n,
-    N, G, found, scale, softcap,
-    NEW: tl.constexpr, R: tl.constexpr, F: tl.constexpr, P: tl.constexpr, SINK: tl.constexpr, RECENT: tl.constexpr,
+    QUERY, KEY, VALUE, BEST, OUT, LSE, LENGTH, START, TABLE, query_b, query_h, query_n, key_b, key_g, key_n, value_b, value_g, value_n,
+    N, G, length_b, W, page_stride, found, scale, softcap,
+    NEW: tl.constexpr, R: tl.constexpr, F: tl.constexpr, P: tl.constexpr, SINK: tl.constexpr, RECENT: tl.constexpr, PAGE: tl.constexpr,
     CAPPED: tl.constexpr, PER: tl.constexpr, PART: tl.constexpr, FOUND: tl.constexpr, T: tl.constexpr, M: tl.constexpr,
     D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
 ):  # fmt: skip
@@ -99,7 +133,7 @@ def _attend_kernel(
     part, bgfn = tl.program_id(0), tl.program_id(1)
     new, f, bg = bgfn % NEW, bgfn // NEW % F, bgfn // (NEW * F)
     b, g = (bg // G).to(tl.int64), (bg % G).to(tl.int64)
-    length, start = _place(LENGTH, START, N, b)
+    length, start = _place(LENGTH, START, N, b, length_b)
     position = length - NEW + new - start
     own = tl.where(position < 0, -1, position // P)
     which = part // PER
@@ -132,8 +166,9 @@ def _attend_kernel(
     for at in range(begin, end, T):
         token = at + column
         seen = token < end
-        k = tl.load(keys + token[None, :] * key_n + d[:, None], mask=seen[None, :] & (d < D)[:, None], other=0.0)
-        v = tl.load(values + token[:, None] * value_n + dv[None, :], mask=seen[:, None] & (dv < DV)[None, :], other=0.0)
+        slot = _slot(TABLE, b, W, token, seen, page_stride, PAGE)
+        k = tl.load(keys + slot[None, :] * key_n + d[:, None], mask=seen[None, :] & (d < D)[:, None], other=0.0).to(q.dtype)
+        v = tl.load(values + slot[:, None] * value_n + dv[None, :], mask=seen[:, None] & (dv < DV)[None, :], other=0.0)
         score = tl.dot(q, k, input_precision="ieee") * scale
         if CAPPED:
             score = softcap * (2.0 / (1.0 + tl.exp(-2.0 * score / softcap)) - 1.0)
@@ -179,19 +214,48 @@ def decode(
     query: Tensor, key: Tensor, value: Tensor, means: Tensor, length: Tensor | None, start: Tensor | None, settings: AttentionSettings
 ) -> tuple[Tensor, Tensor]:
     """See `moba_flex.decoding.decode`."""
-    (rows, heads, new, width), groups, value_width = query.shape, key.shape[1], value.shape[-1]
-    repeats, n_blocks = heads // groups, means.shape[2]
+    key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (key, value))
+    strides = key.stride()[:3] + value.stride()[:3]
+    return _decode(query, key, value, strides, means, means.shape[2], length, start, key.shape[2], None, settings)
+
+
+def decode_pages(query: Tensor, pages: Pages, settings: AttentionSettings) -> tuple[Tensor, Tensor]:
+    """See `moba_flex.ops.pages.decode_pages`. Keys, values and means are read where they lie."""
+    key, value, n_blocks = pages.key, pages.value, pages.n_blocks(settings.block_size)
+    assert key.stride(-1) == value.stride(-1) == 1 and pages.means.is_contiguous() and pages.table.is_contiguous()
+    strides = 0, key.stride(1), key.stride(0), 0, value.stride(1), value.stride(0)
+    return _decode(query, key, value, strides, pages.means, n_blocks, pages.length, None, pages.longest, pages, settings)
+
+
+def _decode(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    strides: tuple[int, ...],
+    means: Tensor,
+    n_blocks: int,
+    length: Tensor | None,
+    start: Tensor | None,
+    n_tokens: int,
+    pages: Pages | None,
+    settings: AttentionSettings,
+) -> tuple[Tensor, Tensor]:
+    """Of keys in rows or in pages. `strides`: how far rows, heads and tokens of keys are apart, and those of values."""
+    (rows, heads, new, width), groups, value_width = query.shape, means.shape[1], value.shape[-1]
+    query = query if query.stride(-1) == 1 else query.contiguous()
+    repeats = heads // groups
     choosers = 1 if settings.share_selection else repeats
-    query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
     free = settings.n_free
     padded, value_padded = (max(16, next_power_of_2(x)) for x in (width, value_width))
     tile = _TILE if padded <= 256 else 16
     parts_of_means, keep = cdiv(n_blocks, tile), min(free, tile)
     best = torch.empty(rows * groups * choosers * new, parts_of_means * keep, dtype=torch.int64, device=query.device)
-    shared = new, repeats, choosers, settings.block_size, settings.sink_blocks, settings.recent_blocks
+    table, page, run = (None, 1, 1) if pages is None else (pages.table, pages.size, pages.run)
+    places = n_tokens, groups, *((0, 0) if pages is None else (1, pages.table.shape[1]))
+    shared = new, repeats, choosers, settings.block_size, settings.sink_blocks, settings.recent_blocks, page
     queries = min(64, max(16, next_power_of_2(choosers * new)))
     _choose_kernel[(parts_of_means, rows * groups, cdiv(choosers * new, queries))](
-        query, key, means, best, length, start, *query.stride()[:3], *key.stride()[:3], key.shape[2], groups, n_blocks, *shared,
+        query, key, means, best, length, start, table, *query.stride()[:3], *strides[:3], *places, n_blocks, *shared, run,
         keep, tile, min(64, next_power_of_2(settings.block_size)), queries, width, padded,
         num_warps=4,
     )  # fmt: skip
@@ -201,13 +265,15 @@ def decode(
     while tile > 16 and tile * token_bytes > room:
         tile //= 2
     per = max(1, min(_PROGRAMS // (blocks * readers), cdiv(settings.block_size, tile)))
+    if pages is not None:  # how many rows there are changes: powers of two alone keep kernels few
+        per = next_power_of_2(per + 1) // 2
     part = cdiv(cdiv(settings.block_size, per), tile) * tile
     part_out = torch.empty(rows, heads, new, blocks * per, value_width, dtype=torch.float32, device=query.device)
     part_lse = torch.empty(rows, heads, new, blocks * per, dtype=torch.float32, device=query.device)
     stages = max(1, min(3, room // (tile * token_bytes)))
     _attend_kernel[(blocks * per, readers)](
-        query, key, value, best, part_out, part_lse, length, start, *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
-        key.shape[2], groups, found, settings.scale, settings.softcap or 0.0, *shared,
+        query, key, value, best, part_out, part_lse, length, start, table, *query.stride()[:3], *strides, *places,
+        0 if pages is None else pages.stride, found, settings.scale, settings.softcap or 0.0, *shared,
         settings.softcap is not None, per, part, next_power_of_2(max(found, 1)), tile,
         max(16, next_power_of_2(repeats // choosers)), width, padded, value_width, value_padded,
         num_warps=4, num_stages=stages,
