@@ -39,7 +39,7 @@ HEAD_BY_HEAD_FROM = 1 << 18  # elements of a query
 def forward(query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, settings: AttentionSettings) -> tuple[Tensor, Tensor, Tensor]:
     """Output `[B, H, Nq, Dv]`, log-sum-exp `[B, H, Nq]` and the chosen blocks `[B, H, Q * P, S]`."""
     backend = backend_of(settings)
-    plan = planned_pieces(query, key, value, layout, settings, backend)
+    plan = planned_pieces(query, key, value, layout, settings, backend, False)
     in_place = backend.reads_tokens(query, value, layout, False) and _in_whole_rows(plan, layout)
     places = layout if in_place else layout.in_slots()
     q = placed_queries(query, layout, backend, in_place)
@@ -84,7 +84,7 @@ def backward(
     backend = backend_of(settings)
     grad = keep_strides(grad) if backend.READS_STRIDES else grad.contiguous()
     delta = backend.delta(out, grad, grad_lse)
-    plan = planned_pieces(query, key, value, layout, settings, backend)
+    plan = planned_pieces(query, key, value, layout, settings, backend, True)
     in_place = backend.reads_tokens(query, value, layout, True) and _in_whole_rows(plan, layout)
     places = layout if in_place else layout.in_slots()
     q, grad = (placed_queries(x, layout, backend, in_place) for x in (query, grad))
@@ -171,12 +171,13 @@ def route(chosen: Tensor, key: Tensor, blocks: slice, layout: BlockLayout, setti
 
 
 def planned_pieces(
-    query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, settings: AttentionSettings, backend: Backend
+    query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, settings: AttentionSettings, backend: Backend, backward: bool
 ) -> list[Piece]:
-    """The pieces of a call, worked out once for all calls with the same layout and shapes."""
-    most, alone = backend.MAX_TENSOR_ELEMENTS, _head_by_head(query, layout, backend)
-    name = ("pieces", query.shape, key.shape[1], value.shape[-1], query.dtype, settings.n_routed, settings.working_memory, most, alone)
-    return layout.cached(name, lambda: pieces(chunks(query, key, value, layout, settings, most, alone)))
+    """The pieces of a pass, worked out once for all with the same layout and shapes."""
+    numbers = backend.row_numbers(query, value, layout, backward)
+    how = backend.MAX_TENSOR_ELEMENTS, numbers, _head_by_head(query, layout, backend)
+    name = ("pieces", query.shape, key.shape[1], value.shape[-1], query.dtype, settings.n_routed, settings.working_memory, *how)
+    return layout.cached(name, lambda: pieces(chunks(query, key, value, layout, settings, *how)))
 
 
 def _head_by_head(query: Tensor, layout: BlockLayout, backend: Backend) -> bool:

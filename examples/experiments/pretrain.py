@@ -36,7 +36,9 @@ from datetime import date
 
 import torch
 import torch.nn.functional as F
+import transformers
 from needle import QUESTIONS
+from packaging.version import Version
 from pretraining.batches import Batches, Upload
 from pretraining.captured import Passes
 from pretraining.compare import compare
@@ -67,6 +69,8 @@ DENSE = [  # full attention's kernels, best first
     SDPBackend.EFFICIENT_ATTENTION,
     SDPBackend.MATH,
 ]
+# transformers 5.17 makes full attention's dense mask within a capture and nowhere else, so that layers would have to be compiled there.
+CAPTURES_FULL = Version(transformers.__version__).release >= (5, 18)
 NEEDLE_CONTEXT = 512  # tokens: three times those of a fact, its question and its answer, if each letter is one
 
 
@@ -199,7 +203,9 @@ class Training:
     def _train(self, ids: Tensor, rate: float) -> Tensor:
         """One step on `[B, context + 1]`; its loss, which stays on the device."""
         ids = self.upload(ids)
-        loss = self._passes(ids) if self.passes is None else self.passes(ids, kind=self.step < self.first_of_its_own)
+        sparse = self.step < self.first_of_its_own
+        captured = self.passes is not None and (sparse or CAPTURES_FULL)
+        loss = self.passes(ids, kind=sparse) if captured else self._passes(ids)
         nn.utils.clip_grad_norm_(self.model.parameters(), self.args.clip)
         self.optimizer.step(rate)
         return loss

@@ -133,6 +133,14 @@ def _routed_rule(tile: int, width: int) -> Callable[..., Tensor]:
     return rule
 
 
+@cache
+def _past_rule(width: int, block_size: int) -> Callable[..., Tensor]:
+    def rule(b, h, q, kv):  # type: ignore[no-untyped-def]
+        return kv % width < block_size
+
+    return rule
+
+
 def _line(counts: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
     """`_listed` of `[n]` that are contiguous: there is one row, and these are made for every call."""
     return counts.view(1, 1, -1), indices.view(1, 1, -1, 1)
@@ -153,4 +161,7 @@ def routed_mask(routes: Routes, layout: BlockLayout, groups: int, causal: bool) 
     full = causal and layout.whole
     (kv, q), (full_kv, full_q) = (empty, listed) if full else (listed, empty)
     lists = *kv, *full_kv, *q, *full_q
+    if causal and block.is_cuda:  # lists rule there, and a past block has all its tokens: kernels need look nothing up
+        key = ("routed", tile, width, full, layout.block_size)
+        return Mask(key, (tile, width), _past_rule(width, layout.block_size), (), lists)
     return Mask(("routed", tile, width, full), (tile, width), _routed_rule(tile, width), (block, n_keys), lists)

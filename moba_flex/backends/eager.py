@@ -32,7 +32,18 @@ from .eager_softmax import (
     widened,
 )
 
-__all__ = ["HEAD_BY_HEAD", "MAX_TENSOR_ELEMENTS", "READS_STRIDES", "attend", "backward", "choose", "delta", "reads_tokens", "route"]
+__all__ = [
+    "HEAD_BY_HEAD",
+    "MAX_TENSOR_ELEMENTS",
+    "READS_STRIDES",
+    "attend",
+    "backward",
+    "choose",
+    "delta",
+    "reads_tokens",
+    "route",
+    "row_numbers",
+]
 __all__ += ["slots_per_block", "slots_per_query_tile"]
 
 MAX_TENSOR_ELEMENTS = sys.maxsize
@@ -48,6 +59,11 @@ def slots_per_block(block_size: int) -> int:
 def reads_tokens(query: Tensor, value: Tensor, layout: BlockLayout, backward: bool) -> bool:
     """Never: blocks are an axis of their own here."""
     return False
+
+
+def row_numbers(query: Tensor, value: Tensor, layout: BlockLayout, backward: bool) -> int:
+    """Query, output and the output's gradient."""
+    return query.shape[-1] + 2 * value.shape[-1]
 
 
 def slots_per_query_tile(width: int, n_query: int, sequences: int) -> int:

@@ -23,7 +23,18 @@ from . import flash, paths
 from .block_masks import local_mask, query_tile, routed_mask
 from .flex_calls import by_group, flex_backward, flex_forward
 
-__all__ = ["HEAD_BY_HEAD", "MAX_TENSOR_ELEMENTS", "READS_STRIDES", "attend", "backward", "choose", "delta", "reads_tokens", "route"]
+__all__ = [
+    "HEAD_BY_HEAD",
+    "MAX_TENSOR_ELEMENTS",
+    "READS_STRIDES",
+    "attend",
+    "backward",
+    "choose",
+    "delta",
+    "reads_tokens",
+    "route",
+    "row_numbers",
+]
 __all__ += ["slots_per_block", "slots_per_query_tile"]
 
 # FlexAttention's kernels take the number of a key, and backward that of a row, times the width in 32 bits.
@@ -40,6 +51,13 @@ def slots_per_query_tile(width: int, n_query: int, sequences: int) -> int:
 def reads_tokens(query: Tensor, value: Tensor, layout: BlockLayout, backward: bool) -> bool:
     """Whether tokens are taken where they lie: by the backward pass of one kernel. A BlockMask wants them in slots."""
     return backward and paths.one_pass_backward_obstacle(query, value, layout.width, layout.tile is not None) is None
+
+
+def row_numbers(query: Tensor, value: Tensor, layout: BlockLayout, backward: bool) -> int:
+    """Query, output and the output's gradient; in a backward pass of one kernel the query's gradient from each sub-block."""
+    if reads_tokens(query, value, layout, backward):
+        return query.shape[-1] * kernels.backward.sub_blocks(query, value, layout.width)
+    return query.shape[-1] + 2 * value.shape[-1]
 
 
 def route(chosen: Tensor, groups: int, n_blocks: int, max_pairs: int) -> Routes:

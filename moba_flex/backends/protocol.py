@@ -44,6 +44,10 @@ class Backend(Protocol):
         """Whether `choose` and `attend`, or `backward`, take tokens where they lie, `[B, H, Nq, D]`, instead of in slots."""
         ...
 
+    def row_numbers(self, query: Tensor, value: Tensor, layout: BlockLayout, backward: bool, /) -> int:
+        """How many numbers of the queries' dtype a pass holds for each routed row: by it calls are cut to fit into the working memory."""
+        ...
+
     def choose(self, query: Tensor, key: Tensor, layout: BlockLayout, settings: AttentionSettings, /) -> Tensor:
         """The gate: `[B, H, Q * P, D]`, `[B, G, C * P, D]` -> the chosen blocks `[B, H, Q * P, S]` int32, -1 where there are fewer."""
         ...

@@ -58,9 +58,11 @@ def chunks(
     layout: BlockLayout,
     settings: AttentionSettings,
     reach: int,
+    row_numbers: int,
     head_by_head: bool = False,
 ) -> Iterator[Chunk]:
-    """Slices of rows and key heads whose routed rows fit into the working memory, all of one shape, each in parts by its queries.
+    """Slices of rows and key heads whose routed rows, of `row_numbers` numbers each, fit into the working memory, all of one shape, each in
+    parts by its queries.
 
     A part, slices of query heads and of query blocks, has no tensor of more than `reach` elements. One key head of one row with its query
     heads is the least that a budget asks for; more of them share a chunk when they fit. Only beyond `reach` a chunk is a key head in
@@ -70,7 +72,7 @@ def chunks(
     Raises ValueError if one head's keys, or the routed rows of one query block, are more than `reach` elements.
     """
     n_rows, n_groups, repeats = query.shape[0], key.shape[1], query.shape[1] // key.shape[1]
-    width, row_bytes = max(query.shape[-1], value.shape[-1]), (query.shape[-1] + 2 * value.shape[-1]) * query.element_size() + 24
+    width, row_bytes = max(query.shape[-1], value.shape[-1]), row_numbers * query.element_size() + 24
     parts = _parts(repeats, width, layout, settings, reach, 1 if head_by_head else repeats)
     fit = (
         1

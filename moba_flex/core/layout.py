@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -49,6 +49,15 @@ def one_block(block_size: int, n_key: int) -> int:
     return min(size, block_size)
 
 
+class Moves(NamedTuple):
+    """Between tokens and slots. All are int64, -1 where there is none."""
+
+    token_of_key_slot: Tensor  # [B, C * P]
+    slot_of_key: Tensor  # [B, Nk]
+    token_of_query_slot: Tensor
+    slot_of_query: Tensor
+
+
 @dataclass(frozen=True, eq=False)
 class BlockLayout:
     """The place of every token, and what each query block may read. All tensors are int32 unless said otherwise."""
@@ -67,10 +76,7 @@ class BlockLayout:
     query_token: Tensor  # [B, Q] the query in the first slot of each query block, or that would be in it: it can be below 0
     key_token: Tensor  # [B, C] the key in the first slot of each block
     lead: int  # how many slots precede the first query, where that is the same for all rows
-    token_of_key_slot: Tensor | None = None  # [B, C * P] int64, -1 where no token is; None: tokens are in order from slot 0
-    slot_of_key: Tensor | None = None  # [B, Nk] int64, -1 for padding
-    token_of_query_slot: Tensor | None = None
-    slot_of_query: Tensor | None = None
+    dense: bool = True  # whether tokens are in order, without padding and as one sequence per row
     covers: bool = True  # whether every token is in a block: padding is not
     persistent: bool = False  # whether later calls use it too, and so what it caches
     tile: int | None = None  # slots of a query block; None: `width`
@@ -92,9 +98,19 @@ class BlockLayout:
         return self.width == self.block_size
 
     @property
-    def dense(self) -> bool:
-        """Whether tokens are in order, without padding and as one sequence per row."""
-        return self.token_of_key_slot is None
+    def moves(self) -> Moves | None:
+        """How tokens go to slots; None where they are in order. Made when something is copied first."""
+        if self.dense:
+            return None
+        return self.cached(("moves",), self._moves)
+
+    def _moves(self) -> Moves:
+        keys = _tokens_of_slots(self.key_token, torch.zeros_like(self.block_keys), self.block_keys, self.width)
+        of_keys = keys, _inverse(keys, self.n_key)
+        if self.query_token is self.key_token:  # all keys are queries too
+            return Moves(*of_keys, *of_keys)
+        queries = _tokens_of_slots(self.query_token, self.query_start, self.query_stop, self.query_width)
+        return Moves(*of_keys, queries, _inverse(queries, self.n_query))
 
     def cached(self, name: tuple[Hashable, ...], make: Callable[[], T]) -> T:
         """What `make` returns, cached with the layout: it must follow from the layout and `name` alone."""
@@ -108,8 +124,8 @@ class BlockLayout:
 
     def key_slots(self, x: Tensor) -> Tensor:
         """`[B, G, Nk, D]` -> `[B, G, C * P, D]`, zeros where no token is."""
-        if self.token_of_key_slot is not None:
-            return take(x, self.token_of_key_slot)
+        if (moves := self.moves) is not None:
+            return take(x, moves.token_of_key_slot)
         return self._spread(x, 2, 0, self.n_key_blocks)
 
     def query_slots(self, x: Tensor, keep_strides: bool = False) -> Tensor:
@@ -117,22 +133,22 @@ class BlockLayout:
 
         A copy has its heads one after another; with `keep_strides`, and without padding, it has the strides of `x`.
         """
-        if self.token_of_query_slot is not None:
-            return take(x, self.token_of_query_slot)
+        if (moves := self.moves) is not None:
+            return take(x, moves.token_of_query_slot)
         if keep_strides and tokens_first(x):
             return self._spread(x.transpose(1, 2), 1, self.lead, self.n_query_blocks).transpose(1, 2)
         return self._spread(x, 2, self.lead, self.n_query_blocks)
 
     def key_tokens(self, x: Tensor) -> Tensor:
         """The inverse of `key_slots`; zeros at padding."""
-        if self.slot_of_key is not None:
-            return take(x, self.slot_of_key)
+        if (moves := self.moves) is not None:
+            return take(x, moves.slot_of_key)
         return self._collect(x, 2, 0, self.n_key)
 
     def query_tokens(self, x: Tensor, fill: float = 0) -> Tensor:
         """The inverse of `query_slots`; `fill` at padding."""
-        if self.slot_of_query is not None:
-            return take(x, self.slot_of_query, fill)
+        if (moves := self.moves) is not None:
+            return take(x, moves.slot_of_query, fill)
         if tokens_first(x):
             return self._collect(x.transpose(1, 2), 1, self.lead, self.n_query).transpose(1, 2)
         return self._collect(x, 2, self.lead, self.n_query)
@@ -168,7 +184,7 @@ class BlockLayout:
 
     def last_own(self, query_block: int) -> int:
         """A bound, known without reading data, of the own block of `query_block` in any row."""
-        if self.tile is not None or (self.token_of_query_slot is not None and self.n_query != self.n_key):
+        if self.tile is not None or (not self.dense and self.n_query != self.n_key):
             return self.n_key_blocks - 1
         return self.n_key_blocks - self.n_query_blocks + query_block
 
@@ -176,7 +192,7 @@ class BlockLayout:
         """A bound on the (query, block) pairs of one row and head when each query is routed to `count` blocks, or to all it may
         read where those are fewer; exact without padding. `blocks`: of these query blocks alone."""
         count, blocks = min(count, self.n_key_blocks), blocks or slice(0, self.n_query_blocks)
-        if self.token_of_query_slot is not None:
+        if not self.dense:
             return min(self.n_query, (blocks.stop - blocks.start) * min(self.block_size, self.query_width)) * count
         own, before = self.n_key_blocks - self.n_query_blocks, self.n_key - self.n_query
         first, last = own + blocks.start, own + blocks.stop
@@ -201,3 +217,17 @@ class BlockLayout:
         if self.width > self.block_size:
             x = x.unflatten(dim, (-1, self.width)).narrow(dim + 1, 0, self.block_size).flatten(dim, dim + 1)
         return x.narrow(dim, lead, n_tokens).contiguous()
+
+
+def _tokens_of_slots(first: Tensor, start: Tensor, stop: Tensor, width: int) -> Tensor:
+    """The token at each of the `width` slots of blocks, `first [B, n]` in slot 0; -1 outside of `start` to `stop`."""
+    slot = torch.arange(width, device=first.device)
+    token = first.long()[..., None] + slot
+    return torch.where((slot >= start[..., None]) & (slot < stop[..., None]), token, -1).flatten(1)
+
+
+def _inverse(token: Tensor, n: int) -> Tensor:
+    """`[B, slots]` -> `[B, n]`: the slot of each token, -1 where it has none."""
+    slot = torch.arange(token.shape[1], device=token.device).expand_as(token)
+    none = torch.full((token.shape[0], n + 1), -1, device=token.device)  # the last one takes slots without a token
+    return none.scatter_(1, torch.where(token < 0, n, token), slot)[:, :n].contiguous()

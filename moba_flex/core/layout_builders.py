@@ -138,15 +138,6 @@ def padded_layout(padding_mask: Tensor, n_query: int, block_size: int, width: in
     query_start, query_stop = _query_range(unclamped, first_query, length, block_size)
     own = unclamped.clamp(max=n_blocks - 1).int()
     block = torch.arange(n_blocks, device=padding_mask.device).expand(rows, -1)
-
-    token, slot = _places(block, 0, length, start, n_key, block_size, width)
-    query_token, query_slot = token, slot
-    if skipped:
-        query_token, query_slot = _places(own.long(), first_query, length, start, n_key, block_size, width, query_stop)
-        query_token = torch.where(query_token >= 0, query_token - skipped, -1)
-        position = torch.arange(skipped, n_key, device=padding_mask.device) - start
-        shift = (first_query // block_size) * width
-        query_slot = torch.where((position >= 0) & (position < length), position // block_size * width + position % block_size - shift, -1)
     return BlockLayout(
         block_size,
         width,
@@ -162,56 +153,40 @@ def padded_layout(padding_mask: Tensor, n_query: int, block_size: int, width: in
         (own * block_size + (start - skipped)).int(),
         (block * block_size + start).int(),
         0,
-        token,
-        slot,
-        query_token,
-        query_slot,
+        dense=False,
         covers=False,
     )
 
 
 def packed_layout(cu_seqlens: Tensor, n_tokens: int, block_size: int, width: int) -> BlockLayout:
     """One row that holds all packed sequences, each starting a block of its own. No value is read back to the host."""
-    bounds = cu_seqlens.long()
-    n_sequences = bounds.numel() - 1
+    bounds, n_sequences, device = cu_seqlens.int(), cu_seqlens.numel() - 1, cu_seqlens.device
     n_blocks = n_query_blocks(n_tokens, n_tokens, block_size, False, n_sequences)  # a bound: data decides how many of them are in use
-    lengths, device = bounds.diff(), bounds.device
-    after = (-(-lengths // block_size)).cumsum(0)  # one past each sequence's last block
-    before = after - (-(-lengths // block_size))
+    lengths = bounds.diff()
+    blocks = (lengths + (block_size - 1)) // block_size
+    after = blocks.cumsum(0, dtype=torch.int32)  # one past each sequence's last block
 
-    block = torch.arange(n_blocks, device=device)
-    of_block = torch.searchsorted(after, block, right=True).clamp(max=n_sequences - 1)
-    local = block - before[of_block]
-    keys = (lengths[of_block] - local * block_size).clamp(0, block_size)
-    offset = torch.arange(width, device=device)
-    begin = bounds[of_block] + local * block_size
-    token = torch.where(offset < keys[:, None], begin[:, None] + offset, -1)
-
-    position = torch.arange(n_tokens, device=device)
-    of_token = torch.searchsorted(bounds[1:].contiguous(), position, right=True).clamp(max=n_sequences - 1)
-    position = position - bounds[of_token]
-    slot = (before[of_token] + position // block_size) * width + position % block_size
-
-    token, slot, keys, begin = token.view(1, -1), slot.view(1, -1), keys.int().view(1, -1), begin.int().view(1, -1)
+    block = torch.arange(n_blocks, device=device, dtype=torch.int32)
+    sequence = torch.searchsorted(after, block, right=True).clamp_(max=n_sequences - 1)
+    first, end, length, token = torch.stack([after - blocks, after, lengths, bounds[:-1]])[:, sequence].unsqueeze(1)
+    before = (block - first) * block_size  # keys of the sequence
+    keys, token = (length - before).clamp_(0, block_size), token + before
     return BlockLayout(
         block_size,
         width,
         n_tokens,
         n_tokens,
         n_blocks,
-        block.int().view(1, -1),
-        before[of_block].int().view(1, -1),
-        after[of_block].int().view(1, -1),
+        block[None],
+        first,
+        end,
         torch.zeros_like(keys),
         keys,
         keys,
-        begin,
-        begin,
+        token,
+        token,
         0,
-        token,
-        slot,
-        token,
-        slot,
+        dense=False,
     )
 
 
@@ -242,16 +217,7 @@ def with_last_queries(layout: BlockLayout, cu_seqlens: Tensor, n_query: int, til
     room = (size - offset).clamp(max=tile)
     stop = torch.minimum(keys[of_tile] - begin, room).clamp(min=0)
     start = torch.minimum((skipped[of_tile] - begin).clamp(min=0), stop)
-    slot = torch.arange(tile, device=device)
     first_query = bounds[:-1][of_tile] + begin - skipped[of_tile]
-    token = first_query[:, None] + slot
-    token = torch.where((slot >= start[:, None]) & (slot < stop[:, None]), token, -1)
-
-    query = torch.arange(n_query, device=device)
-    of_query = torch.searchsorted(bounds[1:].contiguous(), query, right=True).clamp(max=n_sequences - 1)
-    position = query - bounds[of_query] + skipped[of_query]
-    slot = (before - first_tile)[of_query] * tile + tile_at(position) * tile + position % size % tile
-
     own = (block_before[of_tile] + number // per_block).clamp(max=layout.n_key_blocks - 1)
     end = block_before + -(-keys // size)
     of_tiles = own, block_before[of_tile], end[of_tile], start, stop, offset, first_query
@@ -266,8 +232,6 @@ def with_last_queries(layout: BlockLayout, cu_seqlens: Tensor, n_query: int, til
         query_start=start,
         query_stop=stop,
         query_token=first_query,
-        token_of_query_slot=token.view(1, -1),
-        slot_of_query=slot.view(1, -1),
         tile=tile,
         offset=offset,
     )
@@ -282,26 +246,3 @@ def _query_range(block: Tensor, first: Tensor | int, end: Tensor | int, block_si
 
 def _keys_in(block: Tensor, length: Tensor | int, block_size: int) -> Tensor:
     return (length - block * block_size).clamp(0, block_size).int().contiguous()
-
-
-def _places(
-    block: Tensor,
-    first: Tensor | int,
-    length: Tensor,
-    start: Tensor,
-    n_key: int,
-    block_size: int,
-    width: int,
-    stop: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """The token at each slot of `block [B, *]` and the slot of each token, for rows that begin at token `start`."""
-    offset = torch.arange(width, device=block.device)
-    position = block[..., None] * block_size + offset
-    real = (offset < block_size) & (position >= (first if isinstance(first, int) else first[..., None]))
-    real = real & (position < length[..., None])
-    if stop is not None:  # a block that the clamp repeated has no queries of its own
-        real = real & (offset < stop[..., None])
-    token = torch.where(real, position + start[..., None], -1).flatten(1)
-    position = torch.arange(n_key, device=block.device) - start
-    slot = torch.where((position >= 0) & (position < length), position // block_size * width + position % block_size, -1)
-    return token, slot

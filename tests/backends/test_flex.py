@@ -145,7 +145,7 @@ def test_flex_equals_eager_values_and_gradients(case):
 def test_a_key_head_beyond_the_reach_of_a_kernel_is_worked_through_in_parts(case, whole_heads):
     def short(query, key, value, layout, settings_, *_):
         width, blocks = max(query.shape[-1], value.shape[-1]), layout.n_query_blocks if whole_heads else 1
-        return chunks(query, key, value, layout, settings_, max_elements(1, blocks, width, layout, settings_))
+        return chunks(query, key, value, layout, settings_, max_elements(1, blocks, width, layout, settings_), 3 * width)
 
     wanted = computed(case, "eager")
     with pytest.MonkeyPatch.context() as patched:

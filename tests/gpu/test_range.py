@@ -188,7 +188,8 @@ def parts_of(case: Case, budget: int) -> tuple[int, int]:
     """How many chunks the case is worked through in, and how many parts each has."""
     tensors, settings = shapes_and_settings(case)
     layout = dense_layout(case.batch, case.tokens, case.tokens, case.block_size, slots_per_block(case.block_size), torch.device("cpu"))
-    plan = [parts for _, _, parts in chunks(*tensors, layout, replace(settings, working_memory=budget), MAX_TENSOR_ELEMENTS)]
+    within, numbers = replace(settings, working_memory=budget), 3 * tensors[0].shape[-1]
+    plan = [parts for _, _, parts in chunks(*tensors, layout, within, MAX_TENSOR_ELEMENTS, numbers)]
     return len(plan), len(plan[0])
 
 

@@ -127,9 +127,7 @@ def operands(case: Case) -> list[Tensor]:
 def placed(case: Case, layout: BlockLayout, per_query: list[Tensor], per_key: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     """Tensors as they lie, or in block slots, NaN where no token is."""
     if case.in_place:
-        no_query, no_key = (
-            padding(layout, slots, n) for slots, n in ((layout.slot_of_query, case.n_query), (layout.slot_of_key, case.n_key))
-        )
+        no_query, no_key = paddings(layout)
         moves = torch.clone, torch.clone
     else:
         offset = torch.arange(layout.width)
@@ -147,16 +145,19 @@ def placed(case: Case, layout: BlockLayout, per_query: list[Tensor], per_key: li
     return moved[0], moved[1]
 
 
-def padding(layout: BlockLayout, slots: Tensor | None, n: int) -> Tensor:
-    """`[B, n]`: the tokens that are in no block."""
-    return torch.zeros(layout.own.shape[0], n, dtype=torch.bool) if slots is None else slots < 0
+def paddings(layout: BlockLayout) -> tuple[Tensor, Tensor]:
+    """`[B, Nq]` and `[B, Nk]`: the queries and keys that are in no block."""
+    rows, moves = layout.own.shape[0], layout.moves
+    if moves is None:
+        return torch.zeros(rows, layout.n_query, dtype=torch.bool), torch.zeros(rows, layout.n_key, dtype=torch.bool)
+    return moves.slot_of_query < 0, moves.slot_of_key < 0
 
 
 def in_tokens(case: Case, layout: BlockLayout, x: Tensor, of_keys: bool, fill: float = 0) -> Tensor:
     """The inverse of `placed`, `fill` at padding."""
     if not case.in_place:
         return layout.key_tokens(x) if of_keys else layout.query_tokens(x, fill)
-    none = padding(layout, layout.slot_of_key if of_keys else layout.slot_of_query, x.shape[2])[:, None].expand(x.shape[:3])
+    none = paddings(layout)[of_keys][:, None].expand(x.shape[:3])
     assert x[none].isnan().all(), "written at padding"
     return torch.where(none if x.dim() == 3 else none[..., None], fill, x)
 
@@ -234,8 +235,9 @@ def test_both_passes_take_tokens_where_they_lie(seed: int, monkeypatch):
     wanted, wanted_lse = reference_attention(*leaves, settings, **told)
     wanted_grads = torch.autograd.grad(wanted, leaves, grad)
     q, k, v, do = (x.to(case.dtype) for x in (query, key, value, grad))
-    for x, slots in ((q, layout.slot_of_query), (k, layout.slot_of_key), (v, layout.slot_of_key), (do, layout.slot_of_query)):
-        x[padding(layout, slots, x.shape[2])[:, None].expand(x.shape[:3])] = torch.nan
+    no_query, no_key = paddings(layout)
+    for x, none in ((q, no_query), (k, no_key), (v, no_key), (do, no_query)):
+        x[none[:, None].expand(x.shape[:3])] = torch.nan
     if case.transposed:
         q, k, v, do = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v, do))
     out, lse, chosen = attention.forward(q, k, v, layout, settings)
@@ -257,8 +259,8 @@ def test_the_gate_takes_tokens_where_they_lie(kind: str, block_size: int):
     query, key = (x.float() for x in operands(case)[:2])
     wanted = kernels.choose(layout.query_slots(query), layout.key_slots(key), layout.in_slots(), settings)
     assert (wanted >= 0).any()
-    for x, slots in ((query, layout.slot_of_query), (key, layout.slot_of_key)):
-        x[padding(layout, slots, x.shape[2])[:, None].expand(x.shape[:3])] = torch.nan
+    for x, none in zip((query, key), paddings(layout)):
+        x[none[:, None].expand(x.shape[:3])] = torch.nan
     assert torch.equal(kernels.choose(query, key, layout, settings), wanted)
 
 

@@ -193,7 +193,7 @@ def test_tiles_hold_the_last_tokens_of_packed_sequences_each_once(packed: Packed
     layout, size, held = packed_layout_of(packed, wide), packed.case.block_size, {}
     every = torch.ones(1, sum(packed.lengths)).bool()
     check_round_trip(layout, torch.ones(1, sum(packed.keys)).bool(), every)
-    tokens = layout.token_of_query_slot.view(-1, layout.query_width).tolist()
+    tokens = layout.moves.token_of_query_slot.view(-1, layout.query_width).tolist()
     for q, tile in enumerate(tokens):
         start, stop = int(layout.query_start[0, q]), int(layout.query_stop[0, q])
         assert [token >= 0 for token in tile] == [start <= slot < stop for slot in range(layout.query_width)]
@@ -225,7 +225,8 @@ def test_chunks_cover_every_head_once_and_have_one_shape(case: Case, budget: int
     layout = layout_of(case)
     query, key, value = layout.query_slots(tensors["query"]), layout.key_slots(tensors["key"]), tensors["value"]
     covered, shapes = Counter(), set()
-    for rows, groups, parts in chunks(query, key, value, layout, replace(case.attention_settings(), working_memory=budget), sys.maxsize):
+    settings, numbers = replace(case.attention_settings(), working_memory=budget), query.shape[-1] + 2 * value.shape[-1]
+    for rows, groups, parts in chunks(query, key, value, layout, settings, sys.maxsize, numbers):
         heads = slice(groups.start * case.repeats, groups.stop * case.repeats)
         assert parts == [(heads, slice(0, layout.n_query_blocks))]
         covered.update((row, head) for row in range(rows.start, rows.stop) for head in range(heads.start, heads.stop))
@@ -244,7 +245,7 @@ def test_no_part_of_a_chunk_exceeds_the_reach_of_a_kernel(case: Case, wide: bool
     width, blocks_of_head = max(query.shape[-1], value.shape[-1]), layout.n_query_blocks
     reach = max_elements(min(some_heads, case.repeats), min(some_blocks, blocks_of_head), width, layout, settings)
     covered = Counter()
-    for rows, groups, parts in chunks(query, key, value, layout, settings, reach):
+    for rows, groups, parts in chunks(query, key, value, layout, settings, reach, 3 * width):
         n_rows, n_groups = rows.stop - rows.start, groups.stop - groups.start
         for heads, blocks in parts:
             part = query[rows, heads, layout.slots(blocks)]
@@ -256,7 +257,7 @@ def test_no_part_of_a_chunk_exceeds_the_reach_of_a_kernel(case: Case, wide: bool
             covered.update(itertools.product(*(range(x.start, x.stop) for x in (rows, heads, blocks))))
     assert covered == Counter(itertools.product(range(case.batch), range(case.heads), range(blocks_of_head)))
     with pytest.raises(ValueError, match=f"at most {layout.width * width - 1} elements"):
-        list(chunks(query, key, value, layout, settings, layout.width * width - 1))
+        list(chunks(query, key, value, layout, settings, layout.width * width - 1, 3 * width))
 
 
 @examples(60)
@@ -269,7 +270,7 @@ def test_the_pairs_of_some_query_blocks_are_bounded_and_add_up(case: Case, wide:
         blocks = slice(start, min(start + step, layout.n_query_blocks))
         bounds.append(layout.max_pairs(settings.n_routed, settings.causal, blocks))
         assert ((chosen[:, :, layout.slots(blocks)] >= 0).sum((2, 3)) <= bounds[-1]).all()
-    if layout.token_of_query_slot is None:
+    if layout.dense:
         assert sum(bounds) == layout.max_pairs(settings.n_routed, settings.causal)
 
 
