@@ -27,18 +27,26 @@ from .core.chunking import Piece, chunks, launches, pieces
 from .core.dtypes import wide
 from .core.layout import BlockLayout
 from .core.settings import AttentionSettings
-from .core.side_by_side import side_by_side
+from .core.side_by_side import one_thread, side_by_side
 from .core.strides import empty_with_strides_of, keep_strides
 from .ops.routing import Routes
 from .ops.rows import write
 
 HEAD_BY_HEAD_FROM = 1 << 18  # elements of a query
+_ONE_THREAD_BELOW = 1 << 27  # products of elements of a query with keys: beside a busy program two threads took up to 90 times as long
 
 
 @torch.no_grad()
 def forward(query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, settings: AttentionSettings) -> tuple[Tensor, Tensor, Tensor]:
     """Output `[B, H, Nq, Dv]`, log-sum-exp `[B, H, Nq]` and the chosen blocks `[B, H, Q * P, S]`."""
     backend = backend_of(settings)
+    with one_thread(_is_small(query, key, settings, backend)):
+        return _forward(query, key, value, layout, settings, backend)
+
+
+def _forward(
+    query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, settings: AttentionSettings, backend: Backend
+) -> tuple[Tensor, Tensor, Tensor]:
     q = query_slots(query, layout, backend)
     k, v = layout.key_slots(key).contiguous(), layout.key_slots(value).contiguous()
     plan = planned_pieces(q, k, v, layout, settings, backend)
@@ -73,6 +81,23 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value. Rows are routed again, chunk by chunk, and come back by gathering too."""
     backend = backend_of(settings)
+    with one_thread(_is_small(query, key, settings, backend)):
+        return _backward(grad, grad_lse, query, key, value, out, lse, chosen, layout, settings, backend)
+
+
+def _backward(
+    grad: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    chosen: Tensor,
+    layout: BlockLayout,
+    settings: AttentionSettings,
+    backend: Backend,
+) -> tuple[Tensor, Tensor, Tensor]:
     grad = keep_strides(grad) if backend.READS_STRIDES else grad.contiguous()
     delta = backend.delta(out, grad, grad_lse)
     q, grad = (query_slots(x, layout, backend) for x in (query, grad))
@@ -155,3 +180,10 @@ def planned_pieces(
 def _head_by_head(query: Tensor, backend: Backend) -> bool:
     """Whether each query head is a piece of its own. Small calls are sooner done in one."""
     return backend.HEAD_BY_HEAD and query.numel() >= HEAD_BY_HEAD_FROM
+
+
+def _is_small(query: Tensor, key: Tensor, settings: AttentionSettings, backend: Backend) -> bool:
+    """Whether one thread is to compute the whole call, which is many operations too small to wait for others at the end of each."""
+    if not (backend.HEAD_BY_HEAD and max(query.numel(), key.numel()) < HEAD_BY_HEAD_FROM):
+        return False
+    return query.numel() * min(key.shape[2], settings.block_size * settings.top_k) < _ONE_THREAD_BELOW
