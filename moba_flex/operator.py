@@ -119,3 +119,10 @@ def _backward(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None, _: object)
 
 
 attention.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _second_backward(*_: object) -> tuple[Tensor | None, ...]:
+    raise NotImplementedError('second derivatives need implementation="naive"')
+
+
+attention_backward.register_autograd(_second_backward)
