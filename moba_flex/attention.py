@@ -33,6 +33,7 @@ from .ops.routing import Routes
 from .ops.rows import write
 
 HEAD_BY_HEAD_FROM = 1 << 18  # elements of a query
+_ONE_THREAD_BELOW = 1 << 27  # products of elements of a query with keys: beside a busy program two threads took up to 90 times as long
 
 
 @torch.no_grad()
@@ -184,3 +185,10 @@ def _head_by_head(query: Tensor, layout: BlockLayout, backend: Backend) -> bool:
     """Whether each query head is a piece of its own. Small calls are sooner done in one."""
     slots = layout.n_query_blocks * layout.query_width
     return backend.HEAD_BY_HEAD and query.shape[0] * query.shape[1] * slots * query.shape[-1] >= HEAD_BY_HEAD_FROM
+
+
+def is_small(query: Tensor, key: Tensor, settings: AttentionSettings) -> bool:
+    """Whether one thread is to compute the whole call, which is many operations too small to wait for others at the end of each."""
+    if not (backend_of(settings).HEAD_BY_HEAD and max(query.numel(), key.numel()) < HEAD_BY_HEAD_FROM):
+        return False
+    return query.numel() * min(key.shape[2], settings.block_size * settings.top_k) < _ONE_THREAD_BELOW

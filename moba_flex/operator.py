@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .attention import backward, forward
+from .attention import backward, forward, is_small
 from .backends import backend_of, paths
 from .core.autocast import without_autocast
 from .core.dtypes import wide
 from .core.layout import BlockLayout
 from .core.layout_builders import layout_of, n_query_slots
 from .core.settings import AttentionSettings
+from .core.side_by_side import one_thread
 from .core.strides import empty_with_strides_of
 from .cuda_graphs import cache
 from .cuda_graphs.capture import Function
@@ -52,7 +53,7 @@ def attention(
     query, key, value = query.detach(), key.detach(), value.detach()
     layout = layout_of(query, key, padding_mask, cu_seqlens, settings.block_size, backend_of(settings))
     # The gate compares float32 scores. Triton launches on the current GPU, which need not be the one that holds this layer.
-    with without_autocast(query), torch.cuda.device_of(query):
+    with without_autocast(query), torch.cuda.device_of(query), one_thread(is_small(query, key, settings)):
         out, lse, chosen = _run(forward, (query, key, value), layout, settings)
         return out, lse, chosen
 
@@ -94,7 +95,7 @@ def attention_backward(
     settings = AttentionSettings.from_arguments(sizes, causal, share_selection, scale, softcap, implementation)
     grad, query, key, value, out, lse = (x.detach() for x in (grad, query, key, value, out, lse))
     layout = layout_of(query, key, padding_mask, cu_seqlens, settings.block_size, backend_of(settings))
-    with without_autocast(query), torch.cuda.device_of(query):
+    with without_autocast(query), torch.cuda.device_of(query), one_thread(is_small(query, key, settings)):
         dq, dk, dv = _run(backward, (grad, grad_lse, query, key, value, out, lse, chosen), layout, settings)
         return dq, dk, dv
 
@@ -119,3 +120,10 @@ def _backward(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None, _: object)
 
 
 attention.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _second_backward(*_: object) -> tuple[Tensor | None, ...]:
+    raise NotImplementedError('second derivatives need implementation="naive"')
+
+
+attention_backward.register_autograd(_second_backward)

@@ -15,7 +15,7 @@ from torch import Tensor
 from .core.dtypes import wide
 from .core.hidden import all_finite, finite, visible_product
 from .core.settings import AttentionSettings
-from .ops.gate import first_of_equals, means_of
+from .ops.gate import means_of, with_ties
 
 
 def block_of_key(key: Tensor, padding_mask: Tensor | None, block_size: int) -> Tensor:
@@ -32,8 +32,7 @@ def gate_scores(query: Tensor, key: Tensor, of_key: Tensor, block_size: int) -> 
     """
     repeats, n_key = query.shape[1] // key.shape[1], key.shape[2]
     mean = _block_means(key, of_key, -(-n_key // block_size), min(block_size, n_key))
-    score = query.to(mean.dtype) @ mean.repeat_interleave(repeats, 1).mT
-    return score.gather(-1, first_of_equals(mean).repeat_interleave(repeats, 1)[:, :, None].expand_as(score))
+    return with_ties(query.to(mean.dtype) @ mean.repeat_interleave(repeats, 1).mT, mean)
 
 
 def _block_means(key: Tensor, of_key: Tensor, n_blocks: int, block_size: int) -> Tensor:

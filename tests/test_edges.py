@@ -245,6 +245,19 @@ def test_forward_mode_derivatives_are_refused_but_by_the_specification():
     torch.testing.assert_close(tangent("naive"), (moved - at) / step, rtol=1e-4, atol=1e-5)
 
 
+def test_second_derivatives_are_refused_but_by_the_specification():
+    query, key, value = tensors(1, 2, 40, 8)
+
+    def second(implementation: str) -> Tensor:
+        out = moba_attention(query, key, value, **BLOCKS, implementation=implementation)
+        (grad,) = torch.autograd.grad(out.square().sum(), query, create_graph=True)
+        return torch.autograd.grad(grad.square().sum(), query)[0]
+
+    with pytest.raises(NotImplementedError, match='second derivatives need implementation="naive"'):
+        second("eager")
+    assert second("naive").norm() > 0
+
+
 def test_what_is_selected_under_autocast_is_what_is_read():
     query, key, _ = tensors(2, 4, 500, 32, dtype=torch.float32)
     expected = select_blocks(query, key, **BLOCKS)

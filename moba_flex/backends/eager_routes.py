@@ -18,7 +18,7 @@ from ..core.layout import BlockLayout
 from ..core.settings import AttentionSettings
 from ..ops.routing import order_pairs
 from ..ops.rows import write
-from .eager_softmax import NumberRange, capped, softmax_attention, widened
+from .eager_softmax import NumberRange, softmax_attention, widened
 
 _ROWS_AT_ONCE = 8192
 _TILES = 8  # of a block's rows: products of a batch keep cores busier than one large product does
@@ -118,7 +118,7 @@ def _sum_routed(
         torch.index_select(q, 0, queries, out=row_query[:n])
         block_key, block_value = widened(k[block]) * settings.scale, widened(v[block])  # only of blocks that are read
         torch.bmm(in_tiles[0], block_key.mT.expand(_TILES, -1, -1), out=in_tiles[1])
-        capped(weight, settings)
+        settings.cap_(weight)
         if relative is not None:
             weight[:n] -= relative.index_select(0, queries)[:, None]
         total.index_add_(0, queries, weight.exp_().sum(-1)[:n])

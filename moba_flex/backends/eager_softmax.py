@@ -86,13 +86,8 @@ def _later(width: int, device: torch.device) -> Tensor:
 
 def _scores(query: Tensor, key: Tensor, settings: AttentionSettings, safe: bool) -> Tensor:
     if safe:
-        return capped(query @ (key * settings.scale).mT, settings)
-    return capped((query @ key.mT).mul_(settings.scale), settings)
-
-
-def capped(score: Tensor, settings: AttentionSettings) -> Tensor:
-    """In place."""
-    return score if settings.softcap is None else score.div_(settings.softcap).tanh_().mul_(settings.softcap)
+        return settings.cap_(query @ (key * settings.scale).mT)
+    return settings.cap_((query @ key.mT).mul_(settings.scale))
 
 
 def softmax_attention(

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from torch import Tensor
+
 DEFAULT_WORKING_MEMORY = 2 << 30
 
 
@@ -20,13 +22,17 @@ class AttentionSettings:
     causal: bool = True
     scale: float = 1.0
     softcap: float | None = None
-    implementation: str = "eager"  # "eager", "flex" or "naive": "auto" is resolved
+    implementation: str = "eager"  # "eager", "flex", "triton" or "naive": "auto" is resolved
     working_memory: int = DEFAULT_WORKING_MEMORY  # bytes that routed rows may take at a time
 
     @property
     def n_routed(self) -> int:
         """S: how many blocks a query is routed to. With causal attention its own block is not one of them."""
         return self.top_k - 1 if self.causal else self.top_k
+
+    def cap_(self, score: Tensor) -> Tensor:
+        """`score` after the softcap, if there is one. In place."""
+        return score if self.softcap is None else score.div_(self.softcap).tanh_().mul_(self.softcap)
 
     def to_arguments(self) -> tuple[tuple[int, ...], bool, bool, float, float | None, str]:
         """As arguments of an operator: `sizes`, `causal`, `share_selection`, `scale`, `softcap`, `implementation`.

@@ -1,7 +1,8 @@
 """Pieces of work on a CPU, side by side in a few threads, each of which computes with its share of PyTorch's threads.
 
 PyTorch cuts every operation up among all threads and waits for the last of them. Thousands of small operations then wait for a core that
-has something else to do, a time slice of the system each. A piece that one thread computes from start to end waits for nobody.
+has something else to do, a time slice of the system each. A piece that one thread computes from start to end waits for nobody, and nor
+does a small call that one thread computes alone.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -62,6 +64,19 @@ def side_by_side(function: Callable[[Item], Result], items: Sequence[Item], devi
         ahead.release(n_workers)
         wait(workers)
         torch.set_num_threads(n_threads)  # PyTorch gives what was set last to threads that are yet to come
+
+
+@contextmanager
+def one_thread(wanted: bool) -> Iterator[None]:
+    """Within it no operation of this thread is cut up among PyTorch's threads, if that is wanted."""
+    n_threads = torch.get_num_threads() if wanted else 1
+    if n_threads > 1:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        if n_threads > 1:
+            torch.set_num_threads(n_threads)
 
 
 def _pool() -> ThreadPoolExecutor:

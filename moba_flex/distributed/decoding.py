@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..core.dtypes import wide
+from ..core.hidden import all_finite, visible_product
 from ..core.settings import AttentionSettings
 from ..dispatch import with_bounded_top_k, with_sinks
 from ..ops.decoding import Stored, attend_to_blocks, blocks_to_read
@@ -70,13 +71,13 @@ def _to_all(query: Tensor, key: Tensor, value: Tensor, last: Tensor, settings: A
     step = max(1, _SCORES_AT_ONCE // max(1, heads[..., 0].numel()))
     for first in range(0, key.shape[2], step):
         k, v = (x[:, :, first : first + step].to(query.dtype) for x in (key, value))
-        score = heads @ k.mT * settings.scale
-        if settings.softcap is not None:
-            score = settings.softcap * torch.tanh(score / settings.softcap)
+        score = settings.cap_(heads @ k.mT * settings.scale)
         seen = torch.arange(first, first + k.shape[2], device=last.device) <= last[:, None]  # [n, step]
-        score = score.masked_fill(~seen.repeat(query.shape[2], 1), -torch.inf)
+        seen = seen.repeat(query.shape[2], 1)  # [R * n, step]
+        score = score.masked_fill_(~seen, -torch.inf)
         lse = score.logsumexp(-1)
-        out = score.masked_fill((lse == -torch.inf)[..., None], 0).softmax(-1) @ v
+        weight = score.masked_fill((lse == -torch.inf)[..., None], 0).softmax(-1).masked_fill(~seen, 0)
+        out = weight @ v if all_finite(v) else visible_product(weight, seen, v)
         total = merged(torch.stack([total[0], out]), torch.stack([total[1], lse]))
     return _by_head(query, *total)
 

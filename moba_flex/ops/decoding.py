@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..core.settings import AttentionSettings
-from .gate import best_blocks, first_of_equals, means_of, some_are_equal
+from .gate import best_blocks, means_of, some_are_equal, with_ties
 
 FEW = 32  # new tokens that are decoding: more of them are faster as a prefill
 _TOKENS_AT_ONCE = 1 << 16  # whose keys are copied to compute means
@@ -136,10 +136,7 @@ def _attend(
     seen = ((blocks >= 0)[..., None] & (at <= token[:, None, None])).flatten(1)  # [L, K * P]
     at = at.flatten(1).clamp(0, stored.n_tokens - 1)
     k, v = (take(row[:, None], group[:, None], at).to(query.dtype) for take in (stored.take_key, stored.take_value))
-    score = query @ k.mT * settings.scale
-    if settings.softcap is not None:
-        score = settings.softcap * torch.tanh(score / settings.softcap)
-    score = score.masked_fill(~seen[:, None], -torch.inf)
+    score = settings.cap_(query @ k.mT * settings.scale).masked_fill_(~seen[:, None], -torch.inf)
     some = seen.any(-1)[:, None]
     score.masked_fill_(~some[..., None], 0)
     out = score.softmax(-1) @ v.masked_fill_(~seen[..., None], 0)  # `exp(score - lse)` has the rounding of `lse`, large for large scores
@@ -175,7 +172,7 @@ def blocks_to_read(query: Tensor, means: Tensor, position: Tensor, settings: Att
         candidate = (block >= settings.sink_blocks) & (block < own - settings.recent_blocks)
         score = query.flatten(2, 3) @ means.mT
         if some_are_equal(means, block < position.amax(1, keepdim=True) // settings.block_size):
-            score = score.gather(-1, first_of_equals(means)[:, :, None].expand_as(score))
+            score = with_ties(score, means)
         score = score.view(*query.shape[:4], -1)
         parts.append(best_blocks(score, candidate, free, finite=False).long())
     return torch.cat(parts, -1)

@@ -54,6 +54,12 @@ def first_of_equals(mean: Tensor) -> Tensor:
     return torch.where(same, first, block)
 
 
+def with_ties(score: Tensor, mean: Tensor) -> Tensor:
+    """Scores `[B, H, n, C]` in which blocks with the same mean `[B, G, C, D]` have the same score."""
+    first = first_of_equals(mean).repeat_interleave(score.shape[1] // mean.shape[1], 1)
+    return score.gather(-1, first[:, :, None].expand_as(score))
+
+
 def _mixed(x: Tensor) -> Tensor:
     """Int64 that look random, different for different `x`."""
     for _ in range(2):
@@ -140,8 +146,7 @@ def choose(query: Tensor, key: Tensor, layout: BlockLayout, settings: AttentionS
             q = query[:, :, layout.slots(part)].to(mean.dtype)
             score = q @ of_head[:, :, seen].mT
             if some_equal:
-                equal = first_of_equals(mean[:, :, seen]).repeat_interleave(heads // groups, 1)[:, :, None]
-                score = score.gather(-1, equal.expand_as(score))
+                score = with_ties(score, mean[:, :, seen])
             score = score.unflatten(2, (-1, layout.query_width))
             best = best_blocks(score, candidate, free, finite)
             out[:, :, part, :, :free] = torch.where(best >= 0, best + seen.start, -1) if seen.start else best

@@ -11,7 +11,8 @@ import torch
 from hypothesis import given
 from support.cases import attend, cases, examples, operands
 
-from moba_flex import attention
+from moba_flex import attention, moba_attention
+from moba_flex.backends import eager
 from moba_flex.core.side_by_side import side_by_side
 
 CPU = torch.device("cpu")
@@ -103,6 +104,45 @@ def test_inference_mode_reaches_the_pieces(n_threads):
 
         assert all(side_by_side(piece, range(8), CPU)) and total.tolist() == [1.0] * 8
     assert not any(side_by_side(lambda _: torch.is_inference_mode_enabled(), range(4), CPU))
+
+
+@pytest.mark.parametrize(
+    ("n_query", "n_key", "top_k", "alone"),
+    [
+        (500, 500, 3, True),
+        (500, 500, 500, True),
+        (8200, 8200, 3, False),  # a query of 2**18 elements: its heads are computed side by side
+        (20, 9000, 3, False),  # many keys
+        (8000, 8000, 400, False),  # which all are read
+    ],
+)
+def test_a_small_call_is_computed_by_one_thread(n_query: int, n_key: int, top_k: int, alone: bool, monkeypatch):
+    """Else each of its many small operations waits for all threads, one of which may have lost its core."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    seen = {"forward": 0, "backward": 0}
+
+    def watched(name: str, step):
+        def call(*args):
+            seen[name] = torch.get_num_threads()
+            return step(*args)
+
+        return call
+
+    monkeypatch.setattr(eager, "attend", watched("forward", eager.attend))
+    monkeypatch.setattr(eager, "backward", watched("backward", eager.backward))
+    query, key = torch.randn(1, 1, n_query, 32, requires_grad=True), torch.randn(1, 1, n_key, 32)
+    out = moba_attention(query, key, key, block_size=20, top_k=top_k)
+    assert torch.get_num_threads() == 3
+    torch.autograd.grad(out.sum(), query)
+    assert torch.get_num_threads() == 3
+    assert seen == dict.fromkeys(seen, 1 if alone else 3)
+
+    monkeypatch.setattr(eager, "attend", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        moba_attention(query, key, key, block_size=20, top_k=top_k)
+    assert torch.get_num_threads() == 3
+    torch.set_num_threads(before)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")

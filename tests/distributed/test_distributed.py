@@ -287,6 +287,12 @@ def test_attention_to_shared_keys_is_the_specification(enough: Processes, case: 
     enough.run(generation.drawn_attention_is_equal, case, size, prompt, reads_all)
 
 
+@pytest.mark.parametrize("reads_all", [False, True])
+@pytest.mark.parametrize("case", [LAST.but(n_query=7), LAST.but(n_query=7, groups=1, softcap=1.5, block_size=64)])
+def test_what_later_new_tokens_hold_reaches_no_earlier_ones(two: Processes, case: Case, reads_all: bool) -> None:
+    two.run(generation.later_tokens_reach_no_earlier_ones, case, 2, 41, reads_all)
+
+
 def test_only_holders_of_chosen_blocks_read(four: Processes) -> None:
     """With one block per query, its own: that is held by one process, and the others have nothing to say."""
     case = LAST.but(n_query=1, top_k=1, n_key=49)

@@ -252,13 +252,16 @@ def test_torch_compile_sees_one_operator():
         assert distance(a, b) < 1e-2
 
 
+@pytest.mark.parametrize("name", ["query", "key", "value"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_nan_and_infinity_reach_what_sees_them_and_nothing_crashes(bad):
-    query, key, value = (t.detach().clone() for t in CASES[0].tensors())
-    key[:, :, 500] = bad
-    out = moba_attention(query, key, value, **CASES[0].settings)
+def test_nan_and_infinity_reach_what_sees_them_and_nothing_crashes(bad, name):
+    tensors = {name: t.detach().clone() for name, t in zip(("query", "key", "value"), CASES[0].tensors())}
+    tensors[name][:, :, 500] = bad
+    tensors["query"].requires_grad_()
+    out = moba_attention(**tensors, **CASES[0].settings)
+    (grad,) = torch.autograd.grad(out.float().square().sum(), tensors["query"])
     assert not out[:, :, 500].isfinite().all()
-    assert out[:, :, :384].isfinite().all()  # queries of earlier blocks cannot see it
+    assert out[:, :, :384].isfinite().all() and grad[:, :, :384].isfinite().all()  # queries of earlier blocks cannot see it
     torch.cuda.synchronize()
 
 

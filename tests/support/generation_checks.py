@@ -101,11 +101,36 @@ def every_way_to_cut_is_equal(size: int, decode: str, one_then_many: bool) -> No
 def drawn_attention_is_equal(case: Case, size: int, prompt: int, reads_all: bool) -> tuple[int, int]:
     """`attend_shared` of the last queries of a case, whose first `prompt` keys are a prompt; how many readers read anything here, and how
     many keys this process holds."""
-    of_cp = context_mesh(size)["cp"].get_group()
     whole = {name: x.to(here()) for name, x in operands(case).items()}
-    wanted = case.but(top_k=case.n_key, sink_blocks=0, recent_blocks=0) if reads_all else case
-    expected, _ = attend(wanted, whole, implementation="naive")
+    expected, _ = attend(all_blocks(case) if reads_all else case, whole, implementation="naive")
+    actual, read, held = shared_attention(case, whole, size, prompt, reads_all)
+    assert_same(actual, expected, f"{case}, {prompt}")
+    return read, held
 
+
+def all_blocks(case: Case) -> Case:
+    return case.but(top_k=case.n_key, sink_blocks=0, recent_blocks=0)
+
+
+def later_tokens_reach_no_earlier_ones(case: Case, size: int, prompt: int, reads_all: bool) -> None:
+    """What the last new tokens hold, NaN say, reaches the new tokens that see them and no others."""
+    clean = {name: x.to(here()) for name, x in operands(case).items()}
+    expected, n_spoilt = shared_attention(case, clean, size, prompt, reads_all)[0], 2
+    for name in ("query", "key", "value"):
+        for bad in (torch.nan, torch.inf, -torch.inf):
+            spoilt = {other: x.clone() for other, x in clean.items()}
+            spoilt[name][:, :, -n_spoilt:, 0] = bad
+            actual = shared_attention(case, spoilt, size, prompt, reads_all)[0]
+            assert_same(actual[:, :, :-n_spoilt], expected[:, :, :-n_spoilt], f"{bad} in {name}, {case}, {prompt}")
+            if bad != bad:
+                assert not actual[:, :, -n_spoilt:].isfinite().all(-1).any(), f"{name} of {bad} is not seen"
+            elif name == "value":
+                assert (actual[:, :, -n_spoilt:, 0] == bad).all(), f"{name} of {bad} is not seen"
+
+
+def shared_attention(case: Case, whole: dict[str, torch.Tensor], size: int, prompt: int, reads_all: bool) -> tuple[torch.Tensor, int, int]:
+    """`attend_shared` of `whole`, as `drawn_attention_is_equal` says, and the two numbers that it returns."""
+    of_cp = context_mesh(size)["cp"].get_group()
     place, read = Placement(of_cp.rank(), size, case.block_size, prompt), []
     layer, length = share(DynamicCache(), 1)[0], place.slice_length
     for first, stop in ((0, prompt), (prompt, case.n_key)):
@@ -125,10 +150,10 @@ def drawn_attention_is_equal(case: Case, size: int, prompt: int, reads_all: bool
 
     decoding._across = seen
     try:
-        assert_same(attend_shared(whole["query"], layer, settings, whole.get("sinks"), reads_all, of_cp), expected, f"{case}, {prompt}")
+        out = attend_shared(whole["query"], layer, settings, whole.get("sinks"), reads_all, of_cp)
     finally:
         decoding._across = across
-    return sum(read), layer.keys.shape[2]
+    return out, sum(read), layer.keys.shape[2]
 
 
 def length_scaled_generation_is_equal(size: int, rope: dict) -> None:

@@ -32,7 +32,8 @@ from moba_flex.ops.pages import decode_pages
 from moba_flex.ops.routing import Routes
 
 CPU = torch.device("cpu")
-DEVICE = CPU if os.environ.get("TRITON_INTERPRET") == "1" else torch.device("cuda")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = CPU if INTERPRETED else torch.device("cuda")
 PREFILL = [  # query heads, key heads, queries, keys, width, block size, top_k, dtype, visibility
     (4, 2, 300, 300, 128, 128, 8, torch.bfloat16, "all"),
     (3, 1, 333, 500, 96, 100, 3, torch.float16, "all"),
@@ -63,8 +64,7 @@ def same(got, wanted, tolerance: float = 0.0) -> None:
     assert_close(got.to(CPU), wanted, rtol=tolerance, atol=tolerance)
 
 
-def layout_of(n_query: int, n_key: int, block_size: int, visibility: str) -> BlockLayout:
-    width = slots_per_block(block_size)
+def layout_of(n_query: int, n_key: int, block_size: int, visibility: str, width: int) -> BlockLayout:
     if visibility == "padded":
         return padded_layout(torch.arange(n_key) >= torch.tensor([[17], [0]]), n_query, block_size, width)
     if visibility == "last of packed":
@@ -78,41 +78,57 @@ def layout_of(n_query: int, n_key: int, block_size: int, visibility: str) -> Blo
 
 
 def check_prefill(heads, groups, n_query, n_key, width, block_size, top_k, dtype, visibility) -> None:
-    layout = layout_of(n_query, n_key, block_size, visibility)
+    if INTERPRETED and dtype == torch.bfloat16:
+        dtype = torch.float16  # NumPy has no bfloat16, and the interpreter multiplies its bits as whole numbers
+    layout, plain = (layout_of(n_query, n_key, block_size, visibility, slots) for slots in (slots_per_block(block_size), block_size))
     batch, settings = layout.own.shape[0], AttentionSettings(block_size, top_k, 1, 1, scale=width**-0.5)
-    query = layout.query_slots(torch.randn(batch, heads, n_query, width).to(dtype)).contiguous()
-    key = layout.key_slots(torch.randn(batch, groups, n_key, width).to(dtype)).contiguous()
-    layout = layout.in_slots()
-    chosen = kernels.choose(on_device(query), on_device(key), on_device(layout), settings).to(CPU)
+    tokens = torch.randn(batch, heads, n_query, width).to(dtype), torch.randn(batch, groups, n_key, width).to(dtype)
+    query, key = layout.query_slots(tokens[0]).contiguous(), layout.key_slots(tokens[1]).contiguous()
+    chosen = kernels.choose(on_device(query), on_device(key), on_device(layout.in_slots()), settings).to(CPU)
     wanted = gate.choose(query, key, layout, settings)
     assert (chosen.sort(-1).values != wanted.sort(-1).values).any(-1).float().mean() < 0.01  # near-ties of half precision
 
     given = groups, layout.n_key_blocks, 128, batch * heads * layout.max_pairs(settings.n_routed, True)
     routes, on_gpu = routing.route(chosen, *given), kernels.route(on_device(chosen), *given)
     same(on_gpu.row_of_pair, routes.row_of_pair)
-    check_rows(query, routes, on_gpu, layout)
+    check_rows(query, routes, on_gpu, layout.in_slots())
     if dtype != torch.float32 and layout.tile is None:  # which the one-pass kernels do not take
-        check_one_pass(query, key, chosen, layout, settings)
+        check_one_pass(*tokens, chosen, routes if given[-1] else None, layout, plain, settings)
 
 
-def check_one_pass(query: Tensor, key: Tensor, chosen: Tensor, layout: BlockLayout, settings: AttentionSettings) -> None:
-    value, grad = key.flip(2).contiguous(), torch.randn(query.shape).to(query.dtype)
-    pairs = query.shape[0] * query.shape[1] * layout.max_pairs(settings.n_routed, True)
-    routes = routing.route(chosen, key.shape[1], layout.n_key_blocks, 128, pairs) if pairs else None
-    into = torch.empty_like(query), torch.empty(query.shape[:3])
-    eager.attend(query, key, value, eager.route(chosen, key.shape[1], layout.n_key_blocks, pairs), layout, settings, into)
-    got = on_device(torch.empty_like(query)), on_device(torch.empty(query.shape[:3]))
-    triton.attend(*map(on_device, (query, key, value)), routes and on_device(routes), on_device(layout), settings, got)
-    real = into[1] > -torch.inf
-    assert (got[0].to(CPU)[real].float() - into[0][real].float()).norm() < 2e-2 * into[0][real].float().norm()
-    delta, lse = (into[0].float() * grad).sum(-1), into[1]
-    wanted = tuple(torch.empty_like(x) for x in (query, key, value))
-    operands = query, key, value, grad, lse, delta
-    eager.backward(*operands, eager.route(chosen, key.shape[1], layout.n_key_blocks, pairs), layout, settings, wanted)
-    got = tuple(on_device(torch.empty_like(x)) for x in wanted)
-    kernels.one_pass_backward(*map(on_device, operands), routes and on_device(routes), on_device(layout), settings, got)
-    for a, b in zip(got[1:], wanted[1:]):
-        assert (a.to(CPU).float() - b.float()).norm() < 3e-2 * b.float().norm()
+def check_one_pass(
+    query: Tensor, key: Tensor, chosen: Tensor, routes: Routes | None, layout: BlockLayout, plain: BlockLayout, settings: AttentionSettings
+) -> None:
+    """Tokens `[B, H, N, D]`, what their slots in `layout` have chosen, and a layout without spare slots, which plain PyTorch needs."""
+    value, grad = key.flip(2), torch.randn(query.shape).to(query.dtype)
+    q, k, v, do = plain.query_slots(query), plain.key_slots(key), plain.key_slots(value), plain.query_slots(grad)
+    chosen = plain.query_slots(layout.query_tokens(chosen, fill=-1) + 1) - 1
+    pairs = chosen.numel() if routes is not None else 0
+    given = eager.route(chosen, key.shape[1], plain.n_key_blocks, pairs) if pairs else None
+    out, lse = torch.empty_like(q), torch.empty(q.shape[:3])
+    eager.attend(q, k, v, given, plain, settings, (out, lse))
+    delta = (out.float() * do).sum(-1)
+    grads = tuple(torch.empty_like(x) for x in (q, k, v))
+    eager.backward(q, k, v, do, lse, delta, given, plain, settings, grads)
+
+    operands = layout.query_slots(query), layout.key_slots(key), layout.key_slots(value)
+    operands, routes, on_gpu = tuple(map(on_device, operands)), routes and on_device(routes), on_device(layout.in_slots())
+    got = torch.empty_like(operands[0]), torch.empty(operands[0].shape[:3], device=DEVICE)
+    triton.attend(*operands, routes, on_gpu, settings, got)
+    close(layout.query_tokens(got[0].to(CPU)), plain.query_tokens(out), 2e-2)
+    of_query = (layout.query_slots(x).to(DEVICE) for x in (grad, plain.query_tokens(lse), plain.query_tokens(delta)))
+    got = tuple(torch.empty_like(x) for x in operands)
+    kernels.one_pass_backward(*operands, *of_query, routes, on_gpu, settings, got)
+    for to_tokens, of_plain, x, wanted in (
+        (layout.query_tokens, plain.query_tokens, got[0], grads[0]),
+        (layout.key_tokens, plain.key_tokens, got[1], grads[1]),
+        (layout.key_tokens, plain.key_tokens, got[2], grads[2]),
+    ):
+        close(to_tokens(x.to(CPU)), of_plain(wanted), 3e-2)
+
+
+def close(got: Tensor, wanted: Tensor, share: float) -> None:
+    assert (got.float() - wanted.float()).norm() < share * wanted.float().norm()
 
 
 def turned(x: Tensor) -> Tensor:
