@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import random
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import patch
 
 # Beside other busy programs PyTorch's threads lose minutes waiting for each other in a busy loop, see examples/shared/startup.py. Only
 # possible before PyTorch is imported.
@@ -18,6 +20,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 import pytest
 import torch
+from filelock import FileLock
 from hypothesis import settings
 from tokenizers import Tokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
@@ -30,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "examples/experiments"))
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
 from shared import demo_weights as demo
+from support.fresh import FreshPython
 
 from moba_flex import set_cuda_graphs
 from moba_flex.models import by_name, state
@@ -71,6 +75,13 @@ def _precision_of_its_own() -> Iterator[None]:
     before = torch.get_float32_matmul_precision()
     yield
     torch.set_float32_matmul_precision(before)
+
+
+@pytest.fixture(scope="session")
+def fresh() -> Iterator[FreshPython]:
+    """Runs programs in processes that have not loaded moba_flex."""
+    with FreshPython() as python:
+        yield python
 
 
 @pytest.fixture(scope="session")
@@ -134,8 +145,22 @@ def demo_weights() -> Path:
 
 
 @pytest.fixture(scope="session")
-def smollm2(demo_weights: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """SmolLM2-135M-Instruct and its tokenizer, for tests marked `weights`. All tests share it: leave it unpatched."""
+def smollm2(demo_weights: Path, tmp_path_factory) -> Iterator[tuple[PreTrainedModel, PreTrainedTokenizerBase]]:
+    """SmolLM2-135M-Instruct and its tokenizer, for tests marked `weights`. All tests share it: leave it unpatched.
+
+    Reading the GGUF file takes half a minute of a core, so the process that comes first leaves what it has read to the others.
+    """
+    import gguf
     import llama
 
-    return llama.load(None, "cpu", "float32")
+    own = tmp_path_factory.getbasetemp()
+    copy = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "smollm2.pt"
+    with FileLock(f"{copy}.lock"):
+        if copy.is_file():
+            loaded = torch.load(copy, weights_only=False)
+        else:
+            with patch.object(gguf, "GGUFReader", functools.cache(gguf.GGUFReader)):  # transformers parses the file five times
+                loaded = llama.load(None, "cpu", "float32")
+            torch.save(loaded, copy)
+    yield loaded
+    copy.unlink(missing_ok=True)  # half a gigabyte

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -83,25 +80,30 @@ def test_without_files_it_reads_what_python_brings():
     assert len(prose) > 300_000 and len(code) > 300_000 and "import" in code[:5000]
 
 
-def test_it_runs_as_a_module(tmp_path):
-    environment = {**os.environ, "PYTHONPATH": str(Path(moba_flex.__file__).parents[1]), "COLUMNS": "200"}
-    run = [sys.executable, "-W", "error::RuntimeWarning", "-m", "moba_flex.calibrate", "--help"]
-    done = subprocess.run(run, cwd=tmp_path, env=environment, capture_output=True, text=True)
+def test_it_runs_as_a_module(fresh):
+    """As `python -W error::RuntimeWarning -m moba_flex.calibrate --help` does it."""
+    program = """
+import os, runpy, sys, warnings
+warnings.simplefilter("error", RuntimeWarning)
+os.environ["COLUMNS"], sys.argv[1:] = "200", ["--help"]
+runpy.run_module("moba_flex.calibrate", run_name="__main__", alter_sys=True)
+"""
+    done = fresh.run(program)
     assert done.returncode == 0, done.stderr
     assert "python -m moba_flex.calibrate" in done.stdout and "Find MoBA's settings" in done.stdout
 
 
 @pytest.mark.weights
 def test_the_demos_model_keeps_its_promise_on_text_that_was_not_seen(smollm2, tmp_path):
-    """SmolLM2-135M at 384 tokens and with few candidates, so that it takes a minute."""
+    """SmolLM2-135M at 192 tokens, with few texts and candidates, of which the cheaper ones lose too much."""
     model, tokenizer = smollm2
     transformers.utils.logging.disable_progress_bar()
-    pieces = command.text_pieces(None, tokenizer, 384, 10)
-    report = moba_flex.calibrate(model, pieces[:6], within=0.04, block_sizes=[16], budgets=[160])
+    pieces = command.text_pieces(None, tokenizer, 192, 7)
+    report = moba_flex.calibrate(model, pieces[:4], within=0.04, block_sizes=[16], budgets=[48, 112])
     assert report.config is not None and not hasattr(model.config, "moba")
-    full = [loss(model, ids) for ids in pieces[6:]]
+    full = [loss(model, ids) for ids in pieces[4:]]
     moba_flex.patch(model, report.config)
-    fresh = [loss(model, ids) - x for ids, x in zip(pieces[6:], full)]
+    fresh = [loss(model, ids) - x for ids, x in zip(pieces[4:], full)]
     part = report.candidates[report.chosen].held_out
     assert sum(fresh) / len(fresh) <= 0.04 + part.spread
     moba_flex.unpatch(model)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from itertools import product
 
@@ -347,10 +345,11 @@ def test_models_that_cannot_be_calibrated_are_named():
 @pytest.mark.parametrize(
     "first", ["import moba_flex.calibrate", "import moba_flex; moba_flex.calibrate", "from moba_flex.calibrate import main"]
 )
-def test_the_name_is_the_function_whatever_was_imported(first):
-    code = f"{first}\nimport moba_flex, inspect\nfrom moba_flex import calibrate\nassert inspect.isfunction(calibrate)\n"
+def test_the_name_is_the_function_whatever_was_imported(fresh, first):
+    code = f"import warnings\nwarnings.simplefilter('error', RuntimeWarning)\n{first}\n"
+    code += "import moba_flex, inspect\nfrom moba_flex import calibrate\nassert inspect.isfunction(calibrate)\n"
     code += "import importlib\nimportlib.import_module('moba_flex.calibrate').main\nassert moba_flex.calibrate is calibrate\n"
-    done = subprocess.run([sys.executable, "-W", "error::RuntimeWarning", "-c", code], capture_output=True, text=True)
+    done = fresh.run(code)
     assert done.returncode == 0, done.stderr
 
 

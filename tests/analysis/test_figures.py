@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from itertools import combinations
 
@@ -195,7 +194,7 @@ def test_figures_can_be_written(tmp_path):
 # matplotlib
 
 
-def test_matplotlib_is_imported_by_the_first_figure_and_pyplot_never():
+def test_matplotlib_is_imported_by_the_first_figure_and_pyplot_never(fresh):
     code = """
 import sys, torch, moba_flex
 assert "matplotlib" not in sys.modules
@@ -204,7 +203,7 @@ figure = moba_flex.visualize(moba_flex.select_blocks(x, x, block_size=4, top_k=2
 figure.draw_without_rendering()
 assert "matplotlib" in sys.modules and "matplotlib.pyplot" not in sys.modules
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = fresh.run(code)
     assert done.returncode == 0, done.stderr
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import subprocess
 import sys
 import threading
 import weakref
@@ -89,8 +88,8 @@ threading.Thread(target=lambda: (main.join(), print("made", allocate_persistent(
 
 
 @pytest.mark.skipif((3, 12, 0) <= sys.version_info[:3] < (3, 12, 2), reason="Python itself starts no threads then (its issue 113964)")
-def test_threads_that_go_on_when_the_main_thread_has_ended_are_served():
-    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, timeout=120)
+def test_threads_that_go_on_when_the_main_thread_has_ended_are_served(fresh):
+    done = fresh.run(PROGRAM)
     assert done.stdout == "made 7\n", done.stderr
 
 

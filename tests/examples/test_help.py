@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from support.fresh import FreshPython
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted(
@@ -18,11 +16,12 @@ SCRIPTS = sorted(
     if file.name != "launch.py"  # which has no flags of its own
 )
 RUN_ALL = """
-import contextlib, io, json, runpy, sys
+import contextlib, io, json, os, runpy, sys
 from pathlib import Path
 
-examples, said, before = Path(sys.argv[1]), {}, list(sys.path[1:])
-for script in sys.argv[2:]:
+os.environ.update(COLUMNS="200", CUDA_VISIBLE_DEVICES="")
+said, before = {}, list(sys.path[1:])
+for script in scripts:
     sys.path[:] = [str((examples / script).parent), *before]  # as for `python SCRIPT`
     for name in [name for name, module in sys.modules.items() if str(examples) in (getattr(module, "__file__", None) or "")]:
         if name != "__main__":
@@ -37,11 +36,9 @@ print(json.dumps(said))
 
 
 @pytest.fixture(scope="module")
-def help_of() -> dict[str, str]:
+def help_of(fresh: FreshPython) -> dict[str, str]:
     """What all scripts print, one after another in one process, each with its own folder alone on the path."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-c", RUN_ALL, str(ROOT / "examples"), *SCRIPTS]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    done = fresh.run(f"from pathlib import Path\nexamples, scripts = Path({str(ROOT / 'examples')!r}), {SCRIPTS}\n{RUN_ALL}")
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout)
 

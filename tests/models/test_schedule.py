@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -284,7 +282,7 @@ def test_the_loss_is_seen_to_jump_where_moba_is_not_close_to_full_attention(firs
 # Importing
 
 
-def test_the_trainer_is_loaded_only_with_the_schedule():
+def test_the_trainer_is_loaded_only_with_the_schedule(fresh):
     program = "import sys, moba_flex; loaded = 'transformers.trainer_callback' in sys.modules; moba_flex.MobaSchedule; print(loaded)"
-    out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
-    assert out.split()[-1] == "False"
+    done = fresh.run(program)
+    assert done.stdout.split()[-1:] == ["False"], done.stderr

@@ -256,7 +256,7 @@ def test_a_compiled_model_has_the_gradients_of_the_eager_one(batch):
 @pytest.mark.filterwarnings("error:.*lru_cache.*")
 @pytest.mark.parametrize("masked", [False, True])
 def test_a_compiled_model_with_checkpointing_is_one_graph(masked):
-    model = build().train()
+    model = build(num_hidden_layers=2).train()
     patch(model, **SPARSE, full_attention_layers=(1,))
     ids = tokens()
     inputs = {"input_ids": ids, "use_cache": False, **({"attention_mask": torch.ones_like(ids)} if masked else {})}
