@@ -54,9 +54,13 @@ def reads_tokens(query: Tensor, value: Tensor, layout: BlockLayout, backward: bo
 
 
 def row_numbers(query: Tensor, value: Tensor, layout: BlockLayout, backward: bool) -> int:
-    """Query, output and the output's gradient; in a backward pass of one kernel the query's gradient from each sub-block."""
+    """Query, output and the output's gradient.
+
+    A backward pass of one kernel holds the query's gradient from each sub-block alone. Twice that is counted: what else it holds at that
+    time is more than in a forward pass, and larger chunks took more memory in all than copied rows did.
+    """
     if reads_tokens(query, value, layout, backward):
-        return query.shape[-1] * kernels.backward.sub_blocks(query, value, layout.width)
+        return 2 * query.shape[-1] * kernels.backward.sub_blocks(query, value, layout.width)
     return query.shape[-1] + 2 * value.shape[-1]
 
 

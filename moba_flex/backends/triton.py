@@ -14,7 +14,18 @@ from ..ops import kernels
 from ..ops.routing import Routes
 from ..ops.rows import over_no_keys, write
 from . import flex
-from .flex import HEAD_BY_HEAD, MAX_TENSOR_ELEMENTS, READS_STRIDES, backward, choose, delta, route, slots_per_block, slots_per_query_tile
+from .flex import (
+    HEAD_BY_HEAD,
+    MAX_TENSOR_ELEMENTS,
+    READS_STRIDES,
+    backward,
+    choose,
+    delta,
+    route,
+    row_numbers,
+    slots_per_block,
+    slots_per_query_tile,
+)
 
 __all__ = [
     "HEAD_BY_HEAD",
@@ -34,11 +45,6 @@ __all__ += ["slots_per_block", "slots_per_query_tile"]
 def reads_tokens(query: Tensor, value: Tensor, layout: BlockLayout, backward: bool) -> bool:
     """Whether tokens are taken where they lie: always forward, where no other call comes here."""
     return not backward or flex.reads_tokens(query, value, layout, backward)
-
-
-def row_numbers(query: Tensor, value: Tensor, layout: BlockLayout, backward: bool) -> int:
-    """Forward the output alone."""
-    return flex.row_numbers(query, value, layout, True) if backward else value.shape[-1]
 
 
 def attend(
