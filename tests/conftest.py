@@ -27,6 +27,7 @@ from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE, WordLevel
 from tokenizers.pre_tokenizers import ByteLevel, Whitespace
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.utils import logging
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples/benchmarks"))
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples/experiments"))
@@ -75,6 +76,12 @@ def _precision_of_its_own() -> Iterator[None]:
     before = torch.get_float32_matmul_precision()
     yield
     torch.set_float32_matmul_precision(before)
+
+
+@pytest.fixture(autouse=True)
+def _progress_bars_of_its_own() -> None:
+    """No test misses the progress bar that another one has switched off."""
+    logging.enable_progress_bar()
 
 
 @pytest.fixture(scope="session")

@@ -20,7 +20,7 @@ import contextlib, io, json, os, runpy, sys
 from pathlib import Path
 
 os.environ.update(COLUMNS="200", CUDA_VISIBLE_DEVICES="")
-said, before = {}, list(sys.path[1:])
+said, before = {}, [str(examples.parent), *sys.path[1:]]
 for script in scripts:
     sys.path[:] = [str((examples / script).parent), *before]  # as for `python SCRIPT`
     for name in [name for name, module in sys.modules.items() if str(examples) in (getattr(module, "__file__", None) or "")]:

@@ -13,7 +13,7 @@ for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 flags = "--tokens 512 --block-size 64 --top-k 2 --heads 4 --key-heads 2 --width 32 --repeats 1"
 sys.argv = [{str(EXAMPLE)!r}, *flags.split()]
-sys.path[0] = {str(EXAMPLE.parent)!r}
+sys.path[:1] = [{str(EXAMPLE.parent)!r}, {str(EXAMPLE.parents[2])!r}]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 

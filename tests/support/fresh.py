@@ -7,6 +7,9 @@ Loading them takes five seconds. One process does it once, and runs each program
 from __future__ import annotations
 
 import json
+import os
+import select
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -14,6 +17,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 ROOT = Path(__file__).parents[2]
+SECONDS = 240.0  # that a program may take, with the imports of the first one, on a busy machine
 _SERVER = """
 import json, os, sys, warnings
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
@@ -43,18 +47,29 @@ class Done:
 class FreshPython:
     """`with FreshPython() as fresh: fresh.run("import moba_flex")`."""
 
+    def __init__(self, time_limit: float = SECONDS) -> None:
+        self._time_limit = time_limit
+        self._process: subprocess.Popen[str] | None = None
+
     def __enter__(self) -> FreshPython:
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-        self._process = subprocess.Popen([sys.executable, "-c", _SERVER], cwd=ROOT, text=True, **pipes)
         return self
 
     def __exit__(self, *_) -> None:
-        self._process.communicate(timeout=60)
+        if self._process is not None:
+            self._process.communicate(timeout=60)
 
     def run(self, program: str) -> Done:
+        if self._process is None:
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+            self._process = subprocess.Popen([sys.executable, "-c", _SERVER], cwd=ROOT, text=True, start_new_session=True, **pipes)
         with TemporaryDirectory() as folder:
             files = [Path(folder) / name for name in ("stdout", "stderr")]
             self._process.stdin.write(json.dumps([program, *map(str, files)]) + "\n")
             self._process.stdin.flush()
+            if not select.select([self._process.stdout], [], [], self._time_limit)[0]:
+                os.killpg(self._process.pid, signal.SIGKILL)
+                self._process.communicate()
+                self._process = None
+                raise TimeoutError(f"no end after {self._time_limit:g} seconds: {program}\n{files[1].read_text()}")
             returncode = int(self._process.stdout.readline())
             return Done(returncode, *(file.read_text() for file in files))
