@@ -177,7 +177,8 @@ class BlockLayout:
 
         def make() -> BlockLayout:
             cut = {name: getattr(self, name)[rows, blocks].contiguous() for name in of_query}
-            cut["query_token"] = cut["query_token"] - self.query_width * blocks.start  # only copies in slots are cut at blocks
+            if blocks.start:  # of copies in slots, since only these are cut at blocks
+                cut["query_token"] = cut["query_token"] - self.query_width * blocks.start
             return replace(self, _cache={}, block_keys=self.block_keys[rows], key_token=self.key_token[rows].contiguous(), **cut)
 
         return self.cached((rows.start, rows.stop, blocks.start, blocks.stop), make)
