@@ -40,9 +40,7 @@ _ONE_THREAD_BELOW = 1 << 27  # products of elements of a query with keys: beside
 def forward(query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, settings: AttentionSettings) -> tuple[Tensor, Tensor, Tensor]:
     """Output `[B, H, Nq, Dv]`, log-sum-exp `[B, H, Nq]` and the chosen blocks `[B, H, Q * P, S]`."""
     backend = backend_of(settings)
-    plan = planned_pieces(query, key, value, layout, settings, backend, False)
-    in_place = backend.reads_tokens(query, value, layout, False) and _in_whole_rows(plan, layout)
-    places = layout if in_place else layout.in_slots()
+    plan, in_place, places = planned(query, key, value, layout, settings, backend, False)
     q = placed_queries(query, layout, backend, in_place)
     k, v = (placed_keys(x, layout, in_place) for x in (key, value))
 
@@ -85,9 +83,7 @@ def backward(
     backend = backend_of(settings)
     grad = keep_strides(grad) if backend.READS_STRIDES else grad.contiguous()
     delta = backend.delta(out, grad, grad_lse)
-    plan = planned_pieces(query, key, value, layout, settings, backend, True)
-    in_place = backend.reads_tokens(query, value, layout, True) and _in_whole_rows(plan, layout)
-    places = layout if in_place else layout.in_slots()
+    plan, in_place, places = planned(query, key, value, layout, settings, backend, True)
     q, grad = (placed_queries(x, layout, backend, in_place) for x in (query, grad))
     k, v = (placed_keys(x, layout, in_place) for x in (key, value))
     lse, delta = (x.contiguous() if in_place else layout.query_slots(x).contiguous() for x in (lse, delta))
@@ -136,11 +132,6 @@ def placed_keys(x: Tensor, layout: BlockLayout, in_place: bool) -> Tensor:
     return keep_strides(x) if in_place else layout.key_slots(x).contiguous()
 
 
-def _in_whole_rows(plan: list[Piece], layout: BlockLayout) -> bool:
-    """Whether no piece is some query blocks of a row: where tokens lie, such a piece is no slice."""
-    return all(piece.blocks == slice(0, layout.n_query_blocks) for piece in plan)
-
-
 def gate(query: Tensor, key: Tensor, layout: BlockLayout, settings: AttentionSettings, backend: Backend) -> Tensor:
     """Step 1: the chosen blocks `[B, H, Q * P, S]` int32 of every head, or of every group of heads with `share_selection`.
 
@@ -169,6 +160,16 @@ def route(chosen: Tensor, key: Tensor, blocks: slice, layout: BlockLayout, setti
     """Step 2: a row for each pair of `chosen [B, H, *, S]`, which are those of the query blocks `blocks`; None if there can be no pair."""
     pairs = chosen.shape[0] * chosen.shape[1] * layout.max_pairs(settings.n_routed, settings.causal, blocks)
     return backend.route(chosen, key.shape[1], layout.n_key_blocks, pairs) if pairs else None
+
+
+def planned(
+    query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, settings: AttentionSettings, backend: Backend, backward: bool
+) -> tuple[list[Piece], bool, BlockLayout]:
+    """The pieces of a pass, whether they take tokens where these lie, and the layout of what they take."""
+    plan = planned_pieces(query, key, value, layout, settings, backend, backward)
+    in_whole_rows = all(piece.blocks == slice(0, layout.n_query_blocks) for piece in plan)  # where tokens lie, some blocks are no slice
+    in_place = backend.reads_tokens(query, value, layout, backward) and in_whole_rows
+    return plan, in_place, layout if in_place else layout.in_slots()
 
 
 def planned_pieces(

@@ -170,4 +170,5 @@ def smollm2(demo_weights: Path, tmp_path_factory) -> Iterator[tuple[PreTrainedMo
                 loaded = llama.load(None, "cpu", "float32")
             torch.save(loaded, copy)
     yield loaded
-    copy.unlink(missing_ok=True)  # half a gigabyte
+    with FileLock(f"{copy}.lock"):  # nobody reads it meanwhile
+        copy.unlink(missing_ok=True)  # half a gigabyte

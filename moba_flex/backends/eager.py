@@ -17,9 +17,11 @@ from torch import Tensor
 from ..core.dtypes import wide
 from ..core.layout import BlockLayout
 from ..core.settings import AttentionSettings
-from ..ops.gate import choose
-from ..ops.rows import delta, over_no_keys, write
-from .eager_routes import Routes, merge_routed, route, routed_keys
+from ..ops.gate import choose as choose
+from ..ops.rows import delta as delta
+from ..ops.rows import over_no_keys, write
+from .eager_routes import Routes, merge_routed, routed_keys
+from .eager_routes import route as route
 from .eager_softmax import (
     Diagonal,
     NumberRange,
@@ -31,20 +33,6 @@ from .eager_softmax import (
     softmax_backward,
     widened,
 )
-
-__all__ = [
-    "HEAD_BY_HEAD",
-    "MAX_TENSOR_ELEMENTS",
-    "READS_STRIDES",
-    "attend",
-    "backward",
-    "choose",
-    "delta",
-    "reads_tokens",
-    "route",
-    "row_numbers",
-]
-__all__ += ["slots_per_block", "slots_per_query_tile"]
 
 MAX_TENSOR_ELEMENTS = sys.maxsize
 READS_STRIDES = False

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ..core.chunking import QUERY_TILE
 from ..core.dtypes import wide
-from ..core.layout import BlockLayout, slots_per_block
+from ..core.layout import BlockLayout
+from ..core.layout import slots_per_block as slots_per_block
 from ..core.settings import AttentionSettings
 from ..core.strides import keep_strides
 from ..ops import kernels, steps_for
@@ -22,20 +23,6 @@ from ..ops.rows import over_no_keys, write
 from . import flash, paths
 from .block_masks import local_mask, query_tile, routed_mask
 from .flex_calls import by_group, flex_backward, flex_forward
-
-__all__ = [
-    "HEAD_BY_HEAD",
-    "MAX_TENSOR_ELEMENTS",
-    "READS_STRIDES",
-    "attend",
-    "backward",
-    "choose",
-    "delta",
-    "reads_tokens",
-    "route",
-    "row_numbers",
-]
-__all__ += ["slots_per_block", "slots_per_query_tile"]
 
 # FlexAttention's kernels take the number of a key, and backward that of a row, times the width in 32 bits.
 MAX_TENSOR_ELEMENTS = 2**31 - 1

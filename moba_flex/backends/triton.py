@@ -27,19 +27,9 @@ from .flex import (
     slots_per_query_tile,
 )
 
-__all__ = [
-    "HEAD_BY_HEAD",
-    "MAX_TENSOR_ELEMENTS",
-    "READS_STRIDES",
-    "attend",
-    "backward",
-    "choose",
-    "delta",
-    "reads_tokens",
-    "route",
-    "row_numbers",
-]
-__all__ += ["slots_per_block", "slots_per_query_tile"]
+# The protocol, most of which is that of `flex.py`.
+__all__ = ["HEAD_BY_HEAD", "MAX_TENSOR_ELEMENTS", "READS_STRIDES", "backward", "choose", "delta", "route", "row_numbers"]
+__all__ += ["attend", "reads_tokens", "slots_per_block", "slots_per_query_tile"]
 
 
 def reads_tokens(query: Tensor, value: Tensor, layout: BlockLayout, backward: bool) -> bool:

@@ -179,7 +179,7 @@ class BlockLayout:
             cut = {name: getattr(self, name)[rows, blocks].contiguous() for name in of_query}
             if blocks.start:  # of copies in slots, since only these are cut at blocks
                 cut["query_token"] = cut["query_token"] - self.query_width * blocks.start
-            return replace(self, _cache={}, block_keys=self.block_keys[rows], key_token=self.key_token[rows].contiguous(), **cut)
+            return replace(self, _cache={}, block_keys=self.block_keys[rows], key_token=self.key_token[rows], **cut)
 
         return self.cached((rows.start, rows.stop, blocks.start, blocks.stop), make)
 

@@ -242,7 +242,7 @@ def test_continuous_batching_gives_the_tokens_of_generate(decode_by):
     from moba_flex.models import upstream
 
     if not upstream.BATCHES_CONTINUOUSLY:
-        pytest.skip("this version of transformers hands MoBA too little")
+        pytest.skip("continuous batching with MoBA needs transformers 5.24 or newer")
     sizes = {"hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(vocab_size=64, **sizes, initializer_range=0.3, pad_token_id=0, eos_token_id=None)).eval().cuda()
