@@ -21,7 +21,7 @@ from accelerate.state import AcceleratorState, GradientState
 from shared import training
 from shared.command_line import UserError
 from support.fresh import FreshPython
-from support.launched import Launched
+from support.scripts import Script
 from transformers import AutoModelForCausalLM
 from transformers.loss.loss_utils import ForCausalLMLoss
 
@@ -75,21 +75,27 @@ def command(config: str, script: str, *arguments: str, processes: int = 2, **par
 
 
 @pytest.fixture
-def launched(tmp_path: Path) -> Callable[[list[str]], Launched]:
-    """Starts such a command, without the imports."""
-    return lambda command: Launched(command, environment(), ROOT, tmp_path / "said.txt")
+def said(tmp_path: Path) -> Path:
+    """What a command prints."""
+    return tmp_path / "said.txt"
 
 
 @pytest.fixture
-def launch(launched: Callable[[list[str]], Launched]) -> Callable[..., None]:
+def launched(said: Path) -> Callable[[list[str]], Script]:
+    """Starts such a command, without the imports."""
+    return lambda command: Script(command, environment(), said)
+
+
+@pytest.fixture
+def launch(launched: Callable[[list[str]], Script], said: Path) -> Callable[..., None]:
     """Runs such a command. One that hangs or fails says why, and its processes are ended."""
 
     def run(*arguments: str, **options: int) -> None:
         with launched(command(*arguments, **options)) as job:
             try:
-                assert job.wait(150) == 0, job.said()[-6000:]
+                assert job.wait(150) == 0, said.read_text()[-6000:]
             except subprocess.TimeoutExpired:
-                pytest.fail(f"{' '.join(arguments)} did not end in 150 seconds:\n{job.said()[-6000:]}")
+                pytest.fail(f"{' '.join(arguments)} did not end in 150 seconds:\n{said.read_text()[-6000:]}")
 
     return run
 
@@ -155,7 +161,7 @@ def test_one_process_checkpoint_goes_on_with_sharded_parameters_on_two(short: Pa
     assert_same_losses(output, short)
 
 
-def test_a_killed_process_is_named_and_three_others_go_on(tmp_path: Path, launched, launch) -> None:
+def test_a_killed_process_is_named_and_three_others_go_on(tmp_path: Path, said: Path, launched, launch) -> None:
     """Parameters are sharded over two processes, one of which is killed in the middle of a step, and then over three."""
     arguments, output = [*SHORT, "--batch-size", "6", "--steps", "7", "--output"], tmp_path / "run"
     with launched(command("fsdp2.yaml", "tests/support/train_on_cpus.py", *arguments, str(output))) as job:
@@ -164,10 +170,10 @@ def test_a_killed_process_is_named_and_three_others_go_on(tmp_path: Path, launch
                 job.wait(0.01)
         children = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
         os.kill(int(children[1]), signal.SIGKILL)
-        assert job.wait(60) == 137, job.said()
-    said = job.said()
-    assert said.splitlines()[-1] == "launch.py: process 1 was ended by signal 9 (SIGKILL): is there enough memory?"
-    assert "train.py: error: process 1 of 2 (pid " in said and "ended without a word; process 0 was at step " in said
+        assert job.wait(60) == 137, said.read_text()
+    words = said.read_text()
+    assert words.splitlines()[-1] == "launch.py: process 1 was ended by signal 9 (SIGKILL): is there enough memory?"
+    assert "train.py: error: process 1 of 2 (pid " in words and "ended without a word; process 0 was at step " in words
 
     launch("fsdp2.yaml", "tests/support/train_on_cpus.py", *arguments, str(output), "--resume", processes=3)
     one = [*arguments, str(tmp_path / "one")]
@@ -210,10 +216,10 @@ def test_an_interrupted_job_says_so_and_goes_on_to_the_same_end(alone: None, tmp
     assert re.search(rf"40/40 .*loss {loss:.4f}, [\d,]+ tokens/s, full", err)
 
 
-def test_a_job_has_one_error_in_one_line(tmp_path: Path, launched) -> None:
+def test_a_job_has_one_error_in_one_line(tmp_path: Path, said: Path, launched) -> None:
     with launched(command("cpu.yaml", "examples/train.py", *TINY, "--text", "nowhere.txt", "--output", str(tmp_path / "run"))) as job:
-        assert job.wait(120) == 2, job.said()
-    (line,) = [line for line in job.said().splitlines() if "nowhere" in line or "rror" in line or "Traceback" in line]
+        assert job.wait(120) == 2, said.read_text()
+    (line,) = [line for line in said.read_text().splitlines() if "nowhere" in line or "rror" in line or "Traceback" in line]
     assert line.startswith("train.py: error: argument --text: cannot read the file: ")
 
 

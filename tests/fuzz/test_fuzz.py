@@ -7,6 +7,7 @@ import re
 
 import pytest
 import torch
+from support.processes import fork_server
 
 from fuzz.check import check
 from fuzz.draws import LAYOUTS, VALUES, draw
@@ -114,7 +115,8 @@ def test_a_run_goes_on_where_the_last_one_stopped(tmp_path, capsys):
         State.load(state, 1, "cpu")
 
 
-def test_processes_share_the_cases(tmp_path, capsys):
+def test_processes_share_the_cases(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("fuzz.run.get_context", lambda _: fork_server())  # which spares their imports
     state = tmp_path / "state.json"
     assert _run(state, "--cases", "30", "--processes", "2") == 0
     assert json.loads(state.read_text())["done"] == 30

@@ -27,6 +27,7 @@ from collections.abc import Callable
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerContext
+from multiprocessing.reduction import DupFd
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -83,7 +84,8 @@ class Processes:
         context = fork_server() if self.device == "cpu" else multiprocessing.get_context("spawn")
         for rank in range(self.size):
             here, there = context.Pipe()
-            child = context.Process(target=_work, args=(rank, self.size, self.device, self._folder.name, there), daemon=True)
+            output = [_File(number) for number in (1, 2)]  # else it would print where the first of all groups did
+            child = context.Process(target=_work, args=(rank, self.size, self.device, self._folder.name, there, output), daemon=True)
             child.start()
             there.close()
             self._children.append(child)
@@ -138,8 +140,24 @@ class Processes:
         return "(it does not say)"
 
 
-def _work(rank: int, size: int, device: str, folder: str, pipe: Connection) -> None:
+class _File:
+    """An open file, which a process that is started gets with its arguments."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def __reduce__(self) -> tuple[Callable, tuple]:
+        return _received, (DupFd(self.number),)
+
+
+def _received(file: Any) -> _File:
+    return _File(file.detach())
+
+
+def _work(rank: int, size: int, device: str, folder: str, pipe: Connection, output: list[_File]) -> None:
     """The life of one process."""
+    for number, file in enumerate(output, 1):
+        os.dup2(file.number, number)
     where = open(Path(folder) / f"where{rank}", "w")  # noqa: SIM115
     faulthandler.register(signal.SIGUSR1, file=where)
     if platform.system() == "Linux":

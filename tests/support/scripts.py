@@ -1,7 +1,7 @@
-"""`examples/launch.py` in a fork of a process that has imported what it and its script need, and the processes that it starts too.
+"""Scripts of `examples/` in forks of a process that has imported what they need; by `examples/launch.py`, so are those that it starts.
 
-Each of them else takes five to eight seconds of a core for the same imports. All else is as in `python examples/launch.py ...`: the
-launcher, accelerate and PyTorch's elastic agent do what they do, on processes of their own with pids, sessions and exit codes.
+A process takes five to eight seconds of a core for these imports. All else is as in `python SCRIPT ...`: processes with pids, sessions,
+signals and exit codes of their own. Only their start is another one: tests of that start a new Python.
 """
 
 from __future__ import annotations
@@ -9,82 +9,89 @@ from __future__ import annotations
 import json
 import os
 import runpy
+import signal
 import subprocess
 import sys
 import time
 import traceback
 from pathlib import Path
-from types import TracebackType
 
 import torch
 from torch.distributed.elastic.multiprocessing.subprocess_handler.subprocess_handler import SubprocessHandler
 
 from .processes import fork_server
 
+ROOT = Path(__file__).parents[2]
 
-class Launched:
-    """`with Launched(["examples/launch.py", ...], environment, folder, output) as job: job.wait(60)`, much like subprocess.Popen.
 
-    All processes write to `output`, which `said` reads.
+class Script:
+    """`with Script(["examples/train.py", ...], environment, output) as script: script.wait(60)`, much like subprocess.Popen.
+
+    It writes to the file or named pipe `output`, and its errors to `errors` if there is one. Its folder is the root of the repository.
     """
 
-    def __init__(self, arguments: list[str], environment: dict[str, str], folder: Path, output: Path) -> None:
-        self._output, given = output, (arguments, environment, str(folder), str(output))
-        self._process = fork_server().Process(target=_launch, args=given)
+    def __init__(self, arguments: list[str], environment: dict[str, str], output: Path, errors: Path | None = None) -> None:
+        self.name, files = arguments[0], (str(output), str(errors or output))
+        self._process = fork_server().Process(target=_live, args=(arguments, environment, files))
         self._process.start()
         self.pid: int = self._process.pid  # type: ignore[assignment]
 
-    def __enter__(self) -> Launched:
+    def __enter__(self) -> Script:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._process.is_alive():
-            self._process.terminate()  # the launcher then ends its processes, which are no children of this one
+            self._process.terminate()  # a launcher then ends its processes, which are no children of this one
             self._process.join(60)
             self._process.kill()
         self._process.join()
 
-    @property
-    def returncode(self) -> int | None:
+    def poll(self) -> int | None:
         return self._process.exitcode
 
-    def said(self) -> str:
-        return self._output.read_text()
+    def send_signal(self, number: signal.Signals) -> None:
+        os.kill(self.pid, number)
 
     def wait(self, timeout: float) -> int:
         """The exit code. Raises subprocess.TimeoutExpired."""
         self._process.join(timeout)
-        if self._process.exitcode is None:
-            raise subprocess.TimeoutExpired("examples/launch.py", timeout)
-        return self._process.exitcode
+        if (code := self.poll()) is None:
+            raise subprocess.TimeoutExpired(self.name, timeout)
+        return code
+
+    def wait_for(self, words: str, file: Path, timeout: float = 120) -> None:
+        """Until the words stand in a file that it writes."""
+        deadline = time.monotonic() + timeout
+        while not file.exists() or words not in file.read_text():
+            assert self._process.is_alive() and time.monotonic() < deadline, f"{self.name} did not write {words!r} to {file}"
+            time.sleep(0.01)
 
 
-def _launch(arguments: list[str], environment: dict[str, str], folder: str, output: str) -> None:
-    """The life of the launcher."""
-    _to_file(output)
-    os.chdir(folder)
+def _live(arguments: list[str], environment: dict[str, str], files: tuple[str, str]) -> None:
+    """The life of the script, or of the launcher."""
+    for number, name in enumerate(files, 1):
+        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    os.chdir(ROOT)
     os.environ.clear()
     os.environ.update(environment)
     torch.set_num_threads(1)
-    n_processes = int(arguments[arguments.index("--num_processes") + 1])
-    waiting = [_Waiting() for _ in range(n_processes)]
+    n_processes = [int(arguments[i]) for i in range(1, len(arguments)) if arguments[i - 1] in ("--num_processes", "--nproc-per-node")]
+    waiting = [_Waiting() for _ in range(sum(n_processes[:1]))]
     SubprocessHandler._popen = lambda self, args, env: waiting.pop(0).begin(args, env)  # type: ignore[method-assign]
     _run(arguments)
 
 
-def _to_file(output: str) -> None:
-    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(file, 1)
-    os.dup2(file, 2)
-
-
 def _run(arguments: list[str]) -> None:
-    """As `python -u SCRIPT ...` does."""
+    """As `python -u SCRIPT ...` does, or `python -u -m MODULE ...`."""
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(write_through=True)
-    sys.argv = arguments
-    sys.path.insert(0, str(Path(arguments[0]).parent.resolve()))
-    runpy.run_path(arguments[0], run_name="__main__")
+    if arguments[0] == "-m":
+        sys.argv = arguments[1:]
+        runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = arguments
+        sys.path.insert(0, str(Path(arguments[0]).parent.resolve()))
+        runpy.run_path(arguments[0], run_name="__main__")
 
 
 class _Waiting:
