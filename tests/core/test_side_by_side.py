@@ -162,7 +162,7 @@ def test_a_forked_process_has_threads_of_its_own():
 def test_head_by_head_is_the_whole_call(padded, monkeypatch):
     """Values, log-sum-exp and gradients, with one thread and with two, of which two runs have the same bits."""
 
-    @examples(60)
+    @examples(30)
     @given(case=cases(padded=padded))
     def check(case):
         whole = _results(case, monkeypatch, 1 << 60, 2)

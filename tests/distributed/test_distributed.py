@@ -44,12 +44,9 @@ def some(request: pytest.FixtureRequest) -> Processes:
 
 
 @pytest.fixture
-def enough(request: pytest.FixtureRequest, some: Processes) -> Processes:
-    """`some`, where they are as many as the test's `size` asks for."""
-    size = request.getfixturevalue("size")
-    if some.size < size:
-        pytest.skip(f"needs {size} GPUs")
-    return some
+def enough(request: pytest.FixtureRequest) -> Processes:
+    """As many as the test's `size` asks for. Groups of two among four have tests of their own: those of `some`, and with sharded weights."""
+    return request.getfixturevalue({2: "two", 4: "four"}[request.getfixturevalue("size")])
 
 
 def processes(size: int) -> Processes:

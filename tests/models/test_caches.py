@@ -24,7 +24,7 @@ FULL = {"block_size": 8, "top_k": 2, "decode": "full"}
 GREEDY = {"max_new_tokens": NEW, "do_sample": False}
 
 
-def build(seed: int = 0, layers: int = 3, **settings) -> PreTrainedModel:
+def build(seed: int = 0, layers: int = 2, **settings) -> PreTrainedModel:
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=VOCABULARY,
@@ -132,14 +132,14 @@ def test_beam_search_gives_the_sequences_of_recomputation(static, no_recomputati
 
 @pytest.mark.parametrize("offloading", [False, True])
 def test_a_hybrid_of_full_and_sparse_layers_gives_the_tokens_of_recomputation(offloading, no_recomputation):
-    model, ids = build(**SPARSE, full_attention_layers=(-1,)), tokens()
+    model, ids = build(layers=3, **SPARSE, full_attention_layers=(-1,)), tokens()
     cache = DynamicCache(config=model.config)
     cache.offloading = offloading  # what makes its layers move; streams, which the rest of it is, are for GPUs
     if offloading:
         cache.update = lambda key, value, index, *_, **__: (cache.layers[index].update(key, value), cache.layers[index].offload())[0]
     out = model.generate(ids, past_key_values=cache, **GREEDY)
     assert means_beside(cache.layers[2]) is None, "a layer with full attention needs no means"
-    full = build(**FULL, full_attention_layers=(-1,))
+    full = build(layers=3, **FULL, full_attention_layers=(-1,))
     patch(full, **SPARSE, full_attention_layers=(-1,))
     assert torch.equal(out, recomputed(full, ids))
 
@@ -148,7 +148,7 @@ def test_a_hybrid_of_full_and_sparse_layers_gives_the_tokens_of_recomputation(of
 @pytest.mark.parametrize("decode", ["full", "sparse"])
 def test_the_first_layers_alone_may_draft(decode, full_layers):
     """While they do, transformers sets the configuration's number of layers to theirs: layers are still the ones that were named."""
-    model, ids = build(**{**SPARSE, "decode": decode}, full_attention_layers=full_layers), tokens()
+    model, ids = build(layers=3, **{**SPARSE, "decode": decode}, full_attention_layers=full_layers), tokens()
     call = {**GREEDY, "suppress_tokens": [0]}  # transformers takes a padding token among those generated for padding of the drafts
     expected, seen = model.generate(ids, **call), []
     attention = model.model.layers[1].self_attn
@@ -380,7 +380,7 @@ def test_means_take_less_than_two_hundredths_of_the_cache(block_size):
 
 
 def test_unpatch_takes_the_hooks_away():
-    model = build()
+    model = build(layers=3)
     before = [dict(module._forward_pre_hooks) for module in model.modules()]
     patch(model, **FULL)
     assert sum(len(module._forward_pre_hooks) for module in model.modules()) == 2  # full decoding wants no layer's cache
@@ -453,7 +453,7 @@ def test_drafts_behind_a_prompt_read_all_keys_and_the_prompt_its_blocks(cached):
 def test_decoding_with_a_static_cache_is_compiled_once(batch, full_layers):
     from torch._dynamo.utils import counters
 
-    model = build(layers=2, **SPARSE, full_attention_layers=full_layers)
+    model = build(**SPARSE, full_attention_layers=full_layers)
     inputs = padded() if batch == "padded" else {"input_ids": tokens()}
     expected = model.generate(**inputs, **GREEDY)
     config = CompileConfig(fullgraph=True, backend="aot_eager", mode=None)
@@ -470,7 +470,7 @@ def test_decoding_with_a_static_cache_is_compiled_once(batch, full_layers):
 def test_a_compiled_step_without_a_mask_serves_every_token():
     from torch._dynamo.utils import counters
 
-    model, ids = build(layers=2, **SPARSE), tokens()
+    model, ids = build(**SPARSE), tokens()
     cache = StaticCache(config=model.config, max_cache_len=PROMPT + 20)
     expected = run(model, ids, None)
     run(model, ids[:, :30], cache)
@@ -486,7 +486,7 @@ def test_a_compiled_step_without_a_mask_serves_every_token():
 def test_full_decoding_with_a_static_cache_is_compiled():
     from torch._dynamo.utils import counters
 
-    model, inputs = build(layers=2, **FULL), padded()
+    model, inputs = build(**FULL), padded()
     expected = model.generate(**inputs, **GREEDY)
     config = CompileConfig(fullgraph=True, backend="aot_eager", mode=None)
     config._compile_all_devices = True

@@ -39,7 +39,8 @@ def check(model, serving: Serving, wanted: dict[str, list[int]], new: int = 8) -
 @each_decode
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3", "gpt_oss"])  # grouped heads; norms of keys; windows; windows and sinks
 def test_generate_batch_gives_the_tokens_of_generate(family, decode):
-    model = small(decode, family, layers=4, sink_blocks=1)
+    windows = family in ("gemma3", "gpt_oss")  # two layers with windows share pages, and two without
+    model = small(decode, family, layers=4 if windows else 2, sink_blocks=1)
     given = prompts(100, 7, 61, 33, 1, 130)
     config = ContinuousBatchingConfig(page_size=32, num_blocks=48, max_batch_tokens=96)
     out = model.generate_batch(given, generation_config=generation(8), continuous_batching_config=config)
