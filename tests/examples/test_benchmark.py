@@ -408,7 +408,7 @@ def peers(monkeypatch):
 
 def test_flash_is_compared_where_it_is_named_and_its_backend_holds_for_its_calls_alone(monkeypatch):
     seen = []
-    monkeypatch.setattr(flash, "_installed", lambda: True)
+    monkeypatch.setattr(flash, "_missing", lambda: None)
     monkeypatch.setattr(attention, "moba_attention", lambda *_, **settings: seen.append((flash.enabled(), settings)))
     for name in ("moba_flex-flash", "moba_flex"):
         SYSTEMS[name].call(*torch.randn(3, 1, 2, 8, 4), TOY)
