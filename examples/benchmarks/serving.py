@@ -84,26 +84,20 @@ def run(args: argparse.Namespace) -> None:
     device = torch.device(args.device)
     model = moba_flex.patch(build(args.model, getattr(torch, args.dtype), device), settings)
     runs: list[dict] = []
-    for tokens, requests in zip(args.tokens, args.requests):
-        runs.append({"tokens": tokens, "requests": requests})
-        for results in measured(model, tokens, requests, args):
-            runs[-1] |= {"results": results} | ({"ratio": ratio(results)} if len(results) == len(SYSTEMS) else {})
-            save(runs, device, args)
-        print_table(tokens, requests, results)
-
-
-def measured(model: PreTrainedModel, tokens: int, requests: int, args: argparse.Namespace) -> Iterator[Results]:
-    """What is known, after each time that one system has served all requests."""
-    if args.warm_up:
-        for _ in served(model, random_prompts(model, args.warm_up, max(1, tokens // 2), seed=-1), min(args.new, WARM_UP_NEW), args):
-            pass
-    results: Results = {}
-    for i in range(args.rounds):
-        for system, found in served(model, random_prompts(model, requests, tokens, seed=i), args.new, args):
-            results[system] = found
-            said = f"{tokens:,} tokens, round {i + 1} of {args.rounds}, {system}"
-            print(f"{said}: {found['requests_per_minute']:.1f} requests per minute", flush=True)
-            yield results
+    for tokens, requests, rounds in zip(args.tokens, args.requests, args.rounds):
+        if args.warm_up:
+            prompts = random_prompts(model, args.warm_up, max(1, tokens // 2), seed=-1)
+            list(served(model, prompts, min(args.new, WARM_UP_NEW), args))
+        runs.append({"tokens": tokens, "requests": requests, "rounds": []})
+        for i in range(rounds):
+            results: Results = {}
+            runs[-1]["rounds"].append(results)
+            for system, found in served(model, random_prompts(model, requests, tokens, seed=i), args.new, args):
+                results[system] = found
+                save(runs, device, args)
+                said = f"{tokens:,} tokens, round {i + 1} of {rounds}, {system}"
+                print(f"{said}: {found['requests_per_minute']:.1f} requests per minute", flush=True)
+        print_table(runs[-1])
 
 
 def served(model: PreTrainedModel, prompts: list[list[int]], new: int, args: argparse.Namespace) -> Iterator[tuple[str, dict[str, float]]]:
@@ -133,24 +127,26 @@ def save(runs: list[dict], device: torch.device, args: argparse.Namespace) -> No
     write(args.output, {"device": where, **versions, "date": time.strftime("%Y-%m-%d"), **given, "runs": runs})
 
 
-def print_table(tokens: int, requests: int, results: Results) -> None:
-    print(f"\n{requests} requests of {tokens:,} tokens\n")
+def print_table(run: dict) -> None:
+    """Of the last round; the ratio of each, since it varies from one to the next."""
+    print(f"\n{run['requests']} requests of {run['tokens']:,} tokens\n")
     print("| | requests per minute | first token, s: median / p95 | per token, ms: median / p95 |\n|---|---|---|---|")
-    for system, found in results.items():
+    for system, found in run["rounds"][-1].items():
         first = f"{found['first_token_median']:.3f} / {found['first_token_p95']:.3f}"
         each = f"{1000 * found['per_token_median']:.1f} / {1000 * found['per_token_p95']:.1f}"
         print(f"| {system} | {found['requests_per_minute']:.1f} | {first} | {each} |")
-    print(f"\nrequests per minute, moba_flex over sdpa: {ratio(results):.2f}\n", flush=True)
+    ratios = ", ".join(f"{ratio(results):.2f}" for results in run["rounds"])
+    print(f"\nrequests per minute, moba_flex over sdpa, round by round: {ratios}\n", flush=True)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(__doc__)
     flag = parser.add_argument
     flag("--model", choices=list(MODELS), default="llama-8b", help="whose shape the model has")
-    flag("--tokens", type=count, nargs="+", default=[32768], metavar="N", help="of each prompt; several lengths are measured in turn")
+    flag("--tokens", type=count, nargs="+", default=[32768], metavar="N", help="of each prompt; several are measured in turn")
     flag("--requests", type=count, nargs="+", default=[16], metavar="N", help="how many requests there are, for all lengths or for each")
     flag("--new", type=count, default=128, metavar="N", help="tokens that each request gets")
-    flag("--rounds", type=count, default=2, metavar="N", help="how often all is done, each time with other prompts")
+    flag("--rounds", type=count, nargs="+", default=[2], metavar="N", help="how often that is done, each time with other prompts")
     flag("--warm-up", type=count_from_0, default=0, metavar="N", help="requests of half the length that come before the first round")
     parser.add_block_flags(block_size=128, top_k=8, sink_blocks=1)
     flag("--decode", choices=["full", "sparse"], default="sparse", help="what generated tokens read: all keys, or their top_k blocks")
@@ -160,10 +156,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     flag("--output", type=Path, metavar="FILE", help="a JSON file for the results (default: none)")
     parser.add_device_flags()
     args = parser.parse_args(argv)
-    if len(args.requests) == 1:
-        args.requests *= len(args.tokens)
-    if len(args.requests) != len(args.tokens):
-        raise UserError(f"argument --requests: must be one number or as many as --tokens ({len(args.tokens)}), but is {len(args.requests)}")
+    for flag_name, given in (("--requests", args.requests), ("--rounds", args.rounds)):
+        if len(given) not in (1, len(args.tokens)):
+            raise UserError(f"argument {flag_name}: must be one number or as many as --tokens ({len(args.tokens)}), but is {len(given)}")
+        given *= len(args.tokens) // len(given)
     return args
 
 

@@ -26,9 +26,10 @@ def test_a_tiny_model_is_served_in_both_ways_at_each_length(tmp_path, capsys):
     assert [(run["tokens"], run["requests"]) for run in found["runs"]] == [(40, 2), (200, 3)]
     for run in found["runs"]:
         assert f"{run['requests']} requests of {run['tokens']} tokens" in said
-        assert f"moba_flex over sdpa: {run['ratio']:.2f}" in said
-        assert set(run["results"]) == {"moba_flex", "sdpa"}
-        for system, result in run["results"].items():
+        (results,) = run["rounds"]
+        assert set(results) == {"moba_flex", "sdpa"}
+        assert f"round by round: {results['moba_flex']['requests_per_minute'] / results['sdpa']['requests_per_minute']:.2f}\n" in said
+        for system, result in results.items():
             assert f"| {system} |" in said and all(value > 0 for value in result.values())
             assert result["first_token_median"] <= result["first_token_p95"] and result["per_token_median"] <= result["per_token_p95"]
 
@@ -44,7 +45,7 @@ def test_the_warm_up_is_shorter_and_counts_nowhere(tmp_path, monkeypatch, capsys
     monkeypatch.setattr(serving, "WARM_UP_NEW", 2)
     found = serve(tmp_path / "served.json", "--tokens", "60", "--requests", "3", "--rounds", "1", "--warm-up", "2")
     assert calls == [(2, 30, 2)] * 2 + [(3, 60, 3)] * 2
-    assert len(found["runs"]) == 1 and capsys.readouterr().out.count("round 1 of 1") == 2
+    assert len(found["runs"]) == 1 and len(found["runs"][0]["rounds"]) == 1 and capsys.readouterr().out.count("round 1 of 1") == 2
 
 
 def test_what_was_measured_before_a_failure_is_in_the_file(tmp_path, monkeypatch):
@@ -57,10 +58,10 @@ def test_what_was_measured_before_a_failure_is_in_the_file(tmp_path, monkeypatch
 
     monkeypatch.setattr(serving, "serve", failing)
     with pytest.raises(RuntimeError, match="out of memory"):
-        serve(file, "--tokens", "40", "60", "--requests", "2", "--rounds", "1")
+        serve(file, "--tokens", "40", "60", "--requests", "2", "--rounds", "2", "1")
     short, long = json.loads(file.read_text())["runs"]
-    assert set(short["results"]) == {"moba_flex", "sdpa"} and short["ratio"] > 0
-    assert set(long["results"]) == {"moba_flex"} and "ratio" not in long
+    assert [set(results) for results in short["rounds"]] == [{"moba_flex", "sdpa"}] * 2
+    assert [set(results) for results in long["rounds"]] == [{"moba_flex"}]
 
 
 def test_settings_that_do_not_fit_are_told_by_their_flags(capsys):
@@ -68,6 +69,7 @@ def test_settings_that_do_not_fit_are_told_by_their_flags(capsys):
     assert "--sink-blocks" in capsys.readouterr().err
 
 
-def test_as_many_requests_as_lengths(capsys):
-    assert serving.main(["--model", "tiny", "--tokens", "40", "60", "80", "--requests", "2", "3"]) == 2
-    assert "--requests: must be one number or as many as --tokens (3), but is 2" in capsys.readouterr().err
+@pytest.mark.parametrize("flag", ["--requests", "--rounds"])
+def test_as_many_requests_and_rounds_as_lengths(capsys, flag):
+    assert serving.main(["--model", "tiny", "--tokens", "40", "60", "80", flag, "2", "3"]) == 2
+    assert f"{flag}: must be one number or as many as --tokens (3), but is 2" in capsys.readouterr().err
