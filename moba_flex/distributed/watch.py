@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import math
 import os
 import socket
 import sys
@@ -108,7 +109,7 @@ class Watch:
         self._state, self._beat, self._n_places, self._place = _RUNS, 0, 0, "the start"
         self._where = f"pid {os.getpid()} on {socket.gethostname()}"
         self._arrived = time.monotonic()
-        self._asking = False  # `failed` will say who is missing
+        self._spared_until = -math.inf  # while `failed` finds out who is missing, and its caller says so
         self._told: str | None = None  # the place at which others were said to be late
         self._lock, self._stop = threading.Lock(), threading.Event()
         number = next(_numbers)
@@ -141,7 +142,7 @@ class Watch:
 
     def failed(self) -> str | None:
         """Something failed here, perhaps since another process is missing: which, if that is so. Takes five seconds."""
-        self._state, self._asking = _FAILED, True
+        self._state, self._spared_until = _FAILED, math.inf
         try:
             for _ in range(6):
                 self._say()
@@ -150,7 +151,7 @@ class Watch:
         except RuntimeError:
             return f"the store of the process group cannot be reached: process 0 or the launcher, which holds it, has ended{self._here()}"
         finally:
-            self._asking = False
+            self._spared_until = time.monotonic() + self._silent
         gone = [r for r in self._others(_RUNS) if self._quiet_for(r) > 3 * self._interval]
         return self._sentence("ended without a word", gone) or self._sentence("has not come", self._behind())
 
@@ -180,7 +181,7 @@ class Watch:
                     print(f"moba_flex: {sentence}", file=sys.stderr, flush=True)
 
     def _end_process(self, sentence: str) -> None:
-        if self._asking:
+        if time.monotonic() < self._spared_until:
             return
         print(f"moba_flex: {sentence}; this process ends", file=sys.stderr, flush=True)
         os._exit(1)

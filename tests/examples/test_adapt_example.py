@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,6 +18,7 @@ import torch
 from adapting.runs import moba_config, new_adapter
 from peft import PeftModel
 from shared import models, package_text
+from support.scripts import Script
 from torch._dynamo.testing import CompileCounter
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3ForCausalLM, Gemma3TextConfig, GPT2Config, GPT2LMHeadModel
@@ -251,10 +251,11 @@ def test_runs_trained_apart_are_those_trained_together(whole: Path, flags: list[
 
 
 def test_two_processes_that_start_together_share_the_runs(whole: Path, flags: list[str], tmp_path: Path) -> None:
-    command = [sys.executable, adapt.__file__, *flags, "--output", str(tmp_path / "run"), "--runs"]
-    processes = [subprocess.Popen([*command, *runs], stdout=subprocess.PIPE, text=True) for runs in (["full"], ["moba", "hybrid"])]
-    said = [process.communicate(timeout=300)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0]
+    command, outs = [adapt.__file__, *flags, "--output", str(tmp_path / "run"), "--runs"], [tmp_path / "one", tmp_path / "other"]
+    starts = [([*command, *runs], dict(os.environ), out) for runs, out in zip((["full"], ["moba", "hybrid"]), outs)]
+    with Script(*starts[0]) as one, Script(*starts[1]) as other:
+        assert [one.wait(300), other.wait(300)] == [0, 0], [out.read_text() for out in outs]
+    said = [out.read_text() for out in outs]
     assert any("nats per token" in out for out in said) and all("nats per token" in out or "done with" in out for out in said)
     for name in adapt.RUNS:
         for here, there in zip(log(tmp_path / "run", name), log(whole, name), strict=True):

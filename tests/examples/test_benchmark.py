@@ -6,7 +6,6 @@ import itertools
 import json
 import os
 import signal
-import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch
 from benchmarking import attention, corners, measure, model, results
 from benchmarking.attention import BOTH, FORWARD, SYSTEMS, Attention, Settings, System
 from shared import environment
+from support.scripts import Script
 from torch.nn.attention.flex_attention import flex_attention
 
 from moba_flex import moba_attention_varlen, select_blocks
@@ -175,26 +175,14 @@ def test_an_interrupted_run_keeps_and_prints_what_it_has_and_goes_on(file, monke
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT for one process")
 def test_ctrl_c_of_the_script(tmp_path):
     file = tmp_path / "results.json"
-    command = [
-        sys.executable,
-        str(ROOT / "examples" / "benchmarks" / "benchmark.py"),
-        *FLAGS,
-        "--json",
-        str(file),
-        "--systems",
-        "moba_flex",
-    ]
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    script = subprocess.Popen([*command, "--lengths", "40", "1000000", "--limit", "1e9"], env=env, text=True, **pipes)
-    seen = ""
-    while "1,000,000" not in seen:  # the first length is done
-        read = script.stderr.read(1)
-        assert read, seen
-        seen += read
-    script.send_signal(signal.SIGINT)
-    out, err = script.communicate(timeout=120)
-    assert script.returncode == 130 and "Traceback" not in err, err
+    command = ["examples/benchmarks/benchmark.py", *FLAGS, "--json", str(file), "--systems", "moba_flex"]
+    env, files = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}, (tmp_path / "out.txt", tmp_path / "err.txt")
+    with Script([*command, "--lengths", "40", "1000000", "--limit", "1e9"], env, *files) as script:
+        script.wait_for("1,000,000", files[1])  # the first length is done
+        script.send_signal(signal.SIGINT)
+        code = script.wait(120)
+    out, err = (file.read_text() for file in files)
+    assert code == 130 and "Traceback" not in err, err
     assert "|     40 |" in out and [r["tokens"] for r in json.loads(file.read_text())[0]["results"]] == [40]
 
 

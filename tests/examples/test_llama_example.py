@@ -20,6 +20,7 @@ import pytest
 import torch
 from shared import demo_weights as demo
 from shared import models
+from support.scripts import Script
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, MambaConfig, MambaForCausalLM
 
 import moba_flex
@@ -144,16 +145,21 @@ def test_ctrl_c(tiny, tmp_path, when):
     model.save_pretrained(tmp_path)
     for source in tiny.glob("tokenizer*"):
         write(tmp_path / source.name, source.read_text())
-    script = run_script(["--model", tmp_path, "--prompt-file", file, "--max-new-tokens", 900_000])
+    arguments = ["--model", str(tmp_path), "--prompt-file", str(file), "--max-new-tokens", "900000"]
     if when == "importing":
+        script = run_script(arguments)
         time.sleep(1.5)
+        script.send_signal(signal.SIGINT)
+        code, (_, err) = script.wait(60), script.communicate()
     else:
-        while "1 tokens" not in (line := script.stdout.readline()):
-            assert line, script.stderr.read()
-        time.sleep(0.5)
-    script.send_signal(signal.SIGINT)
-    _, err = script.communicate(timeout=60)
-    assert script.returncode == 130, err
+        files = tmp_path / "out.txt", tmp_path / "err.txt"
+        with Script([str(SCRIPT), *arguments], dict(os.environ), *files) as script:
+            script.wait_for("1 tokens", files[0])
+            time.sleep(0.5)
+            script.send_signal(signal.SIGINT)
+            code = script.wait(60)
+        err = files[1].read_text()
+    assert code == 130, err
     assert "Traceback" not in err, err
 
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import TextIO
 
 import multi_gpu_check
 import pytest
 from benchmarking.multi_gpu_summary import summary
 from multi_gpu_check import Part
+from support.scripts import Script
 
 
 def python(name: str, code: str, seconds: int = 60) -> Part:
@@ -79,7 +83,15 @@ def test_flags_that_do_not_fit_are_refused(tmp_path: Path, capsys: pytest.Captur
     assert "has results of {'gpus': 4, 'dry': False}" in third and "name another folder" in third
 
 
-def test_a_part_runs_on_processes_and_checks_what_it_computes(tmp_path: Path) -> None:
+class Forked(Script):
+    """Stands in for subprocess.Popen, and spares imports."""
+
+    def __init__(self, command: list[str], *, env: dict[str, str], stdout: TextIO, **_: object) -> None:
+        super().__init__(command[1:], env, Path(stdout.name))
+
+
+def test_a_part_runs_on_processes_and_checks_what_it_computes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(multi_gpu_check, "subprocess", SimpleNamespace(**{**vars(subprocess), "Popen": Forked}))
     assert multi_gpu_check.main(["--output", str(tmp_path), "--dry", "--only", "ten-million-heads"]) == 0
     (row,) = json.loads((tmp_path / "results.json").read_text())["rows"]
     assert (row["processes"], row["tokens"], row["queries_checked"]) == (2, 4096, 64 * 8)

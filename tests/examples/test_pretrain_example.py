@@ -31,7 +31,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 import moba_flex
 
 STDLIB = Path(os.__file__).parent / "json", Path(os.__file__).parent / "email", Path(os.__file__).parent / "encodings"
-TOY = ["--cpu", "--size", "toy", "--context", "128", "--batch-tokens", "512", "--micro-tokens", "256", "--tokens", str(512 * 12)]
+TOY = ["--cpu", "--size", "toy", "--context", "128", "--batch-tokens", "256", "--micro-tokens", "128", "--tokens", str(256 * 12)]
 TOY += ["--block-size", "16", "--top-k", "3", "--held-out-tokens", "512"]
 WITH_FACTS = ["--context", "1024", "--batch-tokens", "2048", "--micro-tokens", "1024", "--tokens", str(2048 * 6), "--needle-share", "0.5"]
 
@@ -412,7 +412,7 @@ def test_captured_steps_have_the_losses_of_others(text, tmp_path, monkeypatch, n
     monkeypatch.setattr(captured.Graph, "__call__", lambda self, ids: replays.append(0) or replay(self, ids))
     losses = []
     for more in ([], ["--no-step-graphs"]):
-        args = arguments(tmp_path / str(len(more)), text, "--runs", name, "--tokens", str(512 * 60), *more)
+        args = arguments(tmp_path / str(len(more)), text, "--runs", name, "--tokens", str(256 * 60), *more)
         args.cpu = False
         assert pretrain.pretrain(args) == 0
         (log,) = logs(tmp_path / str(len(more))).values()

@@ -7,8 +7,6 @@ import os
 import queue
 import re
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -19,6 +17,7 @@ from pathlib import Path
 import pytest
 import serve
 import torch
+from support.scripts import Script
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import moba_flex
@@ -38,10 +37,11 @@ CHAT = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 class Server:
     """The script in a process of its own, and what it prints."""
 
-    def __init__(self, model: Path, *flags: str) -> None:
-        command = [sys.executable, str(ROOT / "examples/serve.py"), "--model", str(model), "--port", "0", *FLAGS, *flags]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]), "OMP_NUM_THREADS": "1"}
-        self.process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    def __init__(self, model: Path, folder: Path, *flags: str) -> None:
+        self._said = folder / "said"
+        os.mkfifo(self._said)
+        command = ["examples/serve.py", "--model", str(model), "--port", "0", *FLAGS, *flags]
+        self.process = Script(command, dict(os.environ), self._said)
         self.lines: list[str] = []
         self._new: queue.Queue[str] = queue.Queue()
         threading.Thread(target=self._read, daemon=True).start()
@@ -56,9 +56,10 @@ class Server:
         return openai.OpenAI(base_url=self.address, api_key="none", timeout=SECONDS, max_retries=0)
 
     def _read(self) -> None:
-        for line in self.process.stdout:
-            self.lines.append(line)
-            self._new.put(line)
+        with open(self._said) as said:
+            for line in said:
+                self.lines.append(line)
+                self._new.put(line)
 
     def line(self, pattern: str) -> re.Match:
         """The next line that it prints with this in it."""
@@ -94,13 +95,13 @@ def folder(byte_llama: Path, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def servers(folder: Path) -> Iterator[tuple[Server, Server]]:
+def servers(folder: Path, tmp_path_factory) -> Iterator[tuple[Server, Server]]:
     """Two, which start at the same time: one for Ctrl-C."""
-    servers = tuple(Server(folder, "--dtype", "float32", "--decode", decode) for decode in ("sparse", "full"))
-    yield servers
-    for server in servers:
-        server.process.kill()
-        server.process.wait(SECONDS)
+    sparse, full = (
+        Server(folder, tmp_path_factory.mktemp("server"), "--dtype", "float32", "--decode", decode) for decode in ("sparse", "full")
+    )
+    with sparse.process, full.process:
+        yield sparse, full
 
 
 @pytest.fixture

@@ -10,8 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,6 +20,8 @@ import train
 from accelerate.state import AcceleratorState, GradientState
 from shared import training
 from shared.command_line import UserError
+from support.fresh import FreshPython
+from support.scripts import Script
 from transformers import AutoModelForCausalLM
 from transformers.loss.loss_utils import ForCausalLMLoss
 
@@ -66,33 +67,37 @@ def environment() -> dict[str, str]:
     return {**here, **loopback, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
-def run(command: list[str]) -> str:
-    """What it printed. A command that hangs or fails says why, and its processes are ended."""
-    with start(command) as process:
-        try:
-            said, _ = process.communicate(timeout=150)
-        except subprocess.TimeoutExpired:
-            process.terminate()  # accelerate then ends its processes, which are no children of this one
-            said, _ = process.communicate(timeout=60)
-            pytest.fail(f"{' '.join(command)} did not end in 150 seconds:\n{said[-6000:]}")
-    assert process.returncode == 0, said[-6000:]
-    return said
-
-
-def start(command: list[str], **options) -> subprocess.Popen:
-    out = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(command, cwd=ROOT, env=environment(), **out, **options)
-
-
 def command(config: str, script: str, *arguments: str, processes: int = 2, **parallelism: int) -> list[str]:
     """The script on several processes, by examples/launch.py."""
     options = [part for name, x in parallelism.items() for part in (f"--parallelism_config_{name}", str(x))]
-    launcher = [sys.executable, "examples/launch.py", "--config_file", f"examples/accelerate/{config}", "--mixed_precision", "no"]
+    launcher = ["examples/launch.py", "--config_file", f"examples/accelerate/{config}", "--mixed_precision", "no"]
     return [*launcher, "--num_processes", str(processes), *options, script, *arguments]
 
 
-def launch(*arguments, **options) -> str:
-    return run(command(*arguments, **options))
+@pytest.fixture
+def said(tmp_path: Path) -> Path:
+    """What a command prints."""
+    return tmp_path / "said.txt"
+
+
+@pytest.fixture
+def launched(said: Path) -> Callable[[list[str]], Script]:
+    """Starts such a command, without the imports."""
+    return lambda command: Script(command, environment(), said)
+
+
+@pytest.fixture
+def launch(launched: Callable[[list[str]], Script], said: Path) -> Callable[..., None]:
+    """Runs such a command. One that hangs or fails says why, and its processes are ended."""
+
+    def run(*arguments: str, **options: int) -> None:
+        with launched(command(*arguments, **options)) as job:
+            try:
+                assert job.wait(150) == 0, said.read_text()[-6000:]
+            except subprocess.TimeoutExpired:
+                pytest.fail(f"{' '.join(arguments)} did not end in 150 seconds:\n{said.read_text()[-6000:]}")
+
+    return run
 
 
 def log(output: Path) -> list[dict]:
@@ -139,40 +144,36 @@ def test_the_loss_in_parts_is_that_of_transformers(monkeypatch: pytest.MonkeyPat
     torch.testing.assert_close(torch.autograd.grad(actual, logits), torch.autograd.grad(expected, logits))
 
 
-def test_two_processes_have_the_losses_of_one(short: Path, tmp_path: Path) -> None:
+def test_two_processes_have_the_losses_of_one(short: Path, tmp_path: Path, launch: Callable[..., None]) -> None:
     launch("cpu.yaml", "examples/train.py", *SHORT, "--activation-checkpointing", "--output", str(tmp_path))
     assert_same_losses(tmp_path, short)
 
 
-def test_sharded_parameters_and_sequences_have_the_losses_of_one_process(short: Path, tmp_path: Path) -> None:
+def test_sharded_parameters_and_sequences_have_the_losses_of_one_process(short: Path, tmp_path: Path, launch: Callable[..., None]) -> None:
     sizes = {"dp_shard_size": 1, "cp_size": 2}
     launch("fsdp2_cp.yaml", "tests/support/train_on_cpus.py", *SHORT, "--micro-batch-size", "2", "--output", str(tmp_path), **sizes)
     assert_same_losses(tmp_path, short)
 
 
-def test_one_process_checkpoint_goes_on_with_sharded_parameters_on_two(short: Path, tmp_path: Path) -> None:
+def test_one_process_checkpoint_goes_on_with_sharded_parameters_on_two(short: Path, tmp_path: Path, launch: Callable[..., None]) -> None:
     output = up_to_step_3(short, tmp_path / "run")
     launch("fsdp2.yaml", "tests/support/train_on_cpus.py", *SHORT, "--resume", "--output", str(output))
     assert_same_losses(output, short)
 
 
-def test_a_killed_process_is_named_and_three_others_go_on(tmp_path: Path) -> None:
+def test_a_killed_process_is_named_and_three_others_go_on(tmp_path: Path, said: Path, launched, launch) -> None:
     """Parameters are sharded over two processes, one of which is killed in the middle of a step, and then over three."""
     arguments, output = [*SHORT, "--batch-size", "6", "--steps", "7", "--output"], tmp_path / "run"
-    process = start(command("fsdp2.yaml", "tests/support/train_on_cpus.py", *arguments, str(output)))
-    try:
+    with launched(command("fsdp2.yaml", "tests/support/train_on_cpus.py", *arguments, str(output))) as job:
         while not (output / "step-00000003").exists():
             with pytest.raises(subprocess.TimeoutExpired):  # it still runs
-                process.wait(0.01)
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+                job.wait(0.01)
+        children = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
         os.kill(int(children[1]), signal.SIGKILL)
-        killed = time.monotonic()
-        said, _ = process.communicate(timeout=60)
-    finally:
-        process.kill()
-    assert process.returncode == 137 and time.monotonic() - killed < 60, said
-    assert said.splitlines()[-1] == "launch.py: process 1 was ended by signal 9 (SIGKILL): is there enough memory?"
-    assert "train.py: error: process 1 of 2 (pid " in said and "ended without a word; process 0 was at step " in said
+        assert job.wait(60) == 137, said.read_text()
+    words = said.read_text()
+    assert words.splitlines()[-1] == "launch.py: process 1 was ended by signal 9 (SIGKILL): is there enough memory?"
+    assert "train.py: error: process 1 of 2 (pid " in words and "ended without a word; process 0 was at step " in words
 
     launch("fsdp2.yaml", "tests/support/train_on_cpus.py", *arguments, str(output), "--resume", processes=3)
     one = [*arguments, str(tmp_path / "one")]
@@ -184,7 +185,9 @@ def test_a_killed_process_is_named_and_three_others_go_on(tmp_path: Path) -> Non
 def test_an_interrupted_job_says_so_and_goes_on_to_the_same_end(alone: None, tmp_path: Path, capsys) -> None:
     """A terminal's Ctrl-C for two processes and their launcher, which passes it on to them; one process goes on."""
     arguments, output = [*TINY, "--steps", "40", "--output"], tmp_path / "interrupted"
-    process = start(command("cpu.yaml", "examples/train.py", *arguments, str(output)), start_new_session=True)
+    options = {"cwd": ROOT, "env": environment(), "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    job = [sys.executable, *command("cpu.yaml", "examples/train.py", *arguments, str(output))]
+    process = subprocess.Popen(job, **options, start_new_session=True)
     try:
         while not (output / "log.jsonl").exists() or len(log(output)) < 3:
             with pytest.raises(subprocess.TimeoutExpired):  # it still runs
@@ -213,11 +216,10 @@ def test_an_interrupted_job_says_so_and_goes_on_to_the_same_end(alone: None, tmp
     assert re.search(rf"40/40 .*loss {loss:.4f}, [\d,]+ tokens/s, full", err)
 
 
-def test_a_job_has_one_error_in_one_line(tmp_path: Path) -> None:
-    with start(command("cpu.yaml", "examples/train.py", *TINY, "--text", "nowhere.txt", "--output", str(tmp_path / "run"))) as process:
-        said, _ = process.communicate(timeout=120)
-    assert process.returncode == 2
-    (line,) = [line for line in said.splitlines() if "nowhere" in line or "rror" in line or "Traceback" in line]
+def test_a_job_has_one_error_in_one_line(tmp_path: Path, said: Path, launched) -> None:
+    with launched(command("cpu.yaml", "examples/train.py", *TINY, "--text", "nowhere.txt", "--output", str(tmp_path / "run"))) as job:
+        assert job.wait(120) == 2, said.read_text()
+    (line,) = [line for line in said.read_text().splitlines() if "nowhere" in line or "rror" in line or "Traceback" in line]
     assert line.startswith("train.py: error: argument --text: cannot read the file: ")
 
 
@@ -276,8 +278,8 @@ def test_parallelism_that_the_script_does_not_do_is_refused(name: str, tmp_path:
         train.Share(accelerator, train.parse([*SHORT, "--output", str(tmp_path)]))
 
 
-def test_a_process_ends_well_while_gloo_s_threads_still_want_python_s_lock(tmp_path: Path) -> None:
-    script = f"""
+def test_a_process_ends_well_while_gloo_s_threads_still_want_python_s_lock(fresh: FreshPython, tmp_path: Path) -> None:
+    done = fresh.run(f"""
 import sys
 sys.path.insert(0, "examples")
 import torch, torch.distributed as dist, train
@@ -293,8 +295,8 @@ def trained(_):
 train.train = trained
 print("trained")
 train.main(["--tiny", "--text", "-", "--output", "-"])
-"""
-    assert run([sys.executable, "-c", script]).endswith("trained\n")
+""")
+    assert done.returncode == 0 and done.stdout.endswith("trained\n"), done.stderr
 
 
 @pytest.mark.parametrize(("processes", "rows"), [(1, 1), (1, 4), (2, 2), (4, 1)])

@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support.processes import fork_server
 
 from fuzz.check import check
 from fuzz.draws import LAYOUTS, VALUES, draw
@@ -121,7 +122,8 @@ def test_a_run_goes_on_where_the_last_one_stopped(tmp_path, capsys):
         State.load(state, 1, "cpu")
 
 
-def test_processes_share_the_cases(tmp_path, capsys):
+def test_processes_share_the_cases(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("fuzz.run.get_context", lambda _: fork_server())  # which spares their imports
     state = tmp_path / "state.json"
     assert _run(state, "--cases", "30", "--processes", "2", "--minutes", "0") == 0
     assert "0 cases of seed 0 on cpu have been tried" in capsys.readouterr().out

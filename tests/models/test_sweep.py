@@ -5,20 +5,20 @@ from __future__ import annotations
 import os
 
 import pytest
-from support.small_models import classes
+from support.small_models import loaded, names
 from sweep import PROMISES, sweep, table
 from transformers import GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MistralForCausalLM
 
 from moba_flex.models import attention_function, masks
 
-EVERY = list(classes())
-PART = EVERY if os.environ.get("MOBA_SWEEP") == "all" else EVERY[1::9]
+EVERY = names()
+PART = list(EVERY) if os.environ.get("MOBA_SWEEP") == "all" else list(EVERY)[1::9]
 pytestmark = [pytest.mark.sweep, pytest.mark.filterwarnings("ignore")]
 
 
-@pytest.mark.parametrize("one", PART, ids=lambda one: one[1].__name__)
-def test_a_class_keeps_every_promise_or_is_refused_by_name(one):
-    report = sweep(*one)
+@pytest.mark.parametrize("name", PART)
+def test_a_class_keeps_every_promise_or_is_refused_by_name(name):
+    report = sweep(*loaded(name, *EVERY[name]))
     assert report.state != "broken", report.broken
     if report.state == "not built":
         pytest.skip(f"{report.name} cannot be built small: {report.reason}")
@@ -33,8 +33,8 @@ def test_well_known_classes_are_built_and_accepted_with_all_that_is_promised(mod
 
 
 def test_a_class_with_position_biases_is_refused():
-    (one,) = [one for one in EVERY if one[1].__name__ == "T5ForConditionalGeneration"]
-    report = sweep(*one)
+    name = "T5ForConditionalGeneration"
+    report = sweep(*loaded(name, *EVERY[name]))
     assert report.state == "refused" and "T5ForConditionalGeneration" in report.reason
 
 

@@ -3,8 +3,9 @@
     with Processes(4, tmp_path) as group:
         results = group.run(check, *arguments)      # check(*arguments) on every process; one result each
 
-A check is a function of an importable module. Processes are spawned, talk through gloo on the loopback device, or through NCCL with a
-GPU each, and find each other through a file, so no port is chosen by anyone. If a check raises on any process, or one ends, or time is up,
+A check is a function of an importable module. Processes are forks of one that has imported what most checks need, and talk through gloo
+on the loopback device; or they are spawned, and talk through NCCL with a GPU each. They find each other through a file, so no port is
+chosen by anyone. If a check raises on any process, or one ends, or time is up,
 `run` raises `ProcessesFailed` with what every process was doing, and the group is ended: its collectives are out of step. The next `run`
 starts a new one.
 """
@@ -13,20 +14,36 @@ from __future__ import annotations
 
 import datetime
 import faulthandler
+import json
 import multiprocessing
 import os
 import platform
 import signal
+import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerContext
+from multiprocessing.reduction import DupFd
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 _START = 240.0  # seconds for imports on a busy machine
 _COLLECTIVE = 60.0  # seconds that a process waits for the others in a collective
+
+
+def fork_server() -> ForkServerContext:
+    """Makes processes that have imported `support.imported`, in the environment of the first call. Its first process takes the imports."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["support.imported"])
+    tests = str(Path(__file__).parents[1])
+    with patch.dict(os.environ, PYTHONPATH=tests, TESTS_SYS_PATH=json.dumps(sys.path)):
+        forkserver.ensure_running()  # once; if the imports fail it goes on without them
+    return context
 
 
 class ProcessesFailed(AssertionError):
@@ -64,10 +81,11 @@ class Processes:
 
     def _start(self) -> None:
         self._folder = tempfile.TemporaryDirectory()
-        context = multiprocessing.get_context("spawn")
+        context = fork_server() if self.device == "cpu" else multiprocessing.get_context("spawn")
         for rank in range(self.size):
             here, there = context.Pipe()
-            child = context.Process(target=_work, args=(rank, self.size, self.device, self._folder.name, there), daemon=True)
+            output = [_File(number) for number in (1, 2)]  # else it would print where the first of all groups did
+            child = context.Process(target=_work, args=(rank, self.size, self.device, self._folder.name, there, output), daemon=True)
             child.start()
             there.close()
             self._children.append(child)
@@ -122,8 +140,24 @@ class Processes:
         return "(it does not say)"
 
 
-def _work(rank: int, size: int, device: str, folder: str, pipe: Connection) -> None:
+class _File:
+    """An open file, which a process that is started gets with its arguments."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def __reduce__(self) -> tuple[Callable, tuple]:
+        return _received, (DupFd(self.number),)
+
+
+def _received(file: Any) -> _File:
+    return _File(file.detach())
+
+
+def _work(rank: int, size: int, device: str, folder: str, pipe: Connection, output: list[_File]) -> None:
     """The life of one process."""
+    for number, file in enumerate(output, 1):
+        os.dup2(file.number, number)
     where = open(Path(folder) / f"where{rank}", "w")  # noqa: SIM115
     faulthandler.register(signal.SIGUSR1, file=where)
     if platform.system() == "Linux":

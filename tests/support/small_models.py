@@ -13,9 +13,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 VOCABULARY, TOKENS = 64, 40
 MOST_WEIGHTS = 20_000_000
@@ -144,18 +146,27 @@ class NotBuilt(Exception):
     """No variant gives a small model that runs."""
 
 
-def classes(kinds: tuple[str, ...] = tuple(MAPPINGS)) -> Iterator[tuple[str, type[PreTrainedModel], type[PreTrainedConfig]]]:
-    """Kind, class and configuration class of every model, each once, by name within its kind."""
-    seen = set()
+def names(kinds: tuple[str, ...] = tuple(MAPPINGS)) -> dict[str, tuple[str, str]]:
+    """Of every model class its kind and the type of its models, by name within its kind. Loads none of them, which takes ten seconds."""
+    found: dict[str, tuple[str, str]] = {}
     for kind in kinds:
-        mapping, found = getattr(modeling_auto, MAPPINGS[kind], {}), []
-        for config_class in mapping:
-            models = mapping[config_class]
-            found += [(model, config_class) for model in (models if isinstance(models, tuple) else (models,))]
-        for model_class, config_class in sorted(found, key=lambda pair: pair[0].__name__):
-            if model_class not in seen:
-                seen.add(model_class)
-                yield kind, model_class, getattr(model_class, "config_class", None) or config_class
+        mapping = getattr(modeling_auto, f"{MAPPINGS[kind]}_NAMES", {})
+        listed = [(name, of_type) for of_type, x in mapping.items() for name in ([x] if isinstance(x, str) else x)]
+        for name, of_type in sorted(listed, key=lambda pair: pair[0]):
+            found.setdefault(name, (kind, of_type))
+    return found
+
+
+def loaded(name: str, kind: str, of_type: str) -> tuple[str, type[PreTrainedModel], type[PreTrainedConfig]]:
+    """Kind, class and configuration class."""
+    model_class = getattr(transformers, name)
+    return kind, model_class, getattr(model_class, "config_class", None) or CONFIG_MAPPING[of_type]
+
+
+def classes() -> Iterator[tuple[str, type[PreTrainedModel], type[PreTrainedConfig]]]:
+    """Every model class, loaded."""
+    for name, listed in names().items():
+        yield loaded(name, *listed)
 
 
 def small_config(config_class: type[PreTrainedConfig], n_layers: int = 2, **other: Any) -> PreTrainedConfig:
