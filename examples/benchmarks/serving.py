@@ -124,7 +124,7 @@ def save(runs: list[dict], device: torch.device, args: argparse.Namespace) -> No
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     given = {name: str(x) if isinstance(x, Path) else x for name, x in vars(args).items()}
-    write(args.output, {"device": where, **versions, "date": time.strftime("%Y-%m-%d"), **given, "runs": runs})
+    write(args.output, {**given, "device": where, **versions, "date": time.strftime("%Y-%m-%d"), "runs": runs})
 
 
 def print_table(run: dict) -> None:

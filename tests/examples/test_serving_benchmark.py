@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+from argparse import Namespace
+from pathlib import Path
 
 import pytest
 import serving
+import torch
 
 from moba_flex.models import upstream
 
@@ -73,3 +76,10 @@ def test_settings_that_do_not_fit_are_told_by_their_flags(capsys):
 def test_as_many_requests_and_rounds_as_lengths(capsys, flag):
     assert serving.main(["--model", "tiny", "--tokens", "40", "60", "80", flag, "2", "3"]) == 2
     assert f"{flag}: must be one number or as many as --tokens (3), but is 2" in capsys.readouterr().err
+
+
+def test_results_name_the_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    file = tmp_path / "serving.json"
+    serving.save([], torch.device("cuda"), Namespace(device="cuda", output=file))
+    assert json.loads(file.read_text())["device"] == "NVIDIA H200"
