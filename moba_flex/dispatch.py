@@ -16,6 +16,7 @@ from .backends.paths import Path, one_pass_obstacle, path_of
 from .core.autocast import without_autocast
 from .core.dtypes import wide
 from .core.layout import one_block, slots_per_block
+from .core.memo import remember
 from .core.settings import AttentionSettings
 from .core.validation import check_not_onnx, check_not_transformed
 from .decoding import decode, decode_pages
@@ -43,7 +44,10 @@ def attend(
     `cu_seqlens [n + 1]`: the tokens of the one row are packed sequences; `longest` is the length of the longest, where it is known.
     `cu_seqlens [2, n + 1]`: those of queries and those of keys; a sequence's queries are its last tokens.
     """
-    sequences = padding_mask is not None or cu_seqlens is not None
+    told = padding_mask if cu_seqlens is None else cu_seqlens
+    if told is not None:
+        remember(told)
+    sequences = told is not None
     path = path_of(query, key, value, settings, sequences=sequences, sinks=sinks is not None, return_lse=return_lse)
     if path is Path.DENSE:
         grouped = query.shape[1] != key.shape[1]

@@ -26,6 +26,7 @@ if __name__ == "__main__":
     prepare()  # before PyTorch is imported
 
 import argparse
+import math
 import signal
 import time
 from collections.abc import Iterator
@@ -41,7 +42,7 @@ from benchmarking.model import MODELS, ModelPrefill, ModelTraining
 from benchmarking.results import TIME_UP, Results, check_writable, find, load, plot, skewed_over_uniform, tables
 from shared.command_line import Parser, exit_code
 from shared.environment import environment
-from shared.flag_types import count, not_negative
+from shared.flag_types import count, not_negative, positive_or_inf
 from tqdm import tqdm
 
 ROW = {"batch": 2, "heads": 16, "key_heads": 16, "width": 128, "block_size": 128, "top_k": 8, "dtype": "bfloat16"}
@@ -81,6 +82,7 @@ def run(workload: Workload, found: dict, results: Results, args: argparse.Namesp
     """Measure what the run `found` lacks. All systems at one length come one after another; forward passes come first."""
     lengths, repeats, limit = args.lengths, args.repeats, args.limit
     todo = [(s, p, n) for p in workload.passes for n in lengths for s in workload.systems if find(found, s, p, n) is None]
+    begun = set[tuple[str, str]]()  # what this process has compiled
     total = len(workload.passes) * len(lengths) * len(workload.systems)
     if len(todo) < total:
         print(f"{total - len(todo)} of {total} measurements are in {results.file} already.", flush=True)
@@ -90,7 +92,11 @@ def run(workload: Workload, found: dict, results: Results, args: argparse.Namesp
             if time.monotonic() > deadline:
                 record = {"skipped": TIME_UP}
             elif (record := expected_over_limit(workload, found, system, pass_, tokens, repeats, limit)) is None:
-                record = attempt(partial(workload.call, system, pass_, tokens), workload.device, repeats, limit)
+                expected = expected_milliseconds(workload, found, system, pass_, tokens) or 0.0
+                warm = expected >= args.seconds * 1000 and (system, pass_) in begun
+                call = partial(workload.call, system, pass_, tokens)
+                record = attempt(call, workload.device, repeats, limit, seconds=args.seconds, warm=warm)
+                begun.add((system, pass_))
             scaled = {k: x * workload.scale if k in TIMES else x for k, x in record.items()}
             found["results"].append({"system": system, "pass": pass_, "tokens": tokens, **scaled})
             results.save()
@@ -100,13 +106,18 @@ def run(workload: Workload, found: dict, results: Results, args: argparse.Namesp
 
 def expected_over_limit(workload: Workload, found: dict, system: str, pass_: str, tokens: int, repeats: int, limit: float) -> dict | None:
     """The record of a measurement that need not be tried: it would take too long, to judge by the longest shorter one."""
+    estimate = expected_milliseconds(workload, found, system, pass_, tokens)
+    return None if estimate is None else over_limit(estimate, 1 + repeats, limit)
+
+
+def expected_milliseconds(workload: Workload, found: dict, system: str, pass_: str, tokens: int) -> float | None:
+    """Of one call, to judge by the longest shorter one; None if there is none."""
     known = [r for r in found["results"] if (r["system"], r["pass"]) == (system, pass_) and r["tokens"] < tokens]
     times = {r["tokens"]: t for r in known if (t := r.get("milliseconds") or r.get("estimate"))}
     if not times:
         return None
     longest = max(times)
-    estimate = times[longest] / workload.scale * (tokens / longest) ** workload.growth(system)
-    return over_limit(estimate, 1 + repeats, limit)
+    return times[longest] / workload.scale * (tokens / longest) ** workload.growth(system)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -203,6 +214,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     flag("--forward-only", action="store_true", default=None, help=f"no backward pass {of_preset}")
     flag("--one-group", action="store_true", default=None, help="measure one key head, and multiply its times (default: no)")
     flag("--repeats", type=count, default=5, metavar="N", help="timings, of which the median counts")
+    most = (
+        "no further timing of a measurement begins after that; calls that alone take it are timed once, and not warmed up (default: none)"
+    )
+    flag("--seconds", type=positive_or_inf, default=math.inf, metavar="N", help=most)
     flag("--limit", type=not_negative, default=300.0, metavar="SECONDS", help="skip a measurement that would take longer")
     flag("--json", type=Path, default=Path("benchmark.json"), metavar="FILE", help="results, continued if there are some")
     flag("--plot", type=Path, metavar="FILE", help="a picture of them (default: the JSON file's name with .png)")

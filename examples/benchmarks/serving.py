@@ -1,11 +1,12 @@
 """Measure serving of many requests at once with MoBA against sdpa: requests per minute, and how long clients wait for tokens.
 
     python examples/benchmarks/serving.py                                  # one H200: an 8B in shape, 16 prompts of 32,768 tokens
-    python examples/benchmarks/serving.py --tokens 512 --requests 64                  # short prompts
+    python examples/benchmarks/serving.py --tokens 512 32768 --requests 64 16         # short prompts, then long ones
     python examples/benchmarks/serving.py --model tiny --tokens 300 --new 4 --requests 3 --device cpu
 
 transformers' continuous batching serves the same model, patched and with full attention, one after the other in the same run. Weights and
-prompts are random. All requests come at once. Times are those of the last of `--rounds` rounds; the first one compiles.
+prompts are random. All requests come at once. Times are those of the last of `--rounds` rounds; the first one compiles, unless a few
+requests of half the length came before it (`--warm-up`).
 """
 
 from __future__ import annotations
@@ -16,26 +17,30 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))  # examples/, where the package `shared` is
 
 import argparse
-import json
 import time
+from collections.abc import Iterator
 from itertools import pairwise
 
 import torch
+import transformers
 from benchmarking.model import MODELS, build
-from shared.command_line import Parser, config_of_flags, exit_code
-from shared.flag_types import count
-from shared.saved_results import check_writable
+from shared.command_line import Parser, UserError, config_of_flags, exit_code
+from shared.flag_types import count, count_from_0
+from shared.saved_results import check_writable, write
 from shared.startup import run_script
 from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
 
 import moba_flex
 
 SYSTEMS = {"moba_flex": "moba", "sdpa": "full"}
+WARM_UP_NEW = 16  # tokens that each request of the warm-up gets at most
+
+Results = dict[str, dict[str, float]]
 
 
-def serve(model: PreTrainedModel, prompts: list[list[int]], args: argparse.Namespace) -> dict[str, float]:
-    """Serve all prompts. Seconds but for the rate."""
-    greedy = GenerationConfig(max_new_tokens=args.new, do_sample=False, eos_token_id=-1)
+def serve(model: PreTrainedModel, prompts: list[list[int]], new: int, args: argparse.Namespace) -> dict[str, float]:
+    """Serve all prompts, which get `new` tokens each. Seconds but for the rate."""
+    greedy = GenerationConfig(max_new_tokens=new, do_sample=False, eos_token_id=-1)
     batching = ContinuousBatchingConfig(
         page_size=args.page_size,
         num_blocks=args.num_pages,
@@ -46,7 +51,7 @@ def serve(model: PreTrainedModel, prompts: list[list[int]], args: argparse.Names
     done = []
     with model.continuous_batching_context_manager(greedy, continuous_batching_config=batching) as manager:
         began = time.perf_counter()
-        manager.add_requests(prompts, max_new_tokens=args.new, record_timestamps=True)
+        manager.add_requests(prompts, max_new_tokens=new, record_timestamps=True)
         while len(done) < len(prompts):
             output = manager.get_result(timeout=1)
             if output is not None:
@@ -78,40 +83,71 @@ def run(args: argparse.Namespace) -> None:
         check_writable(args.output.parent)
     device = torch.device(args.device)
     model = moba_flex.patch(build(args.model, getattr(torch, args.dtype), device), settings)
-    results: dict[str, dict[str, float]] = {}
-    for i in range(args.rounds):
-        torch.manual_seed(i)
-        prompts = torch.randint(model.config.vocab_size, (args.requests, args.tokens)).tolist()
-        for system, attention in SYSTEMS.items():
-            moba_flex.set_attention(model, attention)
-            results[system] = serve(model, prompts, args)
-            print(f"round {i + 1} of {args.rounds}, {system}: {results[system]['requests_per_minute']:.1f} requests per minute", flush=True)
-    ratio = results["moba_flex"]["requests_per_minute"] / results["sdpa"]["requests_per_minute"]
-    print_table(results)
-    print(f"requests per minute, moba_flex over sdpa: {ratio:.2f}")
-    if args.output is not None:
-        where = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-        given = {name: str(x) if isinstance(x, Path) else x for name, x in vars(args).items()}
-        said = {"device": where, "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"), **given, "results": results, "ratio": ratio}
-        args.output.write_text(json.dumps(said, indent=2) + "\n")
+    runs: list[dict] = []
+    for tokens, requests, rounds in zip(args.tokens, args.requests, args.rounds):
+        if args.warm_up:
+            prompts = random_prompts(model, args.warm_up, max(1, tokens // 2), seed=-1)
+            list(served(model, prompts, min(args.new, WARM_UP_NEW), args))
+        runs.append({"tokens": tokens, "requests": requests, "rounds": []})
+        for i in range(rounds):
+            results: Results = {}
+            runs[-1]["rounds"].append(results)
+            for system, found in served(model, random_prompts(model, requests, tokens, seed=i), args.new, args):
+                results[system] = found
+                save(runs, device, args)
+                said = f"{tokens:,} tokens, round {i + 1} of {rounds}, {system}"
+                print(f"{said}: {found['requests_per_minute']:.1f} requests per minute", flush=True)
+        print_table(runs[-1])
 
 
-def print_table(results: dict[str, dict[str, float]]) -> None:
+def served(model: PreTrainedModel, prompts: list[list[int]], new: int, args: argparse.Namespace) -> Iterator[tuple[str, dict[str, float]]]:
+    """Each system with its times."""
+    for system, attention in SYSTEMS.items():
+        moba_flex.set_attention(model, attention)
+        yield system, serve(model, prompts, new, args)
+
+
+def random_prompts(model: PreTrainedModel, requests: int, tokens: int, seed: int) -> list[list[int]]:
+    torch.manual_seed(seed)
+    return torch.randint(model.config.vocab_size, (requests, tokens)).tolist()
+
+
+def ratio(results: Results) -> float:
+    """Requests per minute of the patched model over those of the same model with full attention."""
+    return results["moba_flex"]["requests_per_minute"] / results["sdpa"]["requests_per_minute"]
+
+
+def save(runs: list[dict], device: torch.device, args: argparse.Namespace) -> None:
+    """All that is measured so far: what comes later may fail."""
+    if args.output is None:
+        return
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    given = {name: str(x) if isinstance(x, Path) else x for name, x in vars(args).items()}
+    write(args.output, {**given, "device": where, **versions, "date": time.strftime("%Y-%m-%d"), "runs": runs})
+
+
+def print_table(run: dict) -> None:
+    """Of the last round; the ratio of each, since it varies from one to the next."""
+    print(f"\n{run['requests']} requests of {run['tokens']:,} tokens\n")
     print("| | requests per minute | first token, s: median / p95 | per token, ms: median / p95 |\n|---|---|---|---|")
-    for system, found in results.items():
+    for system, found in run["rounds"][-1].items():
         first = f"{found['first_token_median']:.3f} / {found['first_token_p95']:.3f}"
         each = f"{1000 * found['per_token_median']:.1f} / {1000 * found['per_token_p95']:.1f}"
         print(f"| {system} | {found['requests_per_minute']:.1f} | {first} | {each} |")
+    ratios = ", ".join(f"{ratio(results):.2f}" for results in run["rounds"])
+    print(f"\nrequests per minute, moba_flex over sdpa, round by round: {ratios}\n", flush=True)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(__doc__)
     flag = parser.add_argument
     flag("--model", choices=list(MODELS), default="llama-8b", help="whose shape the model has")
-    flag("--requests", type=count, default=16, metavar="N", help="how many requests there are")
-    flag("--tokens", type=count, default=32768, metavar="N", help="of each prompt")
+    flag("--tokens", type=count, nargs="+", default=[32768], metavar="N", help="of each prompt; several are measured in turn")
+    flag("--requests", type=count, nargs="+", default=[16], metavar="N", help="how many requests there are, for all lengths or for each")
     flag("--new", type=count, default=128, metavar="N", help="tokens that each request gets")
-    flag("--rounds", type=count, default=2, metavar="N", help="how often all is done, each time with other prompts")
+    flag("--rounds", type=count, nargs="+", default=[2], metavar="N", help="how often that is done, each time with other prompts")
+    flag("--warm-up", type=count_from_0, default=0, metavar="N", help="requests of half the length that come before the first round")
     parser.add_block_flags(block_size=128, top_k=8, sink_blocks=1)
     flag("--decode", choices=["full", "sparse"], default="sparse", help="what generated tokens read: all keys, or their top_k blocks")
     flag("--page-size", type=count, default=256, metavar="N", help="tokens per page of the cache")
@@ -119,7 +155,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     flag("--max-batch-tokens", type=count, default=8192, metavar="N", help="tokens of one forward pass, of all requests together")
     flag("--output", type=Path, metavar="FILE", help="a JSON file for the results (default: none)")
     parser.add_device_flags()
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    for flag_name, given in (("--requests", args.requests), ("--rounds", args.rounds)):
+        if len(given) not in (1, len(args.tokens)):
+            raise UserError(f"argument {flag_name}: must be one number or as many as --tokens ({len(args.tokens)}), but is {len(given)}")
+        given *= len(args.tokens) // len(given)
+    return args
 
 
 def main(argv: list[str] | None = None) -> int:

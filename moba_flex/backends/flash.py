@@ -9,6 +9,7 @@ R routed rows, T tiles of rows, C blocks, P slots per block, D and Dv widths.
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import math
 import warnings
@@ -16,6 +17,7 @@ from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
+from packaging.version import Version
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, FlexKernelOptions, flex_attention
 
@@ -30,6 +32,7 @@ Call = Callable[..., tuple[Tensor, Tensor]]
 Kernel = Callable[[Tensor, Tensor, Tensor, Routes], tuple[Tensor, Tensor]]
 
 BACKENDS = ("triton", "flash")
+_OLDEST = "4.0.0b26"  # older ones could give wrong gradients on Hopper: Dao-AILab/flash-attention, pull request 2756
 _LEAST_BLOCK = 1024  # with smaller ones, loading rows is what takes the time, in either kernel
 _MOST_WIDTH = 128  # up to here the kernel's tiles hold 128 keys, which its lists have to be written in
 _KEY_TILE = 128
@@ -52,7 +55,7 @@ def set_flex_backend(name: str = "triton") -> str:
 
     Raises:
         ValueError: another name.
-        ImportError: "flash" without the package.
+        ImportError: "flash" without the package, or with a version before 4.0.0b26.
 
     >>> from moba_flex import set_flex_backend
     >>> set_flex_backend("triton")
@@ -60,8 +63,10 @@ def set_flex_backend(name: str = "triton") -> str:
     """
     global _backend
     check_choice("name", name, BACKENDS)
-    if name == "flash" and not _installed():
-        raise ImportError('set_flex_backend("flash") needs the package flash-attn-4, which is not here: pip install "moba_flex[flash]"')
+    if name == "flash" and (missing := _missing()) is not None:
+        raise ImportError(
+            f'set_flex_backend("flash") needs the package flash-attn-4 {_OLDEST} or newer, {missing}: pip install "moba_flex[flash]"'
+        )
     before, _backend = _backend, name
     return before
 
@@ -71,11 +76,15 @@ def enabled() -> bool:
     return _backend == "flash"
 
 
-def _installed() -> bool:
+def _missing() -> str | None:
+    """What keeps flash-attn-4 from being used, as the end of a sentence."""
     try:
-        return importlib.util.find_spec("flash_attn.cute") is not None
-    except ImportError:
-        return False
+        if importlib.util.find_spec("flash_attn.cute") is None:
+            return "which is not here"
+        found = importlib.metadata.version("flash-attn-4")
+    except (ImportError, importlib.metadata.PackageNotFoundError):
+        return "which is not here"
+    return None if Version(found) >= Version(_OLDEST) else f"but this is {found}"
 
 
 def kernel_for(query: Tensor, value: Tensor, layout: BlockLayout, settings: AttentionSettings) -> Kernel | None:

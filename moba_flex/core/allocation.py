@@ -2,13 +2,55 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
-from threading import Thread
+from queue import SimpleQueue
+from threading import Event, Lock, Thread, current_thread
 from typing import TypeVar
 
 import torch
 
 T = TypeVar("T")
+
+
+class _Worker(Thread):
+    """Runs what it is given, one after another. It begins outside of inference mode and of every memory pool, and stays there."""
+
+    def __init__(self) -> None:
+        super().__init__(name="moba_flex-allocation", daemon=True)  # an executor takes nothing once the main thread has ended
+        self.process, self._jobs = os.getpid(), SimpleQueue[Callable[[], None]]()
+        self.start()
+
+    def run(self) -> None:
+        while True:
+            job = self._jobs.get()
+            job()
+            del job  # which holds what it has made
+
+    def __call__(self, job: Callable[[], None]) -> None:
+        """Run it and wait for it. It must raise nothing."""
+        if current_thread() is self:
+            return job()
+        done = Event()
+
+        def and_say_so() -> None:
+            job()
+            done.set()
+
+        self._jobs.put(and_say_so)
+        done.wait()
+
+
+_worker: _Worker | None = None
+_lock = Lock()
+
+
+def _the_worker() -> _Worker:
+    global _worker
+    with _lock:
+        if _worker is None or _worker.process != os.getpid():  # threads do not come along when a process forks
+            _worker = _Worker()
+        return _worker
 
 
 def allocate_persistent(make: Callable[[], T], device: torch.device) -> T:
@@ -33,9 +75,7 @@ def allocate_persistent(make: Callable[[], T], device: torch.device) -> T:
         except BaseException as error:
             errors.append(error)
 
-    thread = Thread(target=on_the_same_stream)  # it begins outside of inference mode; an executor has none once the main thread has ended
-    thread.start()
-    thread.join()
+    _the_worker()(on_the_same_stream)
     if errors:
         raise errors.pop()  # kept here, it would keep itself, and the memory that its frames hold
     return made.pop()

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .allocation import allocate_persistent
 from .layout import BlockLayout, one_block
+from .memo import is_remembered, memo
 from .upstream import is_under_dispatch_mode
 
 if TYPE_CHECKING:
@@ -30,14 +31,29 @@ def layout_of(
     """
     n_query, n_key = query.shape[2], key.shape[2]
     block_size, width = block_sizes(block_size, n_key, backend.slots_per_block)
+    told = padding_mask if cu_seqlens is None else cu_seqlens
+    if told is None:
+        return dense_layout(query.shape[0], n_query, n_key, block_size, width, query.device)
+    tile = None
     if cu_seqlens is not None and cu_seqlens.dim() == 2:
         tile = backend.slots_per_query_tile(width, n_query, cu_seqlens.shape[1] - 1)
-        return with_last_queries(packed_layout(cu_seqlens[1], n_key, block_size, width), cu_seqlens, n_query, tile)
-    if cu_seqlens is not None:
-        return packed_layout(cu_seqlens, n_key, block_size, width)
-    if padding_mask is not None:
-        return padded_layout(padding_mask, n_query, block_size, width)
-    return dense_layout(query.shape[0], n_query, n_key, block_size, width, query.device)
+    sizes = n_query, n_key, block_size, width, tile
+    if not is_remembered(told):
+        return _layout_told(told, *sizes)
+
+    def make() -> BlockLayout:
+        return replace(allocate_persistent(lambda: _layout_told(told, *sizes), told.device), persistent=True)
+
+    return memo(told, ("layout", *sizes, _stream(told.device)), make)
+
+
+def _layout_told(told: Tensor, n_query: int, n_key: int, block_size: int, width: int, tile: int | None) -> BlockLayout:
+    """The layout that a padding mask `[B, Nk]` bool says, or `cu_seqlens`."""
+    if told.dtype == torch.bool:
+        return padded_layout(told, n_query, block_size, width)
+    if tile is None:
+        return packed_layout(told, n_key, block_size, width)
+    return with_last_queries(packed_layout(told[1], n_key, block_size, width), told, n_query, tile)
 
 
 def n_query_slots(
@@ -88,13 +104,15 @@ def dense_layout(rows: int, n_query: int, n_key: int, block_size: int, width: in
     settings = rows, n_query, n_key, block_size, width, device
     if is_under_dispatch_mode():
         return _dense_layout(*settings)
-    if device.type != "cuda":
-        return _persistent_layout(None, *settings)
     # Tensors made while a CUDA graph is captured have no contents before its replay: they are for that graph alone.
-    if torch.cuda.is_current_stream_capturing():
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         return _dense_layout(*settings)
-    # Another stream may come to read them before this one has written them, or still read them when their memory has a new use on this.
-    return _persistent_layout(torch.cuda.current_stream(device).cuda_stream, *settings)
+    return _persistent_layout(_stream(device), *settings)
+
+
+def _stream(device: torch.device) -> int | None:
+    """The one that a layout is for: another may come to read it before it is written, or still read it when its memory has a new use."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else None
 
 
 @lru_cache(maxsize=64)

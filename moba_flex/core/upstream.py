@@ -31,6 +31,7 @@ __all__ = [
     "mark_dynamic",
     "mark_static_address",
     "release_broken_pool",
+    "version_of",
 ]
 
 
@@ -74,6 +75,11 @@ def has_tangent(*tensors: Tensor) -> bool:
 def is_under_dispatch_mode() -> bool:
     """Whether a dispatch mode is at work, that of fake tensors say: tensors that are made now are for it alone."""
     return bool(torch._C._len_torch_dispatch_stack())
+
+
+def version_of(x: Tensor) -> int:
+    """How often `x`, or what it is a view of, was written to, as autograd counts. Tensors of inference mode have none and raise."""
+    return x._version
 
 
 def mark_dynamic(x: Tensor, dims: int | list[int]) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .compiling import constant_in_graphs
+from .memo import memo, remember
 from .messages import shown, to_int
 from .upstream import FakeTensor, assert_in_graph, functorch_transform, has_tangent, is_vmapped
 
@@ -183,9 +184,10 @@ def check_padding_mask(padding_mask: Tensor | None, query: Tensor, key: Tensor) 
     must = "real tokens must be one run, with padding on the left or right only"
     if readable(padding_mask):
         check_not_mapped("moba_flex", padding_mask=padding_mask)
-        holes = _runs(padding_mask) > 1
-        if holes.any():
-            raise ValueError(f"padding_mask has a hole in row {int(holes.nonzero()[0])}: {must}")
+        remember(padding_mask)
+        rows = memo(padding_mask, "rows with a hole", lambda: (_runs(padding_mask) > 1).nonzero().flatten().tolist())
+        if rows:
+            raise ValueError(f"padding_mask has a hole in row {rows[0]}: {must}")
     elif torch.compiler.is_compiling():
         assert_in_graph((_runs(padding_mask) <= 1).all(), f"padding_mask has a hole: {must}")
 
@@ -268,11 +270,17 @@ def check_cu_seqlens(name: str, cu_seqlens: Tensor, query: Tensor, tokens: int) 
             assert_in_graph((cu_seqlens[0] == 0) & (cu_seqlens[-1] == tokens) & rises, f"{must} the number of tokens")
         return None
     check_not_mapped("moba_flex", **{name: cu_seqlens})
-    bounds = cu_seqlens.tolist()
-    lengths = [b - a for a, b in itertools.pairwise(bounds)]
+    remember(cu_seqlens)
+    bounds, lengths = memo(cu_seqlens, "bounds", lambda: _bounds(cu_seqlens))
     if bounds[0] != 0 or bounds[-1] != tokens or min(lengths, default=0) < 0:
         raise ValueError(f"{must} {tokens} (the number of tokens), but {_bounds_shown(bounds, lengths)}")
     return max(lengths, default=0)
+
+
+def _bounds(cu_seqlens: Tensor) -> tuple[list[int], list[int]]:
+    """Where sequences begin and the last one ends, and their lengths."""
+    bounds = cu_seqlens.tolist()
+    return bounds, [b - a for a, b in itertools.pairwise(bounds)]
 
 
 def _bounds_shown(bounds: list[int], lengths: list[int]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import math
 import warnings
@@ -57,7 +58,7 @@ def without_a_gpu(monkeypatch):
         monkeypatch.setattr(flash, "_DEVICE", "cpu")
         monkeypatch.setattr(flash, "_LEAST_BLOCK", 128)
         monkeypatch.setattr(flash, "_compiled", stand_in)
-        monkeypatch.setattr(flash, "_installed", lambda: True)
+        monkeypatch.setattr(flash, "_missing", lambda: None)
 
     return replace
 
@@ -149,10 +150,18 @@ def test_the_default_is_triton_and_setting_returns_what_was_before(without_a_gpu
     assert stand_in.calls == 0
 
 
-def test_a_missing_package_and_an_unknown_name_are_refused_and_change_nothing(monkeypatch):
+def test_a_missing_package_an_old_one_and_an_unknown_name_are_refused_and_change_nothing(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r'flash-attn-4.*pip install "moba_flex\[flash\]"'):
+    with pytest.raises(ImportError, match=r'flash-attn-4 4.0.0b26 or newer, which is not here: pip install "moba_flex\[flash\]"'):
         set_flex_backend("flash")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "4.0.0b10")
+    with pytest.raises(ImportError, match=r'flash-attn-4 4.0.0b26 or newer, but this is 4.0.0b10: pip install "moba_flex\[flash\]"'):
+        set_flex_backend("flash")
+    for newer in ("4.0.0b26", "4.0.0"):
+        monkeypatch.setattr(importlib.metadata, "version", lambda name, newer=newer: newer)
+        set_flex_backend("flash")
+        assert set_flex_backend() == "flash"
     with pytest.raises(ValueError, match=r"triton, flash.*'cudnn'"):
         set_flex_backend("cudnn")
     assert set_flex_backend() == "triton"
@@ -160,7 +169,7 @@ def test_a_missing_package_and_an_unknown_name_are_refused_and_change_nothing(mo
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-@pytest.mark.skipif(not flash._installed(), reason='needs the package flash-attn-4: pip install "moba_flex[flash]"')
+@pytest.mark.skipif(flash._missing() is not None, reason='needs the package flash-attn-4: pip install "moba_flex[flash]"')
 @pytest.mark.parametrize(("width", "value_width", "block_size"), [(128, 128, 2048), (64, 128, 1024)])
 def test_on_a_gpu_it_equals_the_specification_or_says_why_not(width: int, value_width: int, block_size: int):
     generator = torch.Generator("cuda").manual_seed(0)

@@ -122,3 +122,35 @@ def test_layouts_that_later_calls_use_and_what_they_keep_are_made_so(monkeypatch
     part = layout.part(slice(0, 1), slice(0, 10))
     assert part.cached(("name",), lambda: 3) == layout.part(slice(0, 1), slice(0, 10)).cached(("name",), lambda: 4) == 3
     assert made == [CPU] * 3  # the layout, its part, and what the part keeps
+
+
+def test_what_is_made_within_may_ask_for_more_and_from_many_threads(streams):
+    def nested(n: int) -> int:
+        return n if n == 0 else 1 + allocate_persistent(lambda: nested(n - 1), GPU)
+
+    found: list[int] = []
+    threads = [threading.Thread(target=lambda n=n: found.append(allocate_persistent(lambda: nested(n), GPU))) for n in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(found) == list(range(8))
+
+
+FORKED = """
+import contextlib, os, torch
+from moba_flex.core.allocation import allocate_persistent
+
+torch.cuda.current_stream, torch.cuda.stream = lambda device: None, lambda stream: contextlib.nullcontext()
+gpu = torch.device("cuda", 0)
+allocate_persistent(lambda: 1, gpu)
+child = os.fork()
+if child == 0:
+    print("made", allocate_persistent(lambda: 2, gpu), flush=True)
+    os._exit(0)
+os.waitpid(child, 0)
+"""
+
+
+def test_a_forked_process_is_served(fresh):
+    assert fresh.run(FORKED).stdout == "made 2\n"

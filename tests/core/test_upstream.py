@@ -67,6 +67,16 @@ def has_tangent() -> None:
         assert upstream.has_tangent(x, forward_ad.make_dual(x, x)), "it does not see a tangent"
 
 
+def version_of() -> None:
+    x = torch.zeros(4)
+    before = upstream.version_of(x)
+    x[1:].add_(1)
+    assert upstream.version_of(x) > before, "it does not count a write to a view"
+    assert upstream.version_of(x[:2]) == upstream.version_of(x), "a view has a count of its own"
+    with torch.inference_mode(), pytest.raises(RuntimeError):
+        upstream.version_of(torch.zeros(1))
+
+
 def is_under_dispatch_mode() -> None:
     assert not upstream.is_under_dispatch_mode(), "it sees a dispatch mode where there is none"
     with torch.utils.flop_counter.FlopCounterMode(display=False):
@@ -227,6 +237,7 @@ CANARIES: dict[str, Callable[[], None]] = {
     "mark_dynamic": mark_dynamic,
     "mark_static_address": mark_static_address,
     "release_broken_pool": release_broken_pool,
+    "version_of": version_of,
 }
 
 

@@ -287,6 +287,31 @@ def test_the_median_counts(monkeypatch, times):
     assert next(left, None) is None
 
 
+@pytest.mark.parametrize(("seconds", "repeats"), [(0.5, 1), (2.5, 2), (9, 3), (float("inf"), 3)])
+def test_timings_end_after_so_many_seconds_but_one_is_made(monkeypatch, seconds, repeats):
+    left = iter([7000.0, 2000.0, 2000.0, 2000.0])  # the warm-up, the call that shows memory and counts, two more
+    monkeypatch.setattr(measure, "milliseconds", lambda *_: next(left))
+    record = measure.measure(lambda i: None, CPU, 3, 300, seconds=seconds)
+    assert record["repeats"] == repeats and record["milliseconds"] == 2000 and len(list(left)) == 3 - repeats
+
+
+def test_long_calls_are_timed_once_without_a_warm_up_after_shorter_ones_of_this_process(file, monkeypatch):
+    called = fake(monkeypatch, lambda query, key, value: query)
+
+    def milliseconds(call, *_):
+        call()
+        return 3000.0 * called[-1] / 40
+
+    monkeypatch.setattr(measure, "milliseconds", milliseconds)
+    flags = ["--forward-only", "--systems", "fake", "--repeats", "4", "--seconds"]
+    found = by_key(run(file, *flags, "4")[0])
+    assert called == [40, 40, 40, 64], "a warm-up and two timings of 3 seconds each, then one of 4.8"
+    assert [found["fake", FORWARD, n]["repeats"] for n in (40, 64)] == [2, 1]
+    called.clear()
+    run(file, *flags, "4", lengths="64 100")
+    assert called == [100, 100], "the shorter length comes from the file, so that this process has compiled nothing"
+
+
 class Process:
     """In place of `psutil.Process`: how soon a real one gives freed memory back is its allocator's and its kernel's affair."""
 
@@ -396,7 +421,7 @@ def peers(monkeypatch):
 
 def test_flash_is_compared_where_it_is_named_and_its_backend_holds_for_its_calls_alone(monkeypatch):
     seen = []
-    monkeypatch.setattr(flash, "_installed", lambda: True)
+    monkeypatch.setattr(flash, "_missing", lambda: None)
     monkeypatch.setattr(attention, "moba_attention", lambda *_, **settings: seen.append((flash.enabled(), settings)))
     for name in ("moba_flex-flash", "moba_flex"):
         SYSTEMS[name].call(*torch.randn(3, 1, 2, 8, 4), TOY)
@@ -432,7 +457,7 @@ def test_one_group_is_measured_and_multiplied(file, monkeypatch):
     query, key, value = workload.inputs(40, 0, False)
     assert (query.shape, key.shape, value.shape) == ((1, 2, 40, 16), (1, 1, 40, 16), (1, 1, 40, 16))
     record = {"milliseconds": 1000.0, "least": 900.0, "most": 1100.0, "repeats": 2, "peak_gb": 3.0}
-    monkeypatch.setattr(benchmark, "attempt", lambda *_: record)
+    monkeypatch.setattr(benchmark, "attempt", lambda *_, **__: record)
     # 3 calls of 1.6 s each are under the limit, whatever the four groups take together
     (only,) = run(file, "--heads", "8", "--key-heads", "4", "--one-group", "--systems", "fake", "--forward-only", "--limit", "5")
     for result in only["results"]:

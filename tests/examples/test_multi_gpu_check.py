@@ -53,8 +53,8 @@ def test_parts_that_are_done_are_not_run_again_and_those_without_time_are_named(
 
 
 def test_parts_that_fail_or_take_too_long_are_said_and_tried_again(check, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(multi_gpu_check, "OVERTIME", 0.01)
-    slow = python("slow", "import time; time.sleep(60)", seconds=100)
+    monkeypatch.setattr(multi_gpu_check, "OVERTIME", 0)
+    slow = python("slow", "import time; time.sleep(60)", seconds=1)
     code, said, results = check([slow])
     assert code == 1 and results["failed"] == ["slow"] and "slow failed, see " in said
     monkeypatch.undo()

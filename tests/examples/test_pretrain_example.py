@@ -126,7 +126,7 @@ def test_an_epoch_reads_each_window_once():
 
 
 def test_batches_go_through_the_windows_in_the_order_of_each_epoch(text, tmp_path):
-    found, args = Corpus(text), arguments(tmp_path, text)
+    found, args = Corpus(text), arguments(tmp_path, text, "--batch-tokens", "512")
     n = (len(found.train) - 1) // 128
     last = n // 4  # a batch has 4 windows; this one reaches into the second epoch
     numbers = torch.cat([order(n, 0, seed=3), order(n, 1, seed=3)])

@@ -118,8 +118,6 @@ def _check_selection(draw: Draw, tensors: dict[str, Tensor], selected: Tensor, o
         doubtful = doubtful.unflatten(1, (-1, case.repeats)).any(2).repeat_interleave(case.repeats, 1)
     eps = torch.finfo(DTYPES[draw.dtype]).eps if draw.dtype == "float64" else torch.finfo(torch.float32).eps
     tolerance = rounding * eps * (4 + case.width + case.block_size) * 2 + 1e-300
-    if implementation in ("flex", "triton") and draw.dtype in ("bfloat16", "float16"):  # means in two halves of 8 or 11 bits
-        tolerance = tolerance + rounding * 2.0**-15 + (query.abs().sum(-1, keepdim=True) * 1e-7 if draw.dtype == "float16" else 0.0)
 
     own = of_key[:, None, case.n_key - case.n_query :, None]
     block = torch.arange(n_blocks)

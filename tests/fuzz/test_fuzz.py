@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
+import time
+from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from support.processes import fork_server
 
 from fuzz.check import check
 from fuzz.draws import LAYOUTS, VALUES, draw
-from fuzz.run import State, main, try_cases
+from fuzz.run import State, chunks, main, try_cases
 from moba_flex.backends import eager, eager_softmax
 from moba_flex.core import hidden
 from moba_flex.ops import decoding, gate
@@ -20,7 +25,7 @@ FEW = 150
 
 
 def test_a_sound_package_passes():
-    assert try_cases(0, 0, FEW, "cpu") == []
+    assert try_cases(0, 0, FEW, "cpu") == (FEW, [])
 
 
 def test_every_kind_of_case_is_drawn_and_the_same_in_every_run():
@@ -89,7 +94,7 @@ def test_a_planted_fault_is_found_and_printed_as_a_test(fault: str, monkeypatch)
                 break
         else:
             pytest.fail(f"not found in {FAULTS[fault]} cases")
-        ((found, what, text),) = try_cases(3, number, number + 1, "cpu")
+        _, ((found, what, text),) = try_cases(3, number, number + 1, "cpu")
         assert found == number and what
         names: dict = {}
         exec(compile(text, "pasted", "exec"), names)
@@ -105,12 +110,14 @@ def _run(state, *more: str) -> int:
 def test_a_run_goes_on_where_the_last_one_stopped(tmp_path, capsys):
     state = tmp_path / "state.json"
     assert _run(state, "--cases", "20") == 0
-    assert json.loads(state.read_text()) == {"seed": 0, "device": "cpu", "done": 20, "failed": []}
-    assert "cases 0 to 20" in capsys.readouterr().out
+    assert json.loads(state.read_text()) == {"seed": 0, "device": "cpu", "tried": [[0, 20]], "failed": []}
+    assert "20 of 20 cases are left" in capsys.readouterr().out
     assert _run(state, "--cases", "40") == 0
-    assert "cases 20 to 40" in capsys.readouterr().out
-    assert _run(state, "--cases", "1000", "--minutes", "0") == 0  # one chunk, and then the time is over
-    assert json.loads(state.read_text())["done"] == 50
+    assert "20 of 40 cases are left" in capsys.readouterr().out
+    assert _run(state, "--cases", "45", "--first", "42") == 0
+    assert json.loads(state.read_text())["tried"] == [[0, 40], [42, 45]]
+    assert _run(state, "--cases", "45") == 0
+    assert json.loads(state.read_text())["tried"] == [[0, 45]]
     with pytest.raises(ValueError, match="of seed 0 on cpu"):
         State.load(state, 1, "cpu")
 
@@ -118,9 +125,34 @@ def test_a_run_goes_on_where_the_last_one_stopped(tmp_path, capsys):
 def test_processes_share_the_cases(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("fuzz.run.get_context", lambda _: fork_server())  # which spares their imports
     state = tmp_path / "state.json"
+    assert _run(state, "--cases", "30", "--processes", "2", "--minutes", "0") == 0
+    assert "0 cases of seed 0 on cpu have been tried" in capsys.readouterr().out
     assert _run(state, "--cases", "30", "--processes", "2") == 0
-    assert json.loads(state.read_text())["done"] == 30
+    assert json.loads(state.read_text())["tried"] == [[0, 30]]
     assert "failed: none" in capsys.readouterr().out
+
+
+def test_what_was_tried_when_the_time_was_over_counts(tmp_path, monkeypatch):
+    clock = SimpleNamespace(time=itertools.count().__next__, monotonic=time.monotonic)  # a second each time that somebody looks
+    monkeypatch.setattr("fuzz.run.time", clock)
+    state = tmp_path / "state.json"
+    assert _run(state, "--cases", "1000", "--minutes", "0.3") == 0
+    (tried,) = json.loads(state.read_text())["tried"]
+    assert tried[0] == 0 and 10 < tried[1] < 18
+
+
+@given(st.lists(st.tuples(st.integers(0, 40), st.integers(0, 12)), max_size=6), st.integers(0, 40), st.integers(0, 40), st.integers(1, 9))
+def test_each_case_is_tried_once(tmp_path_factory, runs: list[tuple[int, int]], first: int, more: int, size: int):
+    state = State(tmp_path_factory.getbasetemp() / "runs.json", 0, "cpu", [], [])
+    done = {number for start, n in runs for number in range(start, start + n)}
+    for start, n in runs:
+        if n:
+            state.add(start, start + n, [])
+    assert state.count == len(done)
+    parts = list(chunks(state.left(first, first + more), size))
+    tried = [number for start, stop in parts for number in range(start, stop)]
+    assert tried == [number for number in range(first, first + more) if number not in done]
+    assert all(start // size == (stop - 1) // size for start, stop in parts)
 
 
 def test_failures_are_kept_printed_and_end_a_run_that_has_enough(tmp_path, capsys, monkeypatch):
@@ -129,6 +161,6 @@ def test_failures_are_kept_printed_and_end_a_run_that_has_enough(tmp_path, capsy
     state = tmp_path / "state.json"
     assert _run(state, "--cases", "1000", "--most-failures", "1") == 1
     kept, printed = json.loads(state.read_text()), capsys.readouterr().out
-    assert kept["failed"] and kept["done"] < 1000
+    assert kept["failed"] and kept["tried"][-1][1] < 1000
     assert re.search(rf"^case {kept['failed'][0]}: eager: gradient of key", printed, re.MULTILINE)
     assert f"def test_seed_0_case_{kept['failed'][0]}():" in printed

@@ -8,6 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 from support.gpu import TOLERANCE, Case, blocks, distance, run
+from support.near_ties import NEAR_TIES, NearTies, check_choices
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from moba_flex import moba_attention, moba_attention_varlen, patch, select_blocks, set_working_memory
@@ -331,6 +332,11 @@ def test_the_gate_tells_blocks_apart_whose_scores_are_nearly_equal(top_k):
         in_blocks[:, :, 1::2] = in_blocks[:, :, ::2]
         in_blocks[:, :, 1::4, 3, 5] *= 1.01
         assert chosen_otherwise(query, key, block_size, top_k) < 1e-3, dtype
+
+
+@pytest.mark.parametrize("case", NEAR_TIES, ids=str)
+def test_near_ties_are_decided_by_float32_means(case: NearTies):
+    check_choices(case, "cuda")
 
 
 def test_where_every_block_is_read_it_is_dense_attention():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import math
 import statistics
 import threading
 import time
@@ -17,24 +18,33 @@ from .results import FULL, TOO_LONG
 Call = Callable[[], object]
 
 
-def attempt(fresh: Callable[[int], Call], device: torch.device, repeats: int, limit: float) -> dict:
+def attempt(fresh: Callable[[int], Call], device: torch.device, repeats: int, limit: float, **options: float | bool) -> dict:
     """`measure`, and for a call that fails a record that says why instead of an exception."""
     try:
-        return measure(fresh, device, repeats, limit)
+        return measure(fresh, device, repeats, limit, **options)
     except Exception as error:  # other people's kernels fail in many ways, and the other systems are to be measured all the same
         said = str(error).strip() or type(error).__name__
         full = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "out of memory" in said or "can't allocate memory" in said
         return {"skipped": FULL} if full else {"failed": said.splitlines()[0][:200]}
 
 
-def measure(fresh: Callable[[int], Call], device: torch.device, repeats: int, limit: float) -> dict:
+def measure(
+    fresh: Callable[[int], Call],
+    device: torch.device,
+    repeats: int,
+    limit: float,
+    seconds: float = math.inf,
+    warm: bool = False,
+) -> dict:
     """The median of `repeats` timings in milliseconds, and the peak memory of a call in gigabytes, its inputs included.
 
     `fresh(i)` gives the call on the i-th random inputs. The first call compiles and warms up, the second one shows memory and about
     how long it takes. If all of them would take more than `limit` seconds, the record says so and has an estimate only.
+    No timing begins after `seconds` of them. `warm`: shorter calls have compiled everything, so that there is no warm-up.
     """
     before = release(device)
-    milliseconds(fresh(0), device)
+    if not warm:
+        milliseconds(fresh(0), device)
     estimate, peak = peak_memory(fresh(1), device)
     # A long call is no longer in need of warming up. Short ones are timed several at a time, so that launches overlap with work.
     times = [estimate] if estimate >= 1000 else []
@@ -42,8 +52,10 @@ def measure(fresh: Callable[[int], Call], device: torch.device, repeats: int, li
     if (record := over_limit(estimate * together, repeats - len(times), limit)) is not None:
         return record
     for i in range(len(times), repeats):
+        if times and sum(times) * together >= seconds * 1000:
+            break
         times.append(milliseconds(fresh(i + 2), device, together))
-    record = {"milliseconds": statistics.median(times), "least": min(times), "most": max(times), "repeats": repeats}
+    record = {"milliseconds": statistics.median(times), "least": min(times), "most": max(times), "repeats": len(times)}
     return record | {"peak_gb": (peak - before) / 1e9}
 
 

@@ -1,9 +1,12 @@
 """The gate in one kernel: scores of a tile of queries against the block means and a running top-k; no score matrix in memory.
 
-Precision: means are float32. The product of bfloat16 or float16 queries with a float32 mean is the sum of two products on the matrix
-units, with the mean's high and low half in the queries' dtype; float32 queries use float32 products. So choices are those of float32,
-but for scores that are equal to within its rounding, or with bfloat16 queries within that of a mean's 17 bits. In float16 the low half
-of a number ends at 6e-8, so that means far below 0.01 have fewer.
+Precision: means are float32, and choices are those of float32 scores. Only scores that are equal to within float32's rounding may be
+ordered otherwise. float32 queries use float32 products. Scores of bfloat16 or float16 queries are sums of products on the matrix units:
+
+- The search by lanes multiplies a mean's high and low half in the queries' dtype. These have 17 bits or more, in float16 fewer where means
+  are far below 0.01. The norms of a query and of what halves leave of a mean bound the error. Where it could change the choice between two
+  blocks, their float32 means decide.
+- The exact search serves where more blocks are in doubt, or too many are wanted. It multiplies three parts of a mean, all of float32.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from torch import Tensor
 from ...core.layout import BlockLayout
 from ...core.settings import AttentionSettings
 from ..gate import candidates
+from .block_means import BlockMeans, block_means, norm, rest_scale
 from .sizes import cdiv, gpu_memory, next_power_of_2
 
 # With more blocks to choose five of them too often share a lane, and with fewer bits too many scores look equal.
@@ -26,105 +30,45 @@ _MOST_IN_LANES, _MOST_BITS = 16, 8
 
 
 @triton.jit
-def _means_kernel(
-    KEY,
-    HIGH,
-    LOW,
-    COUNT,
-    TOKEN,
-    stride_b,
-    stride_g,
-    stride_n,
-    G,
-    C,
-    D: tl.constexpr,
-    DP: tl.constexpr,
-    STEP: tl.constexpr,
-):
-    # One program: the mean of one block's keys.
-    c, bg = tl.program_id(0), tl.program_id(1)
-    b, g = bg // G, bg % G
-    d, slot = tl.arange(0, DP), tl.arange(0, STEP)
-    keys = tl.load(COUNT + b * C + c)
-    first = tl.load(TOKEN + b * C + c).to(tl.int64)
-    base = KEY + b.to(tl.int64) * stride_b + g.to(tl.int64) * stride_g + first * stride_n
-    total = tl.zeros([STEP, DP], tl.float32)
-    for start in range(0, keys, STEP):
-        at = (start + slot).to(tl.int64)
-        x = tl.load(base + at[:, None] * stride_n + d[None, :], mask=(at[:, None] < keys) & (d[None, :] < D), other=0.0)
-        total += x.to(tl.float32)
-    mean = tl.sum(total, 0) / tl.maximum(keys, 1)
-    high = mean.to(HIGH.dtype.element_ty)
-    out = (bg.to(tl.int64) * C + c) * D + d
-    tl.store(HIGH + out, high, mask=d < D)
-    if LOW is not None:
-        tl.store(LOW + out, (mean - high.to(tl.float32)).to(LOW.dtype.element_ty), mask=d < D)
-
-
-def block_means(key: Tensor, layout: BlockLayout, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """`[B, G, Nk, D]` -> the mean of each block's real keys, `[B, G, C, D]`, as a high and a low half in the queries' `dtype`."""
-    rows, groups, _, width = key.shape
-    high = key.new_empty(rows, groups, layout.n_key_blocks, width, dtype=dtype)
-    low = None if dtype == torch.float32 else torch.empty_like(high)
-    padded = next_power_of_2(width)
-    _means_kernel[(layout.n_key_blocks, rows * groups)](
-        key,
-        high,
-        low,
-        layout.block_keys,
-        layout.key_token,
-        *key.stride()[:3],
-        groups,
-        layout.n_key_blocks,
-        width,
-        padded,
-        min(next_power_of_2(layout.block_size), 64, max(1, 16384 // padded)),  # more would not fit into registers
-    )
-    return high, low
-
-
-@triton.jit
-def _scores(q, HIGH, LOW, at, mask):
-    if LOW is None:
-        score = tl.dot(q, tl.load(HIGH + at, mask=mask, other=0.0), input_precision="ieee")
+def _scores(q, MEAN, HIGH, LOW, REST, at, mask):
+    # Those of halves alone if REST is None.
+    if HIGH is None:
+        score = tl.dot(q, tl.load(MEAN + at, mask=mask, other=0.0), input_precision="ieee")
     else:
-        score = tl.dot(q, tl.load(LOW + at, mask=mask, other=0.0))
+        score = tl.zeros([q.shape[0], at.shape[1]], tl.float32)
+        if REST is not None:
+            score = tl.dot(q, tl.load(REST + at, mask=mask, other=0.0)) * (1 / rest_scale(q.dtype))
+        score = tl.dot(q, tl.load(LOW + at, mask=mask, other=0.0), score)
         score = tl.dot(q, tl.load(HIGH + at, mask=mask, other=0.0), score)
     return score
 
 
 @triton.jit
-def _without(x, bits: tl.constexpr):
-    """Float32 without its last bits."""
-    return (x.to(tl.int32, bitcast=True) & ~bits).to(tl.float32, bitcast=True)
+def _bound(x, bits: tl.constexpr, upper: tl.constexpr):
+    """The least or the largest float32 that differs from `x` in its last bits alone."""
+    x_bits = x.to(tl.int32, bitcast=True)
+    return tl.where((x < 0) != upper, x_bits | bits, x_bits & ~bits).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def _mean(HIGH, LOW, at, mask):
-    mean = tl.load(HIGH + at, mask=mask, other=0.0).to(tl.float32)
-    if LOW is not None:
-        mean += tl.load(LOW + at, mask=mask, other=0.0).to(tl.float32)
-    return mean
-
-
-@triton.jit
-def _lead(queries, HIGH, LOW, chosen, rival, wanted, D: tl.constexpr):
+def _lead(queries, MEAN, chosen, rival, wanted, D: tl.constexpr):
     # By how much the query at each of these addresses scores one mean higher than another; 0 where it is not wanted.
     lead = tl.zeros_like(wanted.to(tl.float32))
     at_once: tl.constexpr = 16 if D <= 256 else 64  # so that not many copies are compiled
     for start in tl.static_range(0, D, at_once):
         d = start + tl.arange(0, at_once)[None, :]
         mask = wanted[:, None] & (d < D)
-        difference = _mean(HIGH, LOW, chosen[:, None] * D + d, mask) - _mean(HIGH, LOW, rival[:, None] * D + d, mask)
+        difference = tl.load(MEAN + chosen[:, None] * D + d, mask=mask, other=0.0)
+        difference -= tl.load(MEAN + rival[:, None] * D + d, mask=mask, other=0.0)
         lead += tl.sum(tl.load(queries[:, None] + d, mask=mask, other=0.0).to(tl.float32) * difference, 1)
     return lead
 
 
 @triton.jit
-def _turn(q, HIGH, LOW, base, c, end, turn, bits: tl.constexpr, since, until, R: tl.constexpr, D: tl.constexpr, d):
+def _turn(q, MEAN, HIGH, LOW, base, c, end, turn, bits: tl.constexpr, since, until, R: tl.constexpr, D: tl.constexpr, d):
     # The scores of blocks c, one a lane, with the number of the turn as their last bits; the lowest number where a query may not choose.
     at = (base + c.to(tl.int64))[None, :] * D + d[:, None]
-    score = _scores(q, HIGH, LOW, at, (c[None, :] < end) & (d[:, None] < D))
+    score = _scores(q, MEAN, HIGH, LOW, None, at, (c[None, :] < end) & (d[:, None] < D))
     score = ((score.to(tl.int32, bitcast=True) & ~bits) | turn).to(tl.float32, bitcast=True)
     candidate = c[None, :] < until
     if R > 1:
@@ -133,16 +77,27 @@ def _turn(q, HIGH, LOW, base, c, end, turn, bits: tl.constexpr, since, until, R:
 
 
 @triton.jit
+def _largest(ERROR, begin, end):
+    at_once: tl.constexpr = 1024
+    largest = tl.zeros([at_once], tl.float32)
+    for start in range(begin, end, at_once):
+        block = start + tl.arange(0, at_once)
+        largest = tl.maximum(largest, tl.load(ERROR + block, mask=block < end, other=0.0))
+    return tl.max(largest, 0)
+
+
+@triton.jit
 def _lanes_kernel(
-    QUERY, HIGH, LOW, OUT, REDO, FIRST, LAST, START, STOP, TOKEN, stride_b, stride_h, stride_n, H, G, C, N_BLOCKS,
+    QUERY, MEAN, HIGH, LOW, ERROR, OUT, REDO, FIRST, LAST, START, STOP, TOKEN, stride_b, stride_h, stride_n, H, G, C, N_BLOCKS,
     SINK: tl.constexpr, RECENT: tl.constexpr, FREE: tl.constexpr, P: tl.constexpr,
     M: tl.constexpr, R: tl.constexpr, T: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     BITS: tl.constexpr, TURNS: tl.constexpr, REDO_M: tl.constexpr,
 ):  # fmt: skip
     # One program: M queries. Block c belongs to lane c mod T, and each lane keeps its best four, so that nothing is compared across
     # lanes until the end. A lane needs no second number for the block: which of its blocks it was replaces the score's last BITS bits.
-    # So the choice is certain if these bits do not decide what is chosen, and no lane had to drop what might have been. Where they
-    # decide between two blocks, these are scored once more. Where more are in doubt, and at infinity or NaN, REDO asks for an exact search.
+    # So the choice is certain if neither these bits nor what halves of a mean leave out decide what is chosen, and no lane had to drop
+    # what might have been. Where they decide between two blocks, these are compared once more. Where more are in doubt, and at infinity
+    # or NaN, REDO asks for an exact search.
     tile, bh = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)
     b, h = bh // H, bh % H
     group = (b * G + h // (H // G)).to(tl.int64)
@@ -164,8 +119,13 @@ def _lanes_kernel(
     best2, best3, best4, left = best1, best1, best1, best1
     begin, end = tl.min(first, 0) + SINK, tl.max(last, 0) - RECENT
     since, until = first[:, None] + SINK, last[:, None] - RECENT
+    doubt = tl.zeros([M], tl.float32)  # two scores that differ by more are in the right order
+    if ERROR is not None:
+        doubt = 2.001 * norm(q.to(tl.float32), 1, DP)
+        if TURNS == 1:  # else after the loop, which then needs fewer registers
+            doubt *= _largest(ERROR + group * C, begin, end)
     for turn in tl.range(0, tl.cdiv(end - begin, T), TURNS):
-        score = _turn(q, HIGH, LOW, group * C, begin + turn * T + lane, end, turn, turn_bits, since, until, R, D, d)
+        score = _turn(q, MEAN, HIGH, LOW, group * C, begin + turn * T + lane, end, turn, turn_bits, since, until, R, D, d)
         if TURNS == 1:
             best1, score = tl.maximum(best1, score, nan), tl.minimum(best1, score, nan)
             best2, score = tl.maximum(best2, score, nan), tl.minimum(best2, score, nan)
@@ -176,7 +136,7 @@ def _lanes_kernel(
             # 16 comparisons for two scores instead of 18: the better one contends with the fourth, the other with the third; what stays
             # is the best four of six, and is put in order again.
             turn += 1
-            other = _turn(q, HIGH, LOW, group * C, begin + turn * T + lane, end, turn, turn_bits, since, until, R, D, d)
+            other = _turn(q, MEAN, HIGH, LOW, group * C, begin + turn * T + lane, end, turn, turn_bits, since, until, R, D, d)
             score, other = tl.maximum(score, other, nan), tl.minimum(score, other, nan)
             left = tl.maximum(left, tl.maximum(tl.minimum(best3, other, nan), tl.minimum(best4, score, nan), nan), nan)
             best3, best4 = tl.maximum(best3, other, nan), tl.maximum(best4, score, nan)
@@ -211,17 +171,19 @@ def _lanes_kernel(
     for r in tl.static_range(RECENT):
         tl.store(forced + SINK + r, tl.where(real & (last - 1 - r >= first + SINK), last - 1 - r, -1), mask=here)
 
+    if ERROR is not None and TURNS > 1:
+        doubt *= _largest(ERROR + group * C, begin, end)
     second, dropped = tl.max(best1, 1), tl.max(left, 1)
-    ahead, behind = _without(most, turn_bits), _without(tl.maximum(second, dropped), turn_bits)
-    certain = (ahead > behind) | ((second == none) & (dropped == none))
-    if BITS > 0:
+    ahead = _bound(most, turn_bits, False)
+    certain = (ahead - _bound(tl.maximum(second, dropped), turn_bits, True) > doubt) | ((second == none) & (dropped == none))
+    if BITS > 0 or ERROR is not None:
         rival_lane = tl.min(tl.where(best1 == second[:, None], lane[None, :], T), 1)
         third = tl.maximum(tl.max(tl.where(lane[None, :] == rival_lane[:, None], best2, best1), 1), dropped)
-        pair = real & (second > none) & (ahead == _without(second, turn_bits)) & (ahead > _without(third, turn_bits))
-        pair = pair & (_without(before, turn_bits) > ahead)
+        pair = real & ~certain & (second > none) & (ahead - _bound(third, turn_bits, True) > doubt)
+        pair = pair & (_bound(before, turn_bits, False) - _bound(second, turn_bits, True) > doubt)
         if tl.max(pair.to(tl.int32), 0) > 0:
             rival = begin + (second.to(tl.int32, bitcast=True) & turn_bits) * T + rival_lane
-            lead = _lead(queries, HIGH, LOW, group * C + chosen, group * C + rival, pair, D)
+            lead = _lead(queries, MEAN, group * C + chosen, group * C + rival, pair, D)
             chosen = tl.where(pair & ((lead < 0) | ((lead == 0) & (rival < chosen))), rival, chosen)
         certain = certain | pair
     tl.store(out + FREE - 1, chosen, mask=here)
@@ -235,8 +197,8 @@ def _lanes_kernel(
 
 @triton.jit
 def _search_kernel(
-    QUERY, HIGH, LOW, OUT, REDO, FIRST, LAST, START, STOP, TOKEN, stride_b, stride_h, stride_n, H, G, C, N_BLOCKS, TILES, M_OF_TILE,
-    SINK: tl.constexpr, RECENT: tl.constexpr, FREE: tl.constexpr, K: tl.constexpr, P: tl.constexpr,
+    QUERY, MEAN, HIGH, LOW, REST, OUT, REDO, FIRST, LAST, START, STOP, TOKEN, stride_b, stride_h, stride_n, H, G, C, N_BLOCKS,
+    TILES, M_OF_TILE, SINK: tl.constexpr, RECENT: tl.constexpr, FREE: tl.constexpr, K: tl.constexpr, P: tl.constexpr,
     M: tl.constexpr, T: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
 ):  # fmt: skip
     # One program: M queries of one query block and head, which all choose from the same blocks. Longest searches start first.
@@ -269,7 +231,7 @@ def _search_kernel(
         ok = c < last - RECENT
         at = (group * C + c.to(tl.int64))[None, :] * D + d[:, None]
         mask = ok[None, :] & (d[:, None] < D)
-        score = _scores(q, HIGH, LOW, at, mask)
+        score = _scores(q, MEAN, HIGH, LOW, REST, at, mask)
         score = tl.where(score != score, float("inf"), tl.maximum(score, -3.4028234e38))
         score = tl.where(ok[None, :], score, float("-inf"))
         # Most tiles hold nothing better than what a query has: take the best of the tile out as long as any query wants it. Blocks come
@@ -312,7 +274,7 @@ def _program(dtype: torch.dtype, free: int, slots: int, width: int, room: int, i
         options = {"num_warps": warps, "num_stages": max(stages, 1)}
         if stages > turns:  # one more than a turn reads, so that loads go on during products
             break
-    if (queries, lanes) == (128, 32):  # two programs share a multiprocessor, and nothing spills
+    if (queries, lanes) == (128, 32):  # two programs share a multiprocessor, and the loop spills nothing
         options["maxnreg"] = 128
     return queries, lanes, turns, options
 
@@ -330,8 +292,8 @@ def choose(query: Tensor, key: Tensor, layout: BlockLayout, settings: AttentionS
     shape = heads, key.shape[1], layout.n_key_blocks, layout.n_query_blocks
     sizes = {"D": width, "DP": max(16, next_power_of_2(width)), "P": layout.query_width}
     forced = {"SINK": settings.sink_blocks, "RECENT": settings.recent_blocks, "FREE": free}
-    means = block_means(key, layout, query.dtype) if free else (query, None)  # nothing is chosen by a score then
-    operands = query, *means, chosen
+    means = block_means(key, layout, query.dtype) if free else BlockMeans(query)  # nothing is chosen by a score then
+    halves = query, means.mean, means.high, means.low
     places = *candidates(layout, settings), layout.query_start, layout.query_stop, layout.query_token, *query.stride()[:3], *shape
 
     room, major = gpu_memory(query.device)
@@ -341,15 +303,16 @@ def choose(query: Tensor, key: Tensor, layout: BlockLayout, settings: AttentionS
         options = {name: value for name, value in options.items() if name != "maxnreg"}
     searched = min(tile, 64)
     bits = (cdiv(layout.n_key_blocks, lanes) - 1).bit_length()
-    tiles, redo = cdiv(slots, tile), None
+    tiles, redo, searches = cdiv(slots, tile), None, {"num_warps": 4, "num_stages": 3}
     if 0 < free <= _MOST_IN_LANES and bits <= _MOST_BITS:
         redo = chosen.new_empty(rows * heads * tiles * tile // searched)
+        if major in (9, 10) and query.dtype != torch.float32 and sizes["DP"] <= 128:  # others multiply out of registers
+            searches["maxnreg"] = 128  # most programs end at once, and four share a multiprocessor
         spans = 1 if layout.query_width % tile == 0 else tile
-        _lanes_kernel[(tiles, rows * heads)](
-            *operands, redo, *places, **sizes, **forced, M=tile, R=spans, T=lanes, BITS=bits, TURNS=turns, REDO_M=searched, **options
-        )
-    m, k = math.gcd(layout.query_width, searched), next_power_of_2(max(free, 2))
-    _search_kernel[(slots // m, rows * heads)](
-        *operands, redo, *places, tiles * tile // searched, searched, **sizes, **forced, K=k, M=m, T=searched, num_warps=4, num_stages=3
-    )
+        forms = {"M": tile, "R": spans, "T": lanes, "BITS": bits, "TURNS": turns, "REDO_M": searched}
+        _lanes_kernel[(tiles, rows * heads)](*halves, means.error, chosen, redo, *places, **sizes, **forced, **forms, **options)
+    m = math.gcd(layout.query_width, searched)
+    forms = {"K": next_power_of_2(max(free, 2)), "M": m, "T": searched}
+    operands = *halves, means.rest, chosen, redo, *places, tiles * tile // searched, searched
+    _search_kernel[(slots // m, rows * heads)](*operands, **sizes, **forced, **forms, **searches)
     return chosen

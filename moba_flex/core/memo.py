@@ -1,0 +1,78 @@
+"""What follows from the values of a tensor, worked out once for all calls that are given that tensor.
+
+Padding and packed sequences come as a tensor on the GPU. To check its values the host waits for the GPU, and the layout of blocks that
+follows from them is dozens of small launches. But all layers of a model, and their backward passes, are given the same tensor.
+
+What is kept lives as long as the tensor, and until PyTorch's version counter tells of a write: what autograd relies on too. The counter
+does not see a kernel of the user's own write, nor code that torch.compile made, which gives one tensor several contents. So only those
+are remembered that come from outside of compiled graphs, where code of that kind writes no tensor that it has handed out.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Hashable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from .upstream import is_under_dispatch_mode, version_of
+
+T = TypeVar("T")
+MOST = 16  # things that are kept for one tensor: calls of many settings may share it
+
+
+class _Entry:
+    """What is known of one tensor as of one of its versions."""
+
+    def __init__(self, x: Tensor) -> None:
+        number = id(x)
+
+        def forget(reference: weakref.ref[Tensor]) -> None:
+            if (entry := _entries.get(number)) is not None and entry.tensor is reference:
+                del _entries[number]
+
+        self.tensor, self.version, self.known = weakref.ref(x, forget), version_of(x), dict[Hashable, Any]()
+
+
+_entries: dict[int, _Entry] = {}  # by id: tensors compare element by element, so that they are no keys
+
+
+def remember(x: Tensor) -> None:
+    """From now on keep what follows from the values of `x`. Within a graph that is traced or captured nothing happens."""
+    if not torch.compiler.is_compiling() and may_be_remembered(x) and _lasts(x) and _entry(x) is None:
+        _entries[id(x)] = _Entry(x)
+
+
+def may_be_remembered(x: Tensor) -> bool:
+    """On a CPU there is nothing to wait for, and NumPy may write unseen. What inference mode makes has no version."""
+    return x.is_cuda and type(x) is Tensor and not x.is_inference()
+
+
+def is_remembered(x: Tensor) -> bool:
+    """Whether `memo` keeps what follows from `x`."""
+    return _entry(x) is not None and _lasts(x)
+
+
+def memo(x: Tensor, name: Hashable, make: Callable[[], T]) -> T:
+    """What `make` returns, which must follow from the values of `x` and `name` alone. Kept with `x` if that is remembered."""
+    entry = _entry(x)
+    if entry is None or not _lasts(x):
+        return make()
+    if name not in entry.known:
+        made = make()
+        if len(entry.known) >= MOST:
+            entry.known.clear()
+        entry.known[name] = made
+    return entry.known[name]
+
+
+def _entry(x: Tensor) -> _Entry | None:
+    entry = _entries.get(id(x))
+    return entry if entry is not None and entry.tensor() is x and entry.version == version_of(x) else None
+
+
+def _lasts(x: Tensor) -> bool:
+    """Whether what is made now may be used later: not under a dispatch mode, nor in a CUDA graph, whose replays find other values."""
+    return not is_under_dispatch_mode() and not (x.is_cuda and torch.cuda.is_current_stream_capturing())
