@@ -45,7 +45,7 @@ def some(request: pytest.FixtureRequest) -> Processes:
 
 @pytest.fixture
 def enough(request: pytest.FixtureRequest) -> Processes:
-    """As many as the test's `size` asks for. Groups of two among four have tests of their own: those of `some`, and with sharded weights."""
+    """As many as the test's `size` asks for. Groups of two among four are for tests of `some`, and of sharded weights."""
     return request.getfixturevalue({2: "two", 4: "four"}[request.getfixturevalue("size")])
 
 
