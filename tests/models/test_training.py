@@ -247,7 +247,7 @@ def test_a_compiled_model_has_the_gradients_of_the_eager_one(batch):
     if batch == "packed":
         inputs |= {"position_ids": torch.cat([torch.arange(20), torch.arange(TOKENS - 20)]).expand(2, -1), "use_cache": False}
     eager = gradients(model, inputs)
-    compiled = gradients(torch.compile(model, backend="aot_eager"), inputs)  # which run forward: what is packed is not taken for whole
+    compiled = gradients(torch.compile(model, backend="aot_eager"), inputs)
     for name, gradient in eager.items():
         assert_close(compiled[f"_orig_mod.{name}"], gradient, f"{batch}, {name}")
 
@@ -290,12 +290,13 @@ def test_a_compiled_training_step_without_a_cache_is_one_graph(padding: str | No
 
 
 @pytest.mark.usefixtures("_fresh_compiler")
-def test_what_has_a_cache_is_not_taken_for_whole_in_a_graph():
-    """Nor is what packs sequences, whose gradients the test above has."""
+def test_what_packs_sequences_or_has_a_cache_is_not_taken_for_whole_in_a_graph():
     model, ids = small(), tokens()
-    compiled = torch.compile(model, backend="aot_eager")
-    with torch.no_grad():
-        assert_close(compiled(input_ids=ids, use_cache=True).logits, model(input_ids=ids, use_cache=True).logits, "logits")
+    positions = torch.cat([torch.arange(20), torch.arange(TOKENS - 20)]).expand(2, -1)
+    for more in ({"position_ids": positions, "use_cache": False}, {"use_cache": True}):
+        compiled = torch.compile(model, backend="aot_eager")
+        with torch.no_grad():
+            assert_close(compiled(input_ids=ids, **more).logits, model(input_ids=ids, **more).logits, str(sorted(more)))
 
 
 # accelerate
