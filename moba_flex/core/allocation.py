@@ -10,7 +10,18 @@ from typing import TypeVar
 
 import torch
 
+from .upstream import is_under_dispatch_mode
+
 T = TypeVar("T")
+
+
+def may_be_kept(device: torch.device) -> bool:
+    """Whether what is made now on `device` may serve later calls.
+
+    Under a dispatch mode, that of fake tensors say, it is for the mode alone; in a CUDA graph it has no contents before a replay, which may
+    then follow from other values.
+    """
+    return not is_under_dispatch_mode() and not (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
 
 
 class _Worker(Thread):

@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .allocation import allocate_persistent
+from .allocation import allocate_persistent, may_be_kept
 from .layout import BlockLayout, one_block
 from .memo import is_remembered, memo
-from .upstream import is_under_dispatch_mode
 
 if TYPE_CHECKING:
     from ..backends.protocol import Backend
@@ -102,10 +101,7 @@ def n_query_tiles(n_query: int, sequences: int, block_size: int, tile: int) -> i
 def dense_layout(rows: int, n_query: int, n_key: int, block_size: int, width: int, device: torch.device) -> BlockLayout:
     """Rows of equal length without padding; the queries are the last `n_query` of `n_key` positions. The next call uses it again."""
     settings = rows, n_query, n_key, block_size, width, device
-    if is_under_dispatch_mode():
-        return _dense_layout(*settings)
-    # Tensors made while a CUDA graph is captured have no contents before its replay: they are for that graph alone.
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+    if not may_be_kept(device):
         return _dense_layout(*settings)
     return _persistent_layout(_stream(device), *settings)
 

@@ -17,7 +17,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from .upstream import is_under_dispatch_mode, version_of
+from .allocation import may_be_kept
+from .upstream import version_of
 
 T = TypeVar("T")
 MOST = 16  # things that are kept for one tensor: calls of many settings may share it
@@ -41,7 +42,7 @@ _entries: dict[int, _Entry] = {}  # by id: tensors compare element by element, s
 
 def remember(x: Tensor) -> None:
     """From now on keep what follows from the values of `x`. Within a graph that is traced or captured nothing happens."""
-    if not torch.compiler.is_compiling() and may_be_remembered(x) and _lasts(x) and _entry(x) is None:
+    if not torch.compiler.is_compiling() and may_be_remembered(x) and may_be_kept(x.device) and _entry(x) is None:
         _entries[id(x)] = _Entry(x)
 
 
@@ -52,13 +53,13 @@ def may_be_remembered(x: Tensor) -> bool:
 
 def is_remembered(x: Tensor) -> bool:
     """Whether `memo` keeps what follows from `x`."""
-    return _entry(x) is not None and _lasts(x)
+    return _entry(x) is not None and may_be_kept(x.device)
 
 
 def memo(x: Tensor, name: Hashable, make: Callable[[], T]) -> T:
     """What `make` returns, which must follow from the values of `x` and `name` alone. Kept with `x` if that is remembered."""
     entry = _entry(x)
-    if entry is None or not _lasts(x):
+    if entry is None or not may_be_kept(x.device):
         return make()
     if name not in entry.known:
         made = make()
@@ -71,8 +72,3 @@ def memo(x: Tensor, name: Hashable, make: Callable[[], T]) -> T:
 def _entry(x: Tensor) -> _Entry | None:
     entry = _entries.get(id(x))
     return entry if entry is not None and entry.tensor() is x and entry.version == version_of(x) else None
-
-
-def _lasts(x: Tensor) -> bool:
-    """Whether what is made now may be used later: not under a dispatch mode, nor in a CUDA graph, whose replays find other values."""
-    return not is_under_dispatch_mode() and not (x.is_cuda and torch.cuda.is_current_stream_capturing())
