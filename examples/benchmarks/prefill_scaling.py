@@ -36,7 +36,7 @@ from moba_flex.distributed import moba_attention_cp
 from moba_flex.distributed.collectives import gathered
 from moba_flex.ops.decoding import Stored, attend_to_blocks, blocks_to_read, means_for, write_means
 
-APART = 0.05  # a larger error is one of the gate, in which another block was as good to 16 bits; bfloat16 rounds to 0.004
+APART = 0.05  # a larger error is one of the gate, in which another block was as good to within rounding; bfloat16 rounds to 0.004
 
 
 def measure(args: argparse.Namespace, tokens: int, exchange: str) -> dict:

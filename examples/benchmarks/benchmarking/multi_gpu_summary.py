@@ -12,7 +12,7 @@ DENSE = 570e12  # operations per second of cuDNN's dense causal attention on one
 HEADS, KEY_HEADS, WIDTH = 32, 8, 128  # of prefill_scaling.py
 GOAL = 0.9  # of linear, for a prefill by keys
 ROUNDING = 0.02  # of a loss: bfloat16 has 8 bits, 0.4 %, and after some steps weights differ by that too
-APART = 0.01  # share of queries that may read other blocks, which were as good to 16 bits
+APART = 0.01  # share of queries that may read other blocks, which were as good to within rounding
 Results = Mapping[str, dict[str, Any]]
 
 
