@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import random
 from dataclasses import dataclass, field, replace
 
@@ -11,7 +13,7 @@ from torch import Tensor
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LAYOUTS = ("contiguous", "tokens first", "width first", "sliced", "every other", "expanded")
-SAME_KERNELS = 500  # compiling one takes seconds
+SAME_KERNELS = 320  # compiling one takes seconds
 VALUES = ("normal", "integers", "repeated blocks", "equal keys", "large", "tiny")
 
 
@@ -53,6 +55,7 @@ class Draw:
             x = self._numbers(name, shape, source).to(dtype)
             for where, at, number in self.spoilt:
                 if where == name:
+                    number = _at_most(torch.finfo(dtype).max, number)
                     x = x.masked_fill(self._padding(name), number) if at == "padding" else _put(x, at, number)
             tensors[name] = laid_out(x, self.layout).to(device)
         if case.sinks:
@@ -76,6 +79,11 @@ class Draw:
         return ~(self.case.real_queries() if name == "query" else mask)[:, None, :, None]
 
 
+def _at_most(largest: float, number: float) -> float:
+    """A finite number that a dtype can hold: the largest of another dtype may have been drawn."""
+    return max(-largest, min(largest, number)) if math.isfinite(number) else number
+
+
 def _put(x: Tensor, at: int, number: float) -> Tensor:
     if x.numel():
         x.view(-1)[at % x.numel()] = number
@@ -88,11 +96,11 @@ def draw(seed: int, number: int, device: str = "cpu") -> Draw:
     On a GPU `SAME_KERNELS` cases in a row have all that a kernel is compiled for in common. A size of 1 is such a thing to torch.compile,
     and so is whether there are 128 queries: three in four of these rows of cases have several of everything.
     """
-    one = _draw(seed, str(number))
     if device == "cpu":
-        return one
+        return _draw(seed, str(number))
     family = f"kernels {number // SAME_KERNELS}"
     like, rng, own = _draw(seed, family), random.Random(f"{seed}/more {family}"), random.Random(f"{seed}/more {number}")
+    one = next(one for one in (_draw(seed, f"{number}/{attempt}") for attempt in itertools.count()) if _kind(one) == _kind(like))
     block_size = rng.choice([like.case.block_size, 16, 32, 64, 128])
     kernels = {
         "width": rng.choice([like.case.width, 64, 128]),
@@ -101,14 +109,22 @@ def draw(seed: int, number: int, device: str = "cpu") -> Draw:
         "scale": like.case.scale,
         "softcap": like.case.softcap,
         "dtype": rng.choice([like.dtype, "float32", "bfloat16", "float16"]),
+        "memory": like.memory,
         "threads": 1,
     }
     groups = one.case.groups
-    if rng.random() < 0.75 and one.lengths is None:
-        n_key, batch, groups = own.randint(130 + block_size, 190 + block_size), own.randint(2, 3), 2
-        kernels |= {"batch": batch, "groups": groups, "n_key": n_key, "n_query": own.choice([n_key, n_key, own.randint(129, n_key)])}
-        kernels["padding"] = None if one.case.padding is None else _paddings(own, batch, n_key)
+    if rng.random() < 0.75:
+        groups = kernels["groups"] = 2
+        if one.lengths is None:
+            n_key, batch = own.randint(130 + block_size, 190 + block_size), own.randint(2, 3)
+            kernels |= {"batch": batch, "n_key": n_key, "n_query": own.choice([n_key, n_key, own.randint(129, n_key)])}
+            kernels["padding"] = None if one.case.padding is None else _paddings(own, batch, n_key)
     return one.but(**kernels, heads=groups * like.case.repeats)
+
+
+def _kind(one: Draw) -> tuple[bool, bool, bool]:
+    """What else kernels are compiled for."""
+    return one.case.causal, one.lengths is not None, one.keys is not None
 
 
 def _draw(seed: int, name: str) -> Draw:
