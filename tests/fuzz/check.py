@@ -247,7 +247,10 @@ def _check_shapes(draw: Draw, results: dict[str, Tensor], implementation: str) -
 
 
 def _hull(value: Tensor, visible: Tensor) -> tuple[Tensor, Tensor]:
-    """`[B, H, Nq, Dv]`: the least and the largest of the values `[B, H, Nk, Dv]` that a query sees. Head by head: all at once are gigabytes."""
+    """`[B * H, Nq, Dv]`: the least and the largest of the values `[B, H, Nk, Dv]` that a query sees.
+
+    Head by head: all at once are gigabytes.
+    """
     value, visible = value.flatten(0, 1)[:, None], visible.flatten(0, 1)[..., None]
     least = [x.masked_fill(~seen, torch.inf).amin(1) for x, seen in zip(value, visible)]
     most = [x.masked_fill(~seen, -torch.inf).amax(1) for x, seen in zip(value, visible)]
@@ -270,8 +273,8 @@ def _check_hull(draw: Draw, tensors: dict[str, Tensor], visible: Tensor, out: Te
     outside = clean & ~((out.double() >= least - slack) & (out.double() <= most + slack))
     if bool(outside.any()):
         at = tuple(int(i) for i in outside.nonzero()[0])
-        place = *at[:3], at[3] * step
-        raise Wrong(f"{implementation}: output {place} is {float(out[at]):.6g}, not between {float(least[at]):.6g} and {float(most[at]):.6g}")
+        place, x, least, most = (*at[:3], at[3] * step), *(float(x[at]) for x in (out, least, most))
+        raise Wrong(f"{implementation}: output {place} is {x:.6g}, not between {least:.6g} and {most:.6g}")
 
 
 def _bounds(
