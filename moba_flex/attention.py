@@ -45,7 +45,7 @@ def forward(query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, sett
     k, v = (placed_keys(x, layout, in_place) for x in (key, value))
 
     chosen = gate(q, k, places, settings, backend)
-    out = empty_with_strides_of(q, q.shape[2], v.shape[-1]) if layout.dense else q.new_empty(*q.shape[:3], v.shape[-1])
+    out = empty_with_strides_of(q, q.shape[2], v.shape[-1])
     lse = q.new_empty(q.shape[:3], dtype=wide(q.dtype))
     if in_place and not layout.covers:
         out.zero_()
@@ -63,7 +63,8 @@ def forward(query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, sett
         pass
     if in_place:
         return out, lse, chosen
-    return layout.query_tokens(out), layout.query_tokens(lse, fill=-torch.inf), chosen
+    like = query if backend.READS_STRIDES else None
+    return layout.query_tokens(out, like=like), layout.query_tokens(lse, fill=-torch.inf), chosen
 
 
 @torch.no_grad()

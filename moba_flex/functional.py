@@ -218,5 +218,6 @@ def moba_attention_varlen(
         cu_seqlens = torch.stack((cu_seqlens.int(), cu_seqlens_k.int()))
     out, lse = attend(query, key, value, settings, cu_seqlens=cu_seqlens, longest=longest, sinks=sinks, return_lse=True)
     assert lse is not None
-    out, lse = out[0].transpose(0, 1).contiguous(), lse[0].transpose(0, 1)
+    # `out[0]` would give the backward pass a tensor of zeros to copy the gradient into.
+    out, lse = out.squeeze(0).transpose(0, 1).contiguous(), lse.squeeze(0).transpose(0, 1)
     return (out, lse) if return_lse else out

@@ -66,8 +66,7 @@ def _(
     slots = n_query_slots(query, key, padding_mask, cu_seqlens, settings.block_size, backend_of(settings))
     lse = query.new_empty(query.shape[:3], dtype=wide(query.dtype))
     chosen = query.new_empty(*query.shape[:2], slots, settings.n_routed, dtype=torch.int32)
-    dense = padding_mask is None and cu_seqlens is None
-    if backend_of(settings).READS_STRIDES and dense:
+    if backend_of(settings).READS_STRIDES:
         return empty_with_strides_of(query, query.shape[2], value.shape[-1]), lse, chosen
     return query.new_empty(*query.shape[:3], value.shape[-1]), lse, chosen
 

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .allocation import allocate_persistent
-from .strides import tokens_first
+from .strides import empty_with_strides_of, tokens_first
 from .take import take
 
 T = TypeVar("T")
@@ -99,8 +99,8 @@ class BlockLayout:
 
     @property
     def moves(self) -> Moves | None:
-        """How tokens go to slots; None where they are in order. Made when something is copied first."""
-        if self.dense:
+        """How tokens go to slots; None where they are in order and blocks are full. Made when something is copied first."""
+        if self.dense and self.whole:
             return None
         return self.cached(("moves",), self._moves)
 
@@ -131,7 +131,7 @@ class BlockLayout:
     def query_slots(self, x: Tensor, keep_strides: bool = False) -> Tensor:
         """`[B, H, Nq, ...]` -> `[B, H, Q * P, ...]`, zeros where no token is.
 
-        A copy has its heads one after another; with `keep_strides`, and without padding, it has the strides of `x`.
+        A copy has its heads one after another; with `keep_strides`, where tokens are in order, it has the strides of `x`.
         """
         if (moves := self.moves) is not None:
             return take(x, moves.token_of_query_slot)
@@ -145,10 +145,11 @@ class BlockLayout:
             return take(x, moves.slot_of_key)
         return self._collect(x, 2, 0, self.n_key)
 
-    def query_tokens(self, x: Tensor, fill: float = 0) -> Tensor:
-        """The inverse of `query_slots`; `fill` at padding."""
+    def query_tokens(self, x: Tensor, fill: float = 0, like: Tensor | None = None) -> Tensor:
+        """The inverse of `query_slots`; `fill` at padding. A copy of what is out of order has the strides of `like`, if given."""
         if (moves := self.moves) is not None:
-            return take(x, moves.slot_of_query, fill)
+            into = None if like is None else empty_with_strides_of(like, self.n_query, x.shape[3])
+            return take(x, moves.slot_of_query, fill, into)
         if tokens_first(x):
             return self._collect(x.transpose(1, 2), 1, self.lead, self.n_query).transpose(1, 2)
         return self._collect(x, 2, self.lead, self.n_query)
@@ -204,19 +205,13 @@ class BlockLayout:
         return pairs
 
     def _spread(self, x: Tensor, dim: int, lead: int, n_blocks: int) -> Tensor:
-        """Tokens, dimension `dim`, to slots."""
+        """Tokens in order, dimension `dim`, to slots of full blocks."""
         tail = n_blocks * self.block_size - lead - x.shape[dim]
         flat = (0, 0) * (x.dim() - 1 - dim)
-        if lead or tail:
-            x = F.pad(x, (*flat, lead, tail))
-        if self.width > self.block_size:
-            x = F.pad(x.unflatten(dim, (n_blocks, self.block_size)), (*flat, 0, self.width - self.block_size)).flatten(dim, dim + 1)
-        return x
+        return F.pad(x, (*flat, lead, tail)) if lead or tail else x
 
     def _collect(self, x: Tensor, dim: int, lead: int, n_tokens: int) -> Tensor:
-        """Slots, dimension `dim`, to tokens."""
-        if self.width > self.block_size:
-            x = x.unflatten(dim, (-1, self.width)).narrow(dim + 1, 0, self.block_size).flatten(dim, dim + 1)
+        """Slots of full blocks, dimension `dim`, to tokens in order."""
         return x.narrow(dim, lead, n_tokens).contiguous()
 
 

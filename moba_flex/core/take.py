@@ -19,10 +19,18 @@ except ImportError:  # no Triton, so no CUDA either
 _TILE = 4096  # elements that one program copies, or one token of more
 
 
-def take(x: Tensor, index: Tensor, fill: float = 0) -> Tensor:
-    """`[B, H, N, ...]`, `[B, M]` int64 -> `[B, H, M, ...]`: `out[b, h, i] = x[b, h, index[b, i]]`, `fill` where the index is -1."""
+def take(x: Tensor, index: Tensor, fill: float = 0, into: Tensor | None = None) -> Tensor:
+    """`[B, H, N, ...]`, `[B, M]` int64 -> `[B, H, M, ...]`: `out[b, h, i] = x[b, h, index[b, i]]`, `fill` where the index is -1.
+
+    The result is `into`, if given, which may have any strides.
+    """
     if x.is_cuda and triton is not None:
-        return take_by_kernel(x, index, fill)
+        return take_by_kernel(x, index, fill, into)
+    out = _take(x, index, fill)
+    return out if into is None else into.copy_(out)
+
+
+def _take(x: Tensor, index: Tensor, fill: float) -> Tensor:
     if x.shape[2] == 0:
         return x.new_full((*x.shape[:2], index.shape[1], *x.shape[3:]), fill)
     index = index.view(index.shape[0], 1, index.shape[1], *(1,) * (x.dim() - 3))
@@ -33,19 +41,26 @@ def take(x: Tensor, index: Tensor, fill: float = 0) -> Tensor:
     return out.masked_fill_(index < 0, fill)
 
 
-def take_by_kernel(x: Tensor, index: Tensor, fill: float = 0) -> Tensor:
+def take_by_kernel(x: Tensor, index: Tensor, fill: float = 0, into: Tensor | None = None) -> Tensor:
     """`take` of `[B, H, N]` or `[B, H, N, D]`, any strides."""
     (rows, heads), places, width = x.shape[:2], index.shape[1], x.shape[3] if x.dim() == 4 else 1
-    out, index = x.new_empty(rows, heads, places, *x.shape[3:]), index.contiguous()
+    out = x.new_empty(rows, heads, places, *x.shape[3:]) if into is None else into
+    index = index.contiguous()
     padded = 1 << (max(1, width) - 1).bit_length()
     at_once = max(1, min(1024, _TILE // padded))
     parts = -(-places // at_once)
     if out.numel():
         with torch.cuda.device_of(x):
             _take_kernel[(rows * heads * parts,)](
-                x, index, out, *(*x.stride(), 1)[:4], heads, places, parts, fill, width, padded, at_once, num_warps=4
+                x, index, out, *_strides(x), *_strides(out), heads, places, parts, fill, width, padded, at_once, num_warps=4
             )
     return out
+
+
+def _strides(x: Tensor) -> tuple[int, int, int, int]:
+    """Those of `[B, H, N, D]`, or of `[B, H, N]` and its missing one."""
+    b, h, n, d = (*x.stride(), 1)[:4]
+    return b, h, n, d
 
 
 _take_kernel: Any = None
@@ -53,12 +68,14 @@ if triton is not None:
 
     @triton.jit(do_not_specialize=["N", "PARTS"])
     def _take_kernel(
-        X, INDEX, OUT, stride_b, stride_h, stride_n, stride_d, H, N, PARTS, fill, D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr
-    ):
+        X, INDEX, OUT, stride_b, stride_h, stride_n, stride_d, to_stride_b, to_stride_h, to_stride_n, to_stride_d,
+        H, N, PARTS, fill, D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr,
+    ):  # fmt: skip
         # One program: M places of one head.
         head, part = (tl.program_id(0) // PARTS).to(tl.int64), tl.program_id(0) % PARTS
         i, d = part * M + tl.arange(0, M), tl.arange(0, DP)[None, :]
         at = tl.load(INDEX + head // H * N + i, mask=i < N, other=-1)
         token = (head // H) * stride_b + (head % H) * stride_h + at * stride_n
         x = tl.load(X + token[:, None] + d * stride_d, mask=(at >= 0)[:, None] & (d < D), other=fill)
-        tl.store(OUT + (head * N + i)[:, None] * D + d, x, mask=(i < N)[:, None] & (d < D))
+        to = (head // H) * to_stride_b + (head % H) * to_stride_h + i.to(tl.int64) * to_stride_n
+        tl.store(OUT + to[:, None] + d * to_stride_d, x, mask=(i < N)[:, None] & (d < D))

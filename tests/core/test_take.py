@@ -29,7 +29,10 @@ def test_tokens_are_taken_as_by_pytorch(shape, dtype, tokens_first, monkeypatch)
         x = x.transpose(1, 2).contiguous().transpose(1, 2)
     index = torch.randint(-1, tokens, (rows, places)) if tokens else torch.full((rows, places), -1)
     for fill, of in ((0, x), (-1, x), (-1, x[..., 0])):
-        assert torch.equal(take_by_kernel(of, index, fill), take(of, index, fill))
+        wanted = take(of, index, fill)
+        assert torch.equal(take_by_kernel(of, index, fill), wanted)
+        into = torch.full_like(wanted.transpose(1, 2), 7).contiguous().transpose(1, 2)
+        assert take_by_kernel(of, index, fill, into) is into and torch.equal(into, wanted)
 
 
 def test_log_sum_exps_are_filled_with_minus_infinity():
