@@ -23,7 +23,7 @@ from torch import Tensor
 from ...core.layout import BlockLayout
 from ...core.settings import AttentionSettings
 from ..routing import Routes
-from .block_programs import columns, own_queries, part_of_program, place_of_turn, row_indices, rows_of_turn, windows
+from .block_programs import columns, own_queries, part_of_program, place_of_turn, row_numbers, row_queries, rows_of_turn, windows
 from .sizes import cdiv, gpu_memory, next_power_of_2
 
 _LOG2E = tl.constexpr(1.4426950408889634)
@@ -222,7 +222,8 @@ def one_pass_backward(
         n_rows, tile = routes.n_rows, routes.tile
         n_windows, window = windows(routes.block_of_tile.numel())
         lists = (routes.first_tile, routes.tiles_of_block, routes.rows_of_block, routes.block_of_tile)
-    of_rows = row_indices(routes, layout, query.shape, groups, lse, delta)
+    row_query = row_queries(routes, layout, query.shape, groups)
+    of_rows = row_query, *row_numbers(routes, layout, row_query, lse, delta, groups)
     row_grad = query.new_empty(subs, n_rows + n_queries, width)
     parts = [torch.empty(n_windows, layout.width, x.shape[-1], dtype=torch.float32, device=device) for x in (key, value)]
     of_queries, of_keys = (layout.query_start, layout.query_stop, layout.query_token), (layout.key_token, layout.block_keys)

@@ -93,65 +93,79 @@ def columns(real, d, D: tl.constexpr, DP: tl.constexpr):
         return real[:, None] & (d < D)[None, :]
 
 
-@triton.jit(do_not_specialize=["N", "N_TOKENS", "N_QUERIES", "N_ROWS", "Q"])
-def _row_indices_kernel(
-    LSE, DELTA, ROW_OF_PAIR, FIRST, TILES, ROWS, QUERY_START, QUERY_STOP, QUERY_TOKEN, ROW_QUERY, ROW_LSE, ROW_DELTA,
-    H, N, N_TOKENS, N_QUERIES, N_ROWS, Q, S,
-    REPEATS: tl.constexpr, TILE: tl.constexpr, P: tl.constexpr, BACKWARD: tl.constexpr, M: tl.constexpr,
+@triton.jit(do_not_specialize=["N", "N_QUERIES", "Q"])
+def _row_queries_kernel(
+    ROW_OF_PAIR, QUERY_TOKEN, ROW_QUERY, H, N, N_QUERIES, Q, S, REPEATS: tl.constexpr, P: tl.constexpr, M: tl.constexpr
 ):  # fmt: skip
-    programs = tl.cdiv(N_QUERIES, M)
-    if tl.program_id(0) < programs:  # M queries
-        query = tl.program_id(0).to(tl.int64) * M + tl.arange(0, M)
+    # One program: M queries, each written to its rows.
+    query = tl.program_id(0).to(tl.int64) * M + tl.arange(0, M)
+    here, head, n = query < N_QUERIES, (query // N).to(tl.int32), (query % N).to(tl.int32)
+    token = tl.load(QUERY_TOKEN + (head // H) * Q + n // P, mask=here, other=0) + n % P
+    for s in range(S):
+        row = tl.load(ROW_OF_PAIR + query * S + s, mask=here, other=-1).to(tl.int64)
+        tl.store(ROW_QUERY + row, token * REPEATS + head % REPEATS, mask=row >= 0)
+
+
+@triton.jit(do_not_specialize=["N", "N_TOKENS", "N_QUERIES", "N_TILES", "C", "Q"])
+def _row_numbers_kernel(
+    LSE, DELTA, ROW_QUERY, BLOCK_OF_TILE, FIRST, ROWS, QUERY_START, QUERY_STOP, QUERY_TOKEN, ROW_LSE, ROW_DELTA,
+    H, N, N_TOKENS, N_QUERIES, N_TILES, C, Q, REPEATS: tl.constexpr, P: tl.constexpr, M: tl.constexpr,
+):  # fmt: skip
+    # One program: the M rows of a tile, or M slots of queries. Rows look their numbers up, since writes to scattered rows take longer.
+    tile, m = tl.program_id(0), tl.arange(0, M)
+    to = tile.to(tl.int64) * M + m
+    if tile < N_TILES:
+        here = to >= 0
+        block = tl.load(BLOCK_OF_TILE + tile)
+        real = (tile - tl.load(FIRST + block)) * M + m < tl.load(ROWS + block)
+        of_row = tl.load(ROW_QUERY + to, mask=real, other=0)
+        head, token = block // C * REPEATS + of_row % REPEATS, of_row // REPEATS
+    else:
+        query = to - N_TILES.to(tl.int64) * M
         here, head, n = query < N_QUERIES, (query // N).to(tl.int32), (query % N).to(tl.int32)
-        block, slot = (head // H) * Q + n // P, n % P
-        token = tl.load(QUERY_TOKEN + block, mask=here, other=0) + slot
-        lse, delta = 0.0, 0.0
-        if BACKWARD:
-            real = here & (slot >= tl.load(QUERY_START + block, mask=here, other=0))
-            real &= slot < tl.load(QUERY_STOP + block, mask=here, other=0)
-            at = head.to(tl.int64) * N_TOKENS + token
-            lse = tl.load(LSE + at, mask=real, other=float("inf")) * 1.4426950408889634
-            lse = tl.where(lse == float("-inf"), float("inf"), lse)  # reads nothing
-            delta = tl.load(DELTA + at, mask=real, other=0.0)
-            tl.store(ROW_LSE + N_ROWS + query, lse, mask=here)
-            tl.store(ROW_DELTA + N_ROWS + query, delta, mask=here)
-        for s in range(S):
-            row = tl.load(ROW_OF_PAIR + query * S + s, mask=here, other=-1).to(tl.int64)
-            tl.store(ROW_QUERY + row, token * REPEATS + head % REPEATS, mask=row >= 0)
-            if BACKWARD:
-                tl.store(ROW_LSE + row, lse, mask=row >= 0)
-                tl.store(ROW_DELTA + row, delta, mask=row >= 0)
-    elif BACKWARD:  # the spare rows of one block
-        of_block, i = tl.program_id(0) - programs, tl.arange(0, TILE)
-        used = tl.load(ROWS + of_block)
-        spare_row = tl.load(FIRST + of_block).to(tl.int64) * TILE + used + i
-        spare = used + i < tl.load(TILES + of_block) * TILE
-        tl.store(ROW_LSE + spare_row, tl.full([TILE], float("inf"), tl.float32), mask=spare)
-        tl.store(ROW_DELTA + spare_row, tl.zeros([TILE], tl.float32), mask=spare)
+        of_query, slot = head // H * Q + n // P, n % P
+        token = tl.load(QUERY_TOKEN + of_query, mask=here, other=0) + slot
+        real = here & (slot >= tl.load(QUERY_START + of_query, mask=here, other=0))
+        real &= slot < tl.load(QUERY_STOP + of_query, mask=here, other=0)
+    at = head.to(tl.int64) * N_TOKENS + token
+    lse = tl.load(LSE + at, mask=real, other=float("inf")) * 1.4426950408889634
+    tl.store(ROW_LSE + to, tl.where(lse == float("-inf"), float("inf"), lse), mask=here)  # -inf: reads nothing
+    tl.store(ROW_DELTA + to, tl.load(DELTA + at, mask=real, other=0.0), mask=here)
 
 
-def row_indices(
-    routes: Routes | None, layout: BlockLayout, shape: torch.Size, groups: int, lse: Tensor | None = None, delta: Tensor | None = None
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Of each routed row its query, `n * (H / G) + h % (H / G)`, int32 `[R]`; and of each row its query's `lse` and `delta`, if given.
-
-    `shape` is that of the query, and `lse` and `delta` are `[B, H, N]`. Those of rows are float32 `[R + B * H * Q * P]`: one for each slot
-    follows the routed ones. `lse` is in base 2, and infinite where a row is spare or
-    its query reads nothing, so that its weights are 0; `delta` is then 0. A block's program loads these numbers in order, so that it
-    looks up only what is as wide as a head.
-    """
-    rows, heads, n_tokens = shape[:3]
-    slots = layout.n_query_blocks * layout.width
-    n_queries, n_rows, step, backward = rows * heads * slots, 0 if routes is None else routes.n_rows, 256, lse is not None
-    row_query = layout.own if routes is None else routes.row_of_pair.new_empty(n_rows)
-    row_lse, row_delta = (None, None) if lse is None else lse.new_empty(2, n_rows + n_queries).unbind()
-    lists, count, blocks, tile = (layout.own,) * 4, 0, 0, 1
-    if routes is not None:
-        lists = routes.row_of_pair, routes.first_tile, routes.tiles_of_block, routes.rows_of_block
-        count, blocks, tile = routes.row_of_pair.shape[-1], routes.n_blocks if backward else 0, routes.tile
-    _row_indices_kernel[(cdiv(n_queries, step) + blocks,)](
-        lse, delta, *lists, layout.query_start, layout.query_stop, layout.query_token, row_query, row_lse, row_delta,
-        heads, slots, n_tokens, n_queries, n_rows, layout.n_query_blocks, count,
-        heads // groups, tile, layout.width, backward, step, num_warps=4,
+def row_queries(routes: Routes | None, layout: BlockLayout, shape: torch.Size, groups: int) -> Tensor:
+    """Of each routed row its query, `n * (H / G) + h % (H / G)`, int32 `[R]`: `shape` is that of the query. Spare rows hold anything."""
+    if routes is None:
+        return layout.own  # is not read
+    rows, heads = shape[:2]
+    slots, step = layout.n_query_blocks * layout.width, 256
+    n_queries, row_query = rows * heads * slots, routes.row_of_pair.new_empty(routes.n_rows)
+    _row_queries_kernel[(cdiv(n_queries, step),)](
+        routes.row_of_pair, layout.query_token, row_query,
+        heads, slots, n_queries, layout.n_query_blocks, routes.row_of_pair.shape[-1], heads // groups, layout.width, step, num_warps=4,
     )  # fmt: skip
-    return row_query, row_lse, row_delta
+    return row_query
+
+
+def row_numbers(
+    routes: Routes | None, layout: BlockLayout, row_query: Tensor, lse: Tensor, delta: Tensor, groups: int
+) -> tuple[Tensor, Tensor]:
+    """Of each routed row its query's `lse` and `delta [B, H, N]`, float32 `[R + B * H * Q * P]`: one for each slot follows the routed ones.
+
+    `row_query` is that of `row_queries`. `lse` is in base 2, and infinite where a row is spare or its query reads nothing, so that its
+    weights are 0; `delta` is then 0 where the row is spare. A block's program loads these numbers in order, so that it looks up only what
+    is as wide as a head.
+    """
+    rows, heads, n_tokens = lse.shape
+    slots = layout.n_query_blocks * layout.width
+    n_queries, n_tiles, tile, lists = rows * heads * slots, 0, 128, (layout.own,) * 3
+    if routes is not None:
+        n_tiles, tile = routes.block_of_tile.numel(), routes.tile
+        lists = routes.block_of_tile, routes.first_tile, routes.rows_of_block
+    row_lse, row_delta = lse.new_empty(2, n_tiles * tile + n_queries).unbind()
+    _row_numbers_kernel[(n_tiles + cdiv(n_queries, tile),)](
+        lse, delta, row_query, *lists, layout.query_start, layout.query_stop, layout.query_token, row_lse, row_delta,
+        heads, slots, n_tokens, n_queries, n_tiles, layout.n_key_blocks, layout.n_query_blocks, heads // groups, layout.width, tile,
+        num_warps=1,
+    )  # fmt: skip
+    return row_lse, row_delta

@@ -20,7 +20,7 @@ from ...core.layout import BlockLayout
 from ...core.settings import AttentionSettings
 from ..routing import Routes
 from .backward import dot_precision
-from .block_programs import columns, own_queries, part_of_program, place_of_turn, row_indices, rows_of_turn, windows
+from .block_programs import columns, own_queries, part_of_program, place_of_turn, row_queries, rows_of_turn, windows
 from .sizes import gpu_memory, next_power_of_2
 
 _LOG2E, _LN2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
@@ -121,7 +121,7 @@ def one_pass_forward(
     n_windows, window, tile, lists, row_out, row_lse = 0, 1, 1, (layout.own,) * 5, *into
     if routes is not None:
         n_windows, window = windows(routes.block_of_tile.numel())
-        row_query, tile = row_indices(routes, layout, query.shape, groups)[0], routes.tile
+        row_query, tile = row_queries(routes, layout, query.shape, groups), routes.tile
         lists = (row_query, routes.first_tile, routes.tiles_of_block, routes.rows_of_block, routes.block_of_tile)
         row_out, row_lse = value.new_empty(routes.n_rows, value_width), into[1].new_empty(routes.n_rows)
     strides = [s for x in (query, key, value, into[0]) for s in x.stride()[:3]]

@@ -15,51 +15,51 @@ from ...core.chunking import tiles_needed
 from ..routing import Routes
 from .sizes import cdiv, next_power_of_2
 
-_PAIRS = 1024  # sorted at a time by one program
+_PAIRS = 256  # sorted at a time by one program of one warp: sorts of more take more instructions a pair, and more warps wait for each other
 _MOST_COLUMNS, _LEAST_COLUMNS, _MOST_COUNTS = 512, 32, 1 << 24  # columns a head; counts of one key head
 
 
 @triton.jit
-def _in_segment(block_a, count_a, block_b, count_b):
-    return block_b, tl.where(block_a == block_b, count_a + count_b, count_b)
+def _larger(a, b):
+    return tl.maximum(a, b)
 
 
 @triton.jit
-def _rank_kernel(CHOSEN, RANK, COUNT, N_PAIRS, REPEATS, C, STEPS, P: tl.constexpr, WIDE: tl.constexpr):
+def _rank_kernel(CHOSEN, RANK, COUNT, N_PAIRS, C, STEPS, P: tl.constexpr, WIDE: tl.constexpr):
     # One program: one column of one head, P pairs at a time, sorted by block.
-    column, head = tl.program_id(0), tl.program_id(1)
-    columns, j = tl.num_programs(0), tl.arange(0, P)
+    column, head, j = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.arange(0, P)
     none: tl.constexpr = (1 << 62) - 1 if WIDE else (1 << 30) - 1
-    group, repeat = (head // REPEATS).to(tl.int64), head % REPEATS
+    counts = COUNT + (head * tl.num_programs(0) + column) * C
     for step in range(STEPS):
         first = (column * STEPS + step) * P
-        at = head.to(tl.int64) * N_PAIRS + first
+        at = head * N_PAIRS + first
         block = tl.load(CHOSEN + at + j, mask=first + j < N_PAIRS, other=-1)
         key = tl.sort(tl.where(block >= 0, block.to(tl.int64 if WIDE else tl.int32) * P + j, none))
         real, block, pair = key < none, key // P, (key % P).to(tl.int32)
-        one = tl.full([P], 1, tl.int32)
-        _, rank = tl.associative_scan((block, one), 0, _in_segment)
-        _, left = tl.associative_scan((block, one), 0, _in_segment, reverse=True)
-        count = COUNT + ((group * C + block) * REPEATS + repeat) * columns + column
-        before = tl.load(count, mask=real, other=0)
-        tl.store(RANK + at + pair, before + rank - 1, mask=real)
+        begins = (j == 0) | (tl.gather(block, tl.maximum(j - 1, 0), 0) != block)
+        ends = (j == P - 1) | (tl.gather(block, tl.minimum(j + 1, P - 1), 0) != block)
+        rank = j - tl.associative_scan(tl.where(begins, j, 0), 0, _larger)
+        rank += tl.load(counts + block, mask=real, other=0)
+        tl.store(RANK + at + pair, rank, mask=real)
         tl.debug_barrier()  # all have read a count before one of them raises it, and the next step reads what was written
-        tl.store(count, before + rank, mask=real & (left == 1))
+        tl.store(counts + block, rank + 1, mask=real & ends)
         tl.debug_barrier()
 
 
 @triton.jit
-def _sum_columns_kernel(COUNT, ROWS, COLUMNS, STEP: tl.constexpr):
-    # One program: a block's counts, in the order of heads and columns, become the number of rows before each; and their sum.
-    block = tl.program_id(0)
-    total = 0
+def _sum_columns_kernel(COUNT, ROWS, COLUMNS, C, STEP: tl.constexpr, M: tl.constexpr):
+    # One program: the counts of M blocks of a key head, in the order of heads and columns, become the number of rows before each; and
+    # their sums.
+    group, block = tl.program_id(1).to(tl.int64), tl.program_id(0) * M + tl.arange(0, M)
+    total = tl.zeros([M], tl.int32)
     for start in range(0, COLUMNS, STEP):
         i = start + tl.arange(0, STEP)
-        at = COUNT + block.to(tl.int64) * COLUMNS + i
-        count = tl.load(at, mask=i < COLUMNS, other=0)
-        tl.store(at, total + tl.cumsum(count, 0) - count, mask=i < COLUMNS)
+        at = COUNT + (group * COLUMNS + i)[:, None] * C + block[None, :]
+        here = (i < COLUMNS)[:, None] & (block < C)[None, :]
+        count = tl.load(at, mask=here, other=0)
+        tl.store(at, total[None, :] + tl.cumsum(count, 0) - count, mask=here)
         total += tl.sum(count, 0)
-    tl.store(ROWS + block, total)
+    tl.store(ROWS + group * C + block, total, mask=block < C)
 
 
 @triton.jit
@@ -91,14 +91,13 @@ def _list_tiles_kernel(FIRST, TILES, USED, BLOCK_OF_TILE, IN_USE, N_TILES, STEP:
 @triton.jit
 def _place_kernel(CHOSEN, ROW, COUNT, FIRST, N_PAIRS, REPEATS, C, COLUMNS, PAIRS_OF_COLUMN, TILE: tl.constexpr, STEP: tl.constexpr):
     # Elementwise: a pair's rank in its column becomes its row.
-    i, head = tl.program_id(0) * STEP + tl.arange(0, STEP), tl.program_id(1)
-    at = head.to(tl.int64) * N_PAIRS + i
+    i, head = tl.program_id(0) * STEP + tl.arange(0, STEP), tl.program_id(1).to(tl.int64)
+    at = head * N_PAIRS + i
     block = tl.load(CHOSEN + at, mask=i < N_PAIRS, other=-1)
     real = block >= 0
-    block += (head // REPEATS) * C
-    column = (block.to(tl.int64) * REPEATS + head % REPEATS) * COLUMNS + i // PAIRS_OF_COLUMN
-    row = tl.load(FIRST + block, mask=real, other=0) * TILE
-    row += tl.load(COUNT + column, mask=real, other=0) + tl.load(ROW + at, mask=real, other=0)
+    row = tl.load(FIRST + (head // REPEATS) * C + block, mask=real, other=0) * TILE
+    row += tl.load(COUNT + (head * COLUMNS + i // PAIRS_OF_COLUMN) * C + block, mask=real, other=0)
+    row += tl.load(ROW + at, mask=real, other=0)
     tl.store(ROW + at, tl.where(real, row, -1), mask=i < N_PAIRS)
 
 
@@ -117,9 +116,11 @@ def route(chosen: Tensor, groups: int, n_blocks: int, tile: int, max_pairs: int)
     rows_of_block, first_tile, tiles_of_block, used = chosen.new_empty(4, total).unbind()  # `used` is one number
     block_of_tile, in_use = chosen.new_empty(2, n_tiles).unbind()
     wide = n_blocks * _PAIRS >= 1 << 30
-    _rank_kernel[(columns, rows * heads)](chosen, row_of_pair, counts, n_pairs, repeats, n_blocks, steps, _PAIRS, wide, num_warps=4)
-    step = min(1024, next_power_of_2(repeats * columns))
-    _sum_columns_kernel[(total,)](counts, rows_of_block, repeats * columns, step, num_warps=max(1, min(4, step // 128)))
+    _rank_kernel[(columns, rows * heads)](chosen, row_of_pair, counts, n_pairs, n_blocks, steps, _PAIRS, wide, num_warps=1)
+    step, at_once = min(64, next_power_of_2(repeats * columns)), min(32, next_power_of_2(n_blocks))
+    _sum_columns_kernel[(cdiv(n_blocks, at_once), rows * groups)](
+        counts, rows_of_block, repeats * columns, n_blocks, step, at_once, num_warps=4
+    )
     _sum_blocks_kernel[(1,)](rows_of_block, first_tile, tiles_of_block, used, total, n_tiles, tile, 4096, num_warps=8)
     _list_tiles_kernel[(total,)](first_tile, tiles_of_block, used, block_of_tile, in_use, n_tiles, 128, num_warps=1)
     _place_kernel[(cdiv(n_pairs, 1024), rows * heads)](
