@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from .attention import gate
+from .attention import gate, placed_keys, placed_queries
 from .backends import backend_of
 from .core import validation
 from .core.autocast import without_autocast
@@ -128,7 +128,8 @@ def select_blocks(
     with without_autocast(query), torch.no_grad(), torch.cuda.device_of(query):  # which the operation does too
         layout = layout_of(query, key, padding_mask, None, block_size, backend)
         if query.numel():
-            chosen = gate(layout.query_slots(query), layout.key_slots(key), layout.in_slots(), settings, backend)
+            placed = placed_queries(query, layout, backend, False), placed_keys(key, layout, False)
+            chosen = gate(*placed, layout.in_slots(), settings, backend)
             indices = layout.query_tokens(chosen, fill=-1)
         else:
             indices = torch.full((*query.shape[:3], settings.n_routed), -1, dtype=torch.int32, device=query.device)

@@ -7,7 +7,7 @@ itself, and the rest against textbook attention in float64 to what was chosen, w
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from support.cases import Case
@@ -15,6 +15,7 @@ from support.oracle import Expected, expected, upstream_for, visible_keys
 from torch import Tensor
 
 from moba_flex import moba_attention, moba_attention_varlen, select_blocks, set_working_memory
+from moba_flex.core.validation import CUDA_IMPLEMENTATIONS
 from moba_flex.decoding import decode
 from moba_flex.ops.decoding import means_for, write_means
 from moba_flex.reference import block_of_key, reference_selection
@@ -51,7 +52,9 @@ def implementations(draw: Draw, device: str) -> tuple[str, ...]:
     """What runs on `device` for this dtype."""
     if device == "cpu" or draw.dtype == "float64":
         return "eager", "naive"
-    return ("flex", "eager", "naive") if draw.keys is not None else ("flex", "triton", "eager", "naive")
+    if draw.keys is not None or draw.dtype == "float32":  # which "triton" refuses
+        return "flex", "eager", "naive"
+    return "flex", "triton", "eager", "naive"
 
 
 def _check_all(draw: Draw, device: str) -> None:
@@ -74,7 +77,8 @@ class _Known:
     selected: Tensor | None = None
     certain: bool = True  # whether rounding cannot change the choice
     visible: Tensor | None = None
-    wanted: Expected | None = None
+    in_block: Tensor | None = None  # [B, 1, Nq, Nk] keys of a query's own block, later ones too
+    wanted: dict[bool, Expected] = field(default_factory=dict)  # by whether a GPU's tiles are multiplied whole
 
 
 # The choice of blocks
@@ -93,8 +97,22 @@ def _visible(draw: Draw, tensors: dict[str, Tensor], implementation: str, known:
     selected, of_key, tensors = selected.cpu(), of_key.cpu(), {name: x.cpu() for name, x in tensors.items()}
     if known.selected is None or not torch.equal(known.selected, selected):
         known.certain = _check_selection(draw, tensors, selected, of_key, implementation)
-        known.selected, known.visible, known.wanted = selected, visible_keys(case, tensors, selected), None
+        known.selected, known.visible, known.wanted = selected, visible_keys(case, tensors, selected), {}
+        of_query = of_key[:, case.n_key - case.n_query :, None]
+        known.in_block = ((of_query == of_key[:, None]) & (of_query >= 0))[:, None]
     return known.visible
+
+
+def _expected(
+    draw: Draw, tensors: dict[str, Tensor], visible: Tensor, upstream: dict[str, Tensor], implementation: str, known: _Known
+) -> Expected:
+    """A GPU's kernels multiply what a query must not see of its own block by 0, and NaN stays NaN (see docs/limits.md)."""
+    whole_tiles = implementation in CUDA_IMPLEMENTATIONS and draw.case.causal
+    if whole_tiles not in known.wanted:
+        assert known.in_block is not None
+        multiplied = visible | known.in_block if whole_tiles else visible
+        known.wanted[whole_tiles] = expected(draw.case, tensors, visible, upstream, multiplied)
+    return known.wanted[whole_tiles]
 
 
 def _check_selection(draw: Draw, tensors: dict[str, Tensor], selected: Tensor, of_key: Tensor, implementation: str) -> bool:
@@ -220,9 +238,7 @@ def _check_results(draw: Draw, tensors: dict[str, Tensor], visible: Tensor, impl
     sizes = _sizes(draw, tensors, visible)
     if sizes.limit * case.width > _LARGEST / 16 and draw.dtype != "float64":
         return  # scores overflow
-    if known.wanted is None:
-        known.wanted = expected(case, tensors, visible, upstream)
-    wanted = known.wanted
+    wanted = _expected(draw, tensors, visible, upstream, implementation, known)
     nan = {name: x.isnan().any(-1) for name, x in tensors.items() if name != "sinks"}
     sees_nan = some & (nan["query"] | (visible & (nan["key"] | nan["value"]).repeat_interleave(case.repeats, 1)[:, :, None]).any(-1))
     infinite = {name: tensors[name].isinf().any(-1) for name in ("query", "key")}  # a score of -inf is as good as a mask
@@ -384,7 +400,7 @@ def _check_decoding(draw: Draw, tensors: dict[str, Tensor], device: str, known: 
     if _is_a_close_choice(draw, tensors):
         return
     upstream = upstream_for(out.cpu(), lse.cpu(), 0)
-    wanted = expected(case, tensors, visible, upstream)
+    wanted = _expected(draw, tensors, visible, upstream, implementation, replace(known, wanted={}))
     bounds = _bounds(draw, tensors, upstream, visible, wanted, sizes)
     for name, x in (("out", out), ("lse", lse)):
         _compare(

@@ -37,14 +37,20 @@ def visible_keys(case: Case, tensors: dict[str, Tensor], selected: Tensor | None
     return visible & (key <= query) if case.causal else visible
 
 
-def expected(case: Case, tensors: dict[str, Tensor], visible: Tensor, upstream: dict[str, Tensor]) -> Expected:
-    """Results for `upstream` gradients of "out" and, where it is there, of "lse"."""
+def expected(
+    case: Case, tensors: dict[str, Tensor], visible: Tensor, upstream: dict[str, Tensor], multiplied: Tensor | None = None
+) -> Expected:
+    """Results for `upstream` gradients of "out" and, where it is there, of "lse".
+
+    `multiplied`: where an implementation multiplies, be it by weights of 0, which NaN outlives; `visible` if None.
+    """
+    multiplied = visible if multiplied is None else multiplied
     groups = (case.groups, case.repeats)
     bad = {name: ~x.isfinite().all(-1) for name, x in tensors.items() if name != "sinks"}
     bad_key, bad_value = (bad[name].repeat_interleave(case.repeats, 1)[:, :, None] for name in ("key", "value"))
     some = visible.any(-1)
     spoilt = {"lse": some & (bad["query"] | (visible & bad_key).any(-1))}
-    spoilt["out"] = spoilt["lse"] | (visible & bad_value).any(-1)
+    spoilt["out"] = spoilt["lse"] | (multiplied & bad_value).any(-1)
 
     leaves = {name: torch.where(x.isfinite() | (name == "sinks"), x, 0).double().requires_grad_() for name, x in tensors.items()}
     shown = visible | ~some[..., None]  # something for those that see nothing, so that there is a softmax
@@ -56,9 +62,10 @@ def expected(case: Case, tensors: dict[str, Tensor], visible: Tensor, upstream: 
     results = {name: x.detach() for name, x in outputs.items()}
     results |= {f"gradient of {name}": torch.zeros_like(x) if g is None else g for (name, x), g in zip(leaves.items(), grads)}
 
-    reached = (visible & spoilt["out"][..., None]).any(2).unflatten(1, groups).any(2)  # [B, G, Nk]
+    reached = (multiplied & spoilt["out"][..., None]).any(2).unflatten(1, groups).any(2)  # [B, G, Nk]
     clean = {name: ~x for name, x in spoilt.items()}
-    clean |= {"gradient of query": ~spoilt["out"], "gradient of key": ~reached, "gradient of value": ~reached}
+    clean |= {"gradient of query": ~(spoilt["out"] | (multiplied & bad_key).any(-1))}
+    clean |= {"gradient of key": ~reached, "gradient of value": ~reached}
     clean["gradient of sinks"] = ~spoilt["out"].any(2).any(0)
     return Expected(results, clean)
 
