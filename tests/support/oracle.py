@@ -42,9 +42,10 @@ def expected(
 ) -> Expected:
     """Results for `upstream` gradients of "out" and, where it is there, of "lse".
 
-    `multiplied`: where an implementation multiplies, be it by weights of 0, which NaN outlives; `visible` if None.
+    `multiplied`: where an implementation multiplies, be it by weights of 0, which NaN outlives. It then multiplies keys by rows that hold
+    no query, too. None: where `visible`.
     """
-    multiplied = visible if multiplied is None else multiplied
+    whole_tiles, multiplied = multiplied is not None, visible if multiplied is None else multiplied
     groups = (case.groups, case.repeats)
     bad = {name: ~x.isfinite().all(-1) for name, x in tensors.items() if name != "sinks"}
     bad_key, bad_value = (bad[name].repeat_interleave(case.repeats, 1)[:, :, None] for name in ("key", "value"))
@@ -63,6 +64,8 @@ def expected(
     results |= {f"gradient of {name}": torch.zeros_like(x) if g is None else g for (name, x), g in zip(leaves.items(), grads)}
 
     reached = (multiplied & spoilt["out"][..., None]).any(2).unflatten(1, groups).any(2)  # [B, G, Nk]
+    if whole_tiles:
+        reached = reached | bad["key"] | bad["value"]
     clean = {name: ~x for name, x in spoilt.items()}
     clean |= {"gradient of query": ~(spoilt["out"] | (multiplied & bad_key).any(-1))}
     clean |= {"gradient of key": ~reached, "gradient of value": ~reached}
