@@ -9,6 +9,7 @@ from typing import Any
 
 LINK = 450e9  # bytes per second that a GPU sends inside a host, by the datasheet
 DENSE = 570e12  # operations per second of cuDNN's dense causal attention on one H200, from its 247 ms in README.md
+GATE = 185e12  # operations per second of what a longer input adds to the gate on one H200, from 32,768 and 131,072 tokens: docs/scaling.md
 HEADS, KEY_HEADS, WIDTH = 32, 8, 128  # of prefill_scaling.py
 GOAL = 0.9  # of linear, for a prefill by keys
 ROUNDING = 0.02  # of a loss: bfloat16 has 8 bits, 0.4 %, and after some steps weights differ by that too
@@ -90,9 +91,8 @@ def prefills(results: Results) -> list[tuple[str, str | None, dict[str, Any]]]:
         row["dense_ms_by_arithmetic"] = 1000 * 2 * HEADS * WIDTH * x["tokens"] ** 2 / DENSE / n
         line = f"{name}: {x['milliseconds']:.1f} ms, {x['GB_sent_by_each']:.2f} GB sent by each, {x['peak_GB']:.1f} GB at peak"
         if alone is not None:
-            attention = alone["milliseconds"] * x["tokens"] / alone["tokens"] / n
-            row["predicted_ms"] = attention + visible_ms(x)
-            row["share_of_linear"] = attention / x["milliseconds"]
+            row["predicted_ms"] = predicted_ms(x, alone)
+            row["share_of_linear"] = alone["milliseconds"] * x["tokens"] / alone["tokens"] / n / x["milliseconds"]
             goal = f", goal {GOAL}" if n > 1 and x["exchange"] == "keys" else ""
             line += f"; predicted {row['predicted_ms']:.1f} ms; {row['share_of_linear']:.2f} of linear{goal}"
         line += f"; dense attention, by arithmetic: {row['dense_ms_by_arithmetic']:.0f} ms"
@@ -112,6 +112,22 @@ def layers(results: Results) -> Iterator[tuple[str, dict[str, Any]]]:
         if part.startswith(("prefill-", "ten-million-")):
             for row in result["rows"]:
                 yield f"{part}-{row['exchange']}" if len(result["rows"]) > 1 else part, row
+
+
+def predicted_ms(x: Mapping[str, Any], alone: Mapping[str, Any]) -> float:
+    """From the time of one process: what grows with the tokens, the gate's products, which grow with their square, and the exchange.
+
+    With an exchange of keys the last slice has most products: its queries are compared with the means of all blocks before them.
+    """
+    n = x["processes"]
+    linear = (alone["milliseconds"] - gate_ms(alone)) * x["tokens"] / alone["tokens"] / n
+    of_slowest = (2 * n - 1) / n if x["exchange"] == "keys" else 1
+    return linear + gate_ms(x) / n * of_slowest + visible_ms(x)
+
+
+def gate_ms(x: Mapping[str, Any]) -> float:
+    """Products of queries with the means of the blocks before them, tokens / block_size / 2 on average, on one process."""
+    return 1000 * HEADS * WIDTH * x["tokens"] ** 2 / x["block_size"] / GATE
 
 
 def visible_ms(x: Mapping[str, Any]) -> float:
