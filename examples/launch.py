@@ -34,9 +34,10 @@ def main(argv: list[str] | None = None) -> int:
         launch_command(launch_command_parser().parse_args(argv))
     except ChildFailedError as error:
         _, failure = error.get_first_failure()
-        killed = {rank: -x.exitcode for rank, x in error.failures.items() if x.exitcode < 0 and -x.exitcode != signal.SIGTERM}
-        if killed:  # they had no last words, and the others failed without them or were asked to end by the launcher
-            rank, number = min(killed.items())
+        killed = {rank: x for rank, x in error.failures.items() if x.exitcode < 0 and -x.exitcode != signal.SIGTERM}
+        if killed:  # they had no last words, and the others failed without them, or were asked to end and then killed by the launcher
+            rank = min(killed, key=lambda rank: killed[rank].timestamp)
+            number = -killed[rank].exitcode
             advice = ": is there enough memory?" if number == signal.SIGKILL else ""
             print(f"launch.py: process {rank} was ended by signal {number} ({signal.Signals(number).name}){advice}", file=sys.stderr)
             return 128 + number

@@ -52,6 +52,9 @@ import moba_flex
 from moba_flex.distributed import ContextParallel, context_parallel, watch_processes
 
 TINY_LAYERS = 2
+# Seconds. Where a process is killed, its launcher kills the others 30 seconds later. On GPUs they wait in a kernel until then, and only the
+# watch can speak.
+SILENT = 20.0
 BLOCKS = ("block_size", "top_k", "sink_blocks", "full_attention_layers")
 
 
@@ -65,7 +68,7 @@ def train(args: argparse.Namespace) -> int:
     if accelerator.is_fsdp2 and accelerator.mixed_precision == "bf16":
         # accelerate would also sum gradients, and give the loss, in bfloat16
         accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32)
-    watch = watch_processes(silent=45.0) if accelerator.num_processes > 1 else None
+    watch = watch_processes(silent=SILENT) if accelerator.num_processes > 1 else None
     share = Share(accelerator, args)
     run = Run(accelerator, args)
     tokenizer = load_tokenizer(args)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 import os
 import re
@@ -14,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
+import launch as launcher
 import pytest
 import torch
 import train
@@ -22,6 +24,8 @@ from shared import training
 from shared.command_line import UserError
 from support.fresh import FreshPython
 from support.scripts import Script
+from torch.distributed.elastic.multiprocessing.api import PContext
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from transformers import AutoModelForCausalLM
 from transformers.loss.loss_utils import ForCausalLMLoss
 
@@ -180,6 +184,24 @@ def test_a_killed_process_is_named_and_three_others_go_on(tmp_path: Path, said: 
     with undone():
         assert train.train(train.parse([*one, "--micro-batch-size", "6"])) == 0
     assert_same_losses(output, tmp_path / "one")
+
+
+def test_the_launcher_names_the_process_that_was_killed_first_and_the_others_have_time_to_name_it(monkeypatch, capsys) -> None:
+    """Others that wait in a kernel for the killed one are killed too, by the launcher, half a minute later."""
+    failures = {}
+    for rank, (code, at) in {0: (-9, 131), 1: (1, 121), 2: (-9, 100), 3: (-9, 131)}.items():
+        failures[rank] = ProcessFailure(rank, 1000 + rank, code, "no file")
+        failures[rank].timestamp = at
+
+    def fail(_) -> None:
+        raise ChildFailedError("train.py", failures)
+
+    monkeypatch.setattr(launcher, "launch_command", fail)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    assert launcher.main(["examples/train.py"]) == 137
+    assert capsys.readouterr().err == "launch.py: process 2 was ended by signal 9 (SIGKILL): is there enough memory?\n"
+    its_patience = inspect.signature(PContext.close).parameters["timeout"].default
+    assert its_patience > train.SILENT + 5, "a word a second, and a look a second"
 
 
 def test_an_interrupted_job_says_so_and_goes_on_to_the_same_end(alone: None, tmp_path: Path, capsys) -> None:

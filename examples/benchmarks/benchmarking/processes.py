@@ -1,11 +1,13 @@
-"""The processes of a measurement on several devices: one under torchrun, or this one alone."""
+"""The processes of a measurement on several devices: one under torchrun, or this one alone; and how to end a launcher."""
 
 from __future__ import annotations
 
 import os
+import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
+import psutil
 import torch
 import torch.distributed as dist
 
@@ -25,3 +27,14 @@ def process_group(device: str) -> Iterator[None]:
 def synchronize(device: str) -> None:
     if device == "cuda":
         torch.cuda.synchronize()
+
+
+def kill_all(process: subprocess.Popen) -> None:
+    """The process, if it still runs, and all that it has started: those of a launcher have sessions of their own."""
+    if process.poll() is not None:
+        return
+    launcher = psutil.Process(process.pid)
+    for each in [launcher, *launcher.children(recursive=True)]:
+        with suppress(psutil.NoSuchProcess):
+            each.kill()
+    process.wait(30)
