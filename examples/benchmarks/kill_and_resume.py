@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # examples/, where the packa
 
 import argparse
 import json
+import re
 import shutil
 import subprocess
 import time
@@ -62,7 +63,7 @@ def kill_and_resume(args: argparse.Namespace) -> dict:
         "processes": args.processes,
         "exit_code": code,
         "seconds_until_all_ended": seconds,
-        "processes_that_named_it": len(said),
+        "processes_that_named_it": len(set(re.findall(r"; process (\d+) was at", "\n".join(said)))),
         "said": said,
         "resumed_at": int(checkpoint.name.removeprefix("step-")),
         "steps": STEPS,
