@@ -63,6 +63,8 @@ def _check_all(draw: Draw, device: str) -> None:
     for name in implementations(draw, device):
         if draw.lengths is None:
             visible = _visible(draw, tensors, name, known)
+            if name == "eager" and device != "cpu" and not known.certain:
+                continue  # it may choose otherwise than `select_blocks`, which tells what kernels choose there
             _check_results(draw, tensors, visible, name, known)
         else:
             _check_packed(draw, tensors, name)
@@ -397,7 +399,7 @@ def _check_decoding(draw: Draw, tensors: dict[str, Tensor], device: str, known: 
     sizes = _sizes(draw, tensors, visible)
     if sizes.weights > _UNCERTAIN or (sizes.limit * case.width > _LARGEST / 16 and draw.dtype != "float64"):
         return
-    if _is_a_close_choice(draw, tensors):
+    if _is_a_close_choice(draw, tensors, device):
         return
     upstream = upstream_for(out.cpu(), lse.cpu(), 0)
     wanted = expected(case, tensors, visible, upstream)
@@ -408,16 +410,20 @@ def _check_decoding(draw: Draw, tensors: dict[str, Tensor], device: str, known: 
         )
 
 
-def _is_a_close_choice(draw: Draw, tensors: dict[str, Tensor]) -> bool:
-    """Whether rounding may decide what is chosen, so that decoding may choose otherwise than a prefill."""
-    if draw.values in ("integers",) or any(not x.isfinite().all() for x in tensors.values()):
+def _is_a_close_choice(draw: Draw, tensors: dict[str, Tensor], device: str) -> bool:
+    """Whether rounding may decide what is chosen, so that decoding may choose otherwise than a prefill.
+
+    A GPU adds up the keys of a block that a new token completes in another order than others, so that blocks of equal keys may differ.
+    """
+    equal = ("equal keys", "repeated blocks")
+    if draw.values == "integers" or (device != "cpu" and draw.values in equal) or any(not x.isfinite().all() for x in tensors.values()):
         return True
     case, (query, key) = draw.case, (tensors["query"].double(), tensors["key"].double())
     mask = case.padding_mask()
     low, _ = reference_selection(query, key, case.attention_settings("naive"), padding_mask=mask)
     for sign in (1, -1):
         moved = key * (1 + sign * 1e-4 * torch.sin(torch.arange(key.numel(), dtype=torch.float64)).view_as(key))
-        if draw.values in ("equal keys", "repeated blocks"):
+        if draw.values in equal:
             continue
         if not torch.equal(low, reference_selection(query, moved, case.attention_settings("naive"), padding_mask=mask)[0]):
             return True
