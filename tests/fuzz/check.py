@@ -81,6 +81,8 @@ class _Known:
     visible: Tensor | None = None
     in_block: Tensor | None = None  # [B, 1, Nq, Nk] keys of a query's own block, later ones too
     wanted: dict[bool, Expected] = field(default_factory=dict)  # by whether a GPU's tiles are multiplied whole
+    sizes: _Sizes | None = None
+    hull: tuple[Tensor, Tensor] | None = None
 
 
 # The choice of blocks
@@ -99,7 +101,8 @@ def _visible(draw: Draw, tensors: dict[str, Tensor], implementation: str, known:
     selected, of_key, tensors = selected.cpu(), of_key.cpu(), {name: x.cpu() for name, x in tensors.items()}
     if known.selected is None or not torch.equal(known.selected, selected):
         known.certain = _check_selection(draw, tensors, selected, of_key, implementation)
-        known.selected, known.visible, known.wanted = selected, visible_keys(case, tensors, selected), {}
+        known.selected, known.visible = selected, visible_keys(case, tensors, selected)
+        known.wanted, known.sizes, known.hull = {}, None, None
         of_query = of_key[:, case.n_key - case.n_query :, None]
         known.in_block = ((of_query == of_key[:, None]) & (of_query >= 0))[:, None]
     return known.visible
@@ -237,7 +240,7 @@ def _check_results(draw: Draw, tensors: dict[str, Tensor], visible: Tensor, impl
     some = visible.any(-1)
     if bool((results["out"][~some] != 0).any()) or bool((results["lse"][~some] != -torch.inf).any()):
         raise Wrong(f"{implementation}: the output of a query that reads nothing is not 0, or its log-sum-exp not -inf")
-    sizes = _sizes(draw, tensors, visible)
+    sizes = known.sizes = known.sizes or _sizes(draw, tensors, visible)
     if sizes.limit * case.width > _LARGEST / 16 and draw.dtype != "float64":
         return  # scores overflow
     wanted = _expected(draw, tensors, visible, upstream, implementation, known)
@@ -247,7 +250,7 @@ def _check_results(draw: Draw, tensors: dict[str, Tensor], visible: Tensor, impl
     sees_nan &= ~(infinite["query"] | (visible & infinite["key"].repeat_interleave(case.repeats, 1)[:, :, None]).any(-1))
     if draw.case.value_width and bool(results["out"][sees_nan].isfinite().all(-1).any()):
         raise Wrong(f"{implementation}: NaN does not reach an output that sees it")
-    _check_hull(draw, tensors, visible, results["out"], wanted, implementation)
+    _check_hull(draw, tensors, visible, results["out"], wanted, implementation, known)
     if sizes.weights > _UNCERTAIN:
         return
     for name, bound in _bounds(draw, tensors, upstream, visible, wanted, sizes).items():
@@ -275,14 +278,17 @@ def _hull(value: Tensor, visible: Tensor) -> tuple[Tensor, Tensor]:
     return torch.stack(least), torch.stack(most)
 
 
-def _check_hull(draw: Draw, tensors: dict[str, Tensor], visible: Tensor, out: Tensor, wanted: Expected, implementation: str) -> None:
+def _check_hull(
+    draw: Draw, tensors: dict[str, Tensor], visible: Tensor, out: Tensor, wanted: Expected, implementation: str, known: _Known
+) -> None:
     """Whatever the weights: an output lies between the least and the largest of the values that its query sees.
 
     Weights are the same for all numbers of a value, so that some of many are enough.
     """
     step = -(-draw.case.value_width // _MOST_HULLS) or 1
-    value, out = tensors["value"][..., ::step].double().repeat_interleave(draw.case.repeats, 1), out[..., ::step]
-    least, most = (x.view(out.shape) for x in _hull(value, visible))
+    out = out[..., ::step]
+    known.hull = known.hull or _hull(tensors["value"][..., ::step].double().repeat_interleave(draw.case.repeats, 1), visible)
+    least, most = (x.view(out.shape) for x in known.hull)
     if draw.case.sinks:
         least, most = least.clamp(max=0), most.clamp(min=0)
     clean = (wanted.clean["out"] & visible.any(-1))[..., None]
