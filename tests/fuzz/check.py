@@ -6,7 +6,6 @@ itself, and the rest against textbook attention in float64 to what was chosen, w
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 
 import torch
@@ -20,15 +19,11 @@ from moba_flex.decoding import decode
 from moba_flex.ops.decoding import means_for, write_means
 from moba_flex.reference import block_of_key, reference_selection
 
+from .choices import Wrong, check_selection
 from .draws import DTYPES, Draw
+from .rounding import LARGEST, UNCERTAIN, Sizes, bounds_of, compare, sizes_of
 
-_LARGEST = torch.finfo(torch.float32).max
 _MOST_HULLS = 16  # numbers of a value whose hull is checked
-_UNCERTAIN = 0.02  # of weights: with more, values say nothing
-
-
-class Wrong(Exception):
-    """What is wrong, in one sentence."""
 
 
 def check(draw: Draw, device: str = "cpu") -> str | None:
@@ -81,7 +76,7 @@ class _Known:
     visible: Tensor | None = None
     in_block: Tensor | None = None  # [B, 1, Nq, Nk] keys of a query's own block, later ones too
     wanted: dict[bool, Expected] = field(default_factory=dict)  # by whether a GPU's tiles are multiplied whole
-    sizes: _Sizes | None = None
+    sizes: Sizes | None = None
     hull: tuple[Tensor, Tensor] | None = None
 
 
@@ -100,7 +95,7 @@ def _visible(draw: Draw, tensors: dict[str, Tensor], implementation: str, known:
         of_key = block_of_key(key, mask, case.block_size)
     selected, of_key, tensors = selected.cpu(), of_key.cpu(), {name: x.cpu() for name, x in tensors.items()}
     if known.selected is None or not torch.equal(known.selected, selected):
-        known.certain = _check_selection(draw, tensors, selected, of_key, implementation)
+        known.certain = check_selection(draw, tensors, selected, of_key, implementation)
         known.selected, known.visible = selected, visible_keys(case, tensors, selected)
         known.wanted, known.sizes, known.hull = {}, None, None
         of_query = of_key[:, case.n_key - case.n_query :, None]
@@ -120,106 +115,7 @@ def _expected(
     return known.wanted[whole_tiles]
 
 
-def _check_selection(draw: Draw, tensors: dict[str, Tensor], selected: Tensor, of_key: Tensor, implementation: str) -> bool:
-    """Whether rounding cannot change the choice."""
-    case, n_blocks = draw.case, draw.case.n_blocks
-    query, key = tensors["query"].double(), tensors["key"].double()
-    hidden = (of_key < 0)[:, None, :, None]
-    key = key.masked_fill(hidden, 0)
-    member = (of_key[..., None] == torch.arange(n_blocks)).double()  # [B, Nk, C]
-    count = member.sum(1).clamp(min=1)[:, None, :, None]
-    finite = torch.where(key.isfinite(), key, 0)
-    mean = torch.einsum("bnc,bgnd->bgcd", member, finite) / count
-    bad = torch.einsum("bnc,bgn->bgc", member, (~key.isfinite()).any(-1).double()) > 0
-    size = torch.einsum("bnc,bgnd->bgcd", member, finite.abs()) / count
-    mean, size, bad = (x.repeat_interleave(case.repeats, 1) for x in (mean, size, bad))
-    bad_query = ~query.isfinite().all(-1)
-    query = torch.where(query.isfinite(), query, 0)
-    score, rounding = query @ mean.mT, query.abs() @ size.mT
-    doubtful = bad[:, :, None] | bad_query[..., None]
-    if case.share_selection:
-        score, rounding = (x.unflatten(1, (-1, case.repeats)).sum(2).repeat_interleave(case.repeats, 1) for x in (score, rounding))
-        doubtful = doubtful.unflatten(1, (-1, case.repeats)).any(2).repeat_interleave(case.repeats, 1)
-    eps = torch.finfo(DTYPES[draw.dtype]).eps if draw.dtype == "float64" else torch.finfo(torch.float32).eps
-    tolerance = rounding * eps * (4 + case.width + case.block_size) * 2 + 1e-300
-
-    own = of_key[:, None, case.n_key - case.n_query :, None]
-    block = torch.arange(n_blocks)
-    exists = (member.sum(1) > 0)[:, None, None]
-    past = exists & ((block < own) if case.causal else torch.ones_like(own, dtype=torch.bool)) & (own >= 0)
-    forced = past & ((block < case.sink_blocks) | (block >= own - case.recent_blocks)) if case.causal else torch.zeros_like(past)
-    past, forced, own = (x.expand(*selected.shape[:3], -1) for x in (past, forced, own))
-    free, candidate = selected & past & ~forced, past & ~forced
-    places = case.top_k - (1 + case.sink_blocks + case.recent_blocks if case.causal else 0)
-    wanted = candidate.sum(-1).clamp(max=places)
-    if not torch.equal(free.sum(-1), wanted):
-        raise Wrong(f"{implementation} chooses {free.sum(-1).max()} free blocks where {wanted.max()} are wanted")
-    if bool((forced & ~selected).any()) or bool((selected & ~past & ~((block == own) if case.causal else past)).any()):
-        raise Wrong(f"{implementation} leaves out a forced block, or reads one that is not there")
-    if bool(doubtful.any()) or not bool((rounding < _LARGEST).all()):
-        return False
-    worst = torch.where(free, score + tolerance, torch.inf).amin(-1)
-    best = torch.where(candidate & ~selected, score - tolerance, -torch.inf).amax(-1)
-    if bool((best > worst).any()):
-        b, h, n = (int(i) for i in (best > worst).nonzero()[0])
-        raise Wrong(
-            f"{implementation}: query {n} of head {h}, row {b} leaves out a block that scores {float((best - worst)[b, h, n]):.2g} more"
-        )
-    left_out = candidate & ~selected
-    if draw.values in ("integers", "equal keys", "repeated blocks"):
-        alike = (mean[..., :, None, :] == mean[..., None, :, :]).all(-1) & _same_keys(key, of_key, n_blocks, case)  # [B, H, C, C]
-        earlier = alike & (block[None] < block[:, None])  # [c, earlier one]
-        wrong = (left_out.double() @ earlier.double().mT > 0) & free  # [B, H, Nq, C]: an earlier equal of c is left out
-        if bool(wrong.any()):
-            b, h, n, c = (int(i) for i in wrong.nonzero()[0])
-            raise Wrong(
-                f"{implementation}: query {n} of head {h}, row {b} reads block {c}, and leaves out an earlier one with the same keys"
-            )
-        left_out = left_out & (free.double() @ alike.double() == 0)  # a tie with one that is read is no matter of rounding
-    least = torch.where(free, score - tolerance, torch.inf).amin(-1)
-    return not bool((torch.where(left_out, score + tolerance, -torch.inf).amax(-1) > least).any())
-
-
-def _same_keys(key: Tensor, of_key: Tensor, n_blocks: int, case: Case) -> Tensor:
-    """`[B, H, C, C]`: blocks that hold the same keys, token for token."""
-    rows, groups = key.shape[:2]
-    blocks = torch.full((rows, groups, n_blocks, case.block_size, key.shape[3]), torch.nan, dtype=key.dtype)
-    for b in range(rows):
-        for c in range(n_blocks):
-            keys = key[b][:, of_key[b] == c]
-            blocks[b, :, c, : keys.shape[1]] = keys
-    same = (blocks[:, :, :, None] == blocks[:, :, None]).flatten(4).all(-1)  # partial blocks hold NaN, and equal nothing
-    return same.repeat_interleave(case.repeats, 1)
-
-
 # Values and gradients
-
-
-@dataclass(frozen=True)
-class _Sizes:
-    """What rounding can do: the relative error of weights, that of a soft-cap's slope, and the largest product."""
-
-    weights: float
-    slope: float
-    wide: float
-    narrow: float
-    limit: float
-
-
-def _sizes(draw: Draw, tensors: dict[str, Tensor], visible: Tensor) -> _Sizes:
-    case, dtype = draw.case, DTYPES[draw.dtype]
-    wide = torch.float64 if draw.dtype == "float64" else torch.float32
-    query, key = (torch.where(tensors[name].cpu().isfinite(), tensors[name].cpu(), 0).double() for name in ("query", "key"))
-    product = query.abs() @ key.abs().repeat_interleave(case.repeats, 1).mT
-    most = float(product.masked_fill(~visible, 0).max()) if visible.any() else 0.0
-    score = most * abs(case.real_scale)
-    eps = torch.finfo(wide).eps
-    error = eps * (case.width + 8) * score
-    slope = 0.0
-    if case.softcap is not None:  # the rounding of a product may turn its sign, and a capped score from one end to the other
-        slope = 4 * error / case.softcap
-        error = min(error, 2 * case.softcap) + 8 * eps * min(score, case.softcap)
-    return _Sizes(error, slope, eps, torch.finfo(dtype).eps, most * max(1.0, abs(case.real_scale)))
 
 
 def _check_results(draw: Draw, tensors: dict[str, Tensor], visible: Tensor, implementation: str, known: _Known) -> None:
@@ -240,8 +136,8 @@ def _check_results(draw: Draw, tensors: dict[str, Tensor], visible: Tensor, impl
     some = visible.any(-1)
     if bool((results["out"][~some] != 0).any()) or bool((results["lse"][~some] != -torch.inf).any()):
         raise Wrong(f"{implementation}: the output of a query that reads nothing is not 0, or its log-sum-exp not -inf")
-    sizes = known.sizes = known.sizes or _sizes(draw, tensors, visible)
-    if sizes.limit * case.width > _LARGEST / 16 and draw.dtype != "float64":
+    sizes = known.sizes = known.sizes or sizes_of(draw, tensors, visible)
+    if sizes.limit * case.width > LARGEST / 16 and draw.dtype != "float64":
         return  # scores overflow
     wanted = _expected(draw, tensors, visible, upstream, implementation, known)
     nan = {name: x.isnan().any(-1) for name, x in tensors.items() if name != "sinks"}
@@ -251,10 +147,10 @@ def _check_results(draw: Draw, tensors: dict[str, Tensor], visible: Tensor, impl
     if draw.case.value_width and bool(results["out"][sees_nan].isfinite().all(-1).any()):
         raise Wrong(f"{implementation}: NaN does not reach an output that sees it")
     _check_hull(draw, tensors, visible, results["out"], wanted, implementation, known)
-    if sizes.weights > _UNCERTAIN:
+    if sizes.weights > UNCERTAIN:
         return
-    for name, bound in _bounds(draw, tensors, upstream, visible, wanted, sizes).items():
-        _compare(name, results[name], wanted, bound, DTYPES[draw.dtype] if name != "lse" else torch.float32, implementation)
+    for name, bound in bounds_of(draw, tensors, upstream, visible, wanted, sizes).items():
+        compare(name, results[name], wanted, bound, DTYPES[draw.dtype] if name != "lse" else torch.float32, implementation)
 
 
 def _check_shapes(draw: Draw, results: dict[str, Tensor], implementation: str) -> None:
@@ -301,49 +197,6 @@ def _check_hull(
         raise Wrong(f"{implementation}: output {place} is {x:.6g}, not between {least:.6g} and {most:.6g}")
 
 
-def _bounds(
-    draw: Draw, tensors: dict[str, Tensor], upstream: dict[str, Tensor], visible: Tensor, wanted: Expected, sizes: _Sizes
-) -> dict[str, float]:
-    """The largest error that rounding explains, for each result."""
-    case = draw.case
-    some, read = visible.any(-1), visible.any(2).unflatten(1, (case.groups, case.repeats)).any(2)
-    largest = {name: _largest(tensors[name][some if name == "query" else read]) for name in ("query", "key", "value")}
-    g_out, g_lse = _largest(upstream["out"]), _largest(upstream["lse"])
-    relative = 8 * sizes.weights + 300 * sizes.wide + 8 * sizes.narrow
-    per_score = 2 * g_out * largest["value"] * case.value_width + g_lse
-    reading = float(visible.double().sum(2).amax()) * case.repeats if visible.any() else 0.0
-    bounds = {
-        "out": relative * largest["value"],
-        "lse": 4 * sizes.weights + 20 * sizes.wide * (1 + _largest(wanted.results["lse"])),
-        "gradient of query": relative * per_score * abs(case.real_scale) * largest["key"] * 2,
-        "gradient of key": relative * per_score * abs(case.real_scale) * largest["query"] * reading,
-        "gradient of value": relative * g_out * reading,
-    }
-    if sizes.slope > _UNCERTAIN:
-        bounds["gradient of query"] = bounds["gradient of key"] = math.inf
-    if case.sinks:
-        bounds["gradient of sinks"] = relative * per_score * case.n_query * case.batch
-    return bounds
-
-
-def _largest(x: Tensor) -> float:
-    x = x[x.isfinite()]
-    return float(x.abs().max()) if x.numel() else 0.0
-
-
-def _compare(name: str, x: Tensor, wanted: Expected, bound: float, dtype: torch.dtype, implementation: str) -> None:
-    y, clean, info = wanted.results[name], wanted.clean[name], torch.finfo(dtype)
-    clean = clean.view(*clean.shape, *(1,) * (x.dim() - clean.dim())).expand_as(x)
-    judged = clean & (y.abs() < min(info.max, _LARGEST) / 4) if name != "lse" else clean & y.isfinite()
-    error = (x.double() - y).abs()
-    bound = bound if bound < math.inf else math.inf  # which NaN is not
-    allowed = bound + info.eps * y.abs() * 2 + info.smallest_normal * 4 * (1 if dtype == torch.float16 else 1e3)
-    wrong = judged & ~(error <= allowed)
-    if bool(wrong.any()):
-        at = tuple(int(i) for i in wrong.nonzero()[0])
-        raise Wrong(f"{implementation}: {name} {at} is {float(x[at]):.6g}, should be {float(y[at]):.6g}, within {float(allowed[at]):.2g}")
-
-
 # Packed sequences and decoding
 
 
@@ -372,17 +225,17 @@ def _check_packed(draw: Draw, tensors: dict[str, Tensor], implementation: str) -
             continue
         given = {name: x[part].transpose(0, 1)[None].cpu() for name, x in upstream.items()}
         mine = {name: x.cpu() for name, x in mine.items()}
-        sizes = _sizes(alone, mine, visible)
-        if sizes.weights > _UNCERTAIN or sizes.limit * alone.case.width > _LARGEST / 16:
+        sizes = sizes_of(alone, mine, visible)
+        if sizes.weights > UNCERTAIN or sizes.limit * alone.case.width > LARGEST / 16:
             return
         wanted = expected(alone.case, mine, visible, given)
         results = {"out": out[part].transpose(0, 1)[None], "lse": lse[part].transpose(0, 1)[None]}
         places = {"query": part, "key": of_keys, "value": of_keys}
         results |= {f"gradient of {name}": grads[name][:, :, place] for name, place in places.items()}
-        bound = _bounds(alone, mine, given, visible, wanted, sizes)
+        bound = bounds_of(alone, mine, given, visible, wanted, sizes)
         for name, x in results.items():
             dtype = DTYPES[draw.dtype] if name != "lse" else torch.float32
-            _compare(name, x.detach().cpu(), wanted, bound[name], dtype, f"{implementation}, tokens {part.start} to {part.stop}")
+            compare(name, x.detach().cpu(), wanted, bound[name], dtype, f"{implementation}, tokens {part.start} to {part.stop}")
 
 
 def _can_be_decoded(case: Case) -> bool:
@@ -402,16 +255,16 @@ def _check_decoding(draw: Draw, tensors: dict[str, Tensor], device: str, known: 
     out, lse = decode(tensors["query"], *room, means, torch.tensor(case.n_key, device=device), start, settings)
     visible = _visible(draw, tensors, "eager" if device == "cpu" else "flex", known)
     tensors = {name: x.cpu() for name, x in tensors.items()}
-    sizes = _sizes(draw, tensors, visible)
-    if sizes.weights > _UNCERTAIN or (sizes.limit * case.width > _LARGEST / 16 and draw.dtype != "float64"):
+    sizes = sizes_of(draw, tensors, visible)
+    if sizes.weights > UNCERTAIN or (sizes.limit * case.width > LARGEST / 16 and draw.dtype != "float64"):
         return
     if _is_a_close_choice(draw, tensors, device):
         return
     upstream = upstream_for(out.cpu(), lse.cpu(), 0)
     wanted = expected(case, tensors, visible, upstream)
-    bounds = _bounds(draw, tensors, upstream, visible, wanted, sizes)
+    bounds = bounds_of(draw, tensors, upstream, visible, wanted, sizes)
     for name, x in (("out", out), ("lse", lse)):
-        _compare(
+        compare(
             name, x.cpu(), wanted, bounds[name], DTYPES[draw.dtype] if name == "out" else torch.float32, f"decoding by {implementation}"
         )
 
