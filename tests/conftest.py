@@ -38,3 +38,9 @@ def pytest_xdist_auto_num_workers() -> int:
     """How many processes `-n auto`, the default, starts: one for each core that this process may use, up to eight."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(cores, MOST_PROCESSES)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of the demo's model come first. They take longest, so that no process is left with them when the others are done; and as one
+    process begins with all of them, no other one waits for it to read the model."""
+    items.sort(key=lambda item: item.get_closest_marker("weights") is None)

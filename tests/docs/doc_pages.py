@@ -106,6 +106,6 @@ GIVEN: dict[str, Callable[[], object]] = {
     "cu_seqlens": lambda: torch.tensor([0, 30, TOKENS], dtype=torch.int32),
     "max_seqlen": lambda: TOKENS - 30,
     "model": tiny_model,
-    "texts": lambda: [(torch.arange(256) * (i + 1)) % 32 + 2 for i in range(6)],
+    "texts": lambda: [(torch.arange(128) * (i + 1)) % 32 + 2 for i in range(3)],
     "input_ids": lambda: torch.arange(128)[None] % 32 + 2,
 }

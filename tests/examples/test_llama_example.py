@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -282,9 +283,11 @@ def test_smollm2_from_end_to_end(capsys, demo_model, tmp_path):
 
 @pytest.mark.weights
 def test_smollm2_stays_close_to_full_attention_with_the_demo_settings(demo_model):
+    """But blocks of a quarter, so that a short prompt has twice as many as are read: with the worst of them it loses 0.6 nats."""
     model, tokenizer = demo_model
-    prompt = llama.tokenize(llama.read_prompt(None), model, tokenizer, 1)[:, :1536]
-    moba_flex.patch(model, block_size=128, top_k=8, sink_blocks=1)
+    settings = llama.settings_of(llama.parse([]))
+    prompt = llama.tokenize(llama.read_prompt(None), model, tokenizer, 1)[:, : 2 * settings.top_k * 32]
+    moba_flex.patch(model, replace(settings, block_size=32))
     rows = llama.compare(model, prompt)
     assert abs(float(rows["difference in nats per token"])) < 0.1, rows
 

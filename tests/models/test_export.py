@@ -56,7 +56,7 @@ def test_a_dynamic_length_is_exported(decode):
 @pytest.mark.parametrize("gradients", [False, True])
 def test_the_module_that_transformers_exports_decodes(decode, gradients):
     executorch = pytest.importorskip("transformers.integrations.executorch")
-    model = patch(build(num_hidden_layers=2), **SPARSE, decode=decode)
+    model = patch(build(num_hidden_layers=1), **SPARSE, decode=decode)
     cache = {"batch_size": 1, "max_cache_len": 64, "device": "cpu"}
     model.generation_config = GenerationConfig(use_cache=True, cache_implementation="static", max_length=64, cache_config=cache)
     with torch.set_grad_enabled(gradients):
@@ -67,7 +67,7 @@ def test_the_module_that_transformers_exports_decodes(decode, gradients):
 @torch.no_grad()
 def test_the_specification_exports_as_plain_pytorch():
     """Which is what a format without custom operators needs."""
-    model = set_attention(patch(build(num_hidden_layers=2), **SPARSE), "moba_naive")
+    model = set_attention(patch(build(num_hidden_layers=1), **SPARSE), "moba_naive")
     model.config.use_cache = False
     program = torch.export.export(model, (tokens(),), strict=False)
     own = {str(node.target) for node in program.graph.nodes if str(node.target).startswith("moba_flex")}
@@ -79,7 +79,7 @@ def test_the_specification_exports_as_plain_pytorch():
 @pytest.mark.parametrize("attention", ["moba", "moba_naive"])
 def test_onnx_is_refused_in_a_sentence_and_full_attention_is_not(monkeypatch, attention, strict):
     monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: True)  # as it is within torch.onnx.export, which needs packages of its own
-    model = set_attention(patch(build(num_hidden_layers=2), **SPARSE), attention)
+    model = set_attention(patch(build(num_hidden_layers=1), **SPARSE), attention)
     model.config.use_cache = False
     with pytest.raises(Exception, match=r'cannot be exported to ONNX.*set_attention\(model, "full"\)'):
         torch.export.export(model, (tokens(),), strict=strict)

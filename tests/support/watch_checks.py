@@ -33,19 +33,21 @@ def all_live_and_end() -> list[str]:
 
 
 def one_is_late() -> str:
-    """Others wait for it in an exchange until that gives up."""
+    """Others wait for it in an exchange until that gives up, and it for their word that it has."""
     impatient = dist.new_group(timeout=timedelta(seconds=1))
     watch = watch_processes(silent=2.0, late=0.5)
     watch.at("step 7")
     said = ""
     if dist.get_rank() == 1:
-        time.sleep(4)
+        for other in (0, 2):
+            dist.recv(torch.empty(1), other)
     else:
         watch.at("step 8")
         try:
             collectives.gathered(torch.ones(1), impatient)
         except RuntimeError as error:
             said = str(error)
+        dist.send(torch.ones(1), 1)
     watch.end()
     return said
 
