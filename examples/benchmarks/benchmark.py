@@ -208,7 +208,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_block_flags(block_size="the preset's", top_k="the preset's")
     flag("--lengths", type=count, nargs="+", metavar="N", help=f"tokens {of_preset}")
     flag("--dtype", choices=["float32", "bfloat16", "float16"], help=f"of the tensors {of_preset}")
-    models = f"with --model of {', '.join(ModelPrefill.SYSTEMS)}, with --train of {', '.join(ModelTraining.SYSTEMS)}"
+    models = f"with --model of {', '.join(ModelPrefill.SYSTEMS)}, with --train of {', '.join(ModelTraining.SYSTEMS + ModelTraining.MORE)}"
     names = f"of {', '.join(SYSTEMS)}; {models} (default: all that the device has)"
     flag("--systems", nargs="+", metavar="NAME", help=names)
     flag("--forward-only", action="store_true", default=None, help=f"no backward pass {of_preset}")
@@ -244,7 +244,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args.one_group, args.forward_only = bool(args.one_group), bool(args.forward_only)
     if args.corners and (wrong := [n for n in ("systems", "one_group") if getattr(args, n)]):
         parser.error(f"argument --{wrong[0].replace('_', '-')}: does not go with --preset corners, which compares batches")
-    known = workload.SYSTEMS if workload else SYSTEMS
+    known = workload.SYSTEMS + workload.MORE if workload else SYSTEMS
     if unknown := [name for name in args.systems or () if name not in known]:
         parser.error(f"argument --systems: no system {unknown[0]!r}; there are {', '.join(known)}")
     if workload is None and args.heads % args.key_heads:

@@ -6,12 +6,12 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+from transformers import AttentionInterface, AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 import moba_flex
 
 from .measure import Call
-from .results import OURS, PACKED, TRAINING
+from .results import LEFT_OUT, OURS, PACKED, TRAINING, TRITON
 
 SEQUENCES = 8  # of a packed row
 
@@ -59,6 +59,7 @@ class _OfModel:
 
     WORKLOAD: ClassVar[str]
     SYSTEMS: ClassVar[tuple[str, ...]]
+    MORE: ClassVar[tuple[str, ...]] = ()  # measured where they are named
     passes: ClassVar[tuple[str, ...]]
     scale = 1
 
@@ -109,11 +110,13 @@ class ModelPrefill(_OfModel):
 class ModelTraining(_OfModel):
     """A training step of one row of random tokens: AdamW, each layer's activations computed again in the backward pass.
 
-    The loss is a sum of squares of the last hidden states. One over the vocabulary costs the same with every attention.
+    The loss is a sum of squares of the last hidden states. One over the vocabulary costs the same with every attention. "no-attention" is
+    the step with attention left out: no attention can be faster than that.
     """
 
     WORKLOAD = TRAINING
     SYSTEMS = (OURS, PACKED, "sdpa")
+    MORE = (TRITON, LEFT_OUT)
     passes = ("training step",)
 
     def __init__(self, *arguments: Any) -> None:
@@ -127,6 +130,15 @@ class ModelTraining(_OfModel):
             f"{self.name} in shape, a training step with activation checkpointing and AdamW, without the loss over the vocabulary, "
             f"block {self.blocks['block_size']}, top-{self.blocks['top_k']}, {self.dtype}"
         )
+
+    def use(self, system: str) -> None:
+        moba_flex.unpatch(self.model)
+        if system == LEFT_OUT:
+            self.model.set_attn_implementation(LEFT_OUT)
+            return
+        self.model.set_attn_implementation("sdpa")
+        moba_flex.patch(self.model, **self.blocks, implementation="triton" if system == TRITON else "auto")
+        super().use(system)
 
     def call(self, system: str, pass_: str, tokens: int, sample: int) -> Call:
         prompt = self.prompt(tokens, sample)
@@ -142,6 +154,14 @@ class ModelTraining(_OfModel):
             self.optimizer.step()
 
         return step
+
+
+def _left_out(module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
+    """In place of attention. It uses all three, so that their projections have gradients."""
+    return (query + (key + value).repeat_interleave(query.shape[1] // key.shape[1], 1)).transpose(1, 2), None
+
+
+AttentionInterface.register(LEFT_OUT, _left_out)
 
 
 def build(name: str, dtype: torch.dtype, device: torch.device, positions: int = 1 << 20) -> PreTrainedModel:

@@ -19,12 +19,14 @@ from pathlib import Path
 from shared.command_line import UserError
 
 OURS = "moba_flex"
+TRITON = "moba_flex-triton"
 PACKED = "moba_flex-packed"
+LEFT_OUT = "no-attention"
 TRAINING = "training"  # a workload whose results are shown in tokens a second
 FULL, TOO_LONG, TIME_UP = "out of memory", "too long", "time is up"
 AGAIN = TOO_LONG, TIME_UP  # another limit may let them be measured
 IN_WORDS = {  # what a picture calls a system
-    "moba_flex-triton": 'moba_flex, implementation="triton"',
+    TRITON: 'moba_flex, implementation="triton"',
     PACKED: "moba_flex, eight packed sequences",
     "moba_flex-flash": "moba_flex, FlashAttention-4",
     "dense-cudnn": "dense, cuDNN",
@@ -34,6 +36,7 @@ IN_WORDS = {  # what a picture calls a system
     "flash-moba": "FlashMoBA",
     "moonshot-moba": "MoonshotAI/MoBA",
     "sdpa": "full attention (sdpa)",
+    LEFT_OUT: "attention left out",
 }
 
 
