@@ -749,6 +749,15 @@ def test_the_operator_passes_opcheck_on_transposed_views_and_packed_sequences():
     torch.library.opcheck(attention, _operator_arguments(case, views, bounds))
 
 
+def test_results_of_one_head_are_aligned_where_queries_begin_within_a_block():
+    """torch.compile takes them for that, and on a GPU its kernels, or an assertion of theirs, fail where they are not."""
+    case = Case(1, 1, 1, 3, 21, 7, 5, block_size=16)
+    given_ = _operator_arguments(case, operands(case))
+    out, lse, _ = attention(*given_)
+    grads = torch.autograd.grad(out.sum() + lse.sum(), given_[:3])
+    assert [x.storage_offset() for x in (out, lse, *grads)] == [0] * 5
+
+
 @pytest.mark.parametrize("lengths", [(4, 0, 7), (1, 1, 1), (19, 1, 0)], ids=str)
 def test_the_operator_passes_opcheck_where_packed_sequences_have_more_keys(lengths: tuple[int, ...]):
     packed = Packed(lengths, Case(1, 4, 2, sum(lengths), 50, 3, 5, block_size=3), (20, 10, 20))

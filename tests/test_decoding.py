@@ -148,6 +148,17 @@ def test_the_operator_passes_opcheck():
     torch.library.opcheck(decode_operator, (*given_, *settings.to_arguments()))
 
 
+@pytest.mark.parametrize("share_selection", [True, False])
+def test_torch_compile_is_told_how_outputs_of_one_key_head_lie(share_selection: bool):
+    """Heads that read together are together for each token while they are worked on."""
+    case = Case(1, 4, 1, 3, 21, 3, 5, block_size=4, top_k=3, share_selection=share_selection)
+    tensors = operands(case)
+    given_ = tensors["query"], tensors["key"], tensors["value"], means_before(case, tensors["key"], 3), None, None
+    settings = AttentionSettings(4, 3, share_selection=share_selection, scale=0.5)
+    torch.library.opcheck(decode_operator, (*given_, *settings.to_arguments()))
+    assert all(x.is_contiguous() for x in decode_operator(*given_, *settings.to_arguments()))
+
+
 def test_a_cache_may_lie_in_memory_in_any_way():
     case = Case(2, 4, 2, 3, 50, 8, 6, block_size=4, top_k=3)
     tensors = operands(case)

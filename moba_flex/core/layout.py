@@ -212,7 +212,10 @@ class BlockLayout:
 
     def _collect(self, x: Tensor, dim: int, lead: int, n_tokens: int) -> Tensor:
         """Slots of full blocks, dimension `dim`, to tokens in order."""
-        return x.narrow(dim, lead, n_tokens).contiguous()
+        if n_tokens == x.shape[dim]:
+            return x.contiguous()
+        # A copy even of what lies together, one head of one row: torch.compile takes it for aligned as new memory is.
+        return x.narrow(dim, lead, n_tokens).clone(memory_format=torch.contiguous_format)
 
 
 def _tokens_of_slots(first: Tensor, start: Tensor, stop: Tensor, width: int) -> Tensor:

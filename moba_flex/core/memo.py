@@ -4,8 +4,9 @@ Padding and packed sequences come as a tensor on the GPU. To check its values th
 follows from them is dozens of small launches. But all layers of a model, and their backward passes, are given the same tensor.
 
 What is kept lives as long as the tensor, and until PyTorch's version counter tells of a write: what autograd relies on too. The counter
-does not see a kernel of the user's own write, nor code that torch.compile made, which gives one tensor several contents. So only those
-are remembered that come from outside of compiled graphs, where code of that kind writes no tensor that it has handed out.
+does not see what a kernel of the user's own writes or an exchange between processes (`dist.broadcast`), nor code that torch.compile made,
+which gives one tensor several contents. So only those are remembered that come from outside of compiled graphs, where code of that kind
+writes no tensor that it has handed out.
 """
 
 from __future__ import annotations

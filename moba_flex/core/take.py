@@ -73,7 +73,7 @@ if triton is not None:
     ):  # fmt: skip
         # One program: M places of one head.
         head, part = (tl.program_id(0) // PARTS).to(tl.int64), tl.program_id(0) % PARTS
-        i, d = part * M + tl.arange(0, M), tl.arange(0, DP)[None, :]
+        i, d = part * M + tl.arange(0, M), tl.arange(0, DP)[None, :].to(tl.int64)  # strides of a width can be large too
         at = tl.load(INDEX + head // H * N + i, mask=i < N, other=-1)
         token = (head // H) * stride_b + (head % H) * stride_h + at * stride_n
         x = tl.load(X + token[:, None] + d * stride_d, mask=(at >= 0)[:, None] & (d < D), other=fill)

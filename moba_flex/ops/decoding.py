@@ -116,8 +116,9 @@ def attend_to_blocks(
     at_once = max(1, _ELEMENTS_AT_ONCE // (blocks.shape[-1] * settings.block_size * stored.width))
     parts = zip(*(x.split(at_once) for x in (together.flatten(0, 3), blocks.flatten(0, 3), row, group, token[row, last])))
     out, lse = zip(*(_attend(q, stored, chosen, b, g, start[b], t, settings) for q, chosen, b, g, t in parts))
-    whole = torch.cat(out).view(*shape[:-1], -1).movedim(4, 3).flatten(1, 3)
-    return whole, torch.cat(lse).view(shape[:-1]).movedim(4, 3).flatten(1, 3)
+    # Of one key head it is a view as yet, and lies as its heads read.
+    whole, total = (torch.cat(x).view(*shape[:-1], *x[0].shape[2:]).movedim(4, 3).flatten(1, 3).contiguous() for x in (out, lse))
+    return whole, total
 
 
 def _attend(

@@ -38,3 +38,13 @@ def test_tokens_are_taken_as_by_pytorch(shape, dtype, tokens_first, monkeypatch)
 def test_log_sum_exps_are_filled_with_minus_infinity():
     x, index = torch.randn(2, 3, 10), torch.tensor([[4, -1, 0], [-1, -1, 9]])
     assert torch.equal(take_by_kernel(x, index, -torch.inf), take(x, index, -torch.inf))
+
+
+def test_numbers_of_a_token_may_lie_further_apart_than_32_bits_count():
+    """As in a query that was laid out width by width, of millions of tokens. Of the memory hardly a page is touched."""
+    memory = torch.empty((1 << 32) + 64, dtype=torch.int8)  # what lies before would be read if offsets began again below 0
+    x = memory.as_strided((1, 1, 4, 3), (0, 0, 1, (1 << 30) + 1), 1 << 31)
+    memory[:8] = 7
+    x.copy_(torch.arange(12).view(1, 1, 4, 3))
+    index = torch.tensor([[3, -1, 0, 2]])
+    assert take_by_kernel(x, index, -1).tolist() == [[[[9, 10, 11], [-1, -1, -1], [0, 1, 2], [6, 7, 8]]]]

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.autograd import forward_ad
+from torch.utils.flop_counter import FlopCounterMode
 
 import moba_flex
 from moba_flex.core import upstream
@@ -79,7 +80,7 @@ def version_of() -> None:
 
 def is_under_dispatch_mode() -> None:
     assert not upstream.is_under_dispatch_mode(), "it sees a dispatch mode where there is none"
-    with torch.utils.flop_counter.FlopCounterMode(display=False):
+    with FlopCounterMode(display=False):
         assert upstream.is_under_dispatch_mode(), "it does not see a dispatch mode"
 
 
