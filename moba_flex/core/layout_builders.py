@@ -120,6 +120,7 @@ def _dense_layout(rows: int, n_query: int, n_key: int, block_size: int, width: i
     n_blocks, first_block = -(-n_key // block_size), (n_key - n_query) // block_size
     own = torch.arange(first_block, n_blocks, device=device, dtype=torch.int32).repeat(rows, 1)
     block = torch.arange(n_blocks, device=device, dtype=torch.int32).repeat(rows, 1)
+    key_token = block * block_size
     return BlockLayout(
         block_size,
         width,
@@ -131,8 +132,8 @@ def _dense_layout(rows: int, n_query: int, n_key: int, block_size: int, width: i
         torch.full_like(own, n_blocks),
         *_query_range(own, n_key - n_query, n_key, block_size),
         _keys_in(block, n_key, block_size),
-        own * block_size - (n_key - n_query),
-        block * block_size,
+        key_token if n_query == n_key else own * block_size - (n_key - n_query),
+        key_token,
         lead=(n_key - n_query) - first_block * block_size,
     )
 
