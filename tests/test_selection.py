@@ -10,6 +10,7 @@ from support.cases import Case, assert_same, attend, cases, examples, generator,
 from torch.nn.attention.flex_attention import flex_attention
 
 from moba_flex import moba_attention, select_blocks
+from moba_flex.backends import eager
 from moba_flex.core.settings import AttentionSettings
 from moba_flex.ops.gate import best_blocks, first_of_equals, means_of, some_are_equal
 from moba_flex.reference import reference_selection
@@ -339,3 +340,14 @@ def test_the_first_of_equal_means_is_found(dtype: torch.dtype):
     distinct[:, :, 20:] = 0
     assert not some_are_equal(distinct, torch.arange(30).expand(2, -1) < 20), "empty blocks are no matter"
     assert torch.equal(first_of_equals(torch.full((1, 1, 3, 2), torch.nan, dtype=dtype))[0, 0], torch.arange(3)), "NaN equals nothing"
+
+
+def test_the_gate_is_given_tensors_whose_last_dimension_is_contiguous(monkeypatch):
+    """Kernels take any other strides. Whole blocks need no copy otherwise, so that they once got the caller's strides."""
+    seen, choose = [], eager.choose
+    monkeypatch.setattr(eager, "choose", lambda query, key, *rest: seen.append((query, key)) or choose(query, key, *rest))
+    for n in (48, 50):  # three whole blocks, and one more that is not
+        query, key = (torch.randn(1, heads, 8, n).mT for heads in (4, 2))
+        got = select_blocks(query, key, block_size=16, top_k=2)
+        assert torch.equal(got.indices, select_blocks(query.contiguous(), key.contiguous(), block_size=16, top_k=2).indices)
+    assert len(seen) == 4 and all(x.stride(-1) == 1 for tensors in seen for x in tensors)
