@@ -46,7 +46,10 @@ def kill_and_resume(args: argparse.Namespace) -> dict:
             killed = max(psutil.Process(job.pid).children(), key=lambda child: child.pid)  # not the first one, which has the store
             killed.kill()
             at = time.monotonic()
-            code, seconds = job.wait(SECONDS), time.monotonic() - at
+            try:
+                code, seconds = job.wait(SECONDS), time.monotonic() - at
+            except subprocess.TimeoutExpired:
+                raise UserError(f"the other processes still ran {SECONDS} seconds after one was killed") from None
         finally:
             kill_all(job)
             print(log.read_text(), flush=True)

@@ -36,7 +36,8 @@ def watch_processes(silent: float = 30.0, late: float = 240.0) -> Watch:
 
     Args:
         silent: seconds without a word from a process after which the others print one sentence that names it, and end with exit code 1,
-            wherever they are. Python must be able to run a thread within that time, so not too few.
+            wherever they are. Python must be able to run a thread within that time, so not too few. PyTorch's launcher kills the others
+            30 seconds after one has died: a program that goes on after SIGTERM wants fewer than that to have its sentence printed.
         late: seconds that a process waits at one place, see `Watch.at`, before it prints which others have not come that far. It goes on:
             PyTorch ends it when the collective's own time is up (10 minutes with NCCL, 30 with gloo, unless `init_process_group` says
             otherwise).
