@@ -110,7 +110,7 @@ def _expected(
     whole_tiles = implementation in CUDA_IMPLEMENTATIONS and draw.case.causal
     if whole_tiles not in known.wanted:
         assert known.in_block is not None
-        multiplied = visible | known.in_block if whole_tiles else visible
+        multiplied = visible | known.in_block if whole_tiles else None
         known.wanted[whole_tiles] = expected(draw.case, tensors, visible, upstream, multiplied)
     return known.wanted[whole_tiles]
 
