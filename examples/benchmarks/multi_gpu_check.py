@@ -200,13 +200,7 @@ def main(argv: list[str] | None = None, started: float | None = None) -> int:
     parser = Parser(__doc__)
     flag = parser.add_argument
     flag("--output", type=Path, required=True, metavar="FOLDER", help="for results and logs (required)")
-    flag(
-        "--minutes",
-        type=positive,
-        default=1e9,
-        metavar="X",
-        help="a part begins only if its time fits (default: no limit)",
-    )
+    flag("--minutes", type=positive, default=1e9, metavar="X", help="a part begins only if its time fits (default: no limit)")
     flag("--only", nargs="+", default=[], metavar="NAME", help="these parts (default: all)")
     flag("--list", action="store_true", help="print the parts and run none")
     flag("--dry", action="store_true", help="toy sizes on CPU processes")

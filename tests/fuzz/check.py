@@ -19,9 +19,9 @@ from moba_flex.decoding import decode
 from moba_flex.ops.decoding import means_for, write_means
 from moba_flex.reference import block_of_key, reference_selection
 
-from .choices import Wrong, check_selection
+from .choices import LARGEST, Wrong, check_selection
 from .draws import DTYPES, Draw
-from .rounding import LARGEST, UNCERTAIN, Sizes, bounds_of, compare, sizes_of
+from .rounding import UNCERTAIN, Sizes, bounds_of, compare, sizes_of
 
 _MOST_HULLS = 16  # numbers of a value whose hull is checked
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .draws import DTYPES, Draw
 
-_LARGEST = torch.finfo(torch.float32).max
+LARGEST = torch.finfo(torch.float32).max
 
 
 class Wrong(Exception):
@@ -51,7 +51,7 @@ def check_selection(draw: Draw, tensors: dict[str, Tensor], selected: Tensor, of
         raise Wrong(f"{implementation} chooses {free.sum(-1).max()} free blocks where {wanted.max()} are wanted")
     if bool((forced & ~selected).any()) or bool((selected & ~past & ~((block == own) if case.causal else past)).any()):
         raise Wrong(f"{implementation} leaves out a forced block, or reads one that is not there")
-    if bool(doubtful.any()) or not bool((rounding < _LARGEST).all()):
+    if bool(doubtful.any()) or not bool((rounding < LARGEST).all()):
         return False
     worst = torch.where(free, score + tolerance, torch.inf).amin(-1)
     best = torch.where(candidate & ~selected, score - tolerance, -torch.inf).amax(-1)

@@ -9,10 +9,9 @@ import torch
 from support.oracle import Expected
 from torch import Tensor
 
-from .choices import Wrong
+from .choices import LARGEST, Wrong
 from .draws import DTYPES, Draw
 
-LARGEST = torch.finfo(torch.float32).max
 UNCERTAIN = 0.02  # of weights: with more, values say nothing
 
 
