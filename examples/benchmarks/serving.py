@@ -6,7 +6,8 @@
 
 transformers' continuous batching serves the same model, patched and with full attention, one after the other in the same run. Weights and
 prompts are random. All requests come at once. Times are those of the last of `--rounds` rounds; the first one compiles, unless a few
-requests of half the length came before it (`--warm-up`).
+requests of half the length came before it (`--warm-up`). With `--limit`, a system whose requests take longer is stopped: what is printed is
+then more than its rate.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import torch
 import transformers
 from benchmarking.model import MODELS, build
 from shared.command_line import Parser, UserError, config_of_flags, exit_code
-from shared.flag_types import count, count_from_0
+from shared.flag_types import count, count_from_0, positive
 from shared.saved_results import check_writable, write
 from shared.startup import run_script
 from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
@@ -48,11 +49,11 @@ def serve(model: PreTrainedModel, prompts: list[list[int]], new: int, args: argp
         allow_block_sharing=False,
         auto_switch_to_flash=False,
     )
-    done = []
+    done: list = []
     with model.continuous_batching_context_manager(greedy, continuous_batching_config=batching) as manager:
         began = time.perf_counter()
         manager.add_requests(prompts, max_new_tokens=new, record_timestamps=True)
-        while len(done) < len(prompts):
+        while len(done) < len(prompts) and (args.limit is None or time.perf_counter() - began < args.limit):
             output = manager.get_result(timeout=1)
             if output is not None:
                 done.append(output)
@@ -63,8 +64,10 @@ def serve(model: PreTrainedModel, prompts: list[list[int]], new: int, args: argp
         raise RuntimeError(f"a request failed: {failed[0]}")
     first = [output.timestamps[0] - output.created_time for output in done]
     each = [later - earlier for output in done for earlier, later in pairwise(output.timestamps)]
+    finished = {"finished": len(done)} if len(done) < len(prompts) else {}
     return {
-        "requests_per_minute": 60 * len(done) / seconds,
+        "requests_per_minute": 60 * len(prompts) / seconds,  # a bound, if some did not finish
+        **finished,
         "first_token_median": quantile(first, 0.5),
         "first_token_p95": quantile(first, 0.95),
         "per_token_median": quantile(each, 0.5),
@@ -96,7 +99,7 @@ def run(args: argparse.Namespace) -> None:
                 results[system] = found
                 save(runs, device, args)
                 said = f"{tokens:,} tokens, round {i + 1} of {rounds}, {system}"
-                print(f"{said}: {found['requests_per_minute']:.1f} requests per minute", flush=True)
+                print(f"{said}: {rate(found)} requests per minute", flush=True)
         print_table(runs[-1])
 
 
@@ -112,9 +115,19 @@ def random_prompts(model: PreTrainedModel, requests: int, tokens: int, seed: int
     return torch.randint(model.config.vocab_size, (requests, tokens)).tolist()
 
 
-def ratio(results: Results) -> float:
+def rate(found: dict[str, float]) -> str:
+    """Requests per minute, or a bound and how many were finished."""
+    number = f"{found['requests_per_minute']:.1f}"
+    return f"less than {number} ({found['finished']} finished)" if "finished" in found else number
+
+
+def ratio(results: Results) -> str:
     """Requests per minute of the patched model over those of the same model with full attention."""
-    return results["moba_flex"]["requests_per_minute"] / results["sdpa"]["requests_per_minute"]
+    moba, full = results["moba_flex"], results["sdpa"]
+    number = f"{moba['requests_per_minute'] / full['requests_per_minute']:.2f}"
+    if "finished" in moba:
+        return "unknown" if "finished" in full else f"less than {number}"
+    return f"more than {number}" if "finished" in full else number
 
 
 def save(runs: list[dict], device: torch.device, args: argparse.Namespace) -> None:
@@ -134,8 +147,10 @@ def print_table(run: dict) -> None:
     for system, found in run["rounds"][-1].items():
         first = f"{found['first_token_median']:.3f} / {found['first_token_p95']:.3f}"
         each = f"{1000 * found['per_token_median']:.1f} / {1000 * found['per_token_p95']:.1f}"
-        print(f"| {system} | {found['requests_per_minute']:.1f} | {first} | {each} |")
-    ratios = ", ".join(f"{ratio(results):.2f}" for results in run["rounds"])
+        if "finished" in found:  # those that waited longest are not among them
+            first = each = "–"
+        print(f"| {system} | {rate(found)} | {first} | {each} |")
+    ratios = ", ".join(ratio(results) for results in run["rounds"])
     print(f"\nrequests per minute, moba_flex over sdpa, round by round: {ratios}\n", flush=True)
 
 
@@ -148,6 +163,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     flag("--new", type=count, default=128, metavar="N", help="tokens that each request gets")
     flag("--rounds", type=count, nargs="+", default=[2], metavar="N", help="how often that is done, each time with other prompts")
     flag("--warm-up", type=count_from_0, default=0, metavar="N", help="requests of half the length that come before the first round")
+    flag("--limit", type=positive, metavar="SECONDS", help="for one system's requests (default: none)")
     parser.add_block_flags(block_size=128, top_k=8, sink_blocks=1)
     flag("--decode", choices=["full", "sparse"], default="sparse", help="what generated tokens read: all keys, or their top_k blocks")
     flag("--page-size", type=count, default=256, metavar="N", help="tokens per page of the cache")

@@ -11,7 +11,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from ..core.autocast import without_autocast
@@ -113,11 +112,10 @@ def _sparse(call: LayerCall, keys: PagedKeys, part: Part) -> Tensor:
     """`[1, Tp, H, Dv]`: MoBA of the last tokens of each request."""
     query, key, value = autocast(call.query, *_read(call, keys, part))
     operation = operation_of(call, query, key, value, True)
-    cu_seqlens, settings = part.cu_seqlens(part.n_query), operation.settings
-    if not part.is_new:
-        cu_seqlens = torch.stack((cu_seqlens, part.cu_seqlens(part.n_key)))
-        if settings.implementation == "triton":  # which is for as many keys as queries
-            settings = replace(settings, implementation="flex")
+    settings = operation.settings
+    cu_seqlens = part.cu_seqlens(part.n_query) if part.is_new else part.cu_seqlens_of_both()
+    if not part.is_new and settings.implementation == "triton":  # which is for as many keys as queries
+        settings = replace(settings, implementation="flex")
     with without_autocast(query):
         out, _ = attend(query, key, value, settings, cu_seqlens=cu_seqlens, longest=max(part.n_key), sinks=operation.sinks)
     return out.transpose(1, 2).contiguous()

@@ -85,6 +85,10 @@ class Part:
         """`[R + 1]` int32: where the sequences of these lengths begin and end."""
         return self._once(tuple(lengths), lambda: torch.tensor(_bounds(lengths), dtype=torch.int32))
 
+    def cu_seqlens_of_both(self) -> Tensor:
+        """`[2, R + 1]` int32: where each request's queries begin and end, and its keys. One tensor for all layers, which share its layout."""
+        return self._once("both", lambda: torch.tensor([_bounds(self.n_query), _bounds(self.n_key)], dtype=torch.int32))
+
     def mask(self, n_key: list[int], window: int, dtype: torch.dtype) -> Tensor:
         """`[1, 1, Tp, Tk]`: what "sdpa" and "eager" add to the scores, as transformers makes it."""
 
@@ -98,7 +102,8 @@ class Part:
 
     def _once(self, name: object, make: Callable[[], Tensor]) -> Tensor:
         if name not in self._made:
-            self._made[name] = make().to(self._batch.device)
+            with torch.inference_mode(False):  # whose tensors have no version, by which layouts are kept
+                self._made[name] = make().to(self._batch.device)
         return self._made[name]
 
 

@@ -51,6 +51,23 @@ def test_the_warm_up_is_shorter_and_counts_nowhere(tmp_path, monkeypatch, capsys
     assert len(found["runs"]) == 1 and len(found["runs"][0]["rounds"]) == 1 and capsys.readouterr().out.count("round 1 of 1") == 2
 
 
+def test_a_system_that_takes_too_long_is_stopped_and_its_rate_is_a_bound(tmp_path, monkeypatch, capsys):
+    clock, real = iter(range(0, 10**9, 5)), serving.serve
+    monkeypatch.setattr(serving.time, "perf_counter", lambda: 5.0 * next(clock))  # each look at the clock takes five seconds
+
+    def hasty(model, prompts, new, args):
+        return real(model, prompts, new, Namespace(**{**vars(args), "limit": 60 if model.config._attn_implementation == "sdpa" else None}))
+
+    monkeypatch.setattr(serving, "serve", hasty)
+    found = serve(tmp_path / "served.json", "--tokens", "60", "--requests", "40", "--new", "20", "--rounds", "1")
+    (results,) = found["runs"][0]["rounds"]
+    assert "finished" not in results["moba_flex"] and results["sdpa"]["finished"] < 40
+    ratio = results["moba_flex"]["requests_per_minute"] / results["sdpa"]["requests_per_minute"]
+    said = capsys.readouterr().out
+    assert f"less than {results['sdpa']['requests_per_minute']:.1f} ({results['sdpa']['finished']} finished) | – | – |" in said
+    assert f"round by round: more than {ratio:.2f}\n" in said
+
+
 def test_what_was_measured_before_a_failure_is_in_the_file(tmp_path, monkeypatch):
     file, real = tmp_path / "served.json", serving.serve
 

@@ -14,7 +14,7 @@ from transformers import AttentionInterface, ContinuousBatchingConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from moba_flex import full_attention, patch, set_attention, unpatch
-from moba_flex.models import paged_cache, upstream
+from moba_flex.models import paged_attention, paged_cache, upstream
 from moba_flex.ops.pages import Pages
 
 pytestmark = pytest.mark.skipif(not upstream.BATCHES_CONTINUOUSLY, reason="this version of transformers hands MoBA too little")
@@ -79,6 +79,25 @@ def test_it_does_not_matter_how_prompts_are_cut_into_chunks(decode, most):
     serving = Serving(model, max_batch_tokens=most)
     wanted = {serving.add(prompt): prompt for prompt in prompts(34, 70)}
     check(model, serving, wanted)
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_all_layers_of_a_pass_share_the_tensor_whose_layout_is_kept(inference, monkeypatch):
+    given, real = [], paged_attention.attend
+
+    def noted(*args, cu_seqlens, **kwargs):
+        given.append(cu_seqlens)  # which lives on, so that no other one has its id
+        return real(*args, cu_seqlens=cu_seqlens, **kwargs)
+
+    monkeypatch.setattr(paged_attention, "attend", noted)
+    with torch.inference_mode(inference):
+        model = small("full", layers=3)
+        serving = Serving(model, max_batch_tokens=40)
+        serving.add(prompts(100)[0])
+        serving.finish()
+    assert [x.dim() for x in given[:6]] == [1] * 3 + [2] * 3  # first no keys but those of the queries, then more
+    assert len({id(x) for x in given[:3]}) == len({id(x) for x in given[3:6]}) == 1
+    assert not any(x.is_inference() for x in given)  # they have no version to be remembered by
 
 
 @each_decode
