@@ -16,6 +16,7 @@ B rows, H query heads, G key heads, N tokens, Q query blocks, C key blocks, P sl
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import product
 
 import torch
@@ -28,7 +29,7 @@ from .core.dtypes import wide
 from .core.layout import BlockLayout
 from .core.settings import AttentionSettings
 from .core.side_by_side import side_by_side
-from .core.strides import empty_with_strides_of, keep_strides
+from .core.strides import empty_with_strides_of, keep_strides, readable, with_strides_of
 from .ops.routing import Routes
 from .ops.rows import write
 
@@ -42,7 +43,7 @@ def forward(query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, sett
     backend = backend_of(settings)
     plan, in_place, places = planned(query, key, value, layout, settings, backend, False)
     q = placed_queries(query, layout, backend, in_place)
-    k, v = (placed_keys(x, layout, in_place) for x in (key, value))
+    k, v = (placed_keys(x, layout, backend, in_place) for x in (key, value))
 
     chosen = gate(q, k, places, settings, backend)
     out = empty_with_strides_of(q, q.shape[2], v.shape[-1])
@@ -82,14 +83,15 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value. Rows are routed again, chunk by chunk, and come back by gathering too."""
     backend = backend_of(settings)
-    grad = keep_strides(grad) if backend.READS_STRIDES else grad.contiguous()
-    delta = backend.delta(out, grad, grad_lse)
+    delta = backend.delta(out, readable(grad), grad_lse)
     plan, in_place, places = planned(query, key, value, layout, settings, backend, True)
     q, grad = (placed_queries(x, layout, backend, in_place) for x in (query, grad))
-    k, v = (placed_keys(x, layout, in_place) for x in (key, value))
+    k, v = (placed_keys(x, layout, backend, in_place) for x in (key, value))
     lse, delta = (x.contiguous() if in_place else layout.query_slots(x).contiguous() for x in (lse, delta))
-    new = torch.Tensor.new_empty if layout.covers or not in_place else torch.Tensor.new_zeros
-    grad_q, grad_k, grad_v = (new(x, x.shape) for x in (q, k, v))
+    grad_q, grad_k, grad_v = (empty_with_strides_of(x, *x.shape[2:]) for x in (q, k, v))
+    if in_place and not layout.covers:
+        for x in (grad_q, grad_k, grad_v):
+            x.zero_()
 
     def differentiate(piece: Piece) -> tuple[Tensor, Tensor]:
         rows, groups, heads, blocks = piece[:4]
@@ -117,20 +119,26 @@ def backward(
             total += x
         if piece.is_last:
             write(totals, sums)
-    if in_place:
-        return grad_q, grad_k, grad_v
-    return layout.query_tokens(grad_q), layout.key_tokens(grad_k), layout.key_tokens(grad_v)
+    grads = (grad_q, grad_k, grad_v) if in_place else (layout.query_tokens(grad_q), layout.key_tokens(grad_k), layout.key_tokens(grad_v))
+    if not backend.READS_STRIDES:
+        return grads
+    of_query, of_key, of_value = (with_strides_of(x, like) for x, like in zip(grads, (query, key, value)))
+    return of_query, of_key, of_value
 
 
 def placed_queries(x: Tensor, layout: BlockLayout, backend: Backend, in_place: bool) -> Tensor:
     """`[B, H, Nq, D]` as it is, or in slots `[B, H, Q * P, D]`; not copied where the backend can read it as it is."""
-    x = x if in_place else layout.query_slots(x, keep_strides=backend.READS_STRIDES)
-    return keep_strides(x) if backend.READS_STRIDES else x.contiguous()
+    return readable(x) if in_place else _slots_read(layout.query_slots, x, backend)
 
 
-def placed_keys(x: Tensor, layout: BlockLayout, in_place: bool) -> Tensor:
+def placed_keys(x: Tensor, layout: BlockLayout, backend: Backend, in_place: bool) -> Tensor:
     """`[B, G, Nk, D]` as it is, or in slots `[B, G, C * P, D]`."""
-    return keep_strides(x) if in_place else layout.key_slots(x).contiguous()
+    return readable(x) if in_place else _slots_read(layout.key_slots, x, backend)
+
+
+def _slots_read(slots: Callable[[Tensor, bool], Tensor], x: Tensor, backend: Backend) -> Tensor:
+    x = slots(x, backend.READS_STRIDES)
+    return keep_strides(x) if backend.READS_STRIDES else x.contiguous()
 
 
 def gate(query: Tensor, key: Tensor, layout: BlockLayout, settings: AttentionSettings, backend: Backend) -> Tensor:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .core import validation
 from .core.autocast import without_autocast
+from .core.memo import memo_of_both
 from .functional import moba_attention, moba_attention_varlen
 
 
@@ -121,12 +122,19 @@ def flash_moba_varlen_func(
     validation.check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, q, q.shape[0])
     validation.check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, k, k.shape[0])
     validation.check_same_count("cu_seqlens_q", cu_seqlens_q, "cu_seqlens_k", cu_seqlens_k)
-    if cu_seqlens_q is cu_seqlens_k or torch.equal(cu_seqlens_q, cu_seqlens_k):
+
+    def compared() -> tuple[bool, bool]:
+        return torch.equal(cu_seqlens_q, cu_seqlens_k), bool((cu_seqlens_q.diff() > cu_seqlens_k.diff()).any())
+
+    as_many, fewer_keys = (True, False)
+    if cu_seqlens_q is not cu_seqlens_k:
+        as_many, fewer_keys = memo_of_both(cu_seqlens_q, cu_seqlens_k, "compared", compared)
+    if as_many:
         return _out(moba_attention_varlen(q, k, v, cu_seqlens_q, **blocks))
-    more = (cu_seqlens_q.diff() - cu_seqlens_k.diff()).clamp(min=0)  # queries than keys
-    if not more.any():
+    if not fewer_keys:
         return _out(moba_attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, **blocks))
     if causal:
+        more = (cu_seqlens_q.diff() - cu_seqlens_k.diff()).clamp(min=0)  # queries than keys
         return _without_blind_queries(q, k, v, cu_seqlens_q, cu_seqlens_k, more, **blocks)
     parts = [_one_sequence(*qkv, **blocks) for qkv in _sequences(q, cu_seqlens_q, k, v, cu_seqlens_k)]
     return torch.cat(parts)

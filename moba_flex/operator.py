@@ -100,7 +100,23 @@ def attention_backward(
 
 
 @attention_backward.register_fake
-def _(grad: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _(
+    grad: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    chosen: Tensor,
+    padding_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    *arguments: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    settings = AttentionSettings.from_arguments(*arguments)
+    if backend_of(settings).READS_STRIDES:
+        dq, dk, dv = (empty_with_strides_of(x, *x.shape[2:]) for x in (query, key, value))
+        return dq, dk, dv
     return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
 
 

@@ -128,7 +128,7 @@ def select_blocks(
     with without_autocast(query), torch.no_grad(), torch.cuda.device_of(query):  # which the operation does too
         layout = layout_of(query, key, padding_mask, None, block_size, backend)
         if query.numel():
-            placed = placed_queries(query, layout, backend, False), placed_keys(key, layout, False)
+            placed = placed_queries(query, layout, backend, False), placed_keys(key, layout, backend, False)
             chosen = gate(*placed, layout.in_slots(), settings, backend)
             indices = layout.query_tokens(chosen, fill=-1)
         else:

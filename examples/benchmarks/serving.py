@@ -148,7 +148,7 @@ def print_table(run: dict) -> None:
         first = f"{found['first_token_median']:.3f} / {found['first_token_p95']:.3f}"
         each = f"{1000 * found['per_token_median']:.1f} / {1000 * found['per_token_p95']:.1f}"
         if "finished" in found:  # those that waited longest are not among them
-            first = each = "–"
+            first = each = "-"
         print(f"| {system} | {rate(found)} | {first} | {each} |")
     ratios = ", ".join(ratio(results) for results in run["rounds"])
     print(f"\nrequests per minute, moba_flex over sdpa, round by round: {ratios}\n", flush=True)

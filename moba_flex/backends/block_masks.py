@@ -73,27 +73,33 @@ def _tiles_rule(width: int, tile: int) -> Callable[..., Tensor]:
     return rule
 
 
-def local_mask(layout: BlockLayout, heads: int, groups: int) -> Mask:
+def local_mask(layout: BlockLayout, heads: int, groups: int, in_line: bool = False) -> Mask:
     """Causal attention within blocks: queries `[B * G, H / G, Q * P, D]`, keys `[B * G, 1, C * P, D]`.
 
-    A tile of queries meets the same tile of its own block in part, and the earlier tiles of it in full.
+    A tile of queries meets the same tile of its own block in part, and the earlier tiles of it in full. With `in_line` the rows are one
+    behind the other, `[G, H / G, B * Q * P, D]` and `[G, 1, B * C * P, D]`; not where queries lie in tiles, which are of one row.
     """
-    return layout.cached(("local mask", heads, groups), lambda: _local_mask(layout, heads, groups))
+    return layout.cached(("local mask", heads, groups, in_line), lambda: _local_mask(layout, heads, groups, in_line))
 
 
-def _local_mask(layout: BlockLayout, heads: int, groups: int) -> Mask:
+def _local_mask(layout: BlockLayout, heads: int, groups: int, in_line: bool) -> Mask:
     if layout.offset is not None:
         return _local_mask_of_tiles(layout, layout.offset, heads, groups)
-    own = layout.own.repeat_interleave(groups, 0)
-    tile = query_tile(layout.width)
-    per, n_query_blocks = layout.width // tile, layout.n_query_blocks
+    own, tile = layout.own, query_tile(layout.width)
+    per, (rows, n_query_blocks) = layout.width // tile, own.shape
+    # Backward: the queries whose own block a block of keys is, if there are any.
+    query_block = torch.arange(layout.n_key_blocks, device=own.device, dtype=torch.int32) - own[:, :1]
+    met = ((query_block >= 0) & (query_block < n_query_blocks)).int()
+    query_block = query_block.clamp(0, n_query_blocks - 1)
+    if in_line:
+        row = torch.arange(rows, device=own.device, dtype=torch.int32)[:, None]
+        own, query_block = own + row * layout.n_key_blocks, query_block + row * n_query_blocks
+        own, query_block, met, n_query_blocks = own.view(1, -1), query_block.view(1, -1), met.view(1, -1), rows * n_query_blocks
+    own, query_block, met = (x.repeat_interleave(groups, 0) for x in (own, query_block, met))
     step = torch.arange(per, device=own.device, dtype=torch.int32)
     start = (own * per)[..., None].expand(-1, -1, per)
-
-    # Backward: a tile of keys is met in part by the same tile of its query block, and in full by the later ones.
-    query_block = torch.arange(layout.n_key_blocks, device=own.device, dtype=torch.int32) - own[:, :1]
-    met = ((query_block >= 0) & (query_block < n_query_blocks))[..., None].int()
-    same = query_block.clamp(0, n_query_blocks - 1)[..., None] * per + step
+    # A tile of keys is met in part by the same tile of its query block, and in full by the later ones.
+    same, met = query_block[..., None] * per + step, met[..., None]
     later = (same + 1).clamp(max=n_query_blocks * per - 1)
 
     counts = torch.ones_like(start), step.expand_as(start), met.expand_as(same), met * (per - 1 - step)

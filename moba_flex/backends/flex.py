@@ -16,7 +16,7 @@ from ..core.dtypes import wide
 from ..core.layout import BlockLayout
 from ..core.layout import slots_per_block as slots_per_block
 from ..core.settings import AttentionSettings
-from ..core.strides import keep_strides
+from ..core.strides import readable, rows_in_line, tokens_first
 from ..ops import kernels, steps_for
 from ..ops.routing import Routes
 from ..ops.rows import over_no_keys, write
@@ -82,10 +82,16 @@ def attend(
 
 def local(query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, settings: AttentionSettings) -> tuple[Tensor, Tensor]:
     """Causal attention of each query to its own block. Returns `[B, H, Q * P, Dv]` and the log-sum-exp `[B, H, Q * P]`."""
-    mask = local_mask(layout, query.shape[1], key.shape[1])
-    operands = by_group(query, key.shape[1]), by_group(key, key.shape[1]), by_group(value, key.shape[1])
-    out, lse = flex_forward(*operands, mask, settings)
-    return out.reshape(*query.shape[:3], -1), lse.view(query.shape[:3])
+    (rows, heads, slots), groups = query.shape[:3], key.shape[1]
+    lined = [rows_in_line(x) for x in (query, key, value)] if rows > 1 and tokens_first(query) else []
+    line = [x for x in lined if x is not None]
+    in_line = len(line) == 3  # else one key head of one row is an element of the batch, which heads that are together cannot be
+    query, key, value = (by_group(x, groups) for x in (line if in_line else (query, key, value)))
+    out, lse = flex_forward(query, key, value, local_mask(layout, heads, groups, in_line), settings)
+    if not in_line:
+        return out.reshape(rows, heads, slots, -1), lse.view(rows, heads, slots)
+    out, lse = out.reshape(heads, rows, slots, -1), lse.view(heads, rows, slots)
+    return out.transpose(0, 1), lse.transpose(0, 1).contiguous()
 
 
 def routed(
@@ -102,7 +108,7 @@ def routed(
 
 def delta(out: Tensor, grad: Tensor, grad_lse: Tensor | None) -> Tensor:
     """`out . grad - grad_lse`: see `moba_flex.ops.rows.delta`."""
-    return steps_for(out).delta(keep_strides(out), grad, grad_lse)
+    return steps_for(out).delta(readable(out), grad, grad_lse)
 
 
 def backward(
@@ -121,7 +127,7 @@ def backward(
     if paths.one_pass_backward_obstacle(query, value, layout.width, layout.tile is not None) is None:
         kernels.one_pass_backward(query, key, value, grad, lse, delta, routes, layout, settings, into)
         return
-    query, grad = query.contiguous(), grad.contiguous()
+    query, key, value, grad = (x.contiguous() for x in (query, key, value, grad))
     operands = query, key, value, grad, lse, delta
     if settings.causal:
         partial = local_backward(*operands, layout, settings)

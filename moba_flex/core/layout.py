@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .allocation import allocate_persistent
-from .strides import empty_with_strides_of, tokens_first
+from .strides import empty_with_strides_of, keep_strides, tokens_first
 from .take import take
 
 T = TypeVar("T")
@@ -122,11 +122,11 @@ class BlockLayout:
                     self._cache[name] = make()
         return self._cache[name]
 
-    def key_slots(self, x: Tensor) -> Tensor:
-        """`[B, G, Nk, D]` -> `[B, G, C * P, D]`, zeros where no token is."""
+    def key_slots(self, x: Tensor, keep_strides: bool = False) -> Tensor:
+        """`[B, G, Nk, D]` -> `[B, G, C * P, D]`, zeros where no token is. Strides as of `query_slots`."""
         if (moves := self.moves) is not None:
             return take(x, moves.token_of_key_slot)
-        return self._spread(x, 2, 0, self.n_key_blocks)
+        return self._spread(x, 0, self.n_key_blocks, keep_strides)
 
     def query_slots(self, x: Tensor, keep_strides: bool = False) -> Tensor:
         """`[B, H, Nq, ...]` -> `[B, H, Q * P, ...]`, zeros where no token is.
@@ -135,24 +135,20 @@ class BlockLayout:
         """
         if (moves := self.moves) is not None:
             return take(x, moves.token_of_query_slot)
-        if keep_strides and tokens_first(x):
-            return self._spread(x.transpose(1, 2), 1, self.lead, self.n_query_blocks).transpose(1, 2)
-        return self._spread(x, 2, self.lead, self.n_query_blocks)
+        return self._spread(x, self.lead, self.n_query_blocks, keep_strides)
 
     def key_tokens(self, x: Tensor) -> Tensor:
         """The inverse of `key_slots`; zeros at padding."""
         if (moves := self.moves) is not None:
             return take(x, moves.slot_of_key)
-        return self._collect(x, 2, 0, self.n_key)
+        return self._collect(x, 0, self.n_key)
 
     def query_tokens(self, x: Tensor, fill: float = 0, like: Tensor | None = None) -> Tensor:
         """The inverse of `query_slots`; `fill` at padding. A copy of what is out of order has the strides of `like`, if given."""
         if (moves := self.moves) is not None:
             into = None if like is None else empty_with_strides_of(like, self.n_query, x.shape[3])
             return take(x, moves.slot_of_query, fill, into)
-        if tokens_first(x):
-            return self._collect(x.transpose(1, 2), 1, self.lead, self.n_query).transpose(1, 2)
-        return self._collect(x, 2, self.lead, self.n_query)
+        return self._collect(x, self.lead, self.n_query)
 
     def in_slots(self) -> BlockLayout:
         """The same for copies that `key_slots` and `query_slots` made."""
@@ -204,18 +200,23 @@ class BlockLayout:
             pairs -= (min((block + 1) * self.block_size, self.n_key) - start) * (count - block)
         return pairs
 
-    def _spread(self, x: Tensor, dim: int, lead: int, n_blocks: int) -> Tensor:
-        """Tokens in order, dimension `dim`, to slots of full blocks."""
-        tail = n_blocks * self.block_size - lead - x.shape[dim]
-        flat = (0, 0) * (x.dim() - 1 - dim)
-        return F.pad(x, (*flat, lead, tail)) if lead or tail else x
+    def _spread(self, x: Tensor, lead: int, n_blocks: int, keep_strides: bool) -> Tensor:
+        """Tokens in order, dimension 2, to slots of full blocks."""
+        tail = n_blocks * self.block_size - lead - x.shape[2]
+        if not lead and not tail:
+            return x
+        if keep_strides and tokens_first(x):
+            return F.pad(x.transpose(1, 2), (*(0, 0) * (x.dim() - 2), lead, tail)).transpose(1, 2)
+        return F.pad(x, (*(0, 0) * (x.dim() - 3), lead, tail))
 
-    def _collect(self, x: Tensor, dim: int, lead: int, n_tokens: int) -> Tensor:
-        """Slots of full blocks, dimension `dim`, to tokens in order."""
-        if n_tokens == x.shape[dim]:
-            return x.contiguous()
+    def _collect(self, x: Tensor, lead: int, n_tokens: int) -> Tensor:
+        """Slots of full blocks, dimension 2, to tokens in order."""
+        if n_tokens == x.shape[2]:
+            return keep_strides(x)
         # A copy even of what lies together, one head of one row: torch.compile takes it for aligned as new memory is.
-        return x.narrow(dim, lead, n_tokens).clone(memory_format=torch.contiguous_format)
+        if tokens_first(x):
+            return x.transpose(1, 2).narrow(1, lead, n_tokens).clone(memory_format=torch.contiguous_format).transpose(1, 2)
+        return x.narrow(2, lead, n_tokens).clone(memory_format=torch.contiguous_format)
 
 
 def _tokens_of_slots(first: Tensor, start: Tensor, stop: Tensor, width: int) -> Tensor:

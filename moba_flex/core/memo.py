@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from .allocation import may_be_kept
+from .allocation import allocate_persistent, may_be_kept
 from .upstream import version_of
 
 T = TypeVar("T")
@@ -68,6 +68,16 @@ def memo(x: Tensor, name: Hashable, make: Callable[[], T]) -> T:
             entry.known.clear()
         entry.known[name] = made
     return entry.known[name]
+
+
+def memo_of_both(x: Tensor, y: Tensor, name: Hashable, make: Callable[[], T]) -> T:
+    """What `make` returns, which must follow from the values of both and `name` alone. Kept for the `y` that came last with this `x`."""
+    if torch.compiler.is_compiling() or not (is_remembered(x) and is_remembered(y)):
+        return make()
+    kept: dict[str, Any] = memo(x, name, dict)
+    if not (kept and kept["other"]() is y and kept["version"] == version_of(y)):
+        kept.update(other=weakref.ref(y), version=version_of(y), made=allocate_persistent(make, x.device))
+    return kept["made"]
 
 
 def _entry(x: Tensor) -> _Entry | None:

@@ -1,7 +1,7 @@
-"""Strides of queries: heads one after another, or together for each token, as a model's projections make them.
+"""Strides: heads one after another, or together for each token, as a model's projections make them.
 
-A tensor `[B, H, N, D]` that a projection made is a view of `[B, N, H, D]`. With one row it is not copied: kernels read and write any
-strides, and the output has the strides of its query, so that a model need not copy it to join heads again.
+A tensor `[B, H, N, D]` that a projection made is a view of `[B, N, H, D]`. It is not copied: kernels read and write any strides. Outputs
+and gradients lie as what they belong to, so that a model need not copy them to join heads again.
 
 B rows, H heads, N tokens, D width.
 """
@@ -12,8 +12,8 @@ from torch import Tensor
 
 
 def tokens_first(x: Tensor) -> bool:
-    """Whether `x [B, H, N, ...]` is one row whose heads are together for each token."""
-    return x.shape[0] == 1 and not x.is_contiguous() and x.transpose(1, 2).is_contiguous()
+    """Whether the heads of `x [B, H, N, ...]` are together for each token."""
+    return not x.is_contiguous() and x.transpose(1, 2).is_contiguous()
 
 
 def keep_strides(x: Tensor) -> Tensor:
@@ -21,8 +21,24 @@ def keep_strides(x: Tensor) -> Tensor:
     return x if tokens_first(x) else x.contiguous()
 
 
+def readable(x: Tensor) -> Tensor:
+    """`x [B, H, N, D]`, copied only if a token's numbers do not lie together: a kernel reads it with any other strides."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 def empty_with_strides_of(x: Tensor, n: int, width: int) -> Tensor:
     """`[B, H, n, width]` for the rows and heads of `x [B, H, N, D]`, with the strides of `keep_strides(x)`."""
-    if tokens_first(x):
-        return x.new_empty(1, n, x.shape[1], width).transpose(1, 2)
-    return x.new_empty(*x.shape[:2], n, width)
+    rows, heads = x.shape[:2]
+    return x.new_empty(rows, n, heads, width).transpose(1, 2) if tokens_first(x) else x.new_empty(rows, heads, n, width)
+
+
+def with_strides_of(x: Tensor, like: Tensor) -> Tensor:
+    """`x`, copied only if its strides are not those of `keep_strides(like)`, which has its shape."""
+    if tokens_first(like):
+        return x.transpose(1, 2).contiguous().transpose(1, 2)
+    return x.contiguous()
+
+
+def rows_in_line(x: Tensor) -> Tensor | None:
+    """`[1, H, B * N, D]`: the rows of `x [B, H, N, D]` one behind the other, if they lie so."""
+    return x.transpose(1, 2).flatten(0, 1).transpose(0, 1)[None] if x.stride(0) == x.shape[2] * x.stride(2) else None

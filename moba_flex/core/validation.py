@@ -227,7 +227,7 @@ def check_no_more_queries(name: str, cu_seqlens: Tensor, name_k: str, cu_seqlens
     """No sequence may have more queries than keys. A traced graph checks it when it runs."""
     must = f"{name_k} must give each sequence at least as many keys as {name} gives it queries"
     if may_read:
-        queries, keys = cu_seqlens.diff().tolist(), cu_seqlens_k.diff().tolist()
+        queries, keys = (memo(x, "bounds", lambda x=x: _bounds(x))[1] for x in (cu_seqlens, cu_seqlens_k))  # type: ignore[misc]
         i = next((i for i, (n_query, n_key) in enumerate(zip(queries, keys)) if n_query > n_key), None)
         if i is not None:
             raise ValueError(f"{must}, which are its last tokens, but sequence {i} has {queries[i]} queries and {keys[i]} keys")

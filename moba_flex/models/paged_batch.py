@@ -86,7 +86,7 @@ class Part:
         return self._once(tuple(lengths), lambda: torch.tensor(_bounds(lengths), dtype=torch.int32))
 
     def cu_seqlens_of_both(self) -> Tensor:
-        """`[2, R + 1]` int32: where each request's queries begin and end, and its keys. One tensor for all layers, which share its layout."""
+        """`[2, R + 1]` int32: where each request's queries and keys begin and end. One tensor, so that layers share its layout."""
         return self._once("both", lambda: torch.tensor([_bounds(self.n_query), _bounds(self.n_key)], dtype=torch.int32))
 
     def mask(self, n_key: list[int], window: int, dtype: torch.dtype) -> Tensor:

@@ -63,10 +63,12 @@ def weights_of_parts(lse: Tensor, dim: int) -> tuple[Tensor, Tensor]:
 
 def sum_rows(grad: Tensor, row_grad: Tensor, routes: Routes, into: Tensor) -> None:
     """`grad [B, H, N, D]` plus the gradients `row_grad [R, D]` of the rows that each query sent, written `into` the first's like."""
-    pairs, total = routes.row_of_pair.flatten(0, 2), into.flatten(0, 2)
+    whole = into if into.is_contiguous() else torch.empty_like(into, memory_format=torch.contiguous_format)
+    pairs, total = routes.row_of_pair.flatten(0, 2), whole.flatten(0, 2)
     for start in range(0, pairs.shape[0], _QUERIES_AT_ONCE):
         part = slice(start, start + _QUERIES_AT_ONCE)
         total[part] = _sum_of_rows(row_grad, pairs[part]).add_(grad.flatten(0, 2)[part])
+    write((whole,), (into,))
 
 
 def delta(out: Tensor, grad: Tensor, grad_lse: Tensor | None) -> Tensor:

@@ -182,22 +182,61 @@ def test_no_step_has_more_heads_than_one_launch_serves(case, most):
     assert seen
 
 
+@settings(max_examples=50)
+@given(cases(), st.sampled_from([(), (0,), (0, 1, 2), (0, 1, 3), (1, 2)]))
+def test_outputs_and_gradients_lie_as_what_they_belong_to(case, which):
+    """Heads together for each token, as a model's projections make them, of all or some; and torch.compile is told truly.
+
+    3: the values are part of a fused projection.
+    """
+    told = visibility(case, torch.Generator().manual_seed(case["seed"]))
+    straight = operands(case)
+    turned = [x.detach().transpose(1, 2).contiguous().transpose(1, 2) if i in which else x.detach() for i, x in enumerate(straight)]
+    if 3 in which:
+        turned[2] = torch.nn.functional.pad(turned[2].transpose(1, 2), (0, 5))[..., :-5].transpose(1, 2)
+    turned = [x.requires_grad_() for x in turned]
+
+    def both(leaves, told):
+        out, lse, _ = attention(*leaves, *told, *settings_of(case, "flex"))
+        return out, lse, *torch.autograd.grad((out.sin().sum() + torch.where(lse == -torch.inf, 0, lse).sum()), leaves)
+
+    wanted, got = both(straight, told), both(turned, told)
+    assert_same(got, wanted, case)
+    for x, like in zip((got[0], *got[2:]), (turned[0], *turned)):
+        heads_first = like.is_contiguous() or not like.transpose(1, 2).is_contiguous()
+        assert x.is_contiguous() if heads_first else x.transpose(1, 2).is_contiguous()
+    with FakeTensorMode() as mode:
+        fake = both([mode.from_tensor(x) for x in turned], [None if x is None else mode.from_tensor(x) for x in told])
+    for real, said in zip(got, fake, strict=True):
+        assert real.shape == said.shape and all(n == 1 or a == b for n, a, b in zip(real.shape, real.stride(), said.stride()))
+
+
 @settings(max_examples=25)
 @given(cases())
-def test_an_output_lies_as_its_query_does(case):
-    """Heads together for each token, as a model's projections make them; and torch.compile is told truly."""
-    case |= {"rows": 1}
-    straight, told = operands(case), visibility(case, torch.Generator().manual_seed(case["seed"]))
-    turned = [x.detach().transpose(1, 2).contiguous().transpose(1, 2) for x in straight]
-    out, lse, _ = attention(*turned, *told, *settings_of(case, "flex"))
-    wanted, wanted_lse, _ = attention(*straight, *told, *settings_of(case, "flex"))
-    assert out.transpose(1, 2).is_contiguous() and wanted.is_contiguous() and lse.is_contiguous()
-    assert_same([out, lse], [wanted, wanted_lse], case)
-    with FakeTensorMode() as mode:
-        for real, given_ in ((out, turned), (wanted, straight)):
-            fake_told = (None if x is None else mode.from_tensor(x) for x in told)
-            fake = attention(*map(mode.from_tensor, given_), *fake_told, *settings_of(case, "flex"))[0]
-            assert all(n == 1 or a == b for n, a, b in zip(real.shape, real.stride(), fake.stride(), strict=True))
+def test_rows_whose_tokens_lie_together_are_not_copied_for_the_local_call(case):
+    """They are one behind the other, and so is what they see."""
+    case |= {"padding": "none", "rows": 3, "n_query": case["n_key"], "causal": True}
+    seen, real = [], flex.flex_forward
+
+    def watched(query, key, value, mask, settings_):
+        seen.append((query, mask))
+        return real(query, key, value, mask, settings_)
+
+    layout, settings_, _ = prepared(case)
+    query, key, value = (x.detach().transpose(1, 2).contiguous().transpose(1, 2) for x in operands(case))
+    query, key, value = layout.query_slots(query, True), *(layout.key_slots(x, True) for x in (key, value))
+    wanted = flex.local(*(x.contiguous() for x in (query, key, value)), layout, settings_)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(flex, "flex_forward", watched)
+        got = flex.local(query, key, value, layout, settings_)
+    for a, b in zip(got, wanted):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    assert got[1].is_contiguous()
+    ((operand, mask),) = seen
+    if layout.moves is None and case["heads"] > 1:  # else slots are filled, heads one after another, and one head lies in either way
+        assert operand.data_ptr() == query.data_ptr() and operand.shape[0] == case["groups"] and operand.shape[2] == 3 * query.shape[2]
+        by_query, by_key = tile_maps(mask, operand.shape[2], operand.shape[2])
+        assert torch.equal(by_query, by_key)
 
 
 def tile_maps(mask, n_query: int, n_key: int):
@@ -224,16 +263,17 @@ def evaluated(mask, rows: int, n_query: int, n_key: int) -> torch.Tensor:
 
 
 @settings(max_examples=50)
-@given(cases())
-def test_the_lists_of_the_local_mask_say_what_its_rule_says(case):
+@given(cases(), st.booleans())
+def test_the_lists_of_the_local_mask_say_what_its_rule_says(case, in_line):
     layout, _, _ = prepared(case | {"causal": True, "sink_blocks": 0, "recent_blocks": 0, "top_k": max(2, case["top_k"])})
-    mask = local_mask(layout, case["heads"], case["groups"])
-    rows = layout.own.shape[0] * case["groups"]
-    n_query, n_key = layout.n_query_blocks * layout.query_width, layout.n_key_blocks * layout.width
+    in_line = in_line and layout.tile is None
+    mask = local_mask(layout, case["heads"], case["groups"], in_line)
+    line, rows = (layout.own.shape[0], case["groups"]) if in_line else (1, layout.own.shape[0] * case["groups"])
+    n_query, n_key = line * layout.n_query_blocks * layout.query_width, line * layout.n_key_blocks * layout.width
     by_query, by_key = tile_maps(mask, n_query, n_key)
     seen = evaluated(mask, rows, n_query, n_key).unflatten(1, (-1, mask.tiles[0])).unflatten(3, (-1, mask.tiles[1]))
     wanted = seen.any(4).any(2).int() + seen.all(4).all(2).int()
-    holds_queries = (layout.query_stop > layout.query_start).repeat_interleave(case["groups"], 0)
+    holds_queries = (layout.query_stop > layout.query_start).view(rows // case["groups"], -1).repeat_interleave(case["groups"], 0)
     tiles = holds_queries.repeat_interleave(layout.query_width // mask.tiles[0], 1)
     for name, lists in (("queries", by_query), ("keys", by_key)):
         listed = lists.clone()

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from moba_flex import moba_attention, moba_attention_varlen
+from moba_flex.compat import flash_moba_varlen_func
 from moba_flex.core import layout_builders, memo
 
 DEVICES = [
@@ -153,6 +154,39 @@ def test_layers_and_backward_passes_share_a_layout_and_follow_what_is_written(ki
     del told, mask, built[:]
     gc.collect()
     assert number not in memo._entries, "what is kept keeps no mask alive"
+
+
+@pytest.mark.parametrize("function", ["ours", "that of FlashMoBA"])
+def test_bounds_of_queries_and_of_keys_are_put_together_once_and_again_when_either_is_written_to(
+    function: str, device: str, built: list[Tensor]
+) -> None:
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    query, key, value = (torch.randn(n, 4, 32, device=device, dtype=dtype) for n in (40, 100, 100))
+    bounds, bounds_k = (torch.tensor(x, device=device, dtype=torch.int32) for x in ([0, 10, 40], [0, 60, 100]))
+
+    def attend(bounds: Tensor, bounds_k: Tensor) -> Tensor:
+        if function == "ours":
+            return moba_attention_varlen(query, key, value, bounds, cu_seqlens_k=bounds_k, block_size=16, top_k=2)
+        return flash_moba_varlen_func(query, key, value, bounds, bounds_k, 0, 0, moba_chunk_size=16, moba_topk=2)
+
+    def check(bounds: Tensor, bounds_k: Tensor) -> None:
+        wanted = attend(bounds.clone(), bounds_k.clone())
+        built.clear()
+        for _ in range(3):
+            assert torch.equal(attend(bounds, bounds_k), wanted)
+        assert len(built) == 1
+
+    check(bounds, bounds_k)
+    bounds[1] = 25
+    check(bounds, bounds_k)
+    bounds_k[1] = 55
+    check(bounds, bounds_k)
+    bounds_k = torch.tensor([0, 70, 100], device=device, dtype=torch.int32)  # which may have the old one's number
+    check(bounds, bounds_k)
+    number = id(bounds)
+    del bounds, built[:]
+    gc.collect()
+    assert number not in memo._entries
 
 
 def test_a_mask_is_checked_again_once_it_is_written_to(device: str) -> None:

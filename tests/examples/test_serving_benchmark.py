@@ -64,7 +64,7 @@ def test_a_system_that_takes_too_long_is_stopped_and_its_rate_is_a_bound(tmp_pat
     assert "finished" not in results["moba_flex"] and results["sdpa"]["finished"] < 40
     ratio = results["moba_flex"]["requests_per_minute"] / results["sdpa"]["requests_per_minute"]
     said = capsys.readouterr().out
-    assert f"less than {results['sdpa']['requests_per_minute']:.1f} ({results['sdpa']['finished']} finished) | – | – |" in said
+    assert f"less than {results['sdpa']['requests_per_minute']:.1f} ({results['sdpa']['finished']} finished) | - | - |" in said
     assert f"round by round: more than {ratio:.2f}\n" in said
 
 

@@ -172,8 +172,8 @@ def test_transposed_inputs_need_no_preparation():
 
 @pytest.mark.parametrize("case", [case for case in CASES if not case.padding], ids=lambda case: case.name)
 def test_an_output_lies_as_its_query_does(case):
-    """One row of heads that lie together for each token, as a model's projections make them; compiled too, with gradients."""
-    straight = [t.detach()[:1].clone() for t in case.tensors()]
+    """Heads that lie together for each token, as a model's projections make them; compiled too. And so do gradients."""
+    straight = [t.detach() for t in case.tensors()]
     turned = [t.transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for t in straight]
 
     def call(query, key, value):
@@ -185,6 +185,7 @@ def test_an_output_lies_as_its_query_does(case):
     gradients = [torch.autograd.grad(x.float().square().sum(), leaves) for x, leaves in ((out, turned), (wanted, straight))]
     for a, b in zip(*gradients):
         assert torch.equal(a, b)
+        assert a.transpose(1, 2).is_contiguous() and b.is_contiguous()
 
     with torch._dynamo.config.patch(recompile_limit=len(CASES)):  # one function to it, whatever its case
         compiled = torch.compile(lambda *x: call(*x) * 2, fullgraph=True)(*turned)  # a factor that no dtype rounds

@@ -159,10 +159,12 @@ def merge(
 
 @triton.jit
 def _sum_kernel(
-    GRAD, ROW_GRAD, PAIR, TO, N, S: tl.constexpr, UNROLLED: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr
+    GRAD, ROW_GRAD, PAIR, TO, H, N, stride_b, stride_h, stride_n,
+    S: tl.constexpr, UNROLLED: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr,
 ):  # fmt: skip
-    n, d = tl.program_id(0).to(tl.int64) * M + tl.arange(0, M), tl.arange(0, DP)
-    here, seen = n < N, d[None, :] < D
+    # One program: M queries of a head.
+    head, i, d = tl.program_id(1).to(tl.int64), tl.program_id(0).to(tl.int64) * M + tl.arange(0, M), tl.arange(0, DP)
+    n, here, seen = head * N + i, i < N, d[None, :] < D
     at = n[:, None] * D + d[None, :]
     acc = tl.load(GRAD + at, mask=here[:, None] & seen, other=0.0).to(tl.float32)
     for s in range(0, S, UNROLLED):
@@ -170,16 +172,17 @@ def _sum_kernel(
             row = tl.load(PAIR + n * S + s + u, mask=here & (s + u < S), other=-1).to(tl.int64)
             part = tl.load(ROW_GRAD + row[:, None] * D + d[None, :], mask=(row[:, None] >= 0) & seen, other=0.0)
             acc += part.to(tl.float32)
-    tl.store(TO + at, acc.to(TO.dtype.element_ty), mask=here[:, None] & seen)
+    at = _offset(head, i, H, stride_b, stride_h, stride_n)
+    tl.store(TO + at[:, None] + d[None, :], acc.to(TO.dtype.element_ty), mask=here[:, None] & seen)
 
 
 def sum_rows(grad: Tensor, row_grad: Tensor, routes: Routes, into: Tensor) -> None:
-    """`grad [B, H, N, D]` plus the gradients `row_grad [R, D]` of the rows that each query sent."""
-    count, width, tile = routes.row_of_pair.shape[-1], row_grad.shape[-1], 16
-    n_query = grad.numel() // width
-    _sum_kernel[(cdiv(n_query, tile),)](
-        grad, row_grad, routes.row_of_pair, into, n_query, count, _unrolled(count), width, next_power_of_2(width), tile, num_warps=4
-    )
+    """`grad [B, H, N, D]`, contiguous, plus the gradients `row_grad [R, D]` of the rows that each query sent. `into`: any strides."""
+    (rows, heads, n_query, width), count, tile = grad.shape, routes.row_of_pair.shape[-1], 16
+    _sum_kernel[(cdiv(n_query, tile), rows * heads)](
+        grad, row_grad, routes.row_of_pair, into, heads, n_query, *into.stride()[:3],
+        count, _unrolled(count), width, next_power_of_2(width), tile, num_warps=4,
+    )  # fmt: skip
 
 
 @triton.jit
