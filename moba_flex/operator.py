@@ -26,7 +26,7 @@ from .cuda_graphs.capture import Function
 
 def _run(function: Function, tensors: tuple[Tensor | None, ...], layout: BlockLayout, settings: AttentionSettings) -> tuple[Tensor, ...]:
     """`function(*tensors, layout, settings)`, replayed from a CUDA graph where that is faster."""
-    if paths.capture_obstacle(tensors, settings, layout.dense) is None:
+    if paths.capture_obstacle(tensors, settings) is None:
         return cache.run(function, tensors, layout, settings)
     return function(*tensors, layout, settings)
 

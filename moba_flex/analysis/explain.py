@@ -126,7 +126,7 @@ def explain(
     path = paths.path_of(query, key, value, settings, sequences=sequences, sinks=has_sinks, return_lse=return_lse)
     obstacles = {
         "dense attention": paths.dense_obstacle(query, key, value, settings, sequences, has_sinks, return_lse),
-        "CUDA graph": paths.capture_obstacle((query, key, value), settings, not sequences),
+        "CUDA graph": paths.capture_obstacle((query, key, value), settings),
     }
     if obstacles["CUDA graph"] is None and not cuda_graphs_enabled():
         obstacles["CUDA graph"] = "set_cuda_graphs(False) is in force"

@@ -122,7 +122,7 @@ def _one_kernel_obstacle(query: Tensor, value: Tensor, slots: int, last_queries:
     return None
 
 
-def capture_obstacle(tensors: tuple[Tensor | None, ...], settings: AttentionSettings, dense_layout: bool) -> str | None:
+def capture_obstacle(tensors: tuple[Tensor | None, ...], settings: AttentionSettings) -> str | None:
     """What keeps a call from a CUDA graph. `tensors` are its operands: query, key and value, or the many of a backward pass."""
     first, most = tensors[0], MAX_CAPTURED_ELEMENTS if len(tensors) <= 3 else MAX_CAPTURED_ELEMENTS // 2
     assert first is not None
@@ -130,8 +130,6 @@ def capture_obstacle(tensors: tuple[Tensor | None, ...], settings: AttentionSett
         return "it is not on a GPU"
     if first.dtype not in _HALF:
         return "it is neither in bfloat16 nor in float16"
-    if not dense_layout:  # such layouts follow from data, so that no graph can hold them
-        return "it has padding or packed sequences"
     if first.numel() == 0 or not all(x is None or x.numel() <= most for x in tensors):
         return "a tensor has more than 2**25 elements (2**24 in a backward pass), so that copying it costs more than launching kernels"
     if flash.enabled():

@@ -16,9 +16,9 @@ B rows, C key blocks per row, Q query blocks per row, P slots per block (`width`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,7 @@ from .strides import empty_with_strides_of, keep_strides, tokens_first
 from .take import take
 
 T = TypeVar("T")
+Form: TypeAlias = tuple[tuple[tuple[str, int], ...], tuple[Hashable, ...]]  # which tensor each field is, and the other fields
 
 
 def slots_per_block(block_size: int) -> int:
@@ -121,6 +122,24 @@ class BlockLayout:
                 with torch.inference_mode(False):
                     self._cache[name] = make()
         return self._cache[name]
+
+    def taken_apart(self) -> tuple[Form, tuple[Tensor, ...]]:
+        """All that makes the layout what it is: in numbers and names, and in tensors, each once."""
+        tensors, numbers, places = list[Tensor](), list[Hashable](), list[tuple[str, int]]()
+        for name, x in vars(self).items():
+            if isinstance(x, Tensor):
+                place = next((i for i, other in enumerate(tensors) if other is x), len(tensors))
+                if place == len(tensors):
+                    tensors.append(x)
+                places.append((name, place))
+            elif name not in ("_cache", "persistent"):
+                numbers.append(x)
+        return (tuple(places), tuple(numbers)), tuple(tensors)
+
+    def put_together(self, form: Form, tensors: Sequence[Tensor]) -> BlockLayout:
+        """A layout of this form of other tensors. What is worked out for it is not kept for later calls."""
+        fields: dict[str, Any] = {name: tensors[place] for name, place in form[0]}
+        return replace(self, _cache={}, persistent=False, **fields)
 
     def key_slots(self, x: Tensor, keep_strides: bool = False) -> Tensor:
         """`[B, G, Nk, D]` -> `[B, G, C * P, D]`, zeros where no token is. Strides as of `query_slots`."""

@@ -6,7 +6,8 @@ outputs are copied out: a handful of launches. Nothing is read back to the host,
 Only where the copies are large, and the GPU so far behind that the host has time, a call of a graph's shape is launched kernel by kernel.
 
 What makes that safe:
-- All that a graph reads or writes is held by it: its inputs, its outputs and, through its function, the layout of blocks.
+- All that a graph reads or writes is held by it: its inputs, its outputs and, through its function, the layout of blocks. A layout that
+  follows from padding or packed sequences is an input: its tensors are copied, and what follows from them is computed in the graph.
 - Before a capture the function runs on the graph's own inputs. So whatever is compiled, loaded or kept for later calls is there by then,
   and the call has its result whether or not the capture succeeds.
 - After a capture its memory pool must hold the outputs and nothing more: a tensor kept from within a capture would have no contents.
@@ -48,10 +49,10 @@ def set_cuda_graphs(enabled: bool = True) -> bool:
 
     On a GPU the host takes longer to launch a short call than the GPU to do it. So from the third call of the same shapes, strides, dtype
     and settings on the same stream, forward and backward passes are replayed from a CUDA graph, with the same results to the bit. That is
-    for bfloat16 and float16, without `padding_mask` and `cu_seqlens`, for tensors of at most 2**25 elements (8,192 tokens of 32 heads of
-    width 128; half of it in backward passes), and neither within a capture of one's own nor with `set_flex_backend("flash")`; all other
-    calls are as without graphs. So
-    are those of 2**23 elements or more while the GPU is some calls behind: then the host has the time, and a graph's copies are saved.
+    for bfloat16 and float16, for tensors of at most 2**25 elements (8,192 tokens of 32 heads of width 128; half of it in backward passes),
+    and neither within a capture of one's own nor with `set_flex_backend("flash")`; all other calls are as without graphs. So are those of
+    2**23 elements or more while the GPU is some calls behind: then the host has the time, and a graph's copies are saved. Packed batches
+    share a graph if they have as many tokens and as many sequences; padded ones if they have as many rows and tokens.
 
     It costs memory: on each GPU up to as many bytes as `set_working_memory` says, for inputs, outputs and working memory of at most 16
     graphs, those used last. A call of ours that has too little memory takes it back. What turning graphs off frees goes back to PyTorch's
@@ -76,14 +77,20 @@ def run(function: Function, tensors: tuple[Tensor | None, ...], layout: BlockLay
     The caller has found that the call can be captured: `moba_flex.backends.paths.capture_obstacle`.
     """
 
-    def call(*tensors: Tensor | None) -> tuple[Tensor, ...]:
-        return function(*tensors, layout, settings)
-
     if not _graphs.enabled:
-        return call(*tensors)
+        return function(*tensors, layout, settings)
+    n, (form, of_layout) = len(tensors), (None, ()) if layout.dense else layout.taken_apart()
+
+    def call(*given: Any) -> tuple[Tensor, ...]:
+        """A layout that follows from data is an input too. Of a graph, what follows from it is part of the graph."""
+        there = layout
+        if form is not None and given[n] is not of_layout[0]:
+            there = layout.put_together(form, given[n:])
+        return function(*given[:n], there, settings)
+
     stream = torch.cuda.current_stream()
-    place = Place(stream.device_index, stream.cuda_stream)
-    return _graphs(place, (function.__name__, settings, *signature(tensors)), call, tensors, settings.working_memory)
+    place, every = Place(stream.device_index, stream.cuda_stream), (*tensors, *of_layout)
+    return _graphs(place, (function.__name__, settings, form, *signature(every)), call, every, settings.working_memory)
 
 
 def cuda_graphs_enabled() -> bool:

@@ -68,7 +68,8 @@ def test_the_path_is_the_one_that_the_operation_takes(as_if_on_cuda, monkeypatch
 def test_packed_sequences_are_explained_as_packed():
     query, key = (x[0].transpose(0, 1) for x in tensors())
     found = explain(query, key, **CALL, cu_seqlens=torch.tensor([0, 40, 100], dtype=torch.int32))
-    assert (found.path == "routed" and "packed" in found.reasons["CUDA graph"]) or "GPU" in found.reasons["CUDA graph"]
+    assert found.path == "routed" and "GPU" in found.reasons["CUDA graph"]
+    assert "packed" in found.reasons["dense attention"] or "flex" in found.reasons["dense attention"]
 
 
 def test_packed_sequences_with_more_keys_are_explained_too():
@@ -94,14 +95,13 @@ def test_cuda_graphs_are_named(as_if_on_cuda, monkeypatch, enabled):
 
 
 def test_what_keeps_a_call_from_a_cuda_graph_is_said(monkeypatch):
-    def obstacle(settings: dict, dense_layout: bool = True) -> str | None:
+    def obstacle(settings: dict) -> str | None:
         x = SimpleNamespace(**{"is_cuda": True, "dtype": torch.bfloat16, "numel": lambda: 8, **settings})
-        return paths.capture_obstacle((x,), SimpleNamespace(implementation="flex"), dense_layout)
+        return paths.capture_obstacle((x,), SimpleNamespace(implementation="flex"))
 
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     assert obstacle({}) is None
     assert "bfloat16" in obstacle({"dtype": torch.float32})
-    assert "packed" in obstacle({}, dense_layout=False)
     assert "2**25" in obstacle({"numel": lambda: 1 << 26})
     assert "GPU" in obstacle({"is_cuda": False})
 

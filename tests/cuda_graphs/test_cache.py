@@ -18,13 +18,14 @@ import torch.nn.attention.flex_attention as flex_module
 from support.cases import unchecked
 from torch import Tensor
 
-from moba_flex import moba_attention, operator, set_cuda_graphs
+from moba_flex import moba_attention, moba_attention_varlen, operator, set_cuda_graphs
 from moba_flex.backends import flash, paths
 from moba_flex.backends.paths import MAX_CAPTURED_ELEMENTS, capture_obstacle
 from moba_flex.core.layout_builders import _persistent_layout, dense_layout
 from moba_flex.core.settings import AttentionSettings
 from moba_flex.cuda_graphs import cache
 from moba_flex.cuda_graphs.cache import CALLS_AHEAD, EAGER_CALLS, MAX_GRAPHS, MAX_SHAPES, GraphCache, Place, buffer_like
+from moba_flex.dispatch import attend
 
 MUCH = 1 << 40
 HERE, ELSEWHERE, ON_ANOTHER_GPU = Place(0, 10), Place(0, 11), Place(1, 10)
@@ -452,26 +453,25 @@ def on_a_gpu(*shape: int, dtype: torch.dtype = torch.bfloat16, **more) -> Simple
     return SimpleNamespace(**{"is_cuda": True, "dtype": dtype, "numel": lambda: n, **more})
 
 
-def test_only_small_calls_in_half_precision_without_padding_are_captured(monkeypatch):
+def test_only_small_calls_in_half_precision_are_captured(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     x, large = on_a_gpu(1, 4, 64, 16), on_a_gpu(MAX_CAPTURED_ELEMENTS + 1)
-    assert capture_obstacle((x, x, x), SETTINGS, dense_layout=True) is None
-    assert capture_obstacle((x, None, x), SETTINGS, dense_layout=True) is None
-    assert capture_obstacle((on_a_gpu(MAX_CAPTURED_ELEMENTS, dtype=torch.float16), x, x), SETTINGS, dense_layout=True) is None
-    assert capture_obstacle((x, large, x), SETTINGS, dense_layout=True)
+    assert capture_obstacle((x, x, x), SETTINGS) is None
+    assert capture_obstacle((x, None, x), SETTINGS) is None
+    assert capture_obstacle((on_a_gpu(MAX_CAPTURED_ELEMENTS, dtype=torch.float16), x, x), SETTINGS) is None
+    assert capture_obstacle((x, large, x), SETTINGS)
     half = on_a_gpu(MAX_CAPTURED_ELEMENTS // 2)  # of a backward pass, which has more operands
-    assert capture_obstacle((half, None, x, x, x, x, x, x), SETTINGS, dense_layout=True) is None
-    assert capture_obstacle((on_a_gpu(MAX_CAPTURED_ELEMENTS // 2 + 1), None, x, x, x, x, x, x), SETTINGS, dense_layout=True)
-    assert capture_obstacle((on_a_gpu(8, dtype=torch.float32), x, x), SETTINGS, dense_layout=True)
-    assert capture_obstacle((on_a_gpu(8, is_cuda=False), x, x), SETTINGS, dense_layout=True)
-    assert capture_obstacle((on_a_gpu(0), x, x), SETTINGS, dense_layout=True)
-    assert capture_obstacle((x, x, x), SETTINGS, dense_layout=False)
-    assert capture_obstacle((x, x, x), replace(SETTINGS, implementation="eager"), dense_layout=True)
+    assert capture_obstacle((half, None, x, x, x, x, x, x), SETTINGS) is None
+    assert capture_obstacle((on_a_gpu(MAX_CAPTURED_ELEMENTS // 2 + 1), None, x, x, x, x, x, x), SETTINGS)
+    assert capture_obstacle((on_a_gpu(8, dtype=torch.float32), x, x), SETTINGS)
+    assert capture_obstacle((on_a_gpu(8, is_cuda=False), x, x), SETTINGS)
+    assert capture_obstacle((on_a_gpu(0), x, x), SETTINGS)
+    assert capture_obstacle((x, x, x), replace(SETTINGS, implementation="eager"))
     with monkeypatch.context() as patch:
         patch.setattr(flash, "_backend", "flash")
-        assert capture_obstacle((x, x, x), SETTINGS, dense_layout=True)
+        assert capture_obstacle((x, x, x), SETTINGS)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert capture_obstacle((x, x, x), SETTINGS, dense_layout=True)
+    assert capture_obstacle((x, x, x), SETTINGS)
 
 
 @pytest.fixture
@@ -479,7 +479,7 @@ def store(monkeypatch) -> GraphCache:
     """The operators on the CPU, as if it were a GPU."""
     store = GraphCache(StandIn)
     monkeypatch.setattr(cache, "_graphs", store)
-    monkeypatch.setattr(paths, "capture_obstacle", lambda tensors, settings, dense_layout: None if dense_layout else "padding")
+    monkeypatch.setattr(paths, "capture_obstacle", lambda tensors, settings: None)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(device_index=0, cuda_stream=0))
     return store
 
@@ -511,11 +511,50 @@ def test_calls_that_differ_in_a_setting_share_no_graph(store):
         assert StandIn.living[-1].replays == 1
 
 
-def test_padded_calls_go_around_graphs(store):
-    tensors = [torch.randn(1, heads, 40, 16) for heads in (4, 2, 2)]
-    for _ in range(EAGER_CALLS + 2):
-        moba_attention(*tensors, block_size=8, top_k=3, padding_mask=torch.arange(40)[None] > 3)
-    assert len(store) == 0
+KINDS = ["padded", "packed", "packed, more keys", "padded, few queries"]
+
+
+def told(kind: str, seed: int) -> dict[str, Tensor]:
+    """Padding, or bounds of three packed sequences, of 40 keys."""
+    generator = torch.Generator().manual_seed(seed)
+    if "padded" in kind:
+        real = torch.randint(1, 41, (2, 1), generator=generator)
+        return {"padding_mask": torch.arange(40) < real if seed % 2 else torch.arange(40) >= 40 - real}
+    bounds = torch.tensor([0, *torch.randint(0, 41, (2,), generator=generator).sort().values.tolist(), 40])
+    if kind == "packed":
+        return {"cu_seqlens": bounds}
+    last = bounds.diff().clamp(max=3)  # and the rest of 20 queries to the longest
+    last[bounds.diff().argmax()] += 20 - last.sum()
+    return {"cu_seqlens": torch.stack((torch.nn.functional.pad(last.cumsum(0), (1, 0)), bounds))}
+
+
+@pytest.mark.parametrize("implementation", ["eager", "flex"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_graph_serves_any_padding_and_any_sequences(store, kind, implementation, monkeypatch):
+    """Its layout is an input, that of the call, and nothing of it is left to the next one."""
+    monkeypatch.setattr(flex_module, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
+    rows, n_query = 1 if "packed" in kind else 2, 20 if kind in KINDS[2:] else 40
+    settings = replace(SETTINGS, top_k=2, implementation=implementation)
+
+    def results(seed: int) -> list[Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        leaves = [torch.randn(rows, heads, n, 16, generator=generator).requires_grad_() for heads, n in ((4, n_query), (2, 40), (2, 40))]
+        out, lse = attend(*leaves, settings, **told(kind, seed), return_lse=True)
+        return [out, lse, *torch.autograd.grad(out.sin().sum(), leaves)]
+
+    with_graphs = [results(seed) for seed in range(8)]
+    assert [graph.replays for graph in StandIn.living] == [5, 5]
+    store.enable(False)
+    for seed, got in enumerate(with_graphs):
+        assert_equal(tuple(got), tuple(results(seed)))
+
+
+def test_other_numbers_of_sequences_have_graphs_of_their_own(store):
+    tensors = [torch.randn(40, heads, 16) for heads in (4, 2, 2)]
+    for n, bounds in enumerate(([0, 40], [0, 9, 40], [0, 9, 20, 40]), start=1):
+        for _ in range(EAGER_CALLS + 2):
+            moba_attention_varlen(*tensors, torch.tensor(bounds), block_size=8, top_k=3)
+        assert len(store) == n
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from moba_flex import moba_attention, patch, set_cuda_graphs
+from moba_flex import moba_attention, moba_attention_varlen, patch, set_cuda_graphs
 from moba_flex.cuda_graphs import cache
 from moba_flex.cuda_graphs.cache import EAGER_CALLS, GraphCache, Place
 from moba_flex.cuda_graphs.capture import CudaGraph, CudaMarks
@@ -87,6 +87,40 @@ def test_replays_give_the_bits_of_eager_calls(name, replays):
         assert_same_bits(results(leaves(seed, **shape), **more), wanted[seed], (name, seed))
     assert len(replays) == 2 * (6 - EAGER_CALLS - 1)
     assert len(set(replays)) == 2  # backward passes come from autograd's own thread
+
+
+@pytest.mark.parametrize(
+    ("kind", "implementation"),
+    [("padded", "flex"), ("padded", "triton"), ("packed", "flex"), ("packed", "triton"), ("packed, more keys", "flex")],
+)
+def test_a_graph_serves_any_padding_and_any_sequences(kind, implementation, replays):
+    """What follows from them is computed in the graph: each call has others."""
+
+    def given(seed: int) -> dict[str, Tensor]:
+        cuts = torch.randint(100, 600, (2,), generator=torch.Generator().manual_seed(seed)).sort().values.tolist()
+        if kind == "padded":
+            real = torch.tensor(cuts, device="cuda")[:, None]
+            return {"padding_mask": torch.arange(700, device="cuda") < real if seed % 2 else torch.arange(700, device="cuda") >= real}
+        bounds = torch.tensor([0, *cuts, 700], device="cuda", dtype=torch.int32)
+        if kind == "packed":
+            return {"cu_seqlens": bounds}
+        few = bounds.diff().clamp(max=100)
+        few[bounds.diff().argmax()] += 300 - few.sum()
+        return {"cu_seqlens": torch.nn.functional.pad(few.cumsum(0), (1, 0)).int(), "cu_seqlens_k": bounds}
+
+    def results_of(seed: int) -> list[Tensor]:
+        n_query = 300 if "more keys" in kind else 700
+        tensors = leaves(seed, batch=2 if kind == "padded" else 1, n_query=n_query)
+        if kind == "padded":
+            return results(tensors, with_lse=False, implementation=implementation, **given(seed))
+        flat = [x[0].transpose(0, 1) for x in tensors]
+        out, lse = moba_attention_varlen(*flat, **given(seed), return_lse=True, implementation=implementation, **SETTINGS)
+        return [out.detach(), lse.detach(), *torch.autograd.grad(out.float().sin().sum() + lse.cos().sum(), tensors)]
+
+    wanted = without_graphs(lambda: [results_of(seed) for seed in range(7)])
+    for seed in range(7):
+        assert_same_bits(results_of(seed), wanted[seed], (kind, seed))
+    assert len(replays) == 2 * (7 - EAGER_CALLS - 1)
 
 
 def test_a_graph_takes_nan_and_equal_scores_as_they_come(replays):
