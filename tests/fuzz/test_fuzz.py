@@ -12,10 +12,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support.cases import Case
 from support.processes import fork_server
 
 from fuzz.check import check
-from fuzz.draws import LAYOUTS, VALUES, draw
+from fuzz.choices import Wrong, check_selection
+from fuzz.draws import LAYOUTS, VALUES, Draw, draw
 from fuzz.run import State, chunks, main, try_cases
 from moba_flex.backends import eager, eager_softmax
 from moba_flex.core import hidden
@@ -105,6 +107,22 @@ def test_a_planted_fault_is_found_and_printed_as_a_test(fault: str, monkeypatch)
 
 def _run(state, *more: str) -> int:
     return main(["--state", str(state), "--chunk", "10", "--processes", "1", *more])
+
+
+@pytest.mark.parametrize(("read", "certain"), [((0, 1), False), ((0, 4), False), ((0, 2), None)])
+def test_a_partial_block_of_equal_keys_ties_or_not_by_rounding_and_whole_ones_always_do(read, certain):
+    """Four blocks of six equal keys and one of three: which place the last one takes follows from how a mean is rounded."""
+    case = Case(heads=1, n_query=1, n_key=27, width=8, value_width=8, block_size=6, top_k=2, causal=False)
+    one = Draw(case, dtype="float64", values="equal keys")
+    tensors = {"query": torch.ones(1, 1, 1, 8).double(), "key": torch.full((1, 1, 27, 8), 0.1).double()}
+    selected = torch.zeros(1, 1, 1, 5, dtype=torch.bool)
+    selected[..., list(read)] = True
+    of_key = torch.arange(27)[None] // 6
+    if certain is None:
+        with pytest.raises(Wrong, match="leaves out an earlier one with the same keys"):
+            check_selection(one, tensors, selected, of_key, "eager")
+    else:
+        assert check_selection(one, tensors, selected, of_key, "eager") is certain
 
 
 def test_a_run_goes_on_where_the_last_one_stopped(tmp_path, capsys):
