@@ -72,7 +72,7 @@ def check_selection(draw: Draw, tensors: dict[str, Tensor], selected: Tensor, of
             raise Wrong(
                 f"{implementation}: query {n} of head {h}, row {b} reads block {c}, and leaves out an earlier one with the same keys"
             )
-        # Of two blocks with the same keys the earlier one is read, whatever rounding does. Of all other pairs one could take the other's place.
+        # Of two blocks with the same keys the earlier one is read, whatever rounding does. Of other pairs one could take the other's place.
         for b, h in product(*map(range, selected.shape[:2])):
             near = (score + tolerance)[b, h, :, :, None] > (score - tolerance)[b, h, :, None]
             if bool((near & left_out[b, h, :, :, None] & free[b, h, :, None] & ~alike[b, h]).any()):

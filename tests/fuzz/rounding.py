@@ -13,17 +13,19 @@ from .choices import LARGEST, Wrong
 from .draws import DTYPES, Draw
 
 UNCERTAIN = 0.02  # of weights: with more, values say nothing
+MOST_ON_A_GPU = 1e9  # a score, of which docs/limits.md speaks
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What rounding can do: the relative error of weights, that of a soft-cap's slope, and the largest product."""
+    """What rounding can do: the relative error of weights, that of a soft-cap's slope; the largest product, and the largest score."""
 
     weights: float
     slope: float
     wide: float
     narrow: float
     limit: float
+    score: float
 
 
 def sizes_of(draw: Draw, tensors: dict[str, Tensor], visible: Tensor) -> Sizes:
@@ -39,7 +41,7 @@ def sizes_of(draw: Draw, tensors: dict[str, Tensor], visible: Tensor) -> Sizes:
     if case.softcap is not None:  # the rounding of a product may turn its sign, and a capped score from one end to the other
         slope = 4 * error / case.softcap
         error = min(error, 2 * case.softcap) + 8 * eps * min(score, case.softcap)
-    return Sizes(error, slope, eps, torch.finfo(dtype).eps, most * max(1.0, abs(case.real_scale)))
+    return Sizes(error, slope, eps, torch.finfo(dtype).eps, most * max(1.0, abs(case.real_scale)), min(score, case.softcap or score))
 
 
 def bounds_of(
