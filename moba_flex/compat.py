@@ -123,15 +123,15 @@ def flash_moba_varlen_func(
     validation.check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, k, k.shape[0])
     validation.check_same_count("cu_seqlens_q", cu_seqlens_q, "cu_seqlens_k", cu_seqlens_k)
 
-    def compared() -> tuple[bool, bool]:
-        return torch.equal(cu_seqlens_q, cu_seqlens_k), bool((cu_seqlens_q.diff() > cu_seqlens_k.diff()).any())
+    def compared() -> str:
+        if torch.equal(cu_seqlens_q, cu_seqlens_k):
+            return "as many keys"
+        return "fewer keys" if bool((cu_seqlens_q.diff() > cu_seqlens_k.diff()).any()) else "more keys"
 
-    as_many, fewer_keys = (True, False)
-    if cu_seqlens_q is not cu_seqlens_k:
-        as_many, fewer_keys = memo_of_both(cu_seqlens_q, cu_seqlens_k, "compared", compared)
-    if as_many:
+    found = "as many keys" if cu_seqlens_q is cu_seqlens_k else memo_of_both(cu_seqlens_q, cu_seqlens_k, "compared", compared)
+    if found == "as many keys":
         return _out(moba_attention_varlen(q, k, v, cu_seqlens_q, **blocks))
-    if not fewer_keys:
+    if found == "more keys":
         return _out(moba_attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, **blocks))
     if causal:
         more = (cu_seqlens_q.diff() - cu_seqlens_k.diff()).clamp(min=0)  # queries than keys

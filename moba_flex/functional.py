@@ -216,8 +216,8 @@ def moba_attention_varlen(
     )
     query, key, value = (x.transpose(0, 1)[None] for x in (query, key, value))
     if cu_seqlens_k is not None:
-        both = cu_seqlens.int(), cu_seqlens_k.int()
-        cu_seqlens = memo_of_both(cu_seqlens, cu_seqlens_k, "both", lambda: torch.stack(both))
+        both = cu_seqlens, cu_seqlens_k
+        cu_seqlens = memo_of_both(*both, "both", lambda: torch.stack([x.int() for x in both]))
     out, lse = attend(query, key, value, settings, cu_seqlens=cu_seqlens, longest=longest, sinks=sinks, return_lse=True)
     assert lse is not None
     # `out[0]` would give the backward pass a tensor of zeros to copy the gradient into.

@@ -64,10 +64,11 @@ def serve(model: PreTrainedModel, prompts: list[list[int]], new: int, args: argp
         raise RuntimeError(f"a request failed: {failed[0]}")
     first = [output.timestamps[0] - output.created_time for output in done]
     each = [later - earlier for output in done for earlier, later in pairwise(output.timestamps)]
-    finished = {"finished": len(done)} if len(done) < len(prompts) else {}
+    measured = {"requests_per_minute": 60 * len(prompts) / seconds}
+    if len(done) < len(prompts):  # then the rate is a bound, and those that waited longest are not among the finished
+        return {**measured, "finished": len(done)}
     return {
-        "requests_per_minute": 60 * len(prompts) / seconds,  # a bound, if some did not finish
-        **finished,
+        **measured,
         "first_token_median": quantile(first, 0.5),
         "first_token_p95": quantile(first, 0.95),
         "per_token_median": quantile(each, 0.5),
@@ -90,7 +91,8 @@ def run(args: argparse.Namespace) -> None:
     for tokens, requests, rounds in zip(args.tokens, args.requests, args.rounds):
         if args.warm_up:
             prompts = random_prompts(model, args.warm_up, max(1, tokens // 2), seed=-1)
-            list(served(model, prompts, min(args.new, WARM_UP_NEW), args))
+            whole = argparse.Namespace(**{**vars(args), "limit": None})  # what was not compiled here would be within the limit
+            list(served(model, prompts, min(args.new, WARM_UP_NEW), whole))
         runs.append({"tokens": tokens, "requests": requests, "rounds": []})
         for i in range(rounds):
             results: Results = {}
@@ -145,10 +147,10 @@ def print_table(run: dict) -> None:
     print(f"\n{run['requests']} requests of {run['tokens']:,} tokens\n")
     print("| | requests per minute | first token, s: median / p95 | per token, ms: median / p95 |\n|---|---|---|---|")
     for system, found in run["rounds"][-1].items():
-        first = f"{found['first_token_median']:.3f} / {found['first_token_p95']:.3f}"
-        each = f"{1000 * found['per_token_median']:.1f} / {1000 * found['per_token_p95']:.1f}"
-        if "finished" in found:  # those that waited longest are not among them
-            first = each = "-"
+        first = each = "-"
+        if "finished" not in found:
+            first = f"{found['first_token_median']:.3f} / {found['first_token_p95']:.3f}"
+            each = f"{1000 * found['per_token_median']:.1f} / {1000 * found['per_token_p95']:.1f}"
         print(f"| {system} | {rate(found)} | {first} | {each} |")
     ratios = ", ".join(ratio(results) for results in run["rounds"])
     print(f"\nrequests per minute, moba_flex over sdpa, round by round: {ratios}\n", flush=True)

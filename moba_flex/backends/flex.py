@@ -83,10 +83,13 @@ def attend(
 def local(query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, settings: AttentionSettings) -> tuple[Tensor, Tensor]:
     """Causal attention of each query to its own block. Returns `[B, H, Q * P, Dv]` and the log-sum-exp `[B, H, Q * P]`."""
     (rows, heads, slots), groups = query.shape[:3], key.shape[1]
+    # One key head of one row is an element of the batch. Several rows whose heads are together for each token have no such view; taken as
+    # one row, they have.
     lined = [rows_in_line(x) for x in (query, key, value)] if rows > 1 and tokens_first(query) else []
     line = [x for x in lined if x is not None]
-    in_line = len(line) == 3  # else one key head of one row is an element of the batch, which heads that are together cannot be
+    in_line = len(line) == 3 and all(_in_reach(x) for x in line[1:])
     query, key, value = (by_group(x, groups) for x in (line if in_line else (query, key, value)))
+    key, value = (x if _in_reach(x) else x.contiguous() for x in (key, value))
     out, lse = flex_forward(query, key, value, local_mask(layout, heads, groups, in_line), settings)
     if not in_line:
         return out.reshape(rows, heads, slots, -1), lse.view(rows, heads, slots)
@@ -171,6 +174,11 @@ def routed_backward(
     query, grad, lse, delta = (x[None, None] for x in (row_query, row_grad, row_lse, row_delta))
     dq, dk, dv = flex_backward(query, _in_line(key), _in_line(value), grad, lse, delta, mask, settings)
     return dq[0, 0], dk.view(key.shape), dv.view(value.shape)
+
+
+def _in_reach(x: Tensor) -> bool:
+    """Whether FlexAttention's kernel finds each token of `[b, h, N, D]` keys or values: it takes their number times their stride."""
+    return x.shape[2] * x.stride(2) <= MAX_TENSOR_ELEMENTS
 
 
 def _in_line(x: Tensor) -> Tensor:

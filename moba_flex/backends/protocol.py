@@ -24,7 +24,8 @@ class Backend(Protocol):
 
     Attributes:
         MAX_TENSOR_ELEMENTS: how many elements a tensor of a call may have; larger calls are cut into parts.
-        READS_STRIDES: whether queries may have their heads together for each token, instead of one head after another.
+        READS_STRIDES: whether tensors may have their heads together for each token, instead of one head after another. Outputs and
+            gradients then lie as what they belong to.
         HEAD_BY_HEAD: whether a large call is sooner done one query head at a time, several side by side on a CPU.
     """
 

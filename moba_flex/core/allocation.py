@@ -24,6 +24,11 @@ def may_be_kept(device: torch.device) -> bool:
     return not is_under_dispatch_mode() and not (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
 
 
+def stream_of(device: torch.device) -> int | None:
+    """The stream that what is kept is for: another may read it before it is written, or still when its memory has a new use."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else None
+
+
 class _Worker(Thread):
     """Runs what it is given, one after another. It begins outside of inference mode and of every memory pool, and stays there."""
 

@@ -141,20 +141,20 @@ class BlockLayout:
         fields: dict[str, Any] = {name: tensors[place] for name, place in form[0]}
         return replace(self, _cache={}, persistent=False, **fields)
 
-    def key_slots(self, x: Tensor, keep_strides: bool = False) -> Tensor:
+    def key_slots(self, x: Tensor, like_tokens: bool = False) -> Tensor:
         """`[B, G, Nk, D]` -> `[B, G, C * P, D]`, zeros where no token is. Strides as of `query_slots`."""
         if (moves := self.moves) is not None:
             return take(x, moves.token_of_key_slot)
-        return self._spread(x, 0, self.n_key_blocks, keep_strides)
+        return self._spread(x, 0, self.n_key_blocks, like_tokens)
 
-    def query_slots(self, x: Tensor, keep_strides: bool = False) -> Tensor:
+    def query_slots(self, x: Tensor, like_tokens: bool = False) -> Tensor:
         """`[B, H, Nq, ...]` -> `[B, H, Q * P, ...]`, zeros where no token is.
 
-        A copy has its heads one after another; with `keep_strides`, where tokens are in order, it has the strides of `x`.
+        A copy has its heads one after another; with `like_tokens`, where tokens are in order, it has the strides of `x`.
         """
         if (moves := self.moves) is not None:
             return take(x, moves.token_of_query_slot)
-        return self._spread(x, self.lead, self.n_query_blocks, keep_strides)
+        return self._spread(x, self.lead, self.n_query_blocks, like_tokens)
 
     def key_tokens(self, x: Tensor) -> Tensor:
         """The inverse of `key_slots`; zeros at padding."""
@@ -219,12 +219,12 @@ class BlockLayout:
             pairs -= (min((block + 1) * self.block_size, self.n_key) - start) * (count - block)
         return pairs
 
-    def _spread(self, x: Tensor, lead: int, n_blocks: int, keep_strides: bool) -> Tensor:
+    def _spread(self, x: Tensor, lead: int, n_blocks: int, like_tokens: bool) -> Tensor:
         """Tokens in order, dimension 2, to slots of full blocks."""
         tail = n_blocks * self.block_size - lead - x.shape[2]
         if not lead and not tail:
             return x
-        if keep_strides and tokens_first(x):
+        if like_tokens and tokens_first(x):
             return F.pad(x.transpose(1, 2), (*(0, 0) * (x.dim() - 2), lead, tail)).transpose(1, 2)
         return F.pad(x, (*(0, 0) * (x.dim() - 3), lead, tail))
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .allocation import allocate_persistent, may_be_kept
+from .allocation import allocate_persistent, may_be_kept, stream_of
 from .layout import BlockLayout, one_block
 from .memo import is_remembered, memo
 
@@ -43,7 +43,7 @@ def layout_of(
     def make() -> BlockLayout:
         return replace(allocate_persistent(lambda: _layout_told(told, *sizes), told.device), persistent=True)
 
-    return memo(told, ("layout", *sizes, _stream(told.device)), make)
+    return memo(told, ("layout", *sizes, stream_of(told.device)), make)
 
 
 def _layout_told(told: Tensor, n_query: int, n_key: int, block_size: int, width: int, tile: int | None) -> BlockLayout:
@@ -103,12 +103,7 @@ def dense_layout(rows: int, n_query: int, n_key: int, block_size: int, width: in
     settings = rows, n_query, n_key, block_size, width, device
     if not may_be_kept(device):
         return _dense_layout(*settings)
-    return _persistent_layout(_stream(device), *settings)
-
-
-def _stream(device: torch.device) -> int | None:
-    """The one that a layout is for: another may come to read it before it is written, or still read it when its memory has a new use."""
-    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else None
+    return _persistent_layout(stream_of(device), *settings)
 
 
 @lru_cache(maxsize=64)

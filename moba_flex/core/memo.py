@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from .allocation import allocate_persistent, may_be_kept
+from .allocation import allocate_persistent, may_be_kept, stream_of
 from .upstream import version_of
 
 T = TypeVar("T")
@@ -71,13 +71,17 @@ def memo(x: Tensor, name: Hashable, make: Callable[[], T]) -> T:
 
 
 def memo_of_both(x: Tensor, y: Tensor, name: Hashable, make: Callable[[], T]) -> T:
-    """What `make` returns, which must follow from the values of both and `name` alone. Kept for the `y` that came last with this `x`."""
+    """What `make` returns, which must follow from the values of both and `name` alone.
+
+    Kept for the `y` that came last with this `x`, and for one stream: another would have to wait until it is written.
+    """
     if torch.compiler.is_compiling() or not (is_remembered(x) and is_remembered(y)):
         return make()
-    kept: dict[str, Any] = memo(x, name, dict)
-    if not (kept and kept["other"]() is y and kept["version"] == version_of(y)):
-        kept.update(other=weakref.ref(y), version=version_of(y), made=allocate_persistent(make, x.device))
-    return kept["made"]
+    last: dict[str, tuple[weakref.ref[Tensor], int, T]] = memo(x, (name, stream_of(x.device)), dict)
+    found = last.get("last")
+    if found is None or found[0]() is not y or found[1] != version_of(y):
+        found = last["last"] = weakref.ref(y), version_of(y), allocate_persistent(make, x.device)
+    return found[2]  # not of `last`, where another thread may have put its own
 
 
 def _entry(x: Tensor) -> _Entry | None:

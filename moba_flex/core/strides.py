@@ -17,7 +17,7 @@ def tokens_first(x: Tensor) -> bool:
 
 
 def keep_strides(x: Tensor) -> Tensor:
-    """`x [B, H, N, ...]`, copied only if its strides are neither of these two."""
+    """`x [B, H, N, ...]`, copied only if its heads are neither together for each token nor one after another."""
     return x if tokens_first(x) else x.contiguous()
 
 

@@ -20,6 +20,7 @@ from __future__ import annotations
 import math
 import threading
 import warnings
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
@@ -37,6 +38,9 @@ from ..core.validation import check_flag
 from .capture import CudaGraph, CudaMarks, Function
 
 EAGER_CALLS = 2  # of a shape, before it is captured
+# Calls with one mask that no model has layers for. Where each step brings sequences of other lengths, a shape that is new with its mask may
+# never come again: it is captured once it comes with another mask, or so often with one.
+MANY_CALLS = 128
 MAX_GRAPHS = 16  # of a GPU
 MAX_SHAPES = 256  # whose calls are counted
 # A query of 2,048 tokens of 32 heads of width 128 is copied in some 27 us with its key, value and output, 1 % of a layer of such a model.
@@ -52,7 +56,8 @@ def set_cuda_graphs(enabled: bool = True) -> bool:
     for bfloat16 and float16, for tensors of at most 2**25 elements (8,192 tokens of 32 heads of width 128; half of it in backward passes),
     and neither within a capture of one's own nor with `set_flex_backend("flash")`; all other calls are as without graphs. So are those of
     2**23 elements or more while the GPU is some calls behind: then the host has the time, and a graph's copies are saved. Packed batches
-    share a graph if they have as many tokens and as many sequences; padded ones if they have as many rows and tokens.
+    share a graph if they have as many tokens and as many sequences, padded ones if they have as many rows and tokens; it is captured once
+    such a batch comes with another mask.
 
     It costs memory: on each GPU up to as many bytes as `set_working_memory` says, for inputs, outputs and working memory of at most 16
     graphs, those used last. A call of ours that has too little memory takes it back. What turning graphs off frees goes back to PyTorch's
@@ -79,18 +84,26 @@ def run(function: Function, tensors: tuple[Tensor | None, ...], layout: BlockLay
 
     if not _graphs.enabled:
         return function(*tensors, layout, settings)
-    n, (form, of_layout) = len(tensors), (None, ()) if layout.dense else layout.taken_apart()
+    stream = torch.cuda.current_stream()
+    place, name = Place(stream.device_index, stream.cuda_stream), (function.__name__, settings)
+    if layout.dense:
 
-    def call(*given: Any) -> tuple[Tensor, ...]:
-        """A layout that follows from data is an input too. Of a graph, what follows from it is part of the graph."""
-        there = layout
-        if form is not None and given[n] is not of_layout[0]:
-            there = layout.put_together(form, given[n:])
+        def call(*tensors: Any) -> tuple[Tensor, ...]:
+            return function(*tensors, layout, settings)
+
+        return _graphs(place, (*name, *signature(tensors)), call, tensors, settings.working_memory)
+
+    # A layout that follows from data is an input too. Of a graph, what follows from it is part of the graph, which holds no other.
+    n, (form, of_layout) = len(tensors), layout.cached(("taken apart",), layout.taken_apart)
+    bare, whole = layout.put_together(form, of_layout), weakref.ref(layout)
+
+    def call_with_layout(*given: Any) -> tuple[Tensor, ...]:
+        there = whole() if given[n] is of_layout[0] else bare.put_together(form, given[n:])
         return function(*given[:n], there, settings)
 
-    stream = torch.cuda.current_stream()
-    place, every = Place(stream.device_index, stream.cuda_stream), (*tensors, *of_layout)
-    return _graphs(place, (function.__name__, settings, form, *signature(every)), call, every, settings.working_memory)
+    every = (*tensors, *of_layout)
+    key = (*name, form, *signature(every))
+    return _graphs(place, key, call_with_layout, every, settings.working_memory, mask=of_layout[0])
 
 
 def cuda_graphs_enabled() -> bool:
@@ -149,7 +162,7 @@ class Captured:
 
     def __init__(self, capture: Capture, function: Function, inputs: tuple[Tensor | None, ...], pool: Pool | None) -> None:
         self.graph = capture(function, inputs, pool)
-        self.function, self.inputs = function, inputs  # the function holds the layout
+        self.function, self.inputs = function, inputs  # they hold the layout
         self.n_bytes = sum(x.nbytes for x in inputs if x is not None)
 
     def __call__(self, tensors: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
@@ -213,6 +226,17 @@ class Shape:
     calls: int = 0  # eager ones, since the beginning or since its graph was dropped
     wait: float = EAGER_CALLS
     captured: Captured | None = None
+    mask: weakref.ref[Tensor] | None = None  # what stands for the mask of its first call, if it has one
+    came_again: bool = True  # with another mask
+
+    def is_due(self, mask: Tensor | None) -> bool:
+        """Count a call; whether its shape is to be captured."""
+        self.calls += 1
+        if mask is not None:
+            if self.mask is None:
+                self.mask, self.came_again = weakref.ref(mask), False
+            self.came_again = self.came_again or self.mask() is not mask
+        return self.calls > self.wait and (self.came_again or self.calls > MANY_CALLS)
 
     def release(self) -> None:
         if self.captured is not None:
@@ -267,25 +291,39 @@ class GraphCache:
 
     @torch.no_grad()
     def __call__(
-        self, place: Place, key: Hashable, function: Function, tensors: tuple[Tensor | None, ...], most_bytes: int
+        self,
+        place: Place,
+        key: Hashable,
+        function: Function,
+        tensors: tuple[Tensor | None, ...],
+        most_bytes: int,
+        mask: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
-        """`function(*tensors)`; all graphs of a GPU together keep to `most_bytes`, and give it back if there is no memory for a call."""
+        """`function(*tensors)`; all graphs of a GPU together keep to `most_bytes`, and give it back if there is no memory for a call.
+
+        `mask`: one of the tensors, another one in calls with another mask.
+        """
         try:
-            return self._run(place, key, function, tensors, most_bytes)
+            return self._run(place, key, function, tensors, most_bytes, mask)
         except torch.OutOfMemoryError:
             if not self._give_back(place.gpu):
                 raise
         return function(*tensors)
 
     def _run(
-        self, place: Place, key: Hashable, function: Function, tensors: tuple[Tensor | None, ...], most_bytes: int
+        self,
+        place: Place,
+        key: Hashable,
+        function: Function,
+        tensors: tuple[Tensor | None, ...],
+        most_bytes: int,
+        mask: Tensor | None,
     ) -> tuple[Tensor, ...]:
         with self._lock:
             if self.enabled:
                 shape, behind = self._shape(place, key), self._gpu_is_behind(place, tensors)
                 if shape.captured is None:
-                    shape.calls += 1
-                    if shape.calls > shape.wait and (outputs := self._captures(shape, place, function, tensors)) is not None:
+                    if shape.is_due(mask) and (outputs := self._captures(shape, place, function, tensors)) is not None:
                         self._make_room(place.gpu, most_bytes)
                         return outputs
                 elif not behind:

@@ -239,6 +239,28 @@ def test_rows_whose_tokens_lie_together_are_not_copied_for_the_local_call(case):
         assert torch.equal(by_query, by_key)
 
 
+@pytest.mark.parametrize("rows", [1, 2])
+def test_keys_that_lie_further_apart_than_a_kernel_reaches_are_copied(rows, monkeypatch):
+    """FlexAttention multiplies the number of a key by the distance between keys in 32 bits."""
+    case = {"rows": rows, "heads": 4, "groups": 4, "n_query": 64, "n_key": 64, "block_size": 16, "top_k": 2, "padding": "none", "seed": 0}
+    layout, settings_, _ = prepared(case | {"sink_blocks": 0, "recent_blocks": 0, "causal": True})
+    query, key, value = (x.detach().transpose(1, 2).contiguous().transpose(1, 2) for x in operands(case))
+    wanted, spans, real = flex.local(query, key, value, layout, settings_), [], flex.flex_forward
+
+    def watched(query, key, value, *args):
+        spans.extend(x.shape[2] * x.stride(2) for x in (key, value))
+        return real(query, key, value, *args)
+
+    monkeypatch.setattr(flex, "flex_forward", watched)
+    flex.local(query, key, value, layout, settings_)
+    assert min(spans) > 64 * 8  # one head is 64 * 8 numbers
+    monkeypatch.setattr(flex, "MAX_TENSOR_ELEMENTS", 64 * 8)
+    spans.clear()
+    for a, b in zip(flex.local(query, key, value, layout, settings_), wanted):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    assert max(spans) <= 64 * 8
+
+
 def tile_maps(mask, n_query: int, n_key: int):
     """What the lists say: `[b, query tiles, key tiles]`, 0 nothing, 1 partial, 2 full, read by queries and by keys."""
     q_tiles, kv_tiles = n_query // mask.tiles[0], n_key // mask.tiles[1]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import sys
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -187,6 +189,39 @@ def test_bounds_of_queries_and_of_keys_are_put_together_once_and_again_when_eith
     del bounds, built[:]
     gc.collect()
     assert number not in memo._entries
+
+
+def test_what_follows_from_two_tensors_is_of_these_two_whatever_other_threads_ask(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memo, "may_be_remembered", lambda x: True)
+    before = sys.getswitchinterval()
+    x, others = torch.zeros(2), [torch.full((2,), float(i)) for i in range(2)]
+    for tensor in (x, *others):
+        memo.remember(tensor)
+    wrong: list[int] = []
+
+    def ask(y: Tensor, number: int) -> None:
+        wrong.extend(1 for _ in range(20_000) if memo.memo_of_both(x, y, "number", lambda: number) != number)
+
+    threads = [threading.Thread(target=ask, args=(y, i)) for i, y in enumerate(others)]
+    sys.setswitchinterval(1e-6)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(before)
+    assert not wrong
+
+
+def test_what_follows_from_two_tensors_is_of_one_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memo, "may_be_remembered", lambda x: True)
+    x, y, stream = torch.zeros(2), torch.ones(2), iter([1, 2, 1, 2])
+    monkeypatch.setattr(memo, "stream_of", lambda device: next(stream))
+    for tensor in (x, y):
+        memo.remember(tensor)
+    a, b, again, b_again = (memo.memo_of_both(x, y, "sum", lambda: x + y) for _ in range(4))
+    assert a is again and b is b_again and a is not b
 
 
 def test_a_mask_is_checked_again_once_it_is_written_to(device: str) -> None:

@@ -21,10 +21,11 @@ from torch import Tensor
 from moba_flex import moba_attention, moba_attention_varlen, operator, set_cuda_graphs
 from moba_flex.backends import flash, paths
 from moba_flex.backends.paths import MAX_CAPTURED_ELEMENTS, capture_obstacle
+from moba_flex.core import layout_builders, memo
 from moba_flex.core.layout_builders import _persistent_layout, dense_layout
 from moba_flex.core.settings import AttentionSettings
 from moba_flex.cuda_graphs import cache
-from moba_flex.cuda_graphs.cache import CALLS_AHEAD, EAGER_CALLS, MAX_GRAPHS, MAX_SHAPES, GraphCache, Place, buffer_like
+from moba_flex.cuda_graphs.cache import CALLS_AHEAD, EAGER_CALLS, MANY_CALLS, MAX_GRAPHS, MAX_SHAPES, GraphCache, Place, buffer_like
 from moba_flex.dispatch import attend
 
 MUCH = 1 << 40
@@ -547,6 +548,50 @@ def test_a_graph_serves_any_padding_and_any_sequences(store, kind, implementatio
     store.enable(False)
     for seed, got in enumerate(with_graphs):
         assert_equal(tuple(got), tuple(results(seed)))
+
+
+def packed_call(bounds: Tensor) -> None:
+    tensors = [torch.randn(40, heads, 16) for heads in (4, 2, 2)]
+    moba_attention_varlen(*tensors, bounds, block_size=8, top_k=3)
+
+
+def remembered(monkeypatch) -> None:
+    monkeypatch.setattr(memo, "may_be_remembered", lambda x: type(x) is Tensor and not x.is_inference())
+
+
+def test_a_shape_that_may_never_come_again_is_not_captured(store, monkeypatch):
+    """All layers of a model have one mask. Where the next step has as many tokens and sequences, its first layer is captured."""
+    remembered(monkeypatch)
+    first, second = torch.tensor([0, 9, 40]), torch.tensor([0, 21, 40])
+    for _ in range(30):
+        packed_call(first)
+    assert len(store) == 0
+    packed_call(second)
+    assert len(store) == 1
+    for _ in range(3):
+        packed_call(first)
+    assert StandIn.living[0].replays == 3
+
+
+def test_one_mask_that_serves_more_calls_than_a_model_has_layers_is_captured(store, monkeypatch):
+    remembered(monkeypatch)
+    bounds = torch.tensor([0, 9, 40])
+    for _ in range(MANY_CALLS):
+        packed_call(bounds)
+    assert len(store) == 0
+    packed_call(bounds)
+    assert len(store) == 1
+
+
+def test_a_graph_holds_no_layout_of_a_mask_that_is_gone(store, monkeypatch):
+    remembered(monkeypatch)
+    layouts, build = [], layout_builders._layout_told
+    monkeypatch.setattr(layout_builders, "_layout_told", lambda *args: layouts.append(weakref.ref(made := build(*args))) or made)
+    for middle in range(5, 5 + EAGER_CALLS + 1):
+        packed_call(torch.tensor([0, middle, 40]))
+    gc.collect()
+    assert len(store) == 1 and len(layouts) == EAGER_CALLS + 1
+    assert [layout() for layout in layouts] == [None] * len(layouts)
 
 
 def test_other_numbers_of_sequences_have_graphs_of_their_own(store):

@@ -334,9 +334,9 @@ def test_slots_hold_the_tokens_of_their_block_and_give_them_back(case: Case, wid
 def test_slots_of_queries_may_lie_as_the_queries_do(case: Case, wide: bool):
     layout = layout_of(case.but(padding=None), wide)
     tokens, keys = (random(case.batch, n, 2, 3, seed=case.seed).transpose(1, 2) for n in (case.n_query, case.n_key))
-    slots = layout.query_slots(tokens, keep_strides=True)
+    slots = layout.query_slots(tokens, like_tokens=True)
     assert torch.equal(slots, layout.query_slots(tokens.contiguous()))
-    assert torch.equal(layout.key_slots(keys, keep_strides=True), layout.key_slots(keys.contiguous()))
+    assert torch.equal(layout.key_slots(keys, like_tokens=True), layout.key_slots(keys.contiguous()))
     back = layout.query_tokens(slots, like=tokens)
     assert torch.equal(back, tokens)
     assert back.transpose(1, 2).is_contiguous()
