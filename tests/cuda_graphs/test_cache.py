@@ -24,8 +24,8 @@ from moba_flex.backends.paths import MAX_CAPTURED_ELEMENTS, capture_obstacle
 from moba_flex.core import layout_builders, memo
 from moba_flex.core.layout_builders import _persistent_layout, dense_layout
 from moba_flex.core.settings import AttentionSettings
-from moba_flex.cuda_graphs import cache
-from moba_flex.cuda_graphs.cache import CALLS_AHEAD, EAGER_CALLS, MANY_CALLS, MAX_GRAPHS, MAX_SHAPES, GraphCache, Place, buffer_like
+from moba_flex.cuda_graphs import buffers, cache
+from moba_flex.cuda_graphs.cache import CALLS_AHEAD, EAGER_CALLS, MANY_CALLS, MAX_GRAPHS, MAX_SHAPES, GraphCache, Place
 from moba_flex.dispatch import attend
 
 MUCH = 1 << 40
@@ -185,7 +185,7 @@ def test_a_graph_reads_its_own_copy_of_the_inputs():
     ids=["contiguous", "tokens first", "rows of tokens first", "part of a fused projection", "expanded", "every second token"],
 )
 def test_inputs_lie_as_a_call_would_bring_them_to_lie(x, kept):
-    place = buffer_like(x)
+    place = buffers.buffer_like(x)
     assert (place.stride() == x.stride()) == kept
     assert kept or place.is_contiguous()
     store, function = GraphCache(StandIn), Doubling()
@@ -318,7 +318,7 @@ def test_without_memory_for_a_second_set_of_inputs_a_call_is_eager(monkeypatch):
 
     store, function = GraphCache(StandIn), Doubling()
     with monkeypatch.context() as patch:
-        patch.setattr(cache, "buffer_like", no_room)
+        patch.setattr(buffers, "buffer_like", no_room)
         for _ in range(2 * EAGER_CALLS + 1):
             x = torch.randn(3, 4)
             assert_equal(call(store, function, x), Doubling()(x))
