@@ -509,6 +509,22 @@ def test_a_corner_has_as_many_tokens_as_the_plain_case(name, monkeypatch):
     assert (shape[0] if len(shape) == 3 else shape[0] * shape[2]) == 128
 
 
+@pytest.mark.parametrize("name", [name for name, case in corners.CASES.items() if case.sequences or case.real])
+def test_calls_of_a_case_have_one_mask_unless_it_says_otherwise(name, monkeypatch):
+    masks = []
+    for call, argument in (("moba_attention", "padding_mask"), ("moba_attention_varlen", "cu_seqlens")):
+        real = getattr(corners, call)
+        note = lambda *x, real=real, argument=argument, **given: masks.append(given[argument]) or real(*x, **given)  # noqa: E731
+        monkeypatch.setattr(corners, call, note)
+    workload = corners.Corners(Settings(1, 8, 4, 16, block_size=16, top_k=2, dtype="float32", repeats=1), CPU, False)
+    for sample in range(2):
+        call = workload.call(name, FORWARD, 128, sample)
+        call()
+        call()
+    assert len({id(mask) for mask in masks}) == (4 if "new in each call" in name else 1)
+    assert all(torch.equal(mask, masks[0]) for mask in masks)
+
+
 def test_corners_have_the_lengths_and_the_padding_that_they_say():
     assert corners.bounds((1, 9, 2, 5, 3, 8, 4), 320, CPU).tolist() == [0, 10, 100, 120, 170, 200, 280, 320]
     mask = corners.left_padding((1, 0.7, 0.4), 10, CPU)

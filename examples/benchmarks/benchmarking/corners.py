@@ -1,5 +1,7 @@
 """The batches of real life: packed, padded, blocks that are no power of two, float32, wide heads; each beside a plain one of its size.
 
+All calls of a case have one mask, as the layers of a model do, but for the cases that say otherwise.
+
 B rows, H query heads, G key heads, N tokens of a row, T tokens of all rows, D width.
 """
 
@@ -32,6 +34,7 @@ class Case:
     rows: int = 1
     sequences: tuple[int, ...] = ()  # packed, each as long as its share of T; none: not packed
     real: tuple[float, ...] = ()  # the part of each row that is not padding, which is on the left
+    new_mask: bool = False  # in each call
     dense: bool = False
     change: Callable[[Settings], dict[str, Any]] = field(default=lambda row: {})
 
@@ -49,10 +52,12 @@ CASES = {
     "packed, 1 sequence": Case("plain", sequences=(1,)),
     FULL_BATCH: Case(rows=4),
     "packed, 4 sequences": Case(FULL_BATCH, sequences=(1,) * 4),
+    "packed, 4 sequences, new in each call": Case(FULL_BATCH, sequences=(1,) * 4, new_mask=True),
     "32 rows": Case(rows=32),
     "packed, 32 sequences": Case("32 rows", sequences=(1,) * 32),
     "packed, 7 mixed lengths": Case(FULL_BATCH, sequences=(1, 9, 2, 5, 3, 8, 4)),
     "4 rows, 2 of them padded": Case(FULL_BATCH, rows=4, real=(1, 0.7, 1, 0.4)),
+    "4 rows, 2 of them padded, new in each call": Case(FULL_BATCH, rows=4, real=(1, 0.7, 1, 0.4), new_mask=True),
     "block 100": Case("plain", change=lambda row: {"block_size": 100}),
     "block 64, top-16": Case(change=lambda row: {"block_size": 64, "top_k": 16}),
     "block 48, top-16": Case("block 64, top-16", change=lambda row: {"block_size": 48, "top_k": 16}),
@@ -70,6 +75,7 @@ class Corners:
     def __init__(self, row: Settings, device: torch.device, forward_only: bool) -> None:
         self.row, self.device, self.systems = row, device, list(CASES)
         self.passes = [FORWARD] if forward_only else [FORWARD, BOTH]
+        self._masks: dict[tuple[Case, int], Tensor] = {}
 
     def title(self) -> str:
         return f"real batches: {self.row.title()}"
@@ -99,10 +105,22 @@ class Corners:
         if case.dense:
             return partial(F.scaled_dot_product_attention, is_causal=True, enable_gqa=row.heads != row.key_heads)
         blocks = {"block_size": row.block_size, "top_k": row.top_k}
-        if case.sequences:
-            return partial(moba_attention_varlen, cu_seqlens=bounds(case.sequences, tokens, self.device), **blocks)
-        mask = left_padding(case.real, tokens // case.rows, self.device) if case.real else None
-        return partial(moba_attention, padding_mask=mask, **blocks)
+        if not (case.sequences or case.real):
+            return partial(moba_attention, **blocks)
+        function, name = (moba_attention_varlen, "cu_seqlens") if case.sequences else (moba_attention, "padding_mask")
+        mask = self.mask(case, tokens)
+
+        def attend(*tensors: Tensor) -> Tensor:
+            return function(*tensors, **{name: mask.clone() if case.new_mask else mask}, **blocks)
+
+        return attend
+
+    def mask(self, case: Case, tokens: int) -> Tensor:
+        """`cu_seqlens` or `padding_mask`, the same tensor for all samples."""
+        if (case, tokens) not in self._masks:
+            packed, padded = partial(bounds, case.sequences, tokens), partial(left_padding, case.real, tokens // case.rows)
+            self._masks[case, tokens] = (packed if case.sequences else padded)(self.device)
+        return self._masks[case, tokens]
 
 
 def bounds(shares: tuple[int, ...], tokens: int, device: torch.device) -> Tensor:
