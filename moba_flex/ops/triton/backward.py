@@ -176,6 +176,7 @@ def _sum_rows_kernel(
     block = (head // H) * Q + tl.program_id(0) * M // P
     here = (i % P >= tl.load(QUERY_START + block)) & (i % P < tl.load(QUERY_STOP + block))
     query, token = head * N + i, (tl.load(QUERY_TOKEN + block) + i % P).to(tl.int64)
+    # Pairs are read without waiting for `here`: a slot without a query has none.
     rows = N_ROWS.to(tl.int64) + N_QUERIES
     total = tl.zeros([M, DP], tl.float32)
     for sub in tl.static_range(SUBS):
@@ -185,7 +186,7 @@ def _sum_rows_kernel(
             total += tl.load(part + (N_ROWS + query)[:, None] * D + d[None, :], mask=columns(own, d, D, DP), other=0.0).to(tl.float32)
         for s in range(0, S, UNROLLED):
             for u in tl.static_range(UNROLLED):
-                row = tl.load(ROW_OF_PAIR + query * S + s + u, mask=here & (s + u < S), other=-1).to(tl.int64)
+                row = tl.load(ROW_OF_PAIR + query * S + s + u, mask=(i < N) & (s + u < S), other=-1).to(tl.int64)
                 x = tl.load(part + row[:, None] * D + d[None, :], mask=columns(row >= 0, d, D, DP), other=0.0)
                 total += x.to(tl.float32)
     at = (head // H) * to_b + (head % H) * to_h + token * to_n

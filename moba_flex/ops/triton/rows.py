@@ -117,10 +117,11 @@ def _merge_kernel(
     block = (head // H) * Q + tl.program_id(0) * M // P
     here = (i % P >= tl.load(QUERY_START + block)) & (i % P < tl.load(QUERY_STOP + block))
     n, token, seen = head * N + i, tl.load(QUERY_TOKEN + block) + i % P, d[None, :] < D
+    inside = i < N  # a slot without a query has no pairs: they need not wait until it is known which slots these are
     most = tl.load(LSE + head * N_TOKENS + token, mask=here, other=float("-inf"))
     for s in range(0, S, UNROLLED):
         for u in tl.static_range(UNROLLED):
-            row = tl.load(PAIR + n * S + s + u, mask=here & (s + u < S), other=-1).to(tl.int64)
+            row = tl.load(PAIR + n * S + s + u, mask=inside & (s + u < S), other=-1).to(tl.int64)
             most = tl.maximum(most, tl.load(ROW_LSE + row, mask=row >= 0, other=float("-inf")), propagate_nan=tl.PropagateNan.ALL)
     most = tl.where(most == float("-inf"), 0.0, most)
 
@@ -129,7 +130,7 @@ def _merge_kernel(
     acc = total[:, None] * tl.load(OUT + at[:, None] + d[None, :], mask=here[:, None] & seen, other=0.0).to(tl.float32)
     for s in range(0, S, UNROLLED):
         for u in tl.static_range(UNROLLED):
-            row = tl.load(PAIR + n * S + s + u, mask=here & (s + u < S), other=-1).to(tl.int64)
+            row = tl.load(PAIR + n * S + s + u, mask=inside & (s + u < S), other=-1).to(tl.int64)
             weight = tl.exp(tl.load(ROW_LSE + row, mask=row >= 0, other=float("-inf")) - most)
             part = tl.load(ROW_OUT + row[:, None] * D + d[None, :], mask=(row[:, None] >= 0) & seen, other=0.0)
             total += weight
