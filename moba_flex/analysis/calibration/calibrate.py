@@ -59,7 +59,7 @@ def calibrate(
     Args:
         model: a transformers model with a language-model head, patched or not, on the device whose time counts.
         texts: at least 2, better 12 or more, of the kind and length that the model is for: strings, or rows of token ids `[N]`.
-        within: nats per token behind full attention, above 0.
+        within: nats per token behind full attention, above 0; on texts set aside their mean and one standard error together.
         tokenizer: for strings, and for facts that are put into texts and asked for.
         length: tokens that each text is cut to; None: those of the shortest.
         last_quarter: nats behind full attention in the last quarter of a text, at most; None: no limit.
