@@ -29,7 +29,7 @@ from .core.dtypes import wide
 from .core.layout import BlockLayout
 from .core.settings import AttentionSettings
 from .core.side_by_side import side_by_side
-from .core.strides import empty_with_strides_of, keep_strides, readable, with_strides_of
+from .core.strides import empty_with_strides_of, keep_strides, readable
 from .ops.routing import Routes
 from .ops.rows import write
 
@@ -83,7 +83,8 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value. Rows are routed again, chunk by chunk, and come back by gathering too."""
     backend = backend_of(settings)
-    delta = backend.delta(out, readable(grad), grad_lse)
+    grad = readable(grad)
+    delta = backend.delta(out, grad, grad_lse)
     plan, in_place, places = planned(query, key, value, layout, settings, backend, True)
     q, grad = (placed_queries(x, layout, backend, in_place) for x in (query, grad))
     k, v = (placed_keys(x, layout, backend, in_place) for x in (key, value))
@@ -119,11 +120,10 @@ def backward(
             total += x
         if piece.is_last:
             write(totals, sums)
-    grads = (grad_q, grad_k, grad_v) if in_place else (layout.query_tokens(grad_q), layout.key_tokens(grad_k), layout.key_tokens(grad_v))
-    if not backend.READS_STRIDES:
-        return grads
-    of_query, of_key, of_value = (with_strides_of(x, like) for x, like in zip(grads, (query, key, value)))
-    return of_query, of_key, of_value
+    if in_place:
+        return grad_q, grad_k, grad_v
+    of_query, of_key, of_value = (query, key, value) if backend.READS_STRIDES else (None, None, None)
+    return layout.query_tokens(grad_q, like=of_query), layout.key_tokens(grad_k, of_key), layout.key_tokens(grad_v, of_value)
 
 
 def placed_queries(x: Tensor, layout: BlockLayout, backend: Backend, in_place: bool) -> Tensor:

@@ -66,9 +66,14 @@ def _(
     slots = n_query_slots(query, key, padding_mask, cu_seqlens, settings.block_size, backend_of(settings))
     lse = query.new_empty(query.shape[:3], dtype=wide(query.dtype))
     chosen = query.new_empty(*query.shape[:2], slots, settings.n_routed, dtype=torch.int32)
+    return _empty_like(query, value.shape[-1], settings), lse, chosen
+
+
+def _empty_like(x: Tensor, width: int, settings: AttentionSettings) -> Tensor:
+    """`[B, H, N, width]`, what belongs to `x [B, H, N, D]`, with the strides that the backend gives it."""
     if backend_of(settings).READS_STRIDES:
-        return empty_with_strides_of(query, query.shape[2], value.shape[-1]), lse, chosen
-    return query.new_empty(*query.shape[:3], value.shape[-1]), lse, chosen
+        return empty_with_strides_of(x, x.shape[2], width)
+    return x.new_empty(*x.shape[:3], width)
 
 
 @torch.library.custom_op("moba_flex::attention_backward", mutates_args=())
@@ -100,24 +105,10 @@ def attention_backward(
 
 
 @attention_backward.register_fake
-def _(
-    grad: Tensor,
-    grad_lse: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    chosen: Tensor,
-    padding_mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    *arguments: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
-    settings = AttentionSettings.from_arguments(*arguments)
-    if backend_of(settings).READS_STRIDES:
-        dq, dk, dv = (empty_with_strides_of(x, *x.shape[2:]) for x in (query, key, value))
-        return dq, dk, dv
-    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+def _(grad: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    settings = AttentionSettings.from_arguments(*rest[5:])  # behind out, lse, chosen, padding_mask and cu_seqlens
+    dq, dk, dv = (_empty_like(x, x.shape[3], settings) for x in (query, key, value))
+    return dq, dk, dv
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:

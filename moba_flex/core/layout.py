@@ -123,8 +123,8 @@ class BlockLayout:
                     self._cache[name] = make()
         return self._cache[name]
 
-    def taken_apart(self) -> tuple[Form, tuple[Tensor, ...]]:
-        """All that makes the layout what it is: in numbers and names, and in tensors, each once."""
+    def taken_apart(self) -> tuple[Form, tuple[Tensor, ...], BlockLayout]:
+        """All that makes the layout what it is: in numbers and names, and in tensors, each once; and itself without what it has cached."""
         tensors, numbers, places = list[Tensor](), list[Hashable](), list[tuple[str, int]]()
         for name, x in vars(self).items():
             if isinstance(x, Tensor):
@@ -134,7 +134,8 @@ class BlockLayout:
                 places.append((name, place))
             elif name not in ("_cache", "persistent"):
                 numbers.append(x)
-        return (tuple(places), tuple(numbers)), tuple(tensors)
+        form = tuple(places), tuple(numbers)
+        return form, tuple(tensors), self.put_together(form, tensors)
 
     def put_together(self, form: Form, tensors: Sequence[Tensor]) -> BlockLayout:
         """A layout of this form of other tensors. What is worked out for it is not kept for later calls."""
@@ -156,10 +157,10 @@ class BlockLayout:
             return take(x, moves.token_of_query_slot)
         return self._spread(x, self.lead, self.n_query_blocks, like_tokens)
 
-    def key_tokens(self, x: Tensor) -> Tensor:
-        """The inverse of `key_slots`; zeros at padding."""
+    def key_tokens(self, x: Tensor, like: Tensor | None = None) -> Tensor:
+        """The inverse of `key_slots`; zeros at padding. Strides as of `query_tokens`."""
         if (moves := self.moves) is not None:
-            return take(x, moves.slot_of_key)
+            return take(x, moves.slot_of_key, into=None if like is None else empty_with_strides_of(like, self.n_key, x.shape[3]))
         return self._collect(x, 0, self.n_key)
 
     def query_tokens(self, x: Tensor, fill: float = 0, like: Tensor | None = None) -> Tensor:

@@ -32,13 +32,6 @@ def empty_with_strides_of(x: Tensor, n: int, width: int) -> Tensor:
     return x.new_empty(rows, n, heads, width).transpose(1, 2) if tokens_first(x) else x.new_empty(rows, heads, n, width)
 
 
-def with_strides_of(x: Tensor, like: Tensor) -> Tensor:
-    """`x`, copied only if its strides are not those of `keep_strides(like)`, which has its shape."""
-    if tokens_first(like):
-        return x.transpose(1, 2).contiguous().transpose(1, 2)
-    return x.contiguous()
-
-
 def rows_in_line(x: Tensor) -> Tensor | None:
     """`[1, H, B * N, D]`: the rows of `x [B, H, N, D]` one behind the other, if they lie so."""
     return x.transpose(1, 2).flatten(0, 1).transpose(0, 1)[None] if x.stride(0) == x.shape[2] * x.stride(2) else None

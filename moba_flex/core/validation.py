@@ -227,7 +227,7 @@ def check_no_more_queries(name: str, cu_seqlens: Tensor, name_k: str, cu_seqlens
     """No sequence may have more queries than keys. A traced graph checks it when it runs."""
     must = f"{name_k} must give each sequence at least as many keys as {name} gives it queries"
     if may_read:
-        queries, keys = (memo(x, "bounds", lambda x=x: _bounds(x))[1] for x in (cu_seqlens, cu_seqlens_k))  # type: ignore[misc]
+        (_, queries), (_, keys) = _bounds(cu_seqlens), _bounds(cu_seqlens_k)
         i = next((i for i, (n_query, n_key) in enumerate(zip(queries, keys)) if n_query > n_key), None)
         if i is not None:
             raise ValueError(f"{must}, which are its last tokens, but sequence {i} has {queries[i]} queries and {keys[i]} keys")
@@ -271,7 +271,7 @@ def check_cu_seqlens(name: str, cu_seqlens: Tensor, query: Tensor, tokens: int) 
         return None
     check_not_mapped("moba_flex", **{name: cu_seqlens})
     remember(cu_seqlens)
-    bounds, lengths = memo(cu_seqlens, "bounds", lambda: _bounds(cu_seqlens))
+    bounds, lengths = _bounds(cu_seqlens)
     if bounds[0] != 0 or bounds[-1] != tokens or min(lengths, default=0) < 0:
         raise ValueError(f"{must} {tokens} (the number of tokens), but {_bounds_shown(bounds, lengths)}")
     return max(lengths, default=0)
@@ -279,8 +279,12 @@ def check_cu_seqlens(name: str, cu_seqlens: Tensor, query: Tensor, tokens: int) 
 
 def _bounds(cu_seqlens: Tensor) -> tuple[list[int], list[int]]:
     """Where sequences begin and the last one ends, and their lengths."""
-    bounds = cu_seqlens.tolist()
-    return bounds, [b - a for a, b in itertools.pairwise(bounds)]
+
+    def read() -> tuple[list[int], list[int]]:
+        bounds = cu_seqlens.tolist()
+        return bounds, [b - a for a, b in itertools.pairwise(bounds)]
+
+    return memo(cu_seqlens, "bounds", read)
 
 
 def _bounds_shown(bounds: list[int], lengths: list[int]) -> str:

@@ -79,7 +79,6 @@ def run(function: Function, tensors: tuple[Tensor | None, ...], layout: BlockLay
 
     The caller has found that the call can be captured: `moba_flex.backends.paths.capture_obstacle`.
     """
-
     if not _graphs.enabled:
         return function(*tensors, layout, settings)
     stream = torch.cuda.current_stream()
@@ -92,8 +91,8 @@ def run(function: Function, tensors: tuple[Tensor | None, ...], layout: BlockLay
         return _graphs(place, (*name, *signature(tensors)), call, tensors, settings.working_memory)
 
     # A layout that follows from data is an input too. Of a graph, what follows from it is part of the graph, which holds no other.
-    n, (form, of_layout) = len(tensors), layout.cached(("taken apart",), layout.taken_apart)
-    bare, whole = layout.put_together(form, of_layout), weakref.ref(layout)
+    form, of_layout, bare = layout.cached(("taken apart",), layout.taken_apart)
+    n, whole = len(tensors), weakref.ref(layout)
 
     def call_with_layout(*given: Any) -> tuple[Tensor, ...]:
         there = whole() if given[n] is of_layout[0] else bare.put_together(form, given[n:])
@@ -259,30 +258,19 @@ class GraphCache:
         `mask`: one of the tensors, another one in calls with another mask.
         """
         try:
-            return self._run(place, key, function, tensors, most_bytes, mask)
+            with self._lock:
+                if self.enabled:
+                    shape, behind = self._shape(place, key), self._gpu_is_behind(place, tensors)
+                    if shape.captured is None:
+                        if shape.is_due(mask) and (outputs := self._captures(shape, place, function, tensors)) is not None:
+                            self._make_room(place.gpu, most_bytes)
+                            return outputs
+                    elif not behind:
+                        return shape.captured(tensors)
+            return function(*tensors)
         except torch.OutOfMemoryError:
             if not self._give_back(place.gpu):
                 raise
-        return function(*tensors)
-
-    def _run(
-        self,
-        place: Place,
-        key: Hashable,
-        function: Function,
-        tensors: tuple[Tensor | None, ...],
-        most_bytes: int,
-        mask: Tensor | None,
-    ) -> tuple[Tensor, ...]:
-        with self._lock:
-            if self.enabled:
-                shape, behind = self._shape(place, key), self._gpu_is_behind(place, tensors)
-                if shape.captured is None:
-                    if shape.is_due(mask) and (outputs := self._captures(shape, place, function, tensors)) is not None:
-                        self._make_room(place.gpu, most_bytes)
-                        return outputs
-                elif not behind:
-                    return shape.captured(tensors)
         return function(*tensors)
 
     def _shape(self, place: Place, key: Hashable) -> Shape:
