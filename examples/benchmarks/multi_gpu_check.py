@@ -47,6 +47,8 @@ OVERTIME = 180  # seconds over its time after which a part is ended
 LEAST = 60  # seconds for a part that need not be whole
 OF_TEST = re.compile(r"^\[gw\d+\] \[ *\d+%\] ([A-Z]+) |^tests/\S+ ([A-Z]+) .*\[ *\d+%\]$", re.MULTILINE)  # several processes, or one
 
+LAUNCHER_SAYS = re.compile(r"^[EW]\d{4} [\d:.]+ \d+ torch/distributed/", re.MULTILINE)
+
 
 @dataclass
 class Job:
@@ -189,11 +191,16 @@ def report(output: Path, names: Iterable[str], failed: list[str], left: list[str
     saved_results.write(output / "results.json", {"failed": failed, "left": left, "parts": results, **numbers})
     print(*lines, sep="\n")
     for name in failed:
-        tail = (output / f"{name}.log").read_text(errors="replace").splitlines()[-3:]
-        print(f"{name} failed, see {output / name}.log: {' | '.join(tail)}")
+        words = last_words((output / f"{name}.log").read_text(errors="replace"))
+        print(f"{name} failed, see {output / name}.log: {' | '.join(words)}")
     if left:
         print(f"no time was left for {', '.join(left)}: the same command goes on with them")
     return 1 if failed or numbers["wrong"] else 3 if left else 0
+
+
+def last_words(log: str) -> list[str]:
+    """Of the processes: PyTorch's launcher ends a log with fifty lines of its own."""
+    return LAUNCHER_SAYS.split(log)[0].splitlines()[-3:]
 
 
 def main(argv: list[str] | None = None, started: float | None = None) -> int:

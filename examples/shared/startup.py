@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable
 
 
@@ -26,6 +27,22 @@ def prepare() -> None:
 
 
 def run_script(main: Callable[[], int]) -> None:
-    """End the process with what `main` returns, or with 130 after Ctrl-C."""
+    """End the process with what `main` returns, or with 130 after Ctrl-C.
+
+    One that has a process group ends at once. On CPUs gloo's threads may still want Python's lock: to destroy their group would hold it
+    for ever, and if Python ends under them they abort the process.
+    """
     signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
-    sys.exit(main())
+    code: str | int | None = 1
+    try:
+        code = main()
+    except SystemExit as end:
+        code = end.code
+    except Exception:
+        traceback.print_exc()
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code if isinstance(code, int) else code is not None)
+    sys.exit(code)

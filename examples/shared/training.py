@@ -10,9 +10,7 @@ import argparse
 import math
 import os
 import signal
-import sys
 import time
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -31,10 +29,7 @@ LOSSES_AT_ONCE = 8192  # tokens, whose losses are worked out in float32 at a tim
 
 
 def exit_code_of_job(script: str, work: Callable[[], int | None]) -> int:
-    """`exit_code` for one of several processes, which then ends here, at once. On CPUs gloo's threads may still want Python's lock: to
-    destroy their group would hold it for ever, and if Python ends under them they abort the process. Where it failed because another
-    process is gone, one line says which.
-    """
+    """`exit_code` for one of several processes: where it failed because another process is gone, one line says which."""
 
     def checked() -> int | None:
         try:
@@ -47,16 +42,7 @@ def exit_code_of_job(script: str, work: Callable[[], int | None]) -> int:
                 raise
             raise UserError(f"{missing}; see what that one printed") from error
 
-    try:
-        code = exit_code(script, checked)
-    except Exception:
-        traceback.print_exc()
-        code = 1
-    if dist.is_initialized():
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    return code
+    return exit_code(script, checked)
 
 
 class Stop:

@@ -108,6 +108,13 @@ def test_parts_that_fail_or_take_too_long_are_said_and_tried_again(check, monkey
     assert code == 0 and set(results["parts"]) == {"bad", "good"}
 
 
+def test_what_processes_said_last_is_told_and_not_what_their_launcher_said(check) -> None:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
+    part = Part("gone", 60, [*launcher, "bash", "-c", "echo no link; exit 5"])
+    code, said, _ = check([part])
+    assert code == 1 and said.splitlines()[-1].endswith("no link"), said
+
+
 def test_too_little_memory_is_a_result(check) -> None:
     full = python("model-4M", 'print(\'{"tokens": 4, "out_of_memory": true, "said": "CUDA out of memory"}\'); raise SystemExit(3)')
     code, said, results = check([full])

@@ -22,7 +22,6 @@ import train
 from accelerate.state import AcceleratorState, GradientState
 from shared import training
 from shared.command_line import UserError
-from support.fresh import FreshPython
 from support.scripts import Script
 from torch.distributed.elastic.multiprocessing.api import PContext
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
@@ -298,27 +297,6 @@ def test_parallelism_that_the_script_does_not_do_is_refused(name: str, tmp_path:
     with pytest.raises(UserError, match=f"configuration has {name} 2, which this script does not do"):
         accelerator = SimpleNamespace(parallelism_config=parallelism, num_processes=2, process_index=0)
         train.Share(accelerator, train.parse([*SHORT, "--output", str(tmp_path)]))
-
-
-def test_a_process_ends_well_while_gloo_s_threads_still_want_python_s_lock(fresh: FreshPython, tmp_path: Path) -> None:
-    done = fresh.run(f"""
-import sys
-sys.path.insert(0, "examples")
-import torch, torch.distributed as dist, train
-
-def busy(_):
-    sum(range(10_000_000))
-
-def trained(_):
-    dist.init_process_group("gloo", store=dist.FileStore({str(tmp_path / "store")!r}, 1), rank=0, world_size=1)
-    for _ in range(20):
-        dist.all_reduce(torch.ones(1), async_op=True).get_future().then(busy)
-
-train.train = trained
-print("trained")
-train.main(["--tiny", "--text", "-", "--output", "-"])
-""")
-    assert done.returncode == 0 and done.stdout.endswith("trained\n"), done.stderr
 
 
 @pytest.mark.parametrize(("processes", "rows"), [(1, 1), (1, 4), (2, 2), (4, 1)])
