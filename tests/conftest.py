@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from glob import glob
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,10 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 if "PYTEST_XDIST_WORKER" in os.environ:
     for library in ("OMP", "MKL", "OPENBLAS"):
         os.environ.setdefault(f"{library}_NUM_THREADS", "1")
+    # Each has one GPU, the next process the next one. Tests of several processes use all of them.
+    gpus = [x for x in os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(len(glob("/dev/nvidia[0-9]*")))))).split(",") if x]
+    if gpus and os.environ.get("MOBA_FLEX_DISTRIBUTED_TESTS") != "cuda":
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpus[int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw")) % len(gpus)]
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples/benchmarks"))
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples/experiments"))

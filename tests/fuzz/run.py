@@ -22,6 +22,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from itertools import takewhile
 from multiprocessing import get_context
+from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
 
 import torch
@@ -112,7 +113,8 @@ def results(args: argparse.Namespace, parts: Iterable[tuple[int, int]], until: f
         for start, stop in in_time(parts, until):
             yield start, *try_cases(args.seed, start, stop, args.device, until)
         return
-    with ProcessPoolExecutor(args.processes, mp_context=get_context("spawn")) as pool:
+    context = get_context("spawn")
+    with ProcessPoolExecutor(args.processes, context, _take_device, (args.device, context.Value("i", 0))) as pool:
         waiting: list[tuple[int, int, Future]] = []
         try:
             for start, stop in in_time(parts, until):
@@ -123,6 +125,15 @@ def results(args: argparse.Namespace, parts: Iterable[tuple[int, int]], until: f
                 yield _next(waiting)
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _take_device(device: str, n_processes: Synchronized[int]) -> None:
+    """Of several GPUs each process uses one, the next process the next one."""
+    with n_processes.get_lock():
+        number = n_processes.value
+        n_processes.value += 1
+    if device == "cuda":
+        torch.cuda.set_device(number % torch.cuda.device_count())
 
 
 def _next(waiting: list[tuple[int, int, Future]]) -> tuple[int, int, list[Failure]]:
