@@ -1,28 +1,29 @@
-"""Adapters for transformers models. Importing this registers "moba" and "moba_naive" as attention implementations, and lets continuous
-batching serve models that use them.
+"""Adapters for transformers models.
 
-| file | what it holds |
+Importing this registers "moba" and "moba_naive" as attention implementations, and enables continuous batching for models that use them.
+
+| file | contents |
 |---|---|
 | `patch.py` | switching a model's attention to MoBA and back |
 | `loading.py` | loading and patching in one call |
-| `adapters.py` | the settings beside PEFT's adapters |
-| `sizes.py` | which settings suit a length, and a warning where those of a model do nothing |
+| `adapters.py` | saving and loading the settings with PEFT adapters |
+| `sizes.py` | suggested settings per prompt length, and a warning where a model's settings have no effect |
 | `attention_function.py` | the function that each layer calls |
-| `layer_operation.py` | what all paths of a layer's call share |
-| `decision.py` | what a layer's call does, and why |
-| `layers.py` | which modules are attention layers, and what each of them uses |
-| `masks.py` | what a forward pass says about who may see whom |
-| `call_hooks.py` | what attention functions get to know beyond what transformers tells them |
-| `recomputation.py` | layers that gradient checkpoints compute again |
+| `layer_operation.py` | code shared by all paths of a layer's call |
+| `decision.py` | which path a layer's call takes, and why |
+| `layers.py` | which modules are attention layers, and which attention each of them uses |
+| `masks.py` | the attention mask of a forward pass, in the form that each layer needs |
+| `call_hooks.py` | hooks that pass extra information to attention functions |
+| `recomputation.py` | layers recomputed by gradient checkpointing |
 | `by_name.py` | models that were loaded by name and not patched |
-| `by_identity.py` | what is known of configurations |
-| `block_means.py` | the means of key blocks, beside a cache's keys |
-| `continuous_batching.py` | serving many requests at once |
-| `paged_cache.py` | keys and block means of many requests in pages |
-| `paged_batch.py` | which tokens of one forward pass read what |
-| `paged_attention.py` | a layer's call for many requests |
-| `key_conv.py` | the convolution of keys |
-| `state.py` | what is kept on a model's layers and on a cache's |
+| `by_identity.py` | a mapping keyed by configuration objects |
+| `block_means.py` | block means stored beside a cache's keys |
+| `continuous_batching.py` | continuous batching |
+| `paged_cache.py` | the paged cache: keys and block means |
+| `paged_batch.py` | the requests of one forward pass, and which tokens read which keys |
+| `paged_attention.py` | a layer's call in continuous batching |
+| `key_conv.py` | the convolution over keys |
+| `state.py` | the state stored on layers and cache layers |
 | `schedule.py` | MoBA and full attention in one training run |
 | `upstream.py` | private API of transformers |
 """

@@ -1,8 +1,8 @@
-"""Settings of MoBA beside PEFT's adapters: a file of their own in an adapter's folder, written when PEFT saves the adapter.
+"""Settings of MoBA for PEFT adapters: an extra file in the adapter's folder, written when PEFT saves the adapter.
 
-PEFT saves an adapter's weights and its `PeftConfig`, and nothing of the model's configuration. Before it does so it asks the model for its
-state dict. A hook there gives each `PeftConfig` that PEFT has left on the model a `save_pretrained` that writes the settings too. PEFT's
-classes stay what they are, and its own loader reads such a folder as any other.
+PEFT saves an adapter's weights and its `PeftConfig`, but not the model's configuration. Before it saves, it calls the model's `state_dict`.
+A hook on that call gives each `PeftConfig` on the model a `save_pretrained` that also writes the settings. PEFT's classes are not changed,
+and its own loader can read the folder.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SETTINGS_FILE = "moba.json"
 
 
 class SaveWithSettings:
-    """`save_pretrained` of one `PeftConfig`, which is copied and pickled with it."""
+    """`save_pretrained` of one `PeftConfig`. It is copied and pickled together with that config."""
 
     def __init__(self, adapter: Any, settings: MobaConfig) -> None:
         self._adapter, self._settings = adapter, settings
@@ -36,14 +36,14 @@ class SaveWithSettings:
 
 
 def save_settings_with_adapters(model: nn.Module) -> None:
-    """Let adapters that PEFT saves of this model, now or once it has some, have the model's settings beside them."""
+    """Save the model's settings with every PEFT adapter of the model, including adapters that are added later."""
     for module in _holders(model):
         if save_hook_of(module) is None:
             set_save_hook(module, module.register_state_dict_pre_hook(_prepare))
 
 
 def save_adapters_alone(modules: Iterable[nn.Module]) -> None:
-    """Undo it for some modules."""
+    """Undo `save_settings_with_adapters` for these modules."""
     for module in modules:
         if (handle := save_hook_of(module)) is not None:
             handle.remove()
@@ -52,17 +52,17 @@ def save_adapters_alone(modules: Iterable[nn.Module]) -> None:
 
 
 def modules_with_save_hooks(model: nn.Module) -> set[nn.Module]:
-    """Those of a model whose adapters are saved with its settings."""
+    """The modules of a model whose adapters are saved with its settings."""
     return {module for module in model.modules() if save_hook_of(module) is not None}
 
 
 def _holders(model: nn.Module) -> list[nn.Module]:
-    """Models of transformers on which PEFT may leave its adapters' configurations, and those of PEFT."""
+    """transformers models, which may get adapter configurations from PEFT, and PEFT models."""
     return [module for module in model.modules() if isinstance(module, PreTrainedModel) or adapter_configs_of(module)]
 
 
 def _prepare(module: nn.Module, prefix: str, keep_vars: bool) -> None:
-    """A hook before a model's state dict is made."""
+    """A pre-hook of the model's `state_dict`."""
     adapters = adapter_configs_of(module)
     if not adapters:
         return
@@ -80,12 +80,12 @@ def _restore(module: nn.Module) -> None:
 
 
 def settings_beside_adapter(name: str, where: dict[str, Any]) -> MobaConfig | None:
-    """The settings in the folder or repository of an adapter; None if there are none.
+    """The settings in an adapter's folder or repository; None if there are none.
 
-    Raises ValueError, naming the file, if they are no settings.
+    Raises ValueError, naming the file, if the settings are not valid.
     """
     file = None
-    with suppress(OSError):  # loading says what is wrong
+    with suppress(OSError):  # loading the adapter raises the error
         file = file_of_repository(name, SETTINGS_FILE, where)
     if file is None:
         return None

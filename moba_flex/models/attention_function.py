@@ -1,7 +1,7 @@
 """The attention function that transformers calls for every layer of a model with "moba" or "moba_naive".
 
-`decision.py` says what a call does; here it is done. A layer that does not use MoBA gets the attention that it had before, with exactly
-the arguments that it would have had.
+`decision.py` chooses the path of a call; this file runs it. A layer that does not use MoBA gets its original attention, with exactly the
+arguments that it would have had.
 
 B batch, H query heads, G key heads, N tokens (Nq queries, Nk keys), D head dimension.
 """
@@ -51,10 +51,10 @@ def moba_attention_forward(
 
     `named` is the name in the configuration under which the model found this function.
 
-    The weights `[B, H, Nq, Nk]` are None unless "moba_naive" is asked for them with `output_attentions=True`: layers with full
-    attention, and tokens that are decoded with it, then have them too.
+    The weights `[B, H, Nq, Nk]` are None unless they are requested with "moba_naive" and `output_attentions=True`. In that case layers with
+    full attention and tokens decoded with full attention return them too.
 
-    Raises ValueError for what MoBA cannot do: attention dropout or weights without "moba_naive", custom masks, biases.
+    Raises ValueError for what MoBA does not support: attention dropout or weights without "moba_naive", custom masks, biases.
     """
     cache, drafts, paged = kwargs.pop(CACHE, None), kwargs.pop(DRAFTS, 0), paged_keys(module, kwargs)
     if (handed := kwargs.pop(MASK, None)) is not None:
@@ -92,7 +92,7 @@ ATTENTION_FUNCTIONS = {name: partial(moba_attention_forward, named=name) for nam
 
 
 def _original(call: LayerCall, weights: bool = False) -> tuple[Tensor, Tensor | None]:
-    """The attention that the layer had before; `weights`: "eager", which returns them."""
+    """The original attention of the layer. With `weights` it is eager attention, which returns them."""
     module, mask = call.layer, call.mask
     implementation = "eager" if weights else original_implementation(module)
     if isinstance(mask, MobaMask):
@@ -101,8 +101,8 @@ def _original(call: LayerCall, weights: bool = False) -> tuple[Tensor, Tensor | 
 
 
 def _prompt_and_drafts(call: LayerCall, n_drafts: int, weights: bool) -> tuple[Tensor, Tensor | None]:
-    """MoBA of a prompt as if the drafts behind it had not come yet, and full attention of these."""
-    assert isinstance(call.mask, MobaMask)  # without which there are no drafts
+    """MoBA for the prompt, as if the drafts after it did not exist yet, and full attention for the drafts."""
+    assert isinstance(call.mask, MobaMask)  # only calls with a MobaMask have drafts
     before, last = call.mask.split(n_drafts)
     query, key, value = (x[:, :, :-n_drafts] for x in (call.query, call.key, call.value))
     of_prompt = replace(call, query=query, key=key, value=value, mask=before, drafts=0)
@@ -117,11 +117,14 @@ def _prompt_and_drafts(call: LayerCall, n_drafts: int, weights: bool) -> tuple[T
 
 
 def _moba(call: LayerCall, decision: Decision) -> tuple[Tensor, Tensor | None]:
-    """The paths that need more than the original attention: ALL_KEYS, for what lies beside the cache, DECODING_SPARSE and MOBA."""
+    """The paths ALL_KEYS, DECODING_SPARSE and MOBA.
+
+    ALL_KEYS computes the original attention, but also updates the block means beside the cache.
+    """
     settings, cached = call.settings, call.key
     means = means_of(call.cache, call.layer, cached, call.query.shape[2]) if settings.decode == "sparse" else None
     query, key, value = autocast(call.query, cached, call.value)
-    if decision.places is not None:  # of DECODING_SPARSE
+    if decision.places is not None:  # DECODING_SPARSE
         return _decode(call, query, key, value, decision.places, means).transpose(1, 2).contiguous(), None
 
     visible, cached = decision.visible, key
@@ -145,7 +148,7 @@ def _moba(call: LayerCall, decision: Decision) -> tuple[Tensor, Tensor | None]:
 
 
 def _across_processes(call: LayerCall) -> Tensor:
-    """A layer of a model whose sequences are shared among processes, see `moba_flex.distributed`: `[B, L, H, Dv]`."""
+    """`[B, L, H, Dv]`: a layer's call in a context-parallel model, see `moba_flex.distributed`."""
     context = context_of(call.layer)
     assert context is not None
     kept = context.kept_keys(call.layer)
@@ -166,7 +169,7 @@ def _across_processes(call: LayerCall) -> Tensor:
         )
     check_supported(call)
     query, key, value = autocast(call.query, call.key, call.value)
-    behind = None if kept is None or kept.shared.is_prompt else kept  # of new tokens behind a prompt, which all processes compute
+    behind = None if kept is None or kept.shared.is_prompt else kept  # new tokens after a prompt, which all processes compute
     visible = call.visible(query, key) if behind is None else Visible(key.shape[2])
     operation = operation_of(call, query, key, value, visible.causal)
     if call.wants_weights or not visible.causal or visible.padding_mask is not None or visible.cu_seqlens is not None:
@@ -187,7 +190,10 @@ def _across_processes(call: LayerCall) -> Tensor:
 
 
 def _decodes_kept(call: LayerCall, cached: int) -> bool:
-    """Whether the new tokens behind `cached` ones, whose keys are shared out, read all keys. ValueError if only some of them would."""
+    """Whether new tokens after `cached` ones, whose keys are distributed over processes, read all keys.
+
+    Raises ValueError if only some of them would.
+    """
     if call.settings.decode != "full":
         return False
     new = call.query.shape[2]
@@ -201,20 +207,20 @@ def _decodes_kept(call: LayerCall, cached: int) -> bool:
 
 
 def _decode(call: LayerCall, query: Tensor, key: Tensor, value: Tensor, places: Places, means: BlockMeans | None) -> Tensor:
-    """`[B, H, Nq, Dv]`: a few tokens at the end of a cache, by way of the block means beside it."""
+    """`[B, H, Nq, Dv]`: a few tokens at the end of a cache, which choose their blocks by the block means beside it."""
     operation = operation_of(call, query, key, value, True)
     block_size, known = operation.settings.block_size, None
     if means is not None:
-        assert isinstance(call.mask, MobaMask)  # which says that this is decoding
+        assert isinstance(call.mask, MobaMask)  # decoding requires one
         starts = None if torch.compiler.is_compiling() else call.mask.visible(query, key).starts
         known = means.of_all_but_new(key, block_size, places.start, starts)
-    if known is None:  # nothing is kept beside this cache
+    if known is None:  # no means are stored beside this cache
         known = write_means(means_for(key, max(1, key.shape[2] // block_size)), key, places.start, block_size)
     return attend_decoding(query, key, value, known, places.length, places.start, operation.settings, sinks=operation.sinks)
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, visible: Visible, operation: Operation) -> Tensor:
-    """`[B, H, Nq, Dv]`. Packed rows are laid end to end, as one longer row of packed sequences."""
+    """`[B, H, Nq, Dv]`. Rows of packed sequences are concatenated into one row."""
     rows = query.shape[0]
     joined = visible.cu_seqlens is not None and rows > 1
     if joined:
@@ -235,7 +241,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, visible: Visible, operati
 def _attend_with_weights(
     query: Tensor, key: Tensor, value: Tensor, visible: Visible, dropout: float, operation: Operation
 ) -> tuple[Tensor, Tensor]:
-    """The output and the weights `[B, H, Nq, Nk]`: attention applied to an identity matrix of values."""
+    """The output and the weights `[B, H, Nq, Nk]`, which are attention applied to an identity matrix of values."""
     n_key = key.shape[2]
     identity = torch.eye(n_key, dtype=value.dtype, device=value.device).expand(*value.shape[:2], n_key, n_key)
     weights = F.dropout(_attend(query, key, identity, visible, operation), dropout)

@@ -1,9 +1,11 @@
-"""Block means beside a key cache.
+"""Block means stored beside a key cache.
 
-They lie on the cache layer itself, whose class is extended so that whatever moves keys moves their means too. Three things make means that
-are out of date impossible to miss: every `update` is noted, and two in a row without an attention that took the new keys in between
-(another model, full attention for a while) mean that all are computed again; so does a key tensor that is not the one last seen (somebody
-else replaced it); and so do other settings or other padding.
+They are stored on the cache layer, whose class is extended: operations that move keys also move their means. Three checks detect stale
+means, which are then recomputed:
+
+- Two calls of `update` without an attention call in between that took in the new keys (another model, full attention for a while).
+- A key tensor other than the one last seen: other code has replaced it.
+- Other settings or other padding.
 
 B rows, G key heads, N tokens, C blocks, D head dimension.
 """
@@ -28,46 +30,46 @@ if TYPE_CHECKING:
 
 
 class BlockMeans:
-    """The means of one cache layer's key blocks: `means [B, G, C, D]`, see `moba_flex.decoding`."""
+    """The block means of one cache layer's keys: `means [B, G, C, D]`, see `moba_flex.decoding`."""
 
     def __init__(self) -> None:
         self.means: Tensor | None = None
         self.block_size = 0
-        self.starts: tuple[int, ...] | None = None  # each row's first real token; None: 0 for all rows
-        self.stale = True  # some keys were written or moved that the means do not know
-        self._waiting = False  # keys were written and not taken in yet
+        self.starts: tuple[int, ...] | None = None  # first real token of each row; None: 0 for all rows
+        self.stale = True  # keys were written or moved that the means do not reflect
+        self._waiting = False  # keys were written that the means have not taken in
         self._keys: weakref.ref[Tensor] | None = None
-        self._quantized: tuple[object, int] | None = None  # of a quantized cache: what the keys were made of, and how many they were
+        self._quantized: tuple[object, int] | None = None  # of a quantized cache: the source of the keys, and their number
 
     def __getstate__(self) -> dict[str, Any]:
-        return {}  # a copy or pickle of a cache computes its means again
+        return {}  # a copied or unpickled cache recomputes its means
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         BlockMeans.__init__(self)
 
     def check(self, keys: Tensor | None) -> None:
-        """Are the cache layer's keys still the ones last noted?"""
+        """Mark the means stale if the cache layer's keys are not the tensor last noted."""
         if not torch.compiler.is_compiling() and (None if self._keys is None else self._keys()) is not keys:
             self.stale = True
 
     def note(self, keys: Tensor | None) -> None:
-        """These are the cache layer's keys now."""
-        if not torch.compiler.is_compiling():  # while compiling there is only a static cache, which writes its keys in place
+        """Record the cache layer's current key tensor."""
+        if not torch.compiler.is_compiling():  # compiled graphs only see static caches, which write keys in place
             self._keys = None if keys is None else weakref.ref(keys)
 
     def check_quantized(self, quantized: object | None, length: int, n_new: int) -> None:
-        """`length` keys, `n_new` of them new, were made of this; are the others still those that were seen last?"""
+        """Mark the means stale unless the `length - n_new` older keys come from the same source as before."""
         self.stale = self._quantized is None or self._quantized[0] is not quantized or self._quantized[1] != length - n_new
         self._quantized = None if quantized is None else (quantized, length)
 
     def expect(self) -> None:
-        """New keys are about to be written."""
+        """To be called before new keys are written."""
         self.stale = self.stale or self._waiting
         self._waiting = True
 
     @torch.no_grad()
     def select(self, rows: Tensor) -> None:
-        """Rows of the batch change places."""
+        """Reorder the rows of the batch."""
         if self.means is None:
             return
         with torch.inference_mode(False):
@@ -78,9 +80,9 @@ class BlockMeans:
 
     @torch.no_grad()
     def of_all_but_new(self, key: Tensor, block_size: int, start: Tensor | None, starts: tuple[int, ...] | None) -> Tensor | None:
-        """The means of `key [B, G, N, D]`, right for all blocks but those that its newest tokens complete: the caller writes these.
+        """The means of `key [B, G, N, D]`, valid for all blocks except those completed by the newest tokens: the caller writes these.
 
-        None if there is no room for them, which only happens while a graph is traced.
+        None if they do not fit, which happens only while a graph is traced.
         """
         if not torch.compiler.is_compiling():
             self._make_room(key, block_size, starts)
@@ -94,7 +96,7 @@ class BlockMeans:
 
     @torch.no_grad()
     def take_in(self, new: int, length: int, key: Tensor, block_size: int, start: Tensor | None, starts: tuple[int, ...] | None) -> None:
-        """Write the means of all blocks that the last `new` of `length` tokens complete, and of all others that are not right."""
+        """Write the means of all blocks completed by the last `new` of `length` tokens, and all stale means."""
         self._make_room(key, block_size, starts)
         assert self.means is not None
         first = 0 if self.stale else max(0, length - new - max(starts or (0,))) // block_size
@@ -114,7 +116,7 @@ class BlockMeans:
             if means is None:
                 self.means, self.stale = means_for(key, wanted), True
                 mark_static_address(self.means)
-            else:  # an eighth more than is needed, so that a growing cache seldom copies them
+            else:  # an eighth more than needed, so that a growing cache rarely copies them
                 self.means = torch.cat([means, means_for(key, wanted - means.shape[2] + wanted // 8)], 2)
 
 
@@ -123,21 +125,21 @@ def _blocks(key: Tensor, block_size: int) -> int:
 
 
 def decoder_cache(cache: Cache | None) -> Cache | None:
-    """The cache with the keys of causal self-attention; None where there is no cache of transformers."""
+    """The cache with the keys of causal self-attention; None if there is no transformers cache."""
     cache = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
     return cache if isinstance(cache, Cache) else None
 
 
 def layer_of_cache(cache: Cache, layer: AttentionLayer) -> CacheLayerMixin | None:
-    """What a cache holds for an attention layer; None where it has no such layer."""
-    # what has no keys in a cache is there for layers of other kinds
+    """The cache layer of an attention layer; None if there is none."""
+    # Entries without keys belong to layers of other kinds.
     return None if layer.layer_idx >= len(cache.layers) else cast(CacheLayerMixin, cache.layers[layer.layer_idx])
 
 
 def means_of(cache: Cache | None, layer: AttentionLayer, key: Tensor, n_new: int) -> BlockMeans | None:
-    """The block means that lie beside the keys of an attention layer, all of which `key [B, G, N, D]` is, the last `n_new` of them new.
+    """The block means beside the cached keys `key [B, G, N, D]` of an attention layer, the last `n_new` of which are new.
 
-    None where there can be none: no cache or another kind of it, keys that the layer changed after it had read them from the cache.
+    None if there can be none: no cache, an unsupported kind of cache, or keys that the layer changed after reading them from the cache.
     """
     cache = decoder_cache(cache)
     kept = None if cache is None else layer_of_cache(cache, layer)
@@ -157,7 +159,7 @@ def means_of(cache: Cache | None, layer: AttentionLayer, key: Tensor, n_new: int
 
 
 def _of_quantized(cache_layer: QuantizedLayer, key: Tensor, n_new: int) -> BlockMeans | None:
-    """The means beside a quantized layer, which stay right for as long as it makes its older keys of the same."""
+    """The means beside a quantized layer, which stay valid as long as the source of its older keys is unchanged."""
     if key.shape[2] != cache_layer.get_seq_length():
         return None
     means = means_beside(cache_layer)
@@ -170,22 +172,22 @@ def _of_quantized(cache_layer: QuantizedLayer, key: Tensor, n_new: int) -> Block
 
 def _means(cache_layer: CacheLayerMixin) -> BlockMeans:
     means = means_beside(cache_layer)
-    assert means is not None  # the class of a cache layer changes when it gets its means
+    assert means is not None  # a cache layer's class changes when it gets its means
     return means
 
 
 class _WithMeans(CacheLayerMixin):
-    """Cache layers that move the means beside them as they move their keys.
+    """Mixin for cache layers that moves the means together with the keys.
 
-    It goes before the class that it extends. As it has a base in common with that one, and nothing more in memory, an object of that one
-    can change to both.
+    It precedes the class that it extends in the MRO. Both share a base and it adds no instance layout, so the `__class__` of an existing
+    object can be assigned.
     """
 
     def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         means = _means(self)
         means.check(self.keys)
         means.expect()
-        out = super().update(*args, **kwargs)  # type: ignore[safe-super]  # that of the class that comes next
+        out = super().update(*args, **kwargs)  # type: ignore[safe-super]  # the next class in the MRO
         means.note(self.keys)
         return out
 

@@ -1,4 +1,4 @@
-"""What is known of configurations, which have no hash, and are no longer there when their models are not."""
+"""A mapping keyed by the identity of configurations, which are not hashable. Entries disappear with their configurations."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ V = TypeVar("V")
 
 
 class ByIdentity(Generic[V]):
-    """A value for each of some configurations, as long as these live."""
+    """A value per configuration object, kept while the object lives."""
 
     def __init__(self) -> None:
         self._known: dict[int, tuple[weakref.ref[PreTrainedConfig], V]] = {}

@@ -1,8 +1,8 @@
-"""Models that use MoBA without having been patched: loaded with `attn_implementation="moba"`, and no settings were saved with them.
+"""Settings of models that use MoBA without having been patched: loaded with `attn_implementation="moba"` and no saved settings.
 
-The loader may be a library: TRL's trainers load a reference model by the name of the policy's implementation. It must compute what the
-policy computes, so it takes the settings of the process's patched models of its kind, with the layers that `set_attention` made full, and
-says so.
+The loader may be a library: TRL's trainers load a reference model under the name of the policy's attention implementation. The reference
+must compute what the policy computes. It therefore takes, with a warning, the settings of this process's patched models of the same kind,
+including the layers that `set_attention` switched to full attention.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from .upstream import implementation_of
 
 _Kind = tuple[type[PreTrainedConfig], tuple[object, ...]]
 _SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size")
-_DEFAULTED: ByIdentity[MobaConfig] = ByIdentity()  # configurations of loaded models that have the defaults
-_COMPARED: ByIdentity[bool] = ByIdentity()  # those whose settings were compared with the patched models' of their kind
-_TRACED: dict[_Kind, MobaConfig] = {}  # what a graph that is traced takes
+_DEFAULTED: ByIdentity[MobaConfig] = ByIdentity()  # configurations of loaded models that use the defaults
+_COMPARED: ByIdentity[bool] = ByIdentity()  # configurations already compared with patched models of their kind
+_TRACED: dict[_Kind, MobaConfig] = {}  # the settings for the graph being traced
 
 
 def settings_by_name(config: PreTrainedConfig, implementations: tuple[str, ...]) -> MobaConfig:
-    """The settings of a layer that was not patched: those in its configuration, or else, with a warning, of models that were patched.
+    """The settings of a layer that was not patched: those in its configuration, or else those of patched models, with a warning.
 
-    Only patched models of its class and sizes count. Their vocabulary may have grown. Raises ValueError if they differ, or have
-    convolutions of keys, whose weights a loaded model lacks. Warns if those in its configuration are not theirs.
+    Only patched models of the same class and sizes count; the vocabulary size may differ. Raises ValueError if their settings differ, or if
+    they have `key_conv`, whose weights the loaded model lacks. Warns if the settings in the configuration differ from theirs.
     """
     kind = _kind(config)
     if getattr(config, "moba", None) is not None:
@@ -39,12 +39,12 @@ def settings_by_name(config: PreTrainedConfig, implementations: tuple[str, ...])
             _COMPARED.put(config, True)
             _compare(config, implementations)
         return MobaConfig.of(config)
-    if torch.compiler.is_compiling():  # in a graph nothing can be searched for or written
+    if torch.compiler.is_compiling():  # a graph can neither search nor write
         return _TRACED[kind] if _trace(kind, implementations) else DEFAULT
     if (settings := _DEFAULTED.get(config)) is not None:
         return settings
     settings = _found(kind, implementations)
-    if settings is DEFAULT:  # what is patched later changes nothing, and what is saved says nothing of it
+    if settings is DEFAULT:  # not written to the config: later patches must not change it, and saving must not record it
         _DEFAULTED.put(config, settings)
     else:
         config.moba = settings
@@ -58,7 +58,7 @@ def _kind(config: PreTrainedConfig) -> _Kind:
 
 @constant_in_graphs
 def _trace(kind: _Kind, implementations: tuple[str, ...]) -> bool:
-    """Called while a graph is traced: leaves the settings in `_TRACED`."""
+    """Called while a graph is traced: stores the settings in `_TRACED`."""
     _TRACED[kind] = _found(kind, implementations)
     return True
 
@@ -71,7 +71,7 @@ def _found(kind: _Kind, implementations: tuple[str, ...]) -> MobaConfig:
 
 
 def settings_to_come(config: PreTrainedConfig, implementations: tuple[str, ...]) -> MobaConfig:
-    """What `settings_by_name` returns or raises, without a warning and without a trace: for those who only look."""
+    """What `settings_by_name` returns or raises, without warning and without side effects, for callers that only inspect."""
     if getattr(config, "moba", None) is not None:
         return MobaConfig.of(config)
     if (settings := _DEFAULTED.get(config)) is not None:
@@ -98,7 +98,10 @@ def _search(kind: _Kind, implementations: tuple[str, ...]) -> tuple[MobaConfig, 
 
 
 def _patched(kind: _Kind, implementations: tuple[str, ...]) -> list[MobaConfig]:
-    """What this process's patched models of a kind use now, those left out that use full attention alone; where all do, their settings."""
+    """The current settings of this process's patched models of a kind.
+
+    Models that use only full attention are left out, unless all models do.
+    """
     choices: dict[int, dict[int | None, Choice]] = defaultdict(dict)
     configs: dict[int, PreTrainedConfig] = {}
     for place, choice in patched_layers():
@@ -119,7 +122,7 @@ def _patched(kind: _Kind, implementations: tuple[str, ...]) -> list[MobaConfig]:
 
 
 def _compare(config: PreTrainedConfig, implementations: tuple[str, ...]) -> None:
-    """Warn if a model that was loaded by name computes something else than the patched models of its kind: it may be their reference."""
+    """Warn if a model loaded by name has other settings than the patched models of its kind: it may be their reference model."""
     own, others = MobaConfig.of(config), _patched(_kind(config), implementations)
     if others and str(own) not in map(str, others):
         warnings.warn(

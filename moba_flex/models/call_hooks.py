@@ -1,6 +1,6 @@
-"""Hooks that tell attention functions what transformers does not: the cache, drafts, the mask that a layer's own code was given.
+"""Hooks that pass extra information to attention functions: the cache, the number of drafts, the mask given to the layer's own code.
 
-They add keyword arguments, which reach the attention function untouched, and remember nothing on the model.
+They add keyword arguments, which reach the attention function unchanged. They store nothing on the model.
 """
 
 from __future__ import annotations
@@ -24,23 +24,26 @@ if TYPE_CHECKING:
     from .upstream import AttentionLayer
 
 T = TypeVar("T")
-_Changed = tuple[tuple[Any, ...], dict[str, Any]] | None  # a call's arguments, where a hook before it changes them
+_Changed = tuple[tuple[Any, ...], dict[str, Any]] | None  # a call's new arguments; None: unchanged
 _Hook = Callable[..., _Changed]
 
-# Keyword arguments that hooks add and the attention function takes out.
+# Keyword arguments that hooks add and the attention function removes.
 CACHE, DRAFTS, WHOLE, MASK, PASS = "moba_cache", "moba_drafts", "moba_whole", "moba_mask", "moba_pass"
 _PACKED = ("cu_seq_lens_q", "cu_seq_lens_k")
 
 
 def pass_cache(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Changed:
-    """A forward pre-hook of attention layers: the attention function gets the cache."""
+    """Forward pre-hook of attention layers: pass the cache to the attention function."""
     cache = cache_in(kwargs)
     return (args, {**kwargs, CACHE: cache}) if cache is not None else None
 
 
 def pass_mask(layer: AttentionLayer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Changed:
-    """A forward pre-hook of attention layers whose code looks at its mask: it gets the one that it had before MoBA, and the attention
-    function both. The cache too."""
+    """Forward pre-hook of attention layers whose code inspects the mask.
+
+    The layer gets the mask that it would have without MoBA. If `forward` takes extra keyword arguments, the attention function gets both
+    masks and the cache.
+    """
     place = mask_place(type(layer))
     mask = args[place] if len(args) > place else kwargs.get("attention_mask")
     more: dict[str, Any] = {CACHE: cache_in(kwargs)} if takes_more(type(layer)) else {}
@@ -61,18 +64,21 @@ def pass_mask(layer: AttentionLayer, args: tuple[Any, ...], kwargs: dict[str, An
 
 @dataclass(frozen=True)
 class HandedMask:
-    """The mask that a layer was given in place of the model's."""
+    """The mask that a layer was given in place of the model's mask."""
 
     given: object
     of_model: MobaMask
 
     def restore(self, mask: T) -> T | MobaMask:
-        """The model's mask, unless the layer has made another of what it was given."""
+        """The model's mask, unless the layer has replaced the one that it was given."""
         return self.of_model if mask is self.given else mask
 
 
 def pass_call_of_stack(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Changed:
-    """`pass_call` of models that call attention layers themselves. In training these get to know of which pass they are."""
+    """`pass_call` for models that call attention layers themselves.
+
+    In training it also passes a `ForwardPass`. Under full attention it replaces a mask that was built for MoBA.
+    """
     more = _drafts(model, kwargs) or _whole(model, args, kwargs) or _mask_made_before(model, kwargs)
     if not torch.compiler.is_compiling():
         check_not_switched(model)
@@ -82,19 +88,19 @@ def pass_call_of_stack(model: PreTrainedModel, args: tuple[Any, ...], kwargs: di
 
 
 def pass_call(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Changed:
-    """A forward pre-hook of models: attention functions get to know what only the whole call says."""
+    """Forward pre-hook of models: pass on what only the model's call says, such as the number of drafts."""
     more = _drafts(model, kwargs) or _whole(model, args, kwargs)
     return (args, {**kwargs, **more}) if more else None
 
 
 def _mask_made_before(model: PreTrainedModel, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The mask that full attention of the whole model knows, where it is called with one that was made for MoBA."""
+    """The mask of the original attention, if a model whose layers all use full attention is called with a mask built for MoBA."""
     masks, name = kwargs.get("attention_mask"), implementation_of(model.config)
     if name in MOBA:
         return {}
     if isinstance(masks, MobaMask):
         return {"attention_mask": masks.original(name, model.device)}
-    if isinstance(masks, dict) and any(isinstance(mask, MobaMask) for mask in masks.values()):  # of layers of several kinds
+    if isinstance(masks, dict) and any(isinstance(mask, MobaMask) for mask in masks.values()):  # one mask per layer type
         return {
             "attention_mask": {
                 kind: mask.original(name, model.device) if isinstance(mask, MobaMask) else mask for kind, mask in masks.items()
@@ -104,23 +110,23 @@ def _mask_made_before(model: PreTrainedModel, kwargs: dict[str, Any]) -> dict[st
 
 
 def _drafts(model: PreTrainedModel, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """How many tokens are drafts.
+    """How many of the last tokens are drafts.
 
-    Assisted and prompt-lookup generation verify n drafted tokens by asking for the logits of the last n + 1 positions. Only the number
-    of these tells drafts from a prompt, with which they may share a call.
+    Assisted and prompt-lookup generation verify n drafted tokens by asking for the logits of the last n + 1 positions. Drafts may share a
+    call with a prompt; only this number tells them apart.
     """
     keep = kwargs.get(DRAFTED_POSITIONS)
-    trains = model.training and torch.is_grad_enabled()  # PEFT trains prefixes as caches
+    trains = model.training and torch.is_grad_enabled()  # PEFT's prefix tuning trains prefixes as a cache
     if trains or cache_in(kwargs) is None or not isinstance(keep, int) or keep < 2:
         return {}
     return {DRAFTS: keep - 1}
 
 
 def _whole(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """In a compiled graph: that each row is one sequence without padding, where the call names neither a mask nor positions.
+    """In a compiled graph: declare each row one sequence without padding, if the call passes neither a mask nor positions.
 
-    Without a cache transformers looks for packed sequences in positions that it made itself, and in a graph cannot see that there are
-    none. A mask keeps it from looking.
+    Without a cache, transformers searches for packed sequences in the positions that it created itself, and in a graph it cannot see that
+    there are none. A mask of ones prevents the search.
     """
     given = [cache_in(kwargs), *(kwargs.get(name) for name in ("attention_mask", "position_ids", *_PACKED))]
     if not torch.compiler.is_compiling() or len(args) > 1 or any(x is not None for x in given):
@@ -136,7 +142,7 @@ def _whole(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
 
 
 def add_hooks(model: nn.Module, layers: list[AttentionLayer], with_cache: list[AttentionLayer]) -> None:
-    """Hooks for a model and those of its attention layers that look at their mask or need the cache. Those that have theirs keep them."""
+    """Register hooks on a model and on its attention layers that inspect their mask or need the cache. Existing hooks stay."""
     wanted: list[tuple[nn.Module, _Hook]] = [(layer, pass_mask) for layer in layers if mask_use_of(layer) is not MaskUse.NOTHING]
     wanted += [(layer, pass_cache) for layer in with_cache]
     wanted += _of_models(model)
@@ -156,7 +162,7 @@ def stacks_of(model: nn.Module) -> list[PreTrainedModel]:
 
 
 def heads_of(model: nn.Module) -> list[PreTrainedModel]:
-    """The models within a model that have a head, and are asked for the logits of some tokens only."""
+    """The models within a model that have a head and can compute the logits of some tokens only."""
     stacks = stacks_of(model)
     parts = [part for part in model.modules() if isinstance(part, PreTrainedModel) and part not in stacks]
     return [part for part in parts if _takes(part, DRAFTED_POSITIONS)]
@@ -178,7 +184,7 @@ def modules_with_hooks(model: nn.Module) -> set[nn.Module]:
 
 
 def remove_hooks(modules: Iterable[nn.Module]) -> None:
-    """Undo `add_hooks` for modules that are `modules_with_hooks`."""
+    """Undo `add_hooks` for these modules, see `modules_with_hooks`."""
     for module in modules:
         if (handle := call_hook_of(module)) is not None:
             handle.remove()

@@ -1,8 +1,8 @@
 """Continuous batching of transformers (`generate_batch`, `init_continuous_batching`) for models with MoBA.
 
-transformers takes the names "sdpa" and "paged|eager" and those with "flash" in them, and looks at the name nowhere else that matters. So a
-model keeps the name "moba": here transformers' manager learns that it serves such a model, and that model's cache of pages becomes one that
-`paged_attention.py` knows. Managers of all other models do what they always did.
+transformers' manager accepts only the attention names "sdpa", "paged|eager" and those that contain "flash"; nothing else depends on the
+name. Models with MoBA keep the name "moba". The manager here accepts it, and turns the model's paged cache into one that
+`paged_attention.py` can read. For all other models nothing changes.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ InUse = tuple[tuple[str, MobaConfig], ...]
 
 
 def attention_in_use(layers: list[AttentionLayer]) -> InUse:
-    """What the attention layers of a model use, with their settings; empty if none uses MoBA."""
+    """The attention and settings of each attention layer of a model; empty if none uses MoBA."""
     if not any(implementation_of(layer.config) in MOBA for layer in layers):
         return ()
     settings = [MobaConfig.of(x.config) if choice_of(x) is not None else settings_to_come(x.config, MOBA) for x in layers]
@@ -34,9 +34,9 @@ def attention_in_use(layers: list[AttentionLayer]) -> InUse:
 
 
 class MobaBatchingManager(ContinuousBatchingManager):
-    """transformers' manager, which also serves models with MoBA.
+    """transformers' manager, extended to models with MoBA.
 
-    Raises ValueError for what continuous batching with MoBA cannot do, before any request is taken.
+    Raises ValueError for what continuous batching with MoBA does not support, before any request is accepted.
     """
 
     _in_use: InUse | None = None

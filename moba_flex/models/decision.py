@@ -1,14 +1,14 @@
-"""What one call of an attention layer does, decided here and nowhere else.
+"""Which path one call of an attention layer takes. No other file decides it.
 
 | path | when |
 |---|---|
 | context parallel | the layer works on a slice of each sequence |
-| full | the layer uses full attention, or the call is for a window or a chunk |
+| full | the layer uses full attention, or the call is for sliding-window or chunked attention |
 | decoding full | tokens are generated, and `decode="full"` |
-| drafts full | the same for the last tokens of a call alone: drafts that share it with a prompt |
+| drafts full | as decoding full, but only for the last tokens: drafts that share the call with a prompt |
 | decoding sparse | tokens are generated, and `decode="sparse"` |
-| all keys | every query reads all keys up to itself, which the original attention computes in less time |
-| moba | all others |
+| all keys | every query reads all keys up to itself, which the original attention computes faster |
+| moba | all other calls |
 
 H query heads, G key heads, Nq queries, Nk keys, D head dimension.
 """
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 
 class LayerPath(Enum):
-    """What a layer's call does."""
+    """The paths of a layer's call."""
 
     CONTEXT_PARALLEL = "context parallel"
     FULL = "full"
@@ -53,13 +53,13 @@ class LayerCall:
 
     layer: AttentionLayer
     query: Tensor  # [B, H, Nq, D]
-    key: Tensor  # [B, G, Nk, D], cached ones too
+    key: Tensor  # [B, G, Nk, D], including cached keys
     value: Tensor  # [B, G, Nk, Dv]
     mask: MobaMask | Tensor | BlockMask | None
     settings: MobaConfig
     attention: str  # "full", "moba" or "moba_naive"
-    cache: Cache | None  # where keys and values come from, if the layer was told
-    drafts: int  # how many of the last tokens are drafts that may share the call with a prompt
+    cache: Cache | None  # the cache that keys and values come from, if known
+    drafts: int  # how many of the last tokens are drafts, which may share the call with a prompt
     kwargs: dict[str, Any]
 
     @property
@@ -79,7 +79,7 @@ class LayerCall:
         return bool(self.kwargs.get("output_attentions", getattr(self.layer.config, "output_attentions", False)))
 
     def visible(self, query: Tensor, key: Tensor) -> Visible:
-        """Who may see whom. Raises ValueError for what MoBA cannot express."""
+        """The visibility of keys to queries. Raises ValueError for what MoBA does not support."""
         packed = self.kwargs.get("cu_seq_lens_q"), self.kwargs.get("cu_seq_lens_k")
         if isinstance(self.mask, MobaMask):
             return self.mask.visible(query, key, *packed)
@@ -98,11 +98,11 @@ class LayerCall:
 
 @dataclass(frozen=True)
 class Decision:
-    """Which path a call takes, why, and what was found out on the way."""
+    """The path that a call takes, the reason, and intermediate results that the path needs."""
 
     path: LayerPath
     reason: str
-    n_decoded: int = 0  # of DRAFTS_FULL: how many of the last tokens
+    n_decoded: int = 0  # of DRAFTS_FULL: how many of the last tokens are drafts
     places: Places | None = None  # of DECODING_SPARSE
     visible: Visible | None = None  # of ALL_KEYS and MOBA
 
@@ -122,7 +122,7 @@ _SEQUENCES_REASON = "the call is not causal, or has packed sequences"
 def decide(call: LayerCall) -> Decision:
     """The path of a call.
 
-    Raises ValueError for what MoBA cannot do: attention dropout or weights without "moba_naive", custom masks, biases.
+    Raises ValueError for what MoBA does not support: attention dropout or weights without "moba_naive", custom masks, biases.
     """
     if context_of(call.layer) is not None:
         return _CONTEXT_PARALLEL
@@ -136,7 +136,7 @@ def decide(call: LayerCall) -> Decision:
 
 
 def decide_sparse(call: LayerCall) -> Decision:
-    """The same for a call of which it is known that it is for MoBA."""
+    """The path of a call that is known not to use full attention."""
     check_supported(call)
     settings = call.settings
     if settings.decode == "sparse" and isinstance(call.mask, MobaMask) and not _needs_other_than_decoding(call):
@@ -144,7 +144,7 @@ def decide_sparse(call: LayerCall) -> Decision:
         if places is not None:
             return Decision(LayerPath.DECODING_SPARSE, _SPARSE_REASON, places=places)
     visible = call.visible(call.query, call.key)
-    if visible.cu_seqlens is not None or not visible.causal:  # the original attention need not know of packed sequences
+    if visible.cu_seqlens is not None or not visible.causal:  # the original attention might ignore packed sequences
         return Decision(LayerPath.MOBA, _SEQUENCES_REASON, visible=visible)
     if not reads_all_keys(visible.n_key, AttentionSettings(settings.block_size, settings.top_k)):
         return Decision(LayerPath.MOBA, _MOBA_REASON, visible=visible)
@@ -154,14 +154,14 @@ def decide_sparse(call: LayerCall) -> Decision:
 
 
 def n_decoded(call: LayerCall, cached: int | None = None) -> int:
-    """How many of the new tokens count as decoding, at the end of them: one that is alone, and drafts that are to be verified.
+    """How many of the last new tokens count as decoding: a token that is alone, or drafts to be verified.
 
-    Drafts behind a single token, the last one that was accepted, are decoding together with it. `cached` is how many tokens are cached,
-    where it does not follow from the keys.
+    Drafts that follow a single token, the last accepted one, count as decoding together with it. `cached` is the number of cached tokens,
+    if it does not follow from the keys.
     """
     new, mask = call.query.shape[2], call.mask
     cached = call.key.shape[2] - new if cached is None else cached
-    is_part = isinstance(mask, MobaMask) and mask.is_part  # of a prompt, say, whose last tokens alone go through this layer
+    is_part = isinstance(mask, MobaMask) and mask.is_part  # the last tokens of a prompt, for example
     if new == 1 and not is_part:
         return int(cached > 0)
     if not call.drafts or not isinstance(mask, MobaMask):
@@ -170,7 +170,7 @@ def n_decoded(call: LayerCall, cached: int | None = None) -> int:
 
 
 def check_supported(call: LayerCall) -> None:
-    """ValueError if a layer asks for what MoBA cannot do."""
+    """Raise ValueError if a layer asks for what MoBA does not support."""
     for name in UNKNOWN_TO_MOBA:
         if call.kwargs.get(name) is not None:
             raise ValueError(f'{call.name} passes {name}, which MoBA cannot follow: use set_attention(model, "full")')
@@ -184,6 +184,6 @@ def check_supported(call: LayerCall) -> None:
 
 
 def _needs_other_than_decoding(call: LayerCall) -> bool:
-    """Whether a call wants the specification, attention weights, dropout or gradients, which decoding does not do."""
-    wants_gradients = torch.is_grad_enabled() and not torch.compiler.is_exporting()  # a program that is exported computes none
+    """Whether a call needs the reference implementation, attention weights, dropout or gradients: sparse decoding has none of them."""
+    wants_gradients = torch.is_grad_enabled() and not torch.compiler.is_exporting()  # exported programs compute none
     return bool(call.naive or call.wants_weights or call.dropout or wants_gradients)

@@ -1,17 +1,17 @@
-"""A short convolution over keys, which gathers what belongs together into the same block and so helps the gate to find it.
+"""A short convolution over keys. It makes related keys cluster within a block, which helps the gate find them.
 
 After FlashMoBA (arXiv 2511.11571), which adds a short depthwise causal convolution over the last 3 or 5 keys, SiLU, and a residual:
 
     key'[t] = key[t] + silu(sum over l of weight[l] * key[t - l])
 
-Convolved keys take the place of keys: the gate's block means are theirs, and attention reads them. Where keys are convolved is a choice
-of this package: as they come from the layer's `k_proj`, before any norm, rotary embedding or cache, because a SiLU of rotated keys would
-depend on absolute positions. Weights begin as zeros, with which the layer is what it was, and have gradients all the same, for SiLU has
-the slope 1/2 at 0.
+Convolved keys replace the keys in the gate's block means and in attention. The place of the convolution is a choice of this package: it
+follows the layer's `k_proj` and precedes any norm, rotary embedding and cache, because a SiLU of rotated keys would depend on absolute
+positions. Weights are initialised to zero, which leaves the layer's output unchanged. They still receive gradients, because SiLU has slope
+1/2 at 0.
 
-The attention layer owns the module, as `key_conv`, and hooks of the layer and of its `k_proj` call it. The convolution crosses neither
-padding nor the borders of packed sequences. A growing cache keeps the last keys as they were before the convolution, together with
-a mark of the keys that they belong to: whoever changes those (beam search, drafts that are cut off) gets an error, not wrong keys.
+The module belongs to the attention layer, as `key_conv`; hooks on the layer and on its `k_proj` call it. The convolution crosses neither
+padding nor the borders of packed sequences. A growing cache stores the last keys before the convolution, with a reference to the convolved
+keys that they belong to. Code that changes those keys (beam search, rejected drafts) gets an error, not wrong keys.
 
 B rows, N tokens, K kernel size, C = G * D channels.
 """
@@ -41,24 +41,26 @@ from .upstream import GROWING_LAYERS, cache_in, implementation_of, is_offloaded
 if TYPE_CHECKING:
     from .upstream import AttentionLayer
 
-GROWING = (*GROWING_LAYERS, DynamicLayerWithMeans)  # kinds of cache layers, not kinds of them that drop or change keys
+GROWING = (*GROWING_LAYERS, DynamicLayerWithMeans)  # exact classes: subclasses may drop or change keys
 
 
 class KeyConv(nn.Module):
-    """The convolution of one attention layer's keys; `weight [K, C]`, of lag 0 first."""
+    """The convolution over one attention layer's keys; `weight [K, C]`, starting with lag 0."""
 
     def __init__(self, kernel_size: int, k_proj: nn.Linear) -> None:
         super().__init__()
         like = k_proj.weight
-        dtype = like.dtype if like.is_floating_point() else torch.float32  # quantized weights are whole numbers
+        dtype = like.dtype if like.is_floating_point() else torch.float32  # quantized weights are integers
         self.weight = nn.Parameter(torch.zeros(kernel_size, k_proj.out_features, dtype=dtype, device=like.device))
 
     def forward(self, key: Tensor, position: Tensor | None = None, before: Tensor | None = None) -> Tensor:
         """Convolve `key [B, N, C]`.
 
         Args:
-            position: `[B, N]`, each token's place in its own sequence, below 0 for padding; None: rows are sequences.
-            before: `[B, K - 1, C]`, the keys before these; None: there are none.
+            position: `[B, N]`, each token's position in its own sequence, below 0 for padding; None: each row is one sequence.
+            before: `[B, K - 1, C]`, the preceding keys; None: there are none.
+
+        Raises ValueError if the number of channels is not that of the weights.
         """
         if key.shape[2] != self.weight.shape[1]:
             raise ValueError(
@@ -75,7 +77,7 @@ class KeyConv(nn.Module):
 
 
 class KeyConvHooks:
-    """What calls an attention layer's `key_conv`, be it a `KeyConv` or what PEFT has put in its place."""
+    """The hooks that call an attention layer's `key_conv`, either a `KeyConv` or the module with which PEFT has replaced it."""
 
     def __init__(self, module: KeyConv) -> None:
         self.module: nn.Module = module
@@ -84,7 +86,7 @@ class KeyConvHooks:
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_pass": None}  # a call that an error has ended leaves its own, which is no one else's
+        return {**self.__dict__, "_pass": None}  # a call that raised leaves its state behind, which a copy must not inherit
 
     def attach(self, layer: AttentionLayer) -> None:
         layer.key_conv = self.module
@@ -128,7 +130,7 @@ class KeyConvHooks:
             return self.module(key)
         if now.cache is not None:
             last = self.kernel_size - 1
-            now.last_keys = _behind(now.before, key, last)[:, key.shape[1] :].clone()  # not a view of all
+            now.last_keys = _behind(now.before, key, last)[:, key.shape[1] :].clone()  # not a view, which would keep all keys alive
             now.length += key.shape[1]
         return self.module(key, now.position, now.before)
 
@@ -143,24 +145,24 @@ class KeyConvHooks:
 
 @dataclass
 class Pass:
-    """What one call of an attention layer tells the convolution of its keys."""
+    """The state of one call of an attention layer that its key convolution needs."""
 
     position: Tensor | None
     cache: Cache | None = None
     before: Tensor | None = None
-    length: int = 0  # of the cache, with this call's keys
+    length: int = 0  # of the cache, including this call's keys
     last_keys: Tensor | None = None
 
 
 @dataclass
 class LastKeys:
-    """The last K - 1 keys of a cache layer before the convolution, and the convolved keys that end with them."""
+    """The last K - 1 keys of a cache layer before the convolution, and a reference to the convolved keys that end with them."""
 
-    keys: Tensor | None  # None: its layer has made none itself
+    keys: Tensor | None  # None: the layer has projected no keys itself
     of: Callable[[], Tensor | None]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _last_keys, (self.keys, self.of())  # the copy of a cache has copies of both
+        return _last_keys, (self.keys, self.of())  # a copied cache has copies of both
 
 
 def _last_keys(keys: Tensor | None, of: Tensor | None) -> LastKeys:
@@ -168,18 +170,19 @@ def _last_keys(keys: Tensor | None, of: Tensor | None) -> LastKeys:
 
 
 def _of_nothing() -> None:
-    """What a `LastKeys` belongs to whose keys are gone."""
+    """Stands in for the reference of a `LastKeys` whose keys no longer exist."""
 
 
 def _behind(before: Tensor | None, key: Tensor, last: int) -> Tensor:
-    """`[B, last + N, C]`: the keys with the `last` ones before them, or zeros where there are none."""
+    """`[B, last + N, C]`: the keys preceded by the `last` keys before them, or by zeros if there are none."""
     return F.pad(key, (0, 0, last, 0)) if before is None else torch.cat([before, key], 1)
 
 
 def set_key_convs(layers: list[AttentionLayer], settings: MobaConfig) -> None:
-    """Give those of `layers` that use MoBA the convolution that the settings ask for, and take it from all others.
+    """Add a convolution to those of `layers` that use MoBA, as the settings say, and remove it from all others.
 
-    A convolution of the right size stays, with its weights. ValueError, before anything is changed, if a layer has no `k_proj`.
+    A convolution of the right size stays, with its weights. Raises ValueError, before anything is changed, if a layer has no linear
+    `k_proj`, or if its new weights would come too late for context parallelism, offloading or sharding.
     """
     projections: dict[AttentionLayer, nn.Linear] = {}
     for layer, size in new_key_convs(layers, settings).items():
@@ -203,7 +206,7 @@ def set_key_convs(layers: list[AttentionLayer], settings: MobaConfig) -> None:
 
 
 def new_key_convs(layers: list[AttentionLayer], settings: MobaConfig) -> dict[AttentionLayer, int]:
-    """Which of the layers would get new weights by these settings, and of what kernel size."""
+    """The layers that would get new weights under these settings, each with its kernel size."""
     sizes = {layer: _kernel_size(layer, settings) for layer in layers}
     return {layer: size for layer, size in sizes.items() if size and ((now := key_conv_hooks_of(layer)) is None or now.kernel_size != size)}
 
@@ -220,7 +223,7 @@ def remove_key_convs(layers: list[AttentionLayer]) -> None:
 
 
 def check_key_conv(layer: AttentionLayer, settings: MobaConfig) -> None:
-    """ValueError if a layer should have a convolution and has none: what loads a model must make it before the weights are read."""
+    """Raise ValueError if a layer lacks the convolution of its settings, which must be created before the weights are loaded."""
     if settings.key_conv and not hasattr(layer, "key_conv") and not named_full(layer, settings):
         raise ValueError(
             f"the model was saved with key_conv={settings.key_conv}, but {type(layer).__name__} {layer.layer_idx} has no convolution of "
@@ -236,12 +239,12 @@ def _cache_layer(cache: Cache, layer: AttentionLayer) -> CacheLayerMixin | None:
     return layer_of_cache(of_decoder, layer)
 
 
-# Neither weak references nor attributes of cache layers are for graphs: under torch.compile both are a break in it.
+# Weak references and attributes of cache layers cannot be traced: under torch.compile both functions are graph breaks.
 
 
 @outside_graphs
 def _keep(now: Pass, cache: Cache, layer: AttentionLayer) -> None:
-    """Leave the keys for the next call, where the cache is of a kind that only grows."""
+    """Store the last keys for the next call, if the cache layer only grows."""
     kept = _cache_layer(cache, layer)
     if kept is not None and type(kept) in GROWING:
         if kept.get_seq_length() != now.length:  # HRM runs its layers several times
@@ -249,13 +252,13 @@ def _keep(now: Pass, cache: Cache, layer: AttentionLayer) -> None:
                 f"key_conv cannot follow {type(layer).__name__} {layer.layer_idx}, whose keys are not in that layer of the cache: "
                 "call the model with use_cache=False"
             )
-        assert kept.keys is not None  # its length is not 0
+        assert kept.keys is not None  # it holds at least this call's keys
         put_last_keys(kept, LastKeys(now.last_keys, weakref.ref(kept.keys)))
 
 
 @outside_graphs
 def _keys_before(cache: Cache, layer: AttentionLayer) -> tuple[Tensor | None, int]:
-    """`[B, K - 1, C]`, or None where the cache holds no keys yet, and how many it holds."""
+    """`[B, K - 1, C]` and the number of cached keys; None and 0 if the cache holds no keys yet."""
     kept = _cache_layer(cache, layer)
     if kept is None or not (length := int(kept.get_seq_length())):
         return None, 0
@@ -269,7 +272,7 @@ def _keys_before(cache: Cache, layer: AttentionLayer) -> tuple[Tensor | None, in
 
 
 def _positions(mask: object, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
-    """`[B, N]`, each new token's place in its own sequence, below 0 for padding; None if each row is one sequence."""
+    """`[B, N]`, each new token's position in its own sequence, below 0 for padding; None if each row is one sequence."""
     if not isinstance(mask, MobaMask):
         return None
     rows, n_tokens = hidden.shape[:2]

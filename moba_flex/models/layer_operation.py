@@ -1,4 +1,4 @@
-"""What a layer's call asks of the operation, and the attention that the layer had before: what all paths of a call share."""
+"""Code that all paths of a layer's call share: the arguments of the MoBA operation, and the layer's original attention."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Operation:
-    """What one layer asks of the operation, beside its tensors and who may see whom."""
+    """The arguments of the MoBA operation for one layer, except tensors and masks."""
 
     settings: AttentionSettings
     sinks: Tensor | None
 
 
 def operation_of(call: LayerCall, query: Tensor, key: Tensor, value: Tensor, causal: bool) -> Operation:
-    """What a layer's call asks of the operation, checked."""
+    """The validated arguments of the MoBA operation for a layer's call."""
     implementation = "naive" if call.naive else validation.resolve_implementation(call.settings.implementation, query)
     scale, softcap, sinks = (call.kwargs.get(name) for name in ("scaling", "softcap", "s_aux"))
     validation.check_query_key(query=query, key=key, value=value)
@@ -53,7 +53,7 @@ def operation_of(call: LayerCall, query: Tensor, key: Tensor, value: Tensor, cau
 
 
 def autocast(*tensors: Tensor) -> Sequence[Tensor]:
-    """As autocast does for dense attention: rotary embeddings leave query and key wider than the value."""
+    """Cast float32 tensors as autocast does for dense attention: rotary embeddings leave query and key in float32."""
     kind = tensors[0].device.type
     if torch.is_autocast_enabled(kind):
         return [x.to(torch.get_autocast_dtype(kind)) if x.dtype == torch.float32 else x for x in tensors]
@@ -61,14 +61,14 @@ def autocast(*tensors: Tensor) -> Sequence[Tensor]:
 
 
 def call_original(call: LayerCall, implementation: str, mask: Tensor | BlockMask | None) -> tuple[Tensor, Tensor | None]:
-    """The attention of a name, found where the layer itself would find it, with the tensors and arguments of the call."""
+    """Call the attention named `implementation`, as the layer itself would find it, with the tensors and arguments of the call."""
     module = call.layer
     named = module if implementation in ("eager", "sdpa") else _Named(module, implementation)
     return original_attention(module, implementation)(named, call.query, call.key, call.value, mask, **call.kwargs)
 
 
 class _Named:
-    """A layer whose configuration names another implementation: some functions look their own name up there."""
+    """A layer whose configuration names another implementation: some attention functions read their own name there."""
 
     def __init__(self, module: AttentionLayer, implementation: str) -> None:
         self._module, self.config = module, copy.copy(module.config)

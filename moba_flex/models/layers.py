@@ -1,7 +1,7 @@
 """Which modules of a model are attention layers, and which attention each of them uses.
 
-transformers looks an attention layer's function up by one name in the configuration that all layers share. Here that
-name is "moba" or "moba_naive" for all of them, and the `Choice` in a layer's state says what it does otherwise.
+transformers looks up a layer's attention function by one name in the configuration, which all layers share. Here that name is "moba" or
+"moba_naive", and the `Choice` in a layer's state can override it for that layer.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ if TYPE_CHECKING:
     from .upstream import AttentionLayer, Configured
 
 MOBA = ("moba", "moba_naive")
-# Arguments of attention that change who sees whom, or the scores, in ways that MoBA has no form of.
+# Arguments of attention that change visibility or scores in ways that MoBA does not support.
 UNKNOWN_TO_MOBA = ("position_bias", "cache", "indices", "block_indices", "sinks")
 T = TypeVar("T")
 
 
 def _of_a_class(find: Callable[[type[nn.Module]], T]) -> Callable[[type[nn.Module]], T]:
-    """Look a class of layers up once. torch.compile takes the answer as a constant, without tracing how it is found."""
+    """Cache an answer per layer class. torch.compile treats it as a constant and does not trace the function."""
     once = lru_cache(maxsize=256)(find)
 
     @constant_in_graphs
@@ -54,7 +54,7 @@ def _of_a_class(find: Callable[[type[nn.Module]], T]) -> Callable[[type[nn.Modul
 
 
 def attention_layers(model: nn.Module) -> list[AttentionLayer]:
-    """All modules of a model that look their attention up in transformers' registry, of whatever kind."""
+    """All modules of a model that look up their attention in transformers' registry, of any kind."""
     return [module for module in model.modules() if _is_attention(module)]
 
 
@@ -63,12 +63,12 @@ def _is_attention(module: nn.Module) -> TypeGuard[AttentionLayer]:
 
 
 def configs_of(modules: Iterable[Configured]) -> list[PreTrainedConfig]:
-    """The configurations of modules, each once: layers share them."""
+    """The distinct configurations of modules: layers share them."""
     return list({id(module.config): module.config for module in modules}.values())
 
 
 def takes_moba(layer: AttentionLayer) -> bool:
-    """Whether a layer is causal self-attention over all keys: what MoBA can replace."""
+    """Whether a layer is causal self-attention over all keys, which MoBA can replace."""
     index, config = getattr(layer, "layer_idx", None), layer.config
     if index is None or getattr(layer, "is_cross_attention", False) or not getattr(layer, "is_causal", True):
         return False
@@ -82,7 +82,7 @@ def takes_moba(layer: AttentionLayer) -> bool:
 
 
 def plainly_full(layer: AttentionLayer) -> bool:
-    """Whether a patched layer computes just what it did before, so that nothing of the package is needed around it."""
+    """Whether a patched layer computes exactly what it did before the patch, so that it needs nothing of the package."""
     state = state_of(layer)
     if state is None or state.choice is None or state.context is not None or state.key_conv is not None:
         return False
@@ -90,7 +90,7 @@ def plainly_full(layer: AttentionLayer) -> bool:
 
 
 def is_patched(layers: list[AttentionLayer]) -> bool:
-    """Whether layers use MoBA, or would but for full attention that was chosen for them."""
+    """Whether layers use MoBA, or would if they had not been switched to full attention."""
     return all(implementation_of(layer.config) in MOBA or _has_original_name(layer) for layer in layers)
 
 
@@ -99,10 +99,10 @@ def _has_original_name(layer: AttentionLayer) -> bool:
 
 
 def name_attention(layers: list[AttentionLayer], moba: str = "moba") -> None:
-    """Let configurations name what their layers use, for the model's code reads that name and its masks follow from it.
+    """Set the attention name in the configurations, which the model's code and its masks depend on.
 
-    Where all layers use full attention it is the name that the model had before, so that the model is what it was. Else it is one of
-    MoBA's: `moba`, where it is none yet.
+    If all layers use full attention, it is the original name. Otherwise it is one of MoBA's names: the current one, or `moba` if the
+    current name is another.
     """
     for config in configs_of(layers):
         own = [layer for layer in layers if layer.config is config]
@@ -113,7 +113,7 @@ def name_attention(layers: list[AttentionLayer], moba: str = "moba") -> None:
 
 
 def attention_of(layer: AttentionLayer, settings: MobaConfig, named: str | None = None) -> str:
-    """ "full", "moba" or "moba_naive": what a layer uses now, `named` being the one of these that its configuration names."""
+    """The attention that a layer uses now, "full", "moba" or "moba_naive"; `named` is the name in its configuration."""
     choice = choice_of(layer)
     if choice is not None and choice.attention is not None:
         return choice.attention
@@ -125,43 +125,43 @@ def attention_of(layer: AttentionLayer, settings: MobaConfig, named: str | None 
 def keeps_full(layer: AttentionLayer, settings: MobaConfig) -> bool:
     """Whether `full_attention_layers` names a layer.
 
-    What patching found stays true: while it drafts with `assistant_early_exit`, transformers sets the configuration's number of layers to
-    those that it runs.
+    The result found when patching is kept: while transformers drafts with `assistant_early_exit`, it sets the configuration's number of
+    layers to the number that it runs.
     """
     choice = choice_of(layer)
     return choice.keeps_full if choice is not None else named_full(layer, settings)
 
 
 def named_full(layer: AttentionLayer, settings: MobaConfig) -> bool:
-    """The same, by the configuration's number of layers. Raises ValueError if `full_attention_layers` names one that is not there."""
+    """As `keeps_full`, by the configuration's number of layers. Raises ValueError if `full_attention_layers` names a missing layer."""
     named, index = full_layers(settings, n_layers(layer), layer), getattr(layer, "layer_idx", None)
-    if named and index is not None and index < 0:  # Zamba2's, which are told their place with each call
+    if named and index is not None and index < 0:  # Zamba2 layers get their index with each call
         raise ValueError(f"full_attention_layers={named}, but no {type(layer).__name__} says which layer it is: leave it out")
     return index in named
 
 
 def n_layers(layer: AttentionLayer) -> int:
-    """How many layers there are in a causal layer's stack: `num_hidden_layers` may be an encoder's, where the configuration is of both."""
+    """The number of layers in a causal layer's stack: in an encoder-decoder configuration `num_hidden_layers` may be the encoder's."""
     return n_layers_of(layer.config)
 
 
 def n_layers_of(config: PreTrainedConfig) -> int:
-    """The same by a configuration."""
+    """`n_layers` of a configuration."""
     return getattr(config, "decoder_layers", None) or config.num_hidden_layers
 
 
 def full_layers(settings: MobaConfig, n_layers: int, model: nn.Module | type) -> list[int]:
-    """`full_attention_layers` counted from 0; ValueError, naming the model's class, if one is not there."""
+    """`full_attention_layers` counted from 0. Raises ValueError, naming the model's class, if a layer does not exist."""
     if not settings.full_attention_layers:
         return []
     return resolve_layers("full_attention_layers", settings.full_attention_layers, n_layers, range(n_layers), model)
 
 
 def resolve_layers(name: str, layers: tuple[int, ...], n_layers: int, found: range | list[int], model: nn.Module | type) -> list[int]:
-    """Layer indices counted from 0, where negative ones count from the last of `n_layers`.
+    """Layer indices counted from 0; negative ones count from the last of `n_layers`.
 
-    Raises ValueError, naming the class of the model, which may be given itself, and the layers that were found, for an index that is not
-    among them.
+    Raises ValueError for an index that is not in `found`. It names the class of `model`, which may itself be a class, and the layers in
+    `found`.
     """
     model_class = model if isinstance(model, type) else type(model)
     resolved = [layer if layer >= 0 else n_layers + layer for layer in layers]
@@ -172,7 +172,7 @@ def resolve_layers(name: str, layers: tuple[int, ...], n_layers: int, found: ran
 
 
 def show(layers: range | list[int]) -> str:
-    """For messages: "0 to 3", "1, 3, 5"."""
+    """Layer indices for messages: "0 to 3", "1, 3, 5"."""
     layers = list(layers)
     if len(layers) > 2 and layers == list(range(layers[0], layers[-1] + 1)):
         return f"{layers[0]} to {layers[-1]}"
@@ -188,7 +188,7 @@ def original_implementation(layer: AttentionLayer) -> str:
 def original_attention(layer: AttentionLayer, implementation: str) -> Callable[..., Any]:
     """The function behind the name, found where the layer itself would find it.
 
-    Raises ValueError if the model's source has no eager attention and that is what is wanted.
+    Raises ValueError for "eager" if the model's source has no eager attention.
     """
     attention = attention_by_name(_source(type(layer)), implementation)
     if attention is None:
@@ -201,12 +201,12 @@ def original_attention(layer: AttentionLayer, implementation: str) -> Callable[.
 
 @_of_a_class
 def default_implementation(layer_class: type[nn.Module]) -> str:
-    """What transformers gives a model that asks for nothing: "sdpa" where its source says so, else "eager"."""
+    """The implementation that transformers chooses by default: "sdpa" if the model's source supports it, else "eager"."""
     return "sdpa" if supports_sdpa(_source(layer_class)) else "eager"
 
 
 def _is_served(layer: AttentionLayer) -> bool:
-    """Whether a layer's own code finds the mask that it knows: one that only looks at it can be handed that of the original attention."""
+    """Whether a layer works with MoBA's masks. A layer that only inspects its mask can be given the original one."""
     if _runs_optional_code(layer):
         return False
     return _ignores_mask(type(layer)) or (_only_looks(type(layer)) and takes_more(type(layer)))
@@ -217,7 +217,7 @@ def _runs_optional_code(layer: AttentionLayer) -> bool:
 
 
 def check_served(layer: AttentionLayer) -> None:
-    """ValueError if the code of a layer that was not patched would do something else under MoBA's name and masks."""
+    """Raise ValueError if the code of an unpatched layer would behave differently under MoBA's name and masks."""
     if _ignores_mask(type(layer)) and not _runs_optional_code(layer):
         return
     remedy = "call moba_flex.patch(model, ...)" if _is_served(layer) else "the model cannot use MoBA"
@@ -225,7 +225,7 @@ def check_served(layer: AttentionLayer) -> None:
 
 
 def mask_use_of(layer: AttentionLayer) -> MaskUse:
-    """What a layer's code does with its mask, beside handing it to the attention function."""
+    """What a layer's code does with its mask, besides passing it to the attention function."""
     if _runs_optional_code(layer):
         return MaskUse.NAMES
     return _mask_use(type(layer))
@@ -234,36 +234,36 @@ def mask_use_of(layer: AttentionLayer) -> MaskUse:
 _mask_use = _of_a_class(mask_use)
 
 
-# For what a graph asks: torch.compile does not know a member of an enumeration again.
+# For compiled graphs: torch.compile does not preserve the identity of enumeration members.
 
 
 @_of_a_class
 def _ignores_mask(layer_class: type[nn.Module]) -> bool:
-    """Whether a layer only hands its mask on, and asks for no name."""
+    """Whether a layer only passes its mask on, and does not read the implementation's name."""
     return mask_use(layer_class) is MaskUse.NOTHING
 
 
 @_of_a_class
 def _only_looks(layer_class: type[nn.Module]) -> bool:
-    """Whether a layer looks at its mask, and does no more with it."""
+    """Whether a layer inspects its mask, and does nothing else with it."""
     return mask_use(layer_class) is MaskUse.LOOKS
 
 
 @_of_a_class
 def mask_place(layer_class: type[nn.Module]) -> int:
-    """The place of the mask among the arguments of a layer."""
+    """The position of the mask among the positional arguments of a layer."""
     return list(inspect.signature(layer_class.forward).parameters).index("attention_mask") - 1  # without self
 
 
 @_of_a_class
 def takes_more(module_class: type[nn.Module]) -> bool:
-    """Whether a module's `forward` takes any further keyword argument."""
+    """Whether a module's `forward` takes extra keyword arguments."""
     return any(p.kind is p.VAR_KEYWORD for p in inspect.signature(module_class.forward).parameters.values())
 
 
 @_of_a_class
 def _is_foreign(layer_class: type[nn.Module]) -> bool:
-    """Whether a number for each query and key is added to the scores, as in T5 and its kin, or keys are those of other states (Mllama)."""
+    """Whether scores get a bias per query and key (T5 and similar), or keys come from other states (Mllama)."""
     names = {name for method in ("forward", "__init__") for name in inspect.signature(getattr(layer_class, method)).parameters}
     foreign = {"position_bias", "has_relative_attention_bias", "cross_attention_states"}
     return not names.isdisjoint(foreign) or not passes_to_attention(layer_class).isdisjoint(UNKNOWN_TO_MOBA)
@@ -271,5 +271,5 @@ def _is_foreign(layer_class: type[nn.Module]) -> bool:
 
 @_of_a_class
 def _source(layer_class: type[nn.Module]) -> ModuleType | None:
-    """The Python module whose forward looks attention up in transformers' registry, for this class or a base of it."""
+    """The Python module in which the class or one of its bases looks up attention in transformers' registry; None if none does."""
     return looks_up_attention(layer_class)

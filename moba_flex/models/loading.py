@@ -29,7 +29,7 @@ _WHERE = (
 
 
 class AutoModelForCausalLM:
-    """`transformers.AutoModelForCausalLM` with more arguments: `attn`, and the settings of MoBA."""
+    """`transformers.AutoModelForCausalLM` with two kinds of extra arguments: `attn`, and the settings of MoBA."""
 
     @classmethod
     def from_pretrained(
@@ -51,23 +51,22 @@ class AutoModelForCausalLM:
         """Load a causal language model and let it use MoBA.
 
         Args:
-            name: a name on the hub or a local folder, of a model or of PEFT's adapter to one.
-            attn: "moba", "moba_naive" (the dense specification) or "full".
-            block_size, top_k, ...: the settings, as for `patch`. Where some are given, the others have their defaults. Where none is, those
-                apply that were saved with the adapter or the model, else the defaults.
-            args, kwargs: as for `transformers.AutoModelForCausalLM.from_pretrained`. `attn_implementation` is what
-                layers with full attention use.
+            name: a hub name or a local folder, of a model or of a PEFT adapter.
+            attn: "moba", "moba_naive" (the dense reference implementation) or "full".
+            block_size, top_k, ...: the settings, as for `patch`. If some are given, the others have their defaults. If none is given, the
+                settings saved with the adapter or the model apply, or else the defaults.
+            args, kwargs: as for `transformers.AutoModelForCausalLM.from_pretrained`. Layers with full attention use `attn_implementation`.
 
         Returns:
-            The model, patched; with `attn="full"` as transformers loads it, unless it was saved with a `key_conv`.
+            The patched model. With `attn="full"` the model as transformers loads it, unless it was saved with a `key_conv`.
 
         Raises:
             ValueError: there is no such `attn`, a setting is out of range or is given with `attn="full"`, or the model has no layer that
-                MoBA can replace. Nothing is loaded but for the last.
-            TypeError: `config` is a `MobaConfig`, or `name` no name.
+                MoBA can replace. Only the last is found after loading.
+            TypeError: `config` is a `MobaConfig`, or `name` is not a name.
 
         Warns:
-            UserWarning: an adapter has no settings beside it, nor has its model, and none are given, so that the defaults apply.
+            UserWarning: an adapter has no saved settings, its model has none either, and none are given: the defaults apply.
 
         >>> import tempfile
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -98,7 +97,7 @@ class AutoModelForCausalLM:
         config = kwargs.get("config")
         if isinstance(config, MobaConfig):
             raise TypeError(f"config must be the model's configuration, but is {shown(config)}: give its settings by name, **config")
-        if not isinstance(config, transformers.PreTrainedConfig):  # or the place of one
+        if not isinstance(config, transformers.PreTrainedConfig):  # or the path of one
             config = _saved_config(name if config is None else config, kwargs)
         settings = given or _settings_of_adapter(name, attn, config, kwargs)
         model_class = None if config is None else model_class_of(config, transformers.AutoModelForCausalLM)
@@ -106,9 +105,9 @@ class AutoModelForCausalLM:
         original = None
         if config is not None and (settings or _settings(config)).key_conv:
             original = model_class
-            loader = loader if original is None else _with_key_convs(original, settings)  # which says what it does not know
+            loader = loader if original is None else _with_key_convs(original, settings)  # the loader raises the error for an unknown class
         loaded = loader.from_pretrained(name, *args, **kwargs)
-        model, *more = loaded if isinstance(loaded, tuple) else (loaded,)  # with `output_loading_info=True`
+        model, *more = loaded if isinstance(loaded, tuple) else (loaded,)  # a tuple with `output_loading_info=True`
         if original is not None:
             model.__class__ = original
         model = _use(model, attn, settings)
@@ -131,7 +130,18 @@ class AutoModelForCausalLM:
         implementation: str = UNSET,
         **kwargs: Any,
     ) -> PreTrainedModel:
-        """The same for a new model with random weights."""
+        """Build a new model with random weights and let it use MoBA.
+
+        Args:
+            config: the model's configuration.
+            attn: "moba", "moba_naive" (the dense reference implementation) or "full".
+            block_size, top_k, ...: the settings, as for `from_pretrained`.
+            kwargs: as for `transformers.AutoModelForCausalLM.from_config`.
+
+        Raises:
+            ValueError: as `from_pretrained`, or `config` is not of a causal language model.
+            TypeError: `config` is not a configuration of transformers.
+        """
         given = _checked(
             attn,
             block_size=block_size,
@@ -148,7 +158,7 @@ class AutoModelForCausalLM:
         if not isinstance(config, transformers.PreTrainedConfig):
             raise TypeError(f"config must be a configuration of transformers, but is {shown(config)}")
         model_class = model_class_of(config, loader)
-        if model_class is None and not hasattr(config, "auto_map"):  # code that comes with the model
+        if model_class is None and not hasattr(config, "auto_map"):  # custom code that comes with the model
             raise ValueError(
                 f"config must be of a causal language model, but is a {type(config).__name__}, for which transformers' {loader.__name__} "
                 "knows no class"
@@ -160,7 +170,7 @@ class AutoModelForCausalLM:
 
 
 def _checked(attn: str, **settings: object) -> MobaConfig | None:
-    """The settings that are given, None if there are none."""
+    """The given settings; None if there are none."""
     check_choice("attn", attn, ATTENTION)
     given = given_settings(**settings)
     if given and attn == "full":
@@ -170,13 +180,13 @@ def _checked(attn: str, **settings: object) -> MobaConfig | None:
 
 
 def _check_layers(given: MobaConfig | None, config: transformers.PreTrainedConfig | None, model_class: type | None) -> None:
-    """ValueError, before anything is loaded, if `full_attention_layers` names a layer that is not there."""
+    """Raise ValueError, before anything is loaded, if `full_attention_layers` names a layer that does not exist."""
     if given is not None and config is not None and model_class is not None:
         full_layers(given, n_layers_of(config.get_text_config(decoder=True)), model_class)
 
 
 def _saved_config(name: str, kwargs: dict[str, Any]) -> transformers.PreTrainedConfig | None:
-    """The configuration of the model, or of the one that an adapter is to; None for what is not there: the loader then says why."""
+    """The configuration of the model or of the adapter's base model; None if there is none, for which the loader raises the error."""
     where = _where(kwargs)
     with suppress(OSError, ValueError):
         return transformers.AutoConfig.from_pretrained(name, **where)
@@ -191,15 +201,15 @@ def _where(kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 def _base_of_adapter(name: str, where: dict[str, Any]) -> str | None:
-    """The name of the model that PEFT's adapter is to, as transformers finds it."""
+    """The name of the base model of a PEFT adapter, as transformers finds it."""
     file = adapter_file(name, where)
     return file and json.loads(Path(file).read_text()).get("base_model_name_or_path")
 
 
 def _settings_of_adapter(name: str, attn: str, config: transformers.PreTrainedConfig | None, kwargs: dict[str, Any]) -> MobaConfig | None:
-    """Those beside an adapter; None for models, and with a warning for adapters that have none and are to a model that has none."""
+    """The settings saved with an adapter; None for models. Warns if neither the adapter nor its model has settings."""
     where, file = _where(kwargs), None
-    with suppress(OSError, ValueError):  # loading says what is wrong
+    with suppress(OSError, ValueError):  # loading the adapter raises the error
         file = adapter_file(name, where)
     if file is None:
         return None
@@ -216,7 +226,7 @@ def _settings_of_adapter(name: str, attn: str, config: transformers.PreTrainedCo
 
 
 def _settings(config: transformers.PreTrainedConfig) -> MobaConfig:
-    """Those saved with a model; of a model of several parts they lie in its language model's configuration."""
+    """The settings saved with a model; a multimodal model has them in its language model's configuration."""
     return MobaConfig.of(config.get_text_config(decoder=True))
 
 
@@ -227,15 +237,15 @@ def _use(model: PreTrainedModel, attn: str, settings: MobaConfig | None) -> PreT
 
 
 def _with_key_convs(original: type[PreTrainedModel], settings: MobaConfig | None) -> type[PreTrainedModel]:
-    """A class of models that have their convolutions of keys before their weights are read."""
+    """A model class that creates its key convolutions before the weights are read."""
 
-    class WithKeyConvs(original):  # type: ignore[misc, valid-type]  # which class of transformers it is, only the caller knows
+    class WithKeyConvs(original):  # type: ignore[misc, valid-type]  # the class is known only at run time
         def __init__(self, config: transformers.PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
             super().__init__(config, *args, **kwargs)
             _, replaceable = find_layers(self)
             set_key_convs(replaceable, settings or MobaConfig.of(replaceable[0].config))
 
-        def initialize_weights(self) -> None:  # of what the files do not hold; each model within this one has an `_init_weights` of its own
+        def initialize_weights(self) -> None:  # for weights that no file holds; an `_init_weights` would be that of one inner model only
             super().initialize_weights()
             for module in self.modules():
                 if isinstance(module, KeyConv):

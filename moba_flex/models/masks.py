@@ -1,8 +1,8 @@
-"""What one forward pass of a model says about who may see whom, kept as it was said.
+"""The attention mask of one forward pass, kept in the form in which the model requested it.
 
-A model asks for its masks before its first layer, and each layer then wants another form of it: MoBA a few numbers a
-row, a layer with full or sliding-window attention the dense mask that it always had. `MobaMask` keeps the request and
-makes each form when a layer first asks for it, so that nothing quadratic is built unless an ordinary layer needs it.
+A model requests its masks before its first layer, and layers need them in different forms. MoBA needs a few integers per row; a layer with
+full or sliding-window attention needs the dense mask that it always had. `MobaMask` stores the request and builds each form when a layer
+first needs it. Nothing quadratic is built unless such a layer needs it.
 
 B batch, N tokens (Nq queries, Nk keys).
 """
@@ -26,24 +26,24 @@ from .upstream import bidirectional_mask_function, causal_mask_function, mask_bu
 
 @dataclass(frozen=True)
 class Visible:
-    """Who may see whom, as `moba_flex.functional.attend` wants to know it."""
+    """The visibility of keys to queries, as `moba_flex.dispatch.attend` takes it."""
 
-    n_key: int  # keys seen so far; a static cache has more, not written yet
+    n_key: int  # keys so far; a static cache has more, not yet written
     causal: bool = True
     padding_mask: Tensor | None = None  # [B, n_key] bool; None: all tokens are real
-    cu_seqlens: Tensor | None = None  # [n + 1] int32 over all rows' tokens one after another; None: a row is one sequence
-    longest: int | None = None  # of packed sequences, their greatest length; None: not packed, or in a compiled graph not known
-    starts: tuple[int, ...] | None = None  # the first real token of each row; None: 0 for all rows, or in a compiled graph not known
+    cu_seqlens: Tensor | None = None  # [n + 1] int32, over the concatenated tokens of all rows; None: each row is one sequence
+    longest: int | None = None  # length of the longest packed sequence; None: not packed, or unknown in a compiled graph
+    starts: tuple[int, ...] | None = None  # first real token of each row; None: 0 for all rows, or unknown in a compiled graph
 
     def start(self, device: torch.device) -> Tensor | None:
-        """`[B]` int64: the first real token of each row, in a compiled graph too; None: 0 for all rows."""
+        """`[B]` int64: the first real token of each row, also in a compiled graph; None: 0 for all rows."""
         if self.starts is not None:
             return torch.tensor(self.starts, device=device)
         return _first_real(self.padding_mask) if torch.compiler.is_compiling() and self.padding_mask is not None else None
 
     def packed(self, query: Tensor, cu_seqlens: Tensor | None, key_cu_seqlens: Tensor | None) -> Visible:
-        """The same with the sequences that a call names itself, as transformers does for FlashAttention; they go before those that
-        transformers sees in `position_ids`. Without `cu_seqlens` it stays what it is.
+        """Add the packed sequences that a call passes itself, as for FlashAttention. They override those that transformers finds in
+        `position_ids`. Without `cu_seqlens` nothing changes.
 
         Raises ValueError or TypeError if they do not fit.
         """
@@ -68,10 +68,10 @@ class Visible:
 
 @dataclass(frozen=True)
 class Places:
-    """Where new tokens and their rows lie, as `moba_flex.decoding.decode` wants to know it: nothing that the host must read."""
+    """The positions of new tokens, as `moba_flex.decoding.decode` takes them: tensors that the host never reads."""
 
-    length: Tensor | None  # int64 of no dimension: tokens with the new ones; None: all that the keys hold
-    start: Tensor | None  # [B] int64: the first real token of each row; None: 0
+    length: Tensor | None  # 0-dimensional int64: number of tokens, including the new ones; None: all keys
+    start: Tensor | None  # [B] int64: first real token of each row; None: 0
 
     def to(self, device: torch.device) -> Places:
         return Places(_moved(self.length, device), _moved(self.start, device))
@@ -85,14 +85,14 @@ _Index = int | slice | Tensor
 
 
 class MobaMask(BlockMask):
-    """The mask of one forward pass, made by `moba_mask` and read by the attention function of each layer.
+    """The mask of one forward pass, created by `moba_mask` and read by the attention function of each layer.
 
-    It is a BlockMask in name, not in content: of the masks that transformers hands through a model untouched, that is
-    the one kind that need not be a tensor.
+    It is a BlockMask in name only: of the mask types that transformers passes through a model unchanged, it is the only one that need not
+    be a tensor.
     """
 
     def __init__(self, request: dict[str, Any]) -> None:
-        # A static cache counts its tokens in place, and has counted on by the time that layers ask.
+        # A static cache updates its token count in place, before the layers read it here.
         if isinstance(request["q_offset"], Tensor):
             request["q_offset"] = request["q_offset"].clone()
         self._request = request
@@ -101,8 +101,8 @@ class MobaMask(BlockMask):
         self._split: dict[int, tuple[MobaMask, MobaMask]] = {}
         self._visible: Visible | None = None
         self._whole: MobaMask | None = None
-        self.is_part = False  # the call has more new tokens than this mask is for
-        # generate makes the mask before it calls a compiled model: what changes its shape with each token must not be needed there
+        self.is_part = False  # the call has more new tokens than this mask covers
+        # generate creates the mask before it calls a compiled model: the graph must not need tensors whose shapes change with each token.
         self._places = None if torch.compiler.is_compiling() else _place(request)
         if isinstance(request["q_offset"], Tensor) and not torch.compiler.is_compiling() and request.get("attention_mask") is not None:
             _check_whole(request["attention_mask"])
@@ -121,11 +121,11 @@ class MobaMask(BlockMask):
 
     @property
     def is_local(self) -> bool:
-        """Whether it was asked for by a layer that sees a window or a chunk."""
+        """Whether it was requested for sliding-window or chunked attention."""
         return self._request.get("local_size") is not None
 
     def is_of_drafting_layer(self, layer_idx: int) -> bool:
-        """Whether it was made for a layer of multi-token prediction, see `upstream.mtp_offset`."""
+        """Whether it was created for a layer of multi-token prediction, see `upstream.mtp_offset`."""
         return self._request["kv_offset"] == mtp_offset(layer_idx)
 
     def original(self, implementation: str, device: torch.device) -> Tensor | BlockMask | None:
@@ -140,10 +140,10 @@ class MobaMask(BlockMask):
         return mask if mask is None else mask.to(device)
 
     def visible(self, query: Tensor, key: Tensor, cu_seqlens: Tensor | None = None, key_cu_seqlens: Tensor | None = None) -> Visible:
-        """The same for MoBA. It reads values, so it is worked out once for all layers.
+        """The mask in the form that MoBA takes. This reads values, so it is computed once for all layers.
 
-        Raises ValueError for what MoBA cannot express: custom masks, padding inside a row, keys that have been dropped, packed sequences
-        that do not fit.
+        Raises ValueError for what MoBA does not support: custom masks, padding inside a row, dropped keys, packed sequences that do not
+        fit.
         """
         got = query.shape[2], key.shape[2]
         if got != self._lengths:
@@ -159,7 +159,7 @@ class MobaMask(BlockMask):
         return visible if query.device == self._request["device"] else visible.to(query.device)
 
     def places(self, query: Tensor, key: Tensor) -> Places | None:
-        """The same for decoding, if this is decoding: a few causal tokens behind others that a cache holds."""
+        """The mask in the form that decoding takes; None if this is not decoding: a few causal tokens after cached ones."""
         if self._request.get("mask_function", causal_mask_function) is not causal_mask_function:
             return None
         if query.shape[2] == key.shape[2] or self._lengths != (query.shape[2], key.shape[2]):
@@ -172,28 +172,29 @@ class MobaMask(BlockMask):
         return places if query.device == self._request["device"] else places.to(query.device)
 
     def without_padding(self) -> MobaMask:
-        """The same for a call of which it is known that all tokens are real."""
+        """The same mask for a call in which all tokens are known to be real."""
         whole = self._whole if self._whole is not None else MobaMask({**self._request, "attention_mask": None})
         if _may_keep():
             self._whole = whole
         return whole
 
     def split(self, n_last: int) -> tuple[MobaMask, MobaMask]:
-        """The masks of all but the last `n_last` tokens, as if those had not come yet, and of these."""
+        """The masks of all tokens but the last `n_last`, as if those did not exist yet, and of the last `n_last`."""
         if n_last not in self._split:
             request = dict(self._request)
             first, rest = request["q_length"] - n_last, request["kv_length"] - n_last
             padding = request.get("attention_mask")
             before = {"q_length": first, "kv_length": rest, "attention_mask": None if padding is None else padding[:, :rest]}
             last = {"q_length": n_last, "q_offset": request["q_offset"] + first}
-            # transformers lets a single query do without a mask, but for caches with keys that are not written yet: it looked at the whole
+            # transformers omits the mask of a single query unless the cache has keys that are not yet written. It decided that for the
+            # whole request.
             if isinstance(request["q_offset"], Tensor) or request["q_offset"] + request["q_length"] < request["kv_length"]:
                 request["allow_is_causal_skip"] = False
             self._split[n_last] = MobaMask({**request, **before}), MobaMask({**request, **last})
         return self._split[n_last]
 
     def __getitem__(self, index: _Index | tuple[_Index, ...]) -> MobaMask:
-        """The mask of the last queries alone, `mask[:, :, -n:, :]`: models whose last layers write no keys compute no others in them."""
+        """The mask of the last n queries, `mask[:, :, -n:, :]`. Models whose last layers write no keys compute only these queries there."""
         every, n_query = slice(None), self._lengths[0]
         if not isinstance(index, tuple) or len(index) < 3 or not isinstance(index[2], slice):
             raise self._unknown("[...]")
@@ -208,7 +209,7 @@ class MobaMask(BlockMask):
         return part
 
     def to(self, *args: Any, **kwargs: Any) -> MobaMask:
-        return self  # what layers get is moved when they ask
+        return self  # moved when a layer reads it
 
     def contiguous(self) -> MobaMask:
         return self
@@ -234,14 +235,14 @@ class MobaMask(BlockMask):
 
 
 def _owner(request: dict[str, Any]) -> str:
-    """For messages: whose mask it is, by the configuration with which transformers asks for it."""
+    """For messages: the owner of a mask, by the configuration in transformers' request."""
     config = request.get("config")
     return "the code of the model" if config is None else f"the code of a model with a {type(config).__name__}"
 
 
 def raise_switched(owner: str = "attention") -> NoReturn:
-    """Attention other than MoBA got MoBA's mask: so it is where a forward pass is computed again after a switch."""
-    raise ValueError(  # not TypeError, which operators of tensors would swallow
+    """Raise because other attention got a MoBA mask, as when a forward pass is recomputed after a switch."""
+    raise ValueError(  # not TypeError, which tensor operators swallow
         f"{owner} computes with a mask of MoBA: either it cannot use MoBA, so that it needs another attn_implementation; or layers were "
         "switched within a pass: under gradient checkpointing backward must come before set_attention, full_attention or unpatch change "
         "what the forward pass used"
@@ -249,12 +250,12 @@ def raise_switched(owner: str = "attention") -> NoReturn:
 
 
 def _may_keep() -> bool:
-    """Whether a layer may leave something for the next: not in a graph for training, where a checkpointed one changes nothing outside."""
+    """Whether to keep results for later layers. Not in a training graph: a checkpointed graph must have no side effects."""
     return not (torch.compiler.is_compiling() and torch.is_grad_enabled())
 
 
 def moba_mask(batch_size: int, q_length: int, kv_length: int, q_offset: int | Tensor = 0, kv_offset: int = 0, **request: Any) -> MobaMask:
-    """The mask function of "moba" and "moba_naive", called by transformers' `create_causal_mask` and its like."""
+    """The mask function of "moba" and "moba_naive", called by transformers' `create_causal_mask` and similar functions."""
     sizes = {"batch_size": batch_size, "q_length": q_length, "kv_length": kv_length}
     return MobaMask({**sizes, "q_offset": q_offset, "kv_offset": kv_offset, "device": torch.device("cpu"), **request})
 
@@ -277,19 +278,19 @@ def _read(request: dict[str, Any]) -> Visible:
             "MoBA cannot follow a custom mask function, only causal or bidirectional attention with padding or packed "
             'sequences: use set_attention(model, "full")'
         )
-    if cu_seqlens is None:  # a model that could join tokens of an image, and has none
+    if cu_seqlens is None:  # a mask that would join the tokens of an image, but there are none
         return Visible(seen, True, padding_mask, starts=_starts(padding_mask))
     return Visible(seen, True, None, cu_seqlens, int(cu_seqlens.diff().max()))
 
 
 def _padding(attention_mask: Tensor | None, n_key: int) -> Tensor | None:
-    """`[B, n_key]` bool, None if all tokens are real."""
+    """`[B, n_key]` bool; None if all tokens are real."""
     if attention_mask is None:
         return None
     if attention_mask.shape[1] < n_key:
         raise ValueError(f"attention_mask covers {attention_mask.shape[1]} tokens, but must cover all {n_key}, cached ones too")
     padding_mask = attention_mask[:, :n_key].bool()
-    if torch.compiler.is_compiling():  # in a graph no value can be read, so that padding is neither ruled out nor checked
+    if torch.compiler.is_compiling():  # a graph cannot read values: it neither skips nor checks padding
         return padding_mask
     if padding_mask.all():
         return None
@@ -312,7 +313,7 @@ def _starts(padding_mask: Tensor | None) -> tuple[int, ...] | None:
 
 
 def _first_real(attention_mask: Tensor) -> Tensor:
-    """`[B]` int64: how many tokens of padding each row begins with."""
+    """`[B]` int64: the number of padding tokens at the start of each row."""
     return (attention_mask.cumsum(1) == 0).sum(1)
 
 
@@ -329,10 +330,12 @@ def _place(request: dict[str, Any]) -> Places | None:
 
 
 def _sequences(mask_function: Callable[..., Any], batch_size: int, n_tokens: int, device: torch.device) -> Tensor | None:
-    """`cu_seqlens [n + 1]` of packed sequences, or None: does each token see the one before it?
+    """`cu_seqlens [n + 1]` of packed sequences; None if each row is one sequence, in which every token sees the one before it.
 
-    transformers finds packed sequences in `position_ids` and passes them on within a mask function alone. Asking about
-    neighbours takes linear work. A token that sees the one after it belongs to some other, not causal mask.
+    transformers finds packed sequences in `position_ids` and passes them on only inside a mask function. Calling it for neighbouring tokens
+    is linear work.
+
+    Raises ValueError if a token sees the next one, since the mask is then not causal.
     """
     row = torch.arange(batch_size, device=device)[:, None]
     later = torch.arange(1, n_tokens, device=device)[None]

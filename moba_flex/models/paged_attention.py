@@ -1,6 +1,6 @@
-"""Attention of a layer in continuous batching: `[1, H, T, D]` queries of many requests, whose keys lie in pages.
+"""Attention of a layer in continuous batching: `[1, H, T, D]` queries of many requests, whose keys are stored in pages.
 
-`paged_batch.py` says which tokens read what. Layers that do not use MoBA, and tokens that read all keys, get the attention that the
+`paged_batch.py` determines which tokens read which keys. Layers without MoBA, and tokens that read all keys, get the attention that the
 unpatched model has in continuous batching.
 
 H query heads, G key heads, T tokens of all requests, Tp and Tk: the tokens and keys of a part of them, R requests, D and Dv widths.
@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 
 
 def paged_keys(layer: AttentionLayer, kwargs: dict[str, Any]) -> PagedKeys | None:
-    """Take the keys of a call of continuous batching out of its arguments; None: it is another call.
+    """Pop the paged keys from the arguments of a continuous-batching call; None for other calls.
 
-    Raises ValueError if the call is one of continuous batching that was started for another attention.
+    Raises ValueError if continuous batching was started for another attention.
     """
     keys: PagedKeys | None = kwargs.pop(PAGED, None)
     if keys is None and PAGED_CALL in kwargs:
@@ -46,7 +46,7 @@ def paged_keys(layer: AttentionLayer, kwargs: dict[str, Any]) -> PagedKeys | Non
 def attend_paged(call: LayerCall, keys: PagedKeys) -> Tensor:
     """`[1, T, H, Dv]` of a layer's call.
 
-    Raises ValueError for what cannot be had in continuous batching.
+    Raises ValueError for what is not supported in continuous batching.
     """
     if context_of(call.layer) is not None:
         raise ValueError(f"{call.name} works on a slice of a sequence, without a cache: call ContextParallel.remove() before generating")
@@ -74,7 +74,7 @@ def attend_paged(call: LayerCall, keys: PagedKeys) -> Tensor:
         if out is None:
             out = of_part.new_empty(1, batch.n_tokens, *of_part.shape[2:])
         out[:, part.queries()] = of_part
-    assert out is not None  # a pass has tokens
+    assert out is not None  # a pass has at least one token
     return out
 
 
@@ -109,12 +109,12 @@ def _original(call: LayerCall, keys: PagedKeys, part: Part) -> Tensor:
 
 
 def _sparse(call: LayerCall, keys: PagedKeys, part: Part) -> Tensor:
-    """`[1, Tp, H, Dv]`: MoBA of the last tokens of each request."""
+    """`[1, Tp, H, Dv]`: MoBA for the last tokens of each request."""
     query, key, value = autocast(call.query, *_read(call, keys, part))
     operation = operation_of(call, query, key, value, True)
     settings = operation.settings
     cu_seqlens = part.cu_seqlens(part.n_query) if part.is_new else part.cu_seqlens_of_both()
-    if not part.is_new and settings.implementation == "triton":  # which is for as many keys as queries
+    if not part.is_new and settings.implementation == "triton":  # its kernels need as many keys as queries
         settings = replace(settings, implementation="flex")
     with without_autocast(query):
         out, _ = attend(query, key, value, settings, cu_seqlens=cu_seqlens, longest=max(part.n_key), sinks=operation.sinks)
@@ -122,7 +122,7 @@ def _sparse(call: LayerCall, keys: PagedKeys, part: Part) -> Tensor:
 
 
 def _decoding(call: LayerCall, keys: PagedKeys, part: Part) -> Tensor:
-    """`[1, Tp, H, Dv]`: MoBA of one token of each request, by way of block means. Of the keys only the chosen blocks are read."""
+    """`[1, Tp, H, Dv]`: MoBA for one token per request, by stored block means. Only the chosen blocks of the keys are read."""
     (query,) = autocast(call.query[0].transpose(0, 1)[:, :, None])  # [R, H, 1, D]
     operation = operation_of(call, query, query, query, True)
     assert keys.means is not None

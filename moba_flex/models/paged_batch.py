@@ -1,6 +1,6 @@
-"""Which requests take part in one forward pass of continuous batching, what each of their tokens reads, and where it lies.
+"""The requests of one forward pass of continuous batching: what each of their tokens reads, and where the keys are stored.
 
-All of it follows from numbers that the host has. What goes to the device is made once per forward pass, and used by all layers.
+All of it is computed on the host. Tensors for the device are created once per forward pass and shared by all layers.
 
 T tokens of all requests, R requests.
 """
@@ -28,39 +28,39 @@ class Request:
     """One request in one forward pass."""
 
     name: str
-    past: int  # tokens that were there before
+    past: int  # tokens before this pass
     new: int  # tokens of this pass
-    prompt: int  # tokens that the request came with; those behind were generated
-    pages: list[int]  # where its keys lie
+    prompt: int  # tokens of the prompt; later ones were generated
+    pages: list[int]  # the pages of its keys
 
 
 @dataclass(frozen=True)
 class Slice:
-    """Some tokens of one request, one after another, and the keys up to the last of them."""
+    """Consecutive tokens of one request, and the keys up to the last of them."""
 
     row: int
-    first: int  # among the tokens of all requests
+    first: int  # index among the tokens of all requests
     n_query: int
     n_key: int
 
 
 class Part:
-    """Tokens of some requests, which the same computation serves."""
+    """Tokens of some requests that one computation serves."""
 
     def __init__(self, slices: list[Slice], batch: PagedBatch) -> None:
         self.slices, self._batch = slices, batch
         self.rows = [one.row for one in slices]
         self.n_query, self.n_key = [one.n_query for one in slices], [one.n_key for one in slices]
-        self.is_whole = sum(self.n_query) == batch.n_tokens  # all tokens of the pass
-        self.is_new = self.is_whole and self.n_query == self.n_key  # no keys but theirs
+        self.is_whole = sum(self.n_query) == batch.n_tokens  # it has all tokens of the pass
+        self.is_new = self.is_whole and self.n_query == self.n_key  # it reads no cached keys
         self._made: dict[object, Tensor] = {}
 
     def queries(self) -> Tensor:
-        """`[Tp]`: the places of the part's tokens among those of the pass."""
+        """`[Tp]`: the indices of the part's tokens among those of the pass."""
         return self._once("queries", lambda: torch.cat([torch.arange(one.first, one.first + one.n_query) for one in self.slices]))
 
     def slots(self) -> Tensor:
-        """`[Tk]`: where the part's keys lie in the pages, request by request."""
+        """`[Tk]`: the slots of the part's keys, request by request."""
 
         def make() -> Tensor:
             n, total = torch.tensor(self.n_key, device=self._batch.device), sum(self.n_key)
@@ -70,27 +70,27 @@ class Part:
         return self._once("slots", make)
 
     def lengths(self) -> Tensor:
-        """`[R]` int64: the keys of each request."""
+        """`[R]` int64: the number of keys per request."""
         return self._once("lengths", lambda: torch.tensor(self.n_key))
 
     def pages(self) -> Tensor:
-        """`[R, pages of the longest]` int64: the pages of each request; behind its last one any that there are."""
+        """`[R, pages of the longest]` int64: the pages of each request, padded with an arbitrary page."""
         return self._once("pages", lambda: self._batch.pages()[self.row_index()])
 
     def row_index(self) -> Tensor:
-        """`[R]`: which of the pass's requests these are."""
+        """`[R]`: the indices of these requests among those of the pass."""
         return self._once("rows", lambda: torch.tensor(self.rows))
 
     def cu_seqlens(self, lengths: list[int]) -> Tensor:
-        """`[R + 1]` int32: where the sequences of these lengths begin and end."""
+        """`[R + 1]` int32: the boundaries of sequences of these lengths."""
         return self._once(tuple(lengths), lambda: torch.tensor(_bounds(lengths), dtype=torch.int32))
 
     def cu_seqlens_of_both(self) -> Tensor:
-        """`[2, R + 1]` int32: where each request's queries and keys begin and end. One tensor, so that layers share its layout."""
+        """`[2, R + 1]` int32: the boundaries of each request's queries and keys. One tensor, so that layers share its layout."""
         return self._once("both", lambda: torch.tensor([_bounds(self.n_query), _bounds(self.n_key)], dtype=torch.int32))
 
     def mask(self, n_key: list[int], window: int, dtype: torch.dtype) -> Tensor:
-        """`[1, 1, Tp, Tk]`: what "sdpa" and "eager" add to the scores, as transformers makes it."""
+        """`[1, 1, Tp, Tk]`: the mask that "sdpa" and "eager" add to the scores, as transformers builds it."""
 
         def make() -> Tensor:
             size = 1, 1, sum(self.n_query), sum(n_key)
@@ -102,17 +102,17 @@ class Part:
 
     def _once(self, name: object, make: Callable[[], Tensor]) -> Tensor:
         if name not in self._made:
-            with torch.inference_mode(False):  # whose tensors have no version, by which layouts are kept
+            with torch.inference_mode(False):  # inference tensors have no version counter, which layouts are cached by
                 self._made[name] = make().to(self._batch.device)
         return self._made[name]
 
 
 @dataclass(frozen=True)
 class Parts:
-    """The tokens of a pass by what a layer with MoBA does with them."""
+    """The tokens of a pass, grouped by what a layer with MoBA does with them."""
 
     full: Part | None  # they read all keys
-    decoding: Part | None  # one token of each request, whose blocks are found by stored means
+    decoding: Part | None  # one token per request, whose blocks are chosen by stored means
     sparse: Part | None  # MoBA
 
     def __iter__(self) -> Iterator[Part | None]:
@@ -125,7 +125,7 @@ class PagedBatch:
     def __init__(self, requests: list[Request], runs: list[int], page_size: int, stride: int, device: torch.device) -> None:
         self.requests, self.device = requests, device
         self.n_tokens = sum(request.new for request in requests)
-        self.stride = stride  # slots from one page to the next
+        self.stride = stride  # slots from the start of one page to the start of the next
         self._runs, self._page_size = runs, page_size
         firsts = _bounds([request.new for request in requests])
         every = [Slice(i, firsts[i], request.new, request.past + request.new) for i, request in enumerate(requests)]
@@ -133,7 +133,7 @@ class PagedBatch:
         self._made: dict[object, object] = {}
 
     def parts(self, settings: MobaConfig, naive: bool, has_means: bool) -> Parts:
-        """The tokens of a pass by what a layer with MoBA does with them. `has_means`: block means are stored."""
+        """The tokens of a pass, grouped by what a layer with MoBA does with them. `has_means`: block means are stored."""
         return self._once(("parts", settings, naive, has_means), lambda: self._parted(settings, naive, has_means))
 
     def _parted(self, settings: MobaConfig, naive: bool, has_means: bool) -> Parts:
@@ -142,7 +142,7 @@ class PagedBatch:
         for request, every in zip(self.requests, self.whole.slices):
             n_full = min(max(every.n_key - request.prompt, 0), request.new) if settings.decode == "full" else 0
             if not naive and settings.implementation != "eager" and reads_all_keys(every.n_key, blocks):
-                n_full = request.new  # which the original attention computes in less time
+                n_full = request.new  # the original attention computes this faster
             n_moba = request.new - n_full
             if n_moba:
                 one = Slice(every.row, every.first, n_moba, request.past + n_moba)
@@ -152,7 +152,7 @@ class PagedBatch:
         return Parts(*(Part(slices, self) if slices else None for slices in (full, decoding, sparse)))
 
     def pages(self) -> Tensor:
-        """`[R, pages of the longest]` int64; behind a request's last page stands 0, which no request has."""
+        """`[R, pages of the longest]` int64, padded with 0, which is no request's page."""
 
         def make() -> Tensor:
             most = max(len(request.pages) for request in self.requests)
@@ -161,11 +161,11 @@ class PagedBatch:
         return self._once("pages", make)
 
     def slots(self, rows: Tensor, token: Tensor) -> Tensor:
-        """Where the keys of tokens of requests lie."""
+        """The slots of the keys of tokens of requests."""
         return self.pages()[rows, token // self._page_size] * self.stride + token % self._page_size
 
     def runs(self, length: int) -> tuple[Tensor, Tensor]:
-        """`[runs]` and `[runs, length]`: the runs of tokens whose means are to be computed, and where their keys lie."""
+        """`[runs]` and `[runs, length]`: the runs of tokens whose means are to be computed, and the slots of their keys."""
 
         def make() -> tuple[Tensor, Tensor]:
             runs, per_page = torch.tensor(self._runs, dtype=torch.int64), self._page_size // length

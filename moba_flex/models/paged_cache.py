@@ -1,14 +1,14 @@
-"""The keys of many requests in pages, as continuous batching keeps them, and the block means beside them.
+"""The paged key cache of continuous batching, and the block means beside it.
 
-transformers gives the keys of all layers of a request pages of its cache, shares full pages among requests with the same beginning, and
-takes pages back. Once per forward pass it says which requests take part; then each layer writes its new keys. Layers with full attention
-are handed their new keys alone here, and read from the pages what they need.
+transformers assigns cache pages to a request, for the keys of all layers. It shares full pages among requests with the same prefix, and
+reclaims pages. Once per forward pass it says which requests take part; then each layer writes its new keys. Here layers with full attention
+are given only their new keys, and read what they need from the pages.
 
-Means are stored by page, not by request, so that requests share them as they share pages. They are never out of date:
+Means are stored per page, not per request, so requests share them as they share pages. They are never stale:
 
-- A page gets into a request's hands in two ways. Given out anew, nothing of it counts as known. Shared, it is full, and stays as it is.
-- What a page holds changes in two ways. Layers write new keys: the means of all that these complete are computed then, from what the page
-  holds. Pages that were just given out are copied to: nothing of them is known, so that all is computed before it is first read.
+- A request gets a page in one of two ways. A newly allocated page counts as unknown. A shared page is full and does not change.
+- The content of a page changes in one of two ways. Layers write new keys: the means of the runs that they complete are then computed from
+  the page. Keys are copied to newly allocated pages: these count as unknown, so their means are computed before they are first read.
 
 G key heads, P tokens per block, C blocks, D head dimension, R requests.
 """
@@ -30,47 +30,47 @@ from ..ops.pages import Pages
 from .paged_batch import PagedBatch, Part, Request
 from .upstream import PagedAttentionCache, RequestState, pages_of_full_attention, pages_of_layer, prompt_length, window_of
 
-PAGED = "moba_paged"  # the keyword argument in which a layer's keys reach the attention function
-LEAST_RUN = 16  # means of fewer tokens would take more than an eighth of the keys' memory
+PAGED = "moba_paged"  # the keyword argument that passes a layer's keys to the attention function
+LEAST_RUN = 16  # means of shorter runs would take more than an eighth of the keys' memory
 
 
 @dataclass(frozen=True, eq=False)
 class PagedKeys:
-    """What one layer reads in one forward pass."""
+    """The keys and values that one layer reads in one forward pass."""
 
     batch: PagedBatch
-    means: PageMeans | None  # None: of layers with windows, and where none are stored
+    means: PageMeans | None  # None: layers with windows, or no means are stored
     layer_idx: int
-    given: tuple[Tensor, Tensor]  # [1, G, T, D], [1, G, T, Dv]: what the layer got, new keys and values; with a window others too
-    key: Tensor  # [slots, G, D]: the pages, token by token
+    given: tuple[Tensor, Tensor]  # [1, G, T, D], [1, G, T, Dv]: what the layer got, new keys and values; with a window also older ones
+    key: Tensor  # [slots, G, D]: the pages as tokens
     value: Tensor  # [slots, G, Dv]
-    window: int  # how many tokens the layer sees, or 1: all
-    length: Callable[[int, int], int]  # past and new tokens of a request -> how many of its keys the layer reads
+    window: int  # the number of tokens that the layer sees; 1: all
+    length: Callable[[int, int], int]  # past and new tokens of a request -> number of its keys that the layer reads
 
 
 class PageMeans:
     """The mean key of each run of tokens within a page, and which of them are known.
 
-    Runs are as long as blocks and pages allow: a block is one or more of them, and so is a page.
+    A run is the greatest common divisor of the block and page sizes: blocks and pages consist of whole runs.
     """
 
     def __init__(self, block_size: int, page_size: int, n_pages: int) -> None:
         self.run = gcd(block_size, page_size)
         self._page_size, self._n_runs = page_size, n_pages * (page_size // self.run)
-        self._known: dict[int, int] = {}  # of each page, how many of its tokens the means know
-        self._means: dict[int, Tensor] = {}  # of each layer, [runs, G, D]
+        self._known: dict[int, int] = {}  # per page: how many of its tokens the means reflect
+        self._means: dict[int, Tensor] = {}  # per layer: [runs, G, D]
 
     def forget(self, pages: list[int]) -> None:
-        """Pages were given out, and may hold anything."""
+        """Forget newly allocated pages, whose content is unknown."""
         for page in pages:
             self._known.pop(page, None)
 
     def to_compute(self, request: Request) -> list[int]:
-        """The runs that are to be computed once a request has written its new keys. They count as known from now on."""
+        """The runs to compute once a request has written its new keys. They count as known from now on."""
         runs, per_page = list[int](), self._page_size // self.run
         for i, page in enumerate(request.pages):
             known = self._known.get(page, 0)
-            if known == self._page_size and (i + 1) * known <= request.past:  # as nearly all are
+            if known == self._page_size and (i + 1) * known <= request.past:  # true of nearly all pages
                 continue
             before = min(max(request.past - i * self._page_size, 0), self._page_size)
             after = min(max(request.past + request.new - i * self._page_size, 0), self._page_size)
@@ -81,7 +81,7 @@ class PageMeans:
 
     @torch.no_grad()
     def take_in(self, keys: PagedKeys) -> None:
-        """Compute the means of a layer that its new keys complete."""
+        """Compute the means that a layer's new keys complete."""
         if keys.layer_idx not in self._means:
             with torch.inference_mode(False):
                 shape = (self._n_runs, *keys.key.shape[1:])
@@ -98,7 +98,7 @@ class PageMeans:
 
 
 class MobaPagedCache(PagedAttentionCache):
-    """transformers' cache of pages, for a model with MoBA. An object of its class changes to this one by `adopt`."""
+    """transformers' paged cache, for models with MoBA. `adopt` changes the class of an existing object to this one."""
 
     _find: Callable[[str], RequestState]
     _check: Callable[[], None]
@@ -108,13 +108,16 @@ class MobaPagedCache(PagedAttentionCache):
     _batch: PagedBatch | None
 
     def serve(self, settings: MobaConfig, find: Callable[[str], RequestState], check: Callable[[], None]) -> None:
-        """Set what the cache serves. `find` finds a request by its name; `check` raises if the model's attention was switched."""
+        """Set what the cache serves.
+
+        `find` returns a request by its name. `check` raises if the model's attention was switched.
+        """
         self._find, self._check, self._settings = find, check, settings
         self._requests, self._batch, self._means = [], None, None
         allocator = pages_of_full_attention(self)
         page_size = allocator.tokens_per_page
         if settings.decode == "sparse" and gcd(settings.block_size, page_size) >= LEAST_RUN:
-            n_pages = allocator.cache_tensor.shape[0] // page_size  # no fewer than there are
+            n_pages = allocator.cache_tensor.shape[0] // page_size  # an upper bound
             self._means = PageMeans(settings.block_size, page_size, n_pages // allocator.pages_per_block)
 
     @property
@@ -152,9 +155,9 @@ class MobaPagedCache(PagedAttentionCache):
         super().mark_complete_blocks(state if n is None else _Beginning(state, n), complete_blocks)  # type: ignore[arg-type]
 
     def _n_shareable(self, state: RequestState) -> int | None:
-        """How many of a request's first tokens have keys that any request with these tokens has; None: all.
+        """The number of a request's first tokens whose keys any request with these tokens has; None: all.
 
-        With `decode="full"` generated tokens read all keys. In a later prompt the same tokens read as MoBA does.
+        With `decode="full"` generated tokens read all keys. The same tokens in a later prompt use MoBA.
         """
         return prompt_length(state) if self._settings.decode == "full" else None
 
@@ -171,7 +174,7 @@ class MobaPagedCache(PagedAttentionCache):
             writes.extend(allocator.get_write_indices(request_id, past_length, query_length))
         if read_index is not None:
             for allocator, reads in zip(self.cache_allocators.values(), read_index):
-                if allocator is not full:  # whose layers read from the pages what they need
+                if allocator is not full:  # its layers read what they need from the pages
                     reads.extend(allocator.get_read_indices(request_id, past_length, query_length))
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
@@ -183,7 +186,7 @@ class MobaPagedCache(PagedAttentionCache):
 
 
 class _Beginning:
-    """The first tokens of a request, to those who ask which of its pages are full."""
+    """The first tokens of a request, for the code that determines which of its pages are full."""
 
     def __init__(self, state: RequestState, n_tokens: int) -> None:
         self.request_id, self.status = state.request_id, state.status
@@ -191,7 +194,7 @@ class _Beginning:
 
 
 def adopt(cache: PagedAttentionCache, settings: MobaConfig, find: Callable[[str], RequestState], check: Callable[[], None]) -> None:
-    """Let a new cache of pages serve a model with MoBA."""
+    """Let a new paged cache serve a model with MoBA."""
     cache.__class__ = MobaPagedCache
     assert isinstance(cache, MobaPagedCache)
     cache.serve(settings, find, check)

@@ -1,4 +1,4 @@
-"""Turning a model's attention to MoBA and back: `patch`, `unpatch`, `set_attention`, `full_attention`."""
+"""Switching a model's attention to MoBA and back: `patch`, `unpatch`, `set_attention`, `full_attention`."""
 
 from __future__ import annotations
 
@@ -61,34 +61,34 @@ def patch(
     implementation: str = UNSET,
     **unknown: NoReturn,
 ) -> Model:
-    """Let a transformers model's full-attention layers use MoBA. Weights stay what and where they are.
+    """Let a transformers model's full-attention layers use MoBA. The weights are neither changed nor moved.
 
     Args:
-        model: a transformers model, or a module that holds one. Not a part of a model: what is above it would save without the settings.
-        config: the settings, a `MobaConfig` or a dict. None: the keywords; without any, those in `model.config.moba`, which loading a
-            saved model restores, or else the defaults.
+        model: a transformers model, or a module that contains one. Not a part of a model: saving the whole would lose the settings.
+        config: the settings, a `MobaConfig` or a dict. None: the keywords; without any, the settings in `model.config.moba`, which loading
+            a saved model restores, or else the defaults.
         block_size: tokens per block, at least 1.
-        top_k: how many blocks a query reads, its own one included.
-        sink_blocks: how many blocks at the start of the sequence are always among the `top_k`.
-        recent_blocks: how many blocks just before the own one are always among the `top_k`.
+        top_k: the number of blocks that a query reads, including its own block.
+        sink_blocks: the number of blocks at the start of the sequence that are always among the `top_k`.
+        recent_blocks: the number of blocks just before the query's own block that are always among the `top_k`.
         share_selection: whether the query heads of a key head choose together, by the sum of their scores.
         key_conv: the kernel size, 3 or 5, of a causal convolution over keys, for training; 0: none.
-        full_attention_layers: the layers that keep full attention; negative numbers count from the last.
+        full_attention_layers: the layers that keep full attention; negative indices count from the last layer.
         decode: what generated tokens read: "full", all keys; "sparse", only their `top_k` blocks.
         implementation: "flex", "triton", "eager", "naive" or "auto", see `moba_attention`.
 
-    Where some settings are given, the others have the defaults of `MobaConfig`: `block_size=4096, top_k=12`, and so on.
+    If some settings are given, the others have the defaults of `MobaConfig`: `block_size=4096, top_k=12`, and so on.
 
     Returns:
-        The same model. Sliding-window and other layers that are not full causal self-attention stay what they are. The
-        settings lie in `model.config.moba` (for models of several parts in the language model's configuration), a copy of the
-        configuration that the model was built from, for another model may have been built from it too. Patching again replaces
-        them and undoes `set_attention`; a layer that then has no `key_conv`, or one of another size, loses the weights of its own.
+        The same model. Layers that are not full causal self-attention, such as sliding-window layers, are unchanged. The settings are
+        stored in `model.config.moba` (in multimodal models in the language model's configuration). The model gets its own copy of the
+        configuration, because other models may share it. Patching again replaces the settings and undoes `set_attention`. A layer whose
+        `key_conv` is then removed or has another size loses that module's weights.
 
     Raises:
-        ValueError: a setting is out of range, no attention layer can be replaced, `full_attention_layers` has an index that is not there,
-            or a model that is sharded, or whose sequences are, would get a `key_conv`. The model is left as it was.
-        TypeError: both `config` and keywords are given, or `model` is no module.
+        ValueError: a setting is out of range, no attention layer can be replaced, `full_attention_layers` has an index that does not exist,
+            or a sharded or context-parallel model would get a `key_conv`. The model is left unchanged.
+        TypeError: both `config` and keywords are given, or `model` is not a module.
 
     >>> from transformers import LlamaConfig, LlamaForCausalLM
     >>> from moba_flex import patch
@@ -118,7 +118,7 @@ def patch(
             check_key_conv(layer, config)
     elif not isinstance(config, MobaConfig):
         config = MobaConfig.from_dict(settings if config is None else config)
-    full_layers(config, n_layers(replaceable[0]), model)  # raises if one is not there
+    full_layers(config, n_layers(replaceable[0]), model)  # raises if a layer does not exist
     choices = [_choice(layer, config) for layer in every]
     if new_key_convs(replaceable, config):
         _check_not_wrapped(model, config.key_conv)
@@ -146,13 +146,13 @@ def _choice(layer: AttentionLayer, config: MobaConfig) -> Choice:
 
 
 def _with_own_cache_layer(layers: list[AttentionLayer]) -> list[AttentionLayer]:
-    """Models that run several stacks of layers, each several times (HRM), choose a layer of the cache with each call."""
+    """The layers that have a cache layer of their own: HRM runs stacks of layers several times, each time with another cache layer."""
     indices = Counter((id(layer.config), layer.layer_idx) for layer in layers)
     return [layer for layer in layers if indices[id(layer.config), layer.layer_idx] == 1]
 
 
 def _check_not_wrapped(model: nn.Module, key_conv: int) -> None:
-    """New weights would be no one's: DDP would not average their gradients, and PEFT would not save them."""
+    """Raise ValueError if the model is wrapped: DDP would not average the gradients of new weights, and PEFT would not save them."""
     names = {cls.__name__ for module in model.modules() for cls in type(module).__mro__}
     for wrapper, advice in (("DistributedDataParallel", ""), ("PeftModel", ', and name them in modules_to_save=["key_conv"]')):
         if wrapper in names:
@@ -160,11 +160,10 @@ def _check_not_wrapped(model: nn.Module, key_conv: int) -> None:
 
 
 def unpatch(model: Model) -> Model:
-    """Undo `patch` and `set_attention`: the model's attention is what it was, and its configuration holds no settings
-    of MoBA.
+    """Undo `patch` and `set_attention`: restore the model's attention and remove the settings of MoBA from its configuration.
 
-    A model that was loaded with `attn_implementation="moba"` gets the attention that transformers would have given it.
-    A model that is not patched stays as it is. Returns the same model.
+    A model that was loaded with `attn_implementation="moba"` gets the attention that transformers would have chosen. A model that is not
+    patched is unchanged. Returns the same model.
 
     Raises ValueError if the model is context-parallel, see `moba_flex.distributed`.
 
@@ -184,7 +183,7 @@ def unpatch(model: Model) -> Model:
     if any(choice_of(layer) is None for layer in ours):
         _own_configs(model, ours)
     original = {id(layer.config): original_implementation(layer) for layer in layers}
-    # A model of several parts that was loaded with "moba" has that name in the configurations above its layers' too.
+    # In a multimodal model that was loaded with "moba", the enclosing configurations have that name too.
     configs = {id(config): config for module in model.modules() if (config := getattr(module, "config", None)) is not None}
     for config in configs.values():
         if isinstance(config, PreTrainedConfig) and implementation_of(config) in MOBA:
@@ -200,20 +199,20 @@ def unpatch(model: Model) -> Model:
 
 
 def set_attention(model: Model, attention: str, layers: Iterable[int] | None = None) -> Model:
-    """Change what a model's layers use, at any time.
+    """Change which attention a model's layers use. Possible at any time.
 
     Args:
-        model: a transformers model; one that is not patched yet is patched, with the settings that its configuration
-            holds or else the defaults, unless it is to use full attention anyway.
-        attention: "full" (the attention that the model had before), "moba" or "moba_naive" (the dense specification).
-        layers: which layers; negative numbers count from the last. None: all that MoBA can replace, where with "moba"
-            and "moba_naive" the layers in `full_attention_layers` stay full.
+        model: a transformers model. A model that is not patched is patched, with the settings in its configuration or else the defaults,
+            unless `attention` is "full".
+        attention: "full" (the original attention), "moba" or "moba_naive" (the dense reference implementation).
+        layers: indices of the layers; negative ones count from the last. None: all that MoBA can replace; with "moba" and "moba_naive" the
+            layers in `full_attention_layers` stay full.
 
     Returns:
         The same model.
 
     Raises:
-        ValueError: no such attention, or a layer that MoBA cannot replace. The model is left as it was.
+        ValueError: no such attention, or a layer that MoBA cannot replace. The model is left unchanged.
 
     >>> from transformers import LlamaConfig, LlamaForCausalLM
     >>> from moba_flex import patch, set_attention
@@ -234,7 +233,7 @@ def set_attention(model: Model, attention: str, layers: Iterable[int] | None = N
         if attention == "full":
             return model
         patch(model)
-        if layers is not None:  # the others stay as they were
+        if layers is not None:  # the other layers keep their attention
             _use(replaceable, "full")
     elif any(choice_of(layer) is None for layer in replaceable):
         _adopt(model, replaceable)
@@ -250,8 +249,9 @@ def set_attention(model: Model, attention: str, layers: Iterable[int] | None = N
 
 @contextmanager
 def full_attention(model: Model) -> Iterator[Model]:
-    """Within the `with` block all layers have full attention; afterwards, also after an exception, they are what they
-    were. Layers that are changed within the block stay as changed.
+    """Let all layers use full attention within a `with` block, and restore their attention afterwards, also after an exception.
+
+    Layers that are switched within the block keep that change.
 
     >>> import torch
     >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -282,11 +282,11 @@ def full_attention(model: Model) -> Iterator[Model]:
 
 
 def _adopt(model: nn.Module, replaceable: list[AttentionLayer]) -> None:
-    """Patch a model that was loaded with "moba" or "moba_naive", perhaps with the configuration of another model, as what it is."""
+    """Patch a model that was loaded with "moba" or "moba_naive", keeping that name. It may share its configuration with another model."""
     named = implementation_of(replaceable[0].config)
     _own_configs(model, replaceable)
     for config in configs_of(replaceable):
-        settings_by_name(config, MOBA)  # which writes them into it
+        settings_by_name(config, MOBA)  # stores the settings in the config
     patch(model)
     for config in configs_of(replaceable):
         if implementation_of(config) in MOBA:
@@ -294,7 +294,7 @@ def _adopt(model: nn.Module, replaceable: list[AttentionLayer]) -> None:
 
 
 def moba_layers(model: nn.Module) -> dict[int, str]:
-    """What each layer uses now that `patch` gave to MoBA, those in `full_attention_layers` left out: "moba", "moba_naive" or "full".
+    """The attention of each layer that MoBA can replace, except those in `full_attention_layers`: "moba", "moba_naive" or "full".
 
     Raises ValueError if the model is not patched or MoBA can replace none of its layers.
     """
@@ -310,7 +310,11 @@ def moba_layers(model: nn.Module) -> dict[int, str]:
 
 
 def find_layers(model: nn.Module) -> tuple[list[AttentionLayer], list[AttentionLayer]]:
-    """All attention layers that share a configuration with one that MoBA can replace, and those that it can."""
+    """All attention layers that share a configuration with a replaceable one, and the replaceable ones.
+
+    Raises ValueError if there is none, or if the code of such a layer depends on the attention name. Raises TypeError if `model` is not a
+    module.
+    """
     _check_module(model)
     every = attention_layers(model)
     replaceable = [layer for layer in every if takes_moba(layer)]
@@ -340,14 +344,14 @@ def _check_module(model: object) -> None:
 
 
 def _windows(layers: list[AttentionLayer]) -> str:
-    """For the message: some models name a window that is longer than all they read, and can do without."""
+    """For the message: some models have a window that is longer than any of their inputs, and can be loaded without it."""
     windows = [window for layer in layers if isinstance(window := getattr(layer.config, "sliding_window", None), int)]
     advice = f"; the configuration has a sliding_window of {max(windows, default=0)}: if no text gets that long, load the model with "
     return f"{advice}sliding_window=None" if windows else ""
 
 
 def _own_configs(model: nn.Module, layers: list[AttentionLayer]) -> None:
-    """Give a model copies of its layers' configurations and of those that hold them, which other models may have been built from."""
+    """Give a model its own copies of its layers' configurations and of those that contain them, which other models may share."""
     holders = [module for module in model.modules() if holds_config(module)]
     copies = {id(config): copy.copy(config) for config in configs_of(layers)}
 

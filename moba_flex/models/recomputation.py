@@ -1,8 +1,8 @@
-"""Gradient checkpoints compute a layer twice, and it must use the second time what it used the first, whatever was switched in between.
+"""Gradient checkpointing runs a layer's forward twice. Both runs must use the same attention, even if it was switched in between.
 
-Each pass of training has a `ForwardPass`, which comes to every layer among its arguments, both times. It is empty as long as nothing is
-switched, so that compiled layers share a graph. Whoever switches calls `before_switch`, and what layers used until then is written into
-the passes whose backward pass may still come.
+Each training pass has a `ForwardPass`, which reaches every layer as an argument in both runs. It is empty until something is switched, so
+that compiled layers share a graph. Code that switches calls `before_switch` first, which records what layers used in the passes whose
+backward may still come.
 """
 
 from __future__ import annotations
@@ -26,27 +26,27 @@ _REMEDY = "backward must come before patch, set_attention, full_attention or unp
 
 
 class ForwardPass:
-    """One pass of training."""
+    """One training pass."""
 
     def __init__(self) -> None:
         self._used: dict[AttentionLayer, tuple[str, MobaConfig]] | None = None
         _PASSES.add(self)
 
     def used(self, layer: AttentionLayer, attention: str, settings: MobaConfig) -> tuple[str, MobaConfig]:
-        """What a layer uses in this pass: `attention` with `settings`, unless it was switched to that later."""
+        """The attention and settings of a layer in this pass: the given ones, unless the layer was switched after the pass."""
         return (attention, settings) if self._used is None else self._used.get(layer, (attention, settings))
 
     def keep(self, used: dict[AttentionLayer, tuple[str, MobaConfig]]) -> None:
-        """Layers will use something else from now on."""
+        """Record what layers have used so far, before they are switched. Earlier records take precedence."""
         self._used = {**used, **(self._used or {})}
 
 
-_PASSES: weakref.WeakSet[ForwardPass] = weakref.WeakSet()  # checkpoints hold a pass until its backward pass is over
-_SWITCHED: weakref.WeakSet[PreTrainedModel] = weakref.WeakSet()  # after their last forward pass
+_PASSES: weakref.WeakSet[ForwardPass] = weakref.WeakSet()  # checkpoints keep a pass alive until its backward has run
+_SWITCHED: weakref.WeakSet[PreTrainedModel] = weakref.WeakSet()  # models switched since their last forward pass
 
 
 def before_switch(model: nn.Module) -> None:
-    """The attention of a model's layers is about to change."""
+    """To be called before the attention of a model's layers changes."""
     if passes := list(_PASSES):
         patched = [layer for layer in attention_layers(model) if choice_of(layer) is not None]
         used = {layer: (attention_of(layer, settings), settings) for layer in patched for settings in [MobaConfig.of(layer.config)]}
@@ -56,9 +56,10 @@ def before_switch(model: nn.Module) -> None:
 
 
 def check_not_switched(model: PreTrainedModel) -> None:
-    """Called as a forward pass begins. ValueError if a checkpoint around the whole model computes an earlier one again.
+    """Called at the start of a forward pass. Raises ValueError if a checkpoint around the whole model recomputes a pass from before a
+    switch.
 
-    Then no argument could tell what that one used.
+    Such a checkpoint creates a new `ForwardPass`, which does not know what the first run used.
     """
     if not computes_gradients():
         _SWITCHED.discard(model)
@@ -69,6 +70,6 @@ def check_not_switched(model: PreTrainedModel) -> None:
 
 
 def check_pass_is_known(layer: AttentionLayer) -> None:
-    """For a call without a mask of MoBA. ValueError if a checkpoint computes a layer again whose forward pass knew nothing of MoBA."""
+    """For a call without a MoBA mask: raise ValueError if a checkpoint recomputes a layer that was not yet patched in its forward pass."""
     if not torch.compiler.is_compiling() and computes_gradients():
         raise ValueError(f"a checkpoint computes {type(layer).__name__} again, which was patched after its forward pass: {_REMEDY}")

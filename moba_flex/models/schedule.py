@@ -1,4 +1,4 @@
-"""Sparse and full attention in one training run: `MobaSchedule`, a callback of transformers' `Trainer`."""
+"""MoBA and full attention in one training run: `MobaSchedule`, a callback of transformers' `Trainer`."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ ORDERS = ("last_to_first", "first_to_last")
 class MobaSchedule(TrainerCallback, ExportableState):
     """Train a patched model with MoBA first and full attention last (report, section 3.2), or the other way round.
 
-    The layers that switch are those that MoBA can replace, without those in `full_attention_layers`. What they use follows from the
-    number of the step and of all steps alone, so a run that resumes from a checkpoint goes on as if it had never stopped (and one that
-    resumes with more steps than it was to have has its switch later). The checkpoint also keeps the schedule's settings, which
-    `TrainingArguments(restore_callback_states_from_checkpoint=True)` puts back. Evaluation and saving between two steps see the
-    attention of the step before; after training the model has the attention of the last step.
+    The schedule switches the layers that MoBA can replace, except those in `full_attention_layers`. The attention of a layer depends only
+    on the step and the total number of steps. A run that resumes from a checkpoint therefore continues unchanged, and one that resumes with
+    more total steps switches later. The checkpoint also saves the schedule's settings, which
+    `TrainingArguments(restore_callback_states_from_checkpoint=True)` restores. Evaluation and saving between two steps use the attention of
+    the preceding step. After training the model has the attention of the last step.
 
     Args:
         first: the attention that training begins with, "moba" or "full"; it ends with the other.
-        switch_at: after which share of the steps layers begin to switch, 0 to 1.
-        switch_over: the share of the steps over which they switch one after another; 0: all at once.
+        switch_at: the fraction of the steps after which layers begin to switch, 0 to 1.
+        switch_over: the fraction of the steps during which layers switch one after another; 0: all at once.
         order: which layer switches first, "last_to_first" (in the report the last layers profit most from full attention) or
             "first_to_last".
 
-    Under torch.compile each state of the layers is a graph: for more than eight raise `torch._dynamo.config.recompile_limit`.
+    Under torch.compile each combination of layers is one graph: for more than eight raise `torch._dynamo.config.recompile_limit`.
 
     Raises:
-        ValueError: a setting is out of range; and when training begins, the model is not patched or has no layer that could switch.
+        ValueError: a setting is out of range; when training begins, the model is not patched or has no layer to switch.
 
     >>> from moba_flex import MobaSchedule
     >>> schedule = MobaSchedule(switch_at=0.8, switch_over=0.1)
@@ -59,9 +59,9 @@ class MobaSchedule(TrainerCallback, ExportableState):
         self.first, self.switch_at, self.switch_over, self.order = first, switch_at, switch_over, order
 
     def attention_at(self, step: int, n_steps: int, layers: Sequence[int]) -> dict[int, str]:
-        """What each of `layers` uses in step number `step`, counted from 0, of `n_steps`.
+        """The attention of each of `layers` in step `step` of `n_steps`, counted from 0.
 
-        Raises ValueError for anything but whole numbers.
+        Raises ValueError for values that are not integers.
         """
         check_count("step", step, 0)
         check_count("n_steps", n_steps, 1)
@@ -73,7 +73,7 @@ class MobaSchedule(TrainerCallback, ExportableState):
         return {layer: begins if step < switches[layer] else ends for layer in layers}
 
     def apply(self, model: nn.Module, step: int, n_steps: int) -> None:
-        """Give a model's layers what they use in that step, for training loops of one's own. `Trainer` needs no such call.
+        """Set the attention of a model's layers for a step. For custom training loops; `Trainer` calls it itself.
 
         `model` may be wrapped (PEFT, accelerate, DistributedDataParallel, torch.compile).
 
@@ -87,13 +87,13 @@ class MobaSchedule(TrainerCallback, ExportableState):
                 set_attention(model, attention, layers=changed)
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
+        """The state saved in a checkpoint."""
         return {"args": dict(vars(self)), "attributes": {}}
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module | None = None, **kwargs: Any
     ) -> None:
-        assert model is not None  # the trainer always gives it
+        assert model is not None  # `Trainer` always passes it
         if not moba_layers(model):
             raise ValueError(
                 f"MobaSchedule has no layer to switch: full_attention_layers names all layers of {type(model).__name__} that MoBA can "

@@ -1,6 +1,6 @@
-"""Which `block_size` and `top_k` suit a length, and a warning where those of a model do nothing.
+"""Suggested `block_size` and `top_k` per prompt length, and a warning where a model's settings have no effect.
 
-`docs/how-to/block-size.md` has the same table, with what was measured.
+`docs/how-to/block-size.md` has the same table, with measurements.
 """
 
 from __future__ import annotations
@@ -13,22 +13,22 @@ from transformers import PreTrainedConfig
 from ..config import MobaConfig
 from .by_identity import ByIdentity
 
-# The longest prompt, `block_size` and `top_k`. A longer prompt has the last ones.
+# Prompts up to this length, `block_size`, `top_k`. Longer prompts use the last entry.
 SIZES = (
     (4_096, 64, 12),
     (8_192, 64, 24),
     (524_288, 128, 8),
     (1_048_576, 128, 16),
 )
-# Shorter prompts say nothing of what a model is for: nearly all models get some, and MoBA is not faster there.
+# No warning for shorter prompts: nearly every model also gets short ones, and MoBA is not faster there.
 SHORTEST_TOLD = 1024
 
-# What is known of a model: its settings when a prompt was sparse, or when it was told that none is.
+# Settings of models that need no warning: a prompt was sparse, or they have been warned.
 _KNOWN: ByIdentity[MobaConfig] = ByIdentity()
 
 
 def suggested_blocks(n_tokens: int) -> tuple[int, int]:
-    """`block_size` and `top_k` to start with for prompts of that length.
+    """Suggested `block_size` and `top_k` for prompts of `n_tokens` tokens.
 
     >>> from moba_flex.models.sizes import suggested_blocks
     >>> suggested_blocks(8_192), suggested_blocks(32_768)
@@ -38,7 +38,7 @@ def suggested_blocks(n_tokens: int) -> tuple[int, int]:
 
 
 def without_effect(n_tokens: int, settings: MobaConfig) -> str:
-    """Why MoBA does nothing to a prompt of at most `block_size * top_k` tokens, and which settings would."""
+    """A message that MoBA has no effect on a prompt of at most `block_size * top_k` tokens, with settings that would have one."""
     block_size, top_k = settings.block_size, settings.top_k
     n_blocks = -(-n_tokens // block_size)
     blocks = "1 block" if n_blocks == 1 else f"{n_blocks:,} blocks"
@@ -50,13 +50,13 @@ def without_effect(n_tokens: int, settings: MobaConfig) -> str:
 
 
 def note_sparse(config: PreTrainedConfig, settings: MobaConfig) -> None:
-    """A prompt of a model was sparse: shorter ones need no warning."""
+    """Record that a prompt of a model was sparse: shorter prompts need no warning."""
     if not torch.compiler.is_compiling() and not _is_known(config, settings):
         _KNOWN.put(config, settings)
 
 
 def warn_of_no_effect(config: PreTrainedConfig, settings: MobaConfig, n_new: int, n_tokens: int) -> None:
-    """Say once for each model and its settings that a prompt, `n_new` of whose `n_tokens` are new, was read whole."""
+    """Warn, once per model and settings, that all keys of a prompt were read. `n_new` of its `n_tokens` are new."""
     if n_new < SHORTEST_TOLD or torch.compiler.is_compiling() or _is_known(config, settings):
         return
     _KNOWN.put(config, settings)

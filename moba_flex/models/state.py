@@ -1,7 +1,7 @@
-"""What the package keeps on foreign objects: one `LayerState` per attention layer, one `CacheState` per layer of a cache.
+"""State that the package stores on objects of other libraries: one `LayerState` per attention layer, one `CacheState` per cache layer.
 
-Both are stored under one name and touched in this file only. Reads go through `__dict__`: PyTorch takes long to find that a module lacks
-an attribute. A layer's `key_conv` is not here, since its weights belong to the model.
+Both are stored under one name, which only this file accesses. Reads go through `__dict__`, because `nn.Module.__getattr__` is slow for
+missing attributes. A layer's `key_conv` is not stored here, since its weights belong to the model.
 """
 
 from __future__ import annotations
@@ -29,22 +29,22 @@ _NAME = "_moba"
 
 @dataclass(frozen=True)
 class Choice:
-    """Which attention a layer uses: what `patch` and `set_attention` decide."""
+    """Which attention a layer uses, as set by `patch` and `set_attention`."""
 
-    original: str  # the implementation that the model had before
-    attention: str | None = None  # "full", "moba" or "moba_naive"; None: what the model's configuration names
+    original: str  # the implementation before the patch
+    attention: str | None = None  # "full", "moba" or "moba_naive"; None: as the model's configuration names
     keeps_full: bool = False  # whether `full_attention_layers` names the layer
     is_fixed: bool = False  # MoBA cannot replace the layer
 
 
 @dataclass(frozen=True, eq=False)
 class Place:
-    """Where a layer belongs, for those who meet its state alone."""
+    """The configuration and index of a layer, for code that has only its state."""
 
     config: PreTrainedConfig
     index: int | None
 
-    def __eq__(self, other: object) -> bool:  # configurations of the same values may be of different models
+    def __eq__(self, other: object) -> bool:  # equal configurations may belong to different models
         return isinstance(other, Place) and self.config is other.config and self.index == other.index
 
     def __hash__(self) -> int:
@@ -53,20 +53,20 @@ class Place:
 
 @dataclass(eq=False)
 class LayerState:
-    """All that the package keeps on one attention layer. Of other modules only `call_hook` and `save_hook` are set."""
+    """All state of one attention layer. Other modules have only `call_hook` and `save_hook`."""
 
     choice: Choice | None = None  # None: not patched, though its configuration may name "moba"
-    place: Place | None = None  # of a layer that is patched
+    place: Place | None = None  # of a patched layer
     context: ContextParallel | None = None  # the processes that share its sequences
-    watcher: Watcher | None = None  # gets to see queries and keys
-    key_conv: KeyConvHooks | None = None  # what calls its `key_conv`
-    call_hook: RemovableHandle | None = None  # of the hook that tells the attention function more about a call
-    save_hook: RemovableHandle | None = None  # of the hook that lets adapters be saved with the model's settings
+    watcher: Watcher | None = None  # sees queries and keys
+    key_conv: KeyConvHooks | None = None  # the hooks that call its `key_conv`
+    call_hook: RemovableHandle | None = None  # of the hook that passes extra information to the attention function
+    save_hook: RemovableHandle | None = None  # of the hook that saves the model's settings with its adapters
 
     def __post_init__(self) -> None:
         _STATES.add(self)
 
-    def __setstate__(self, entries: dict[str, Any]) -> None:  # of a copy, or one that was pickled
+    def __setstate__(self, entries: dict[str, Any]) -> None:  # of a copied or unpickled state
         self.__dict__.update(entries)
         _STATES.add(self)
 
@@ -74,11 +74,11 @@ class LayerState:
         return all(value is None for value in vars(self).values())
 
 
-_STATES: weakref.WeakSet[LayerState] = weakref.WeakSet()  # those of this process
+_STATES: weakref.WeakSet[LayerState] = weakref.WeakSet()  # all states of this process
 
 
 def patched_layers() -> list[tuple[Place, Choice]]:
-    """What all patched layers of this process use, those of copied models too."""
+    """The place and choice of all patched layers of this process, including those of copied models."""
     return [(state.place, state.choice) for state in list(_STATES) if state.place is not None and state.choice is not None]
 
 
@@ -100,31 +100,31 @@ def context_of(layer: nn.Module) -> ContextParallel | None:
 
 
 def watcher_of(layer: nn.Module) -> Watcher | None:
-    """What wants to see a layer's queries and keys, or None."""
+    """The function that sees a layer's queries and keys, or None."""
     state = layer.__dict__.get(_NAME)
     return None if state is None else state.watcher
 
 
 def key_conv_hooks_of(layer: nn.Module) -> KeyConvHooks | None:
-    """What calls a layer's convolution of keys, or None if it has none."""
+    """The hooks that call a layer's key convolution, or None if it has none."""
     state = layer.__dict__.get(_NAME)
     return None if state is None else state.key_conv
 
 
 def call_hook_of(module: nn.Module) -> RemovableHandle | None:
-    """The handle of a module's hook that passes on more about a call, or None."""
+    """The handle of a module's hook that passes extra information to attention functions, or None."""
     state = module.__dict__.get(_NAME)
     return None if state is None else state.call_hook
 
 
 def save_hook_of(module: nn.Module) -> RemovableHandle | None:
-    """The handle of a module's hook that lets adapters be saved with the model's settings, or None."""
+    """The handle of a module's hook that saves the model's settings with its adapters, or None."""
     state = module.__dict__.get(_NAME)
     return None if state is None else state.save_hook
 
 
 def set_choice(layer: AttentionLayer, choice: Choice | None) -> None:
-    """Set what a layer uses; None: it is not patched."""
+    """Set which attention a layer uses; None: it is not patched."""
     place = None if choice is None else Place(layer.config, getattr(layer, "layer_idx", None))
     _set(layer, choice=choice, place=place)
 
@@ -135,27 +135,27 @@ def set_context(layer: nn.Module, context: ContextParallel | None) -> None:
 
 
 def set_watcher(layer: nn.Module, watcher: Watcher | None) -> None:
-    """Set what sees a layer's queries and keys."""
+    """Set the function that sees a layer's queries and keys."""
     _set(layer, watcher=watcher)
 
 
 def set_key_conv_hooks(layer: nn.Module, hooks: KeyConvHooks | None) -> None:
-    """Set what calls a layer's convolution of keys."""
+    """Set the hooks that call a layer's key convolution."""
     _set(layer, key_conv=hooks)
 
 
 def set_call_hook(module: nn.Module, handle: RemovableHandle | None) -> None:
-    """Set the handle of a module's hook that passes on more about a call."""
+    """Set the handle of a module's hook that passes extra information to attention functions."""
     _set(module, call_hook=handle)
 
 
 def set_save_hook(module: nn.Module, handle: RemovableHandle | None) -> None:
-    """Set the handle of a module's hook that lets adapters be saved with the model's settings."""
+    """Set the handle of a module's hook that saves the model's settings with its adapters."""
     _set(module, save_hook=handle)
 
 
 def _set(module: nn.Module, **entry: object) -> None:
-    """Set one entry. A module about which nothing is left to say is as if it had never been touched."""
+    """Set entries. An empty state is removed from the module."""
     state = state_of(module) or LayerState()
     for name, value in entry.items():
         setattr(state, name, value)
@@ -167,15 +167,15 @@ def _set(module: nn.Module, **entry: object) -> None:
 
 @dataclass(eq=False)
 class CacheState:
-    """All that the package keeps beside the keys of one layer of a cache."""
+    """All state of one cache layer."""
 
     means: BlockMeans | None = None  # of the keys' blocks, for sparse decoding
-    last_keys: LastKeys | None = None  # as they were before the convolution of keys
-    shared: Shared | None = None  # how the tokens are shared out among processes
+    last_keys: LastKeys | None = None  # before the key convolution
+    shared: Shared | None = None  # how the tokens are distributed over processes
 
 
 def cache_state_of(cache_layer: CacheLayerMixin) -> CacheState | None:
-    """What lies beside the keys of a cache layer, or None."""
+    """The state of a cache layer, or None."""
     return cache_layer.__dict__.get(_NAME)
 
 
@@ -186,27 +186,27 @@ def means_beside(cache_layer: CacheLayerMixin) -> BlockMeans | None:
 
 
 def last_keys_beside(cache_layer: CacheLayerMixin) -> LastKeys | None:
-    """The last keys before the convolution, beside those of a cache layer, or None."""
+    """The last keys of a cache layer before the key convolution, or None."""
     state = cache_state_of(cache_layer)
     return None if state is None else state.last_keys
 
 
 def shared_beside(cache_layer: CacheLayerMixin) -> Shared | None:
-    """How the tokens of a cache layer are shared out among processes; None: they are not."""
+    """How the tokens of a cache layer are distributed over processes; None: they are not."""
     state = cache_state_of(cache_layer)
     return None if state is None else state.shared
 
 
 def put_means(cache_layer: CacheLayerMixin, means: BlockMeans) -> None:
-    """Put block means beside the keys of a cache layer."""
+    """Store block means beside the keys of a cache layer."""
     cache_layer.__dict__.setdefault(_NAME, CacheState()).means = means
 
 
 def put_last_keys(cache_layer: CacheLayerMixin, last_keys: LastKeys) -> None:
-    """Put the last keys before the convolution beside those of a cache layer."""
+    """Store the last keys before the key convolution beside those of a cache layer."""
     cache_layer.__dict__.setdefault(_NAME, CacheState()).last_keys = last_keys
 
 
 def put_shared(cache_layer: CacheLayerMixin, shared: Shared) -> None:
-    """Put beside the keys of a cache layer how its tokens are shared out."""
+    """Store how the tokens of a cache layer are distributed over processes."""
     cache_layer.__dict__.setdefault(_NAME, CacheState()).shared = shared

@@ -1,7 +1,7 @@
-"""Private and undocumented API of transformers and its kin, each entry with the reason why it is used.
+"""Private and undocumented API of transformers, PEFT and accelerate, each entry with the reason for its use.
 
-No other file of the package reaches for it. `tests/models/test_transformers_api.py` fails with a sentence that names the entry when
-transformers changes it.
+No other file of the package uses such API. `tests/models/test_transformers_api.py` fails with a sentence that names the entry when a
+library changes it.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from transformers import PreTrainedConfig, PreTrainedModel, cache_utils, initial
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, QuantizedLayer
 from transformers.generation.continuous_batching import continuous_api
 from transformers.generation.continuous_batching import utils as paged_utils
-from transformers.generation.continuous_batching.cache import PagedAttentionCache  # which layers of continuous batching are called with
-from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager  # which starts continuous batching
-from transformers.generation.continuous_batching.requests import RequestState  # what is known of a request
+from transformers.generation.continuous_batching.cache import PagedAttentionCache  # layers of continuous batching are called with it
+from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager  # starts continuous batching
+from transformers.generation.continuous_batching.requests import RequestState  # the state of a request
 from transformers.masking_utils import (
-    ALL_MASK_ATTENTION_FUNCTIONS,  # builds the mask that a layer with full attention always had
-    bidirectional_mask_function,  # tells encoders' requests
-    causal_mask_function,  # tells plain causal requests from those of packed sequences and custom masks
+    ALL_MASK_ATTENTION_FUNCTIONS,  # builds the original masks of layers with full attention
+    bidirectional_mask_function,  # identifies requests of encoders
+    causal_mask_function,  # tells plain causal requests from packed sequences and custom masks
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -40,16 +40,16 @@ if TYPE_CHECKING:
     from transformers.generation.continuous_batching.cache_allocators import FullAttentionCacheAllocator
 
     class Configured(nn.Module):
-        """A module that holds a configuration. To type checkers any attribute of an `nn.Module` is a tensor or a module."""
+        """A module with a configuration. For type checkers any attribute of an `nn.Module` is a tensor or a module."""
 
         config: PreTrainedConfig
 
     class AttentionLayer(Configured):
-        """An attention layer of transformers, which has no class in common with others."""
+        """An attention layer of transformers: these have no common base class."""
 
         layer_idx: int  # of those that MoBA can replace
         k_proj: nn.Module  # of most
-        key_conv: nn.Module  # of those that `key_conv.py` gave one
+        key_conv: nn.Module  # of layers to which `key_conv.py` has added one
 
 
 __all__ = [
@@ -98,17 +98,17 @@ __all__ = [
     "zero_unless_read",
 ]
 
-# Arguments with which `create_causal_mask` and its like call a mask function, beyond those that transformers documents.
+# Undocumented arguments with which `create_causal_mask` and similar functions call a mask function.
 MASK_REQUEST = ("q_offset", "kv_offset", "mask_function", "attention_mask", "allow_is_causal_skip", "use_vmap", "device")
-# The argument of a model by which assisted generation asks for the logits of all positions that it drafted, and of one more.
+# The model argument with which assisted generation asks for the logits of all drafted positions and one more.
 DRAFTED_POSITIONS = "logits_to_keep"
-# Entries of `config.layer_types` that mean full attention: "attention" before 5.18; "hybrid" layers have a state-space part beside it.
+# Values of `config.layer_types` that mean full attention: "attention" before 5.18; "hybrid" layers also have a state-space part.
 FULL_LAYER_TYPES = ("full_attention", "attention", "hybrid")
-# The class of all decoder layers, whose one output is the next one's input: no list says which modules they are.
+# The base class of all decoder layers, whose single output is the next one's input. No list names these modules.
 DECODER_LAYER = GradientCheckpointingLayer
-# The method of PEFT's `PeftConfig` by which its models write `adapter_config.json`, after they have made their state dict.
+# The method of PEFT's `PeftConfig` that writes `adapter_config.json`. PEFT models call it after `state_dict`.
 ADAPTER_SAVER = "save_pretrained"
-# Kinds of cache layers that only grow. The second is that of hybrid models, and is not in all versions.
+# Cache layer classes that only grow. The second is for hybrid models, and does not exist in all versions.
 GROWING_LAYERS: tuple[type[CacheLayerMixin], ...] = (
     DynamicLayer,
     getattr(cache_utils, "LinearAttentionAndFullAttentionLayer", DynamicLayer),
@@ -116,22 +116,22 @@ GROWING_LAYERS: tuple[type[CacheLayerMixin], ...] = (
 
 
 def implementation_of(config: PreTrainedConfig) -> str:
-    """The name under which layers look their attention up: no public attribute says it. Whoever builds a model sets it."""
+    """The name under which layers look up their attention. No public attribute has it; building a model sets it."""
     return config._attn_implementation
 
 
 def set_implementation(config: PreTrainedConfig, name: str | None) -> None:
-    """Set that name in one configuration and in no part of it: `set_attn_implementation` sets vision parts too."""
+    """Set that name in one configuration, but not in its sub-configurations: `set_attn_implementation` also sets vision parts."""
     config._attn_implementation = {"": name}
 
 
 def holds_config(module: nn.Module) -> TypeGuard[Configured]:
-    """Whether a module has a configuration itself. Wrappers such as PEFT's show that of the model within as if it were theirs."""
+    """Whether a module has its own configuration. Wrappers such as PEFT's expose the inner model's as if it were theirs."""
     return isinstance(module.__dict__.get("config"), PreTrainedConfig)
 
 
 def looks_up_attention(layer_class: type) -> ModuleType | None:
-    """The Python module of a class whose `forward` mentions transformers' registry: no list says which modules are attention layers."""
+    """The Python module of the class whose `forward` uses transformers' attention registry. No list names the attention layers."""
     for cls in layer_class.__mro__:
         forward = cls.__dict__.get("forward")
         code = getattr(inspect.unwrap(forward), "__code__", None) if callable(forward) else None
@@ -141,27 +141,27 @@ def looks_up_attention(layer_class: type) -> ModuleType | None:
 
 
 class MaskUse(Enum):
-    """What the code of an attention layer does with its mask, beside handing it to the attention function."""
+    """What the code of an attention layer does with its mask, besides passing it to the attention function."""
 
     NOTHING = 0
-    LOOKS = 1  # whether there is one, or of what class it is
-    CHANGES = 2  # it reads values, or makes another mask
-    NAMES = 3  # it asks for the name of its implementation, which is MoBA's as long as any layer uses that
+    LOOKS = 1  # it tests whether there is a mask, or its class
+    CHANGES = 2  # it reads values, or builds another mask
+    NAMES = 3  # it reads the implementation's name, which is MoBA's as long as any layer uses MoBA
 
 
-# Code that runs only if the layer has an attribute of this name that is true: GPT-2's own attention, which upcasts.
+# Code that runs only if the layer has a true attribute of this name: GPT-2's own attention with upcasting.
 OPTIONAL_CODE = {"reorder_and_upcast_attn": "_upcast_and_reordered_attn"}
 
 
 def mask_use(layer_class: type) -> MaskUse:
-    """What the `forward` of a layer does with its mask, by its source: a layer says it nowhere else."""
+    """What the `forward` of a layer does with its mask, determined from its source: layers do not declare it."""
     tree = _forward_tree(layer_class)
     uses = [] if tree is None else [_use_of(node, tree) for node in ast.walk(tree)]
     return max(uses, key=lambda use: use.value, default=MaskUse.NOTHING)
 
 
 def passes_to_attention(layer_class: type) -> frozenset[str]:
-    """The names of the arguments that a layer's `forward` hands to its attention function, beside those that all have."""
+    """The names of the arguments that a layer's `forward` passes to its attention function as keywords."""
     tree = _forward_tree(layer_class)
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)] if tree is not None else []
     return frozenset(
@@ -180,7 +180,7 @@ def _forward_tree(layer_class: type) -> ast.AST | None:
 
 
 def _use_of(node: ast.AST, tree: ast.AST) -> MaskUse:
-    """What one expression does with the mask, or with the name of the implementation."""
+    """What one expression does with the mask, or with the implementation's name."""
     children = [child.value if isinstance(child, ast.keyword) else child for child in ast.iter_child_nodes(node)]
     inside = [child.id for child in children if isinstance(child, ast.Name) and isinstance(child.ctx, ast.Load)]
     if isinstance(node, ast.Compare) and "_attn_implementation" in ast.unparse(node):
@@ -202,9 +202,9 @@ def _use_of(node: ast.AST, tree: ast.AST) -> MaskUse:
 
 @contextmanager
 def answer_at_once(layers: Iterable[nn.Module], output: Any) -> Iterator[None]:
-    """Within the block the layers give `output`, and compute nothing.
+    """Within the block the layers return `output` and compute nothing.
 
-    No hook can skip a module's `forward`. PyTorch looks it up on the module before its class, where accelerate too puts one of its own.
+    No hook can skip a module's `forward`. PyTorch looks it up on the instance before the class; accelerate also sets an instance attribute.
     """
     with ExitStack() as stack:
         for layer in layers:
@@ -216,21 +216,21 @@ def answer_at_once(layers: Iterable[nn.Module], output: Any) -> Iterator[None]:
 
 
 def attention_by_name(source: ModuleType | None, implementation: str) -> Callable[..., Any] | None:
-    """The function behind a name, as a layer of that source finds it: eager attention is the source's own, and in no registry."""
+    """The function behind a name, as a layer of that source finds it: eager attention is defined in the source, not in the registry."""
     registry = getattr(source, "ALL_ATTENTION_FUNCTIONS", ALL_ATTENTION_FUNCTIONS)
     eager = getattr(source, "eager_attention_forward", None)
     if implementation == "eager" and eager is None:
         return None
-    return registry.get_interface(implementation, eager)  # type: ignore[arg-type]  # the default, which may be None, is for "eager" alone
+    return registry.get_interface(implementation, eager)  # type: ignore[arg-type]  # the default may be None only for "eager"
 
 
 def mask_builder(implementation: str) -> Callable[..., Any] | None:
-    """The function that builds an implementation's masks; None: transformers gives it none."""
+    """The function that builds an implementation's masks; None: transformers builds none for it."""
     return ALL_MASK_ATTENTION_FUNCTIONS.get(implementation)
 
 
 def supports_sdpa(source: ModuleType | None) -> bool:
-    """Whether transformers would choose "sdpa" for the models of a source: it decides by a private attribute of their classes."""
+    """Whether transformers would choose "sdpa" for the models of a source, which depends on a private attribute of their classes."""
     models = [m for m in vars(source).values() if inspect.isclass(m) and issubclass(m, PreTrainedModel)] if source else []
     models = [m for m in models if m is not PreTrainedModel]
     return bool(models) and all(m._supports_sdpa for m in models)
@@ -243,60 +243,61 @@ def cache_in(kwargs: dict[str, Any]) -> Cache | None:
 
 
 def cache_argument(model: nn.Module) -> str:
-    """The name under which a model's `forward` takes its cache."""
+    """The name of the cache argument of a model's `forward`."""
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def quantized_keys(layer: QuantizedLayer) -> object | None:
-    """What a quantized cache layer makes its older keys of, the same until it quantizes all anew; None: the next keys will be others.
+    """An object that identifies the older keys of a quantized cache layer until it quantizes again; None: the next keys will differ.
 
-    It quantizes once `residual_length` new keys wait, and the first ones at once. The call that does so returns them as they were.
+    The layer quantizes the first keys at once, and later whenever `residual_length` new keys have accumulated. The call that quantizes
+    returns the unquantized keys.
     """
     as_they_were = layer.keys is None or layer.keys.numel() == 0
     return None if as_they_were or getattr(layer, "_pending_beam_idx", None) is not None else layer._quantized_keys
 
 
 def reads_as_it_lies(cache: Cache, cache_layer: CacheLayerMixin, key: Tensor) -> bool:
-    """Whether `key` is what a cache layer holds. A layer of an offloaded cache has moved its keys on by the time that it is asked."""
+    """Whether `key` is the tensor that a cache layer holds. A layer of an offloaded cache may already have moved its keys."""
     return cache_layer.keys is key or cache.offloading
 
 
 def mtp_offset(layer_idx: int) -> int:
-    """The `kv_offset` of masks for a layer of multi-token prediction: its `MtpCache` counts positions ahead, and no argument says so.
+    """The `kv_offset` of masks for a multi-token prediction layer: its `MtpCache` counts positions ahead, and no argument says so.
 
-    Such layers are built from the configuration of the model for which they draft, and belong to none that could be patched.
+    These layers are built from the configuration of the model for which they draft. They belong to no model that could be patched.
     """
     return layer_idx + 1
 
 
 def is_offloaded(modules: Iterable[nn.Module]) -> bool:
-    """Whether accelerate loads a module's weights with each call: it says so by an attribute alone."""
+    """Whether accelerate loads a module's weights on each call, which only a private attribute says."""
     return any(hasattr(module, "_hf_hook") for module in modules)
 
 
 def zero_unless_read(weight: nn.Parameter) -> None:
-    """Zero a weight that `from_pretrained` found in no file; those that it did find have a private mark, which `initialization` heeds.
+    """Zero a weight that `from_pretrained` found in no file. Weights that it found have a private mark, which `initialization` respects.
 
-    `PreTrainedModel.initialize_weights` is where it is called, which is documented nowhere.
+    To be called from `PreTrainedModel.initialize_weights`, which is undocumented.
     """
     initialization.zeros_(weight)
 
 
 def model_class_of(config: PreTrainedConfig, auto_class: type[AutoModelForCausalLM]) -> type[PreTrainedModel] | None:
-    """The class that an auto class would build, which it does not tell."""
+    """The class that an auto class would build, which is not public."""
     found = auto_class._model_mapping.get(type(config), None)
-    return found if isinstance(found, type) else None  # or, of some tasks, a tuple of classes
+    return found if isinstance(found, type) else None  # some tasks have a tuple of classes
 
 
 def adapter_file(name: str, where: dict[str, Any]) -> str | None:
-    """The file of PEFT's adapter in a folder or repository, as transformers finds it, or None."""
+    """The file of a PEFT adapter in a folder or repository, as transformers finds it, or None."""
     if not is_peft_available():
         return None
     return find_adapter_config_file(name, **_place(where))
 
 
 def file_of_repository(name: str, file: str, where: dict[str, Any]) -> str | None:
-    """A file of a folder or repository, or None: only private arguments of `cached_file` keep it from raising what loading will raise."""
+    """A file of a folder or repository, or None. Only private arguments of `cached_file` turn off errors, which loading raises anyway."""
     quiet = {f"_raise_exceptions_for_{what}": False for what in ("gated_repo", "missing_entries", "connection_errors")}
     return cached_file(name, file, **_place(where), **quiet)
 
@@ -307,54 +308,54 @@ def _place(where: dict[str, Any]) -> dict[str, Any]:
 
 
 def adapter_configs_of(module: nn.Module) -> list[Any]:
-    """The `PeftConfig` of each adapter of a model: PEFT leaves them on the model that it wraps, and says so nowhere."""
-    configs = module.__dict__.get("peft_config") or module.__dict__.get("_peft_config")  # the second: prefixes, on PEFT's own model
+    """The `PeftConfig` of each adapter of a model. PEFT stores them on the wrapped model, undocumented."""
+    configs = module.__dict__.get("peft_config") or module.__dict__.get("_peft_config")  # the second: of prefix tuning, on PEFT's own model
     return list(configs.values()) if isinstance(configs, dict) else []
 
 
 def prefixes_of_peft(model: nn.Module) -> bool:
-    """Whether a model is PEFT's, whose prompts only its own `forward` adds."""
+    """Whether a model is a PEFT model: only its own `forward` adds the virtual tokens of prompt and prefix tuning."""
     return getattr(model, "active_peft_config", None) is not None
 
 
-# Whether layers, and not attention functions, read the cache of continuous batching: since transformers 5.24.
+# Whether layers, not attention functions, read the cache of continuous batching: since transformers 5.24.
 BATCHES_CONTINUOUSLY = Version(transformers.__version__).release >= (5, 24)
-# An argument by which an attention function knows a call of continuous batching.
+# An argument that only calls of continuous batching pass to the attention function.
 PAGED_CALL = "write_index"
 
 
 def use_manager(manager: type[ContinuousBatchingManager]) -> None:
-    """Let `generate_batch` and its like use this class: they take it from their module, and no argument names another."""
+    """Let `generate_batch` and similar methods use this class. They take it from their module; no argument selects another."""
     continuous_api.ContinuousBatchingManager = manager  # type: ignore[misc]
 
 
 def unsuited_options(config: ContinuousBatchingConfig) -> list[str]:
-    """The options in force under which batches are padded, or prepared before the last one is done."""
+    """The enabled options under which batches are padded, or prepared before the preceding one has finished."""
     wanted = {"use_cuda_graph": any(config.cuda_graph_booleans), "use_async_batching": config.use_async_batching}
     compiled = {name: getattr(config, name) is not None for name in ("varlen_compile_config", "decode_compile_config")}
     return [name for name, in_force in {**wanted, **compiled}.items() if in_force]
 
 
 def prompt_length(state: RequestState) -> int:
-    """How many tokens a request came with. One that lost its pages begins again with what it has generated behind its prompt."""
+    """The length of a request's prompt. A request that lost its pages restarts with its generated tokens appended to the prompt."""
     return state._true_initial_tokens or len(state.initial_tokens)
 
 
 def pages_of_full_attention(cache: PagedAttentionCache) -> FullAttentionCacheAllocator:
-    """What gives pages to layers with full attention: only an entry of a dict."""
+    """The allocator of pages for layers with full attention, which is only an entry of a dict."""
     return cast("FullAttentionCacheAllocator", cache.cache_allocators["full_attention"])
 
 
 def pages_of_layer(cache: PagedAttentionCache, layer_idx: int) -> tuple[Tensor, Tensor]:
-    """The keys and values of a layer, token by token `[slots, G, D]`: the public method gives whole pages, in views of fewer."""
+    """The keys and values of a layer as tokens, `[slots, G, D]`. The public method returns whole pages, in views of fewer tokens."""
     return cast("FullAttentionCacheAllocator", cache.layer_to_allocator[layer_idx])._kv_token_views[layer_idx]
 
 
 def window_of(cache: PagedAttentionCache, layer_idx: int) -> int:
-    """How many tokens a layer sees; 1: all, as `fill_paged_mask` has it."""
+    """The number of tokens that a layer sees; 1: all, as in `fill_paged_mask`."""
     return getattr(cache.layer_to_allocator[layer_idx], "sliding_window", 1)
 
 
 def fill_paged_mask(mask: Tensor, cu_seqlens_q: list[int], cu_seqlens_k: list[int], window: int) -> None:
-    """Write what "sdpa" and "eager" add to scores in continuous batching; a window of 1 is none."""
+    """Fill the mask that "sdpa" and "eager" add to scores in continuous batching; a window of 1 means none."""
     paged_utils.build_attention_mask(mask, cu_seqlens_q, cu_seqlens_k, window)
