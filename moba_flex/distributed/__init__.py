@@ -1,8 +1,15 @@
-"""Sequences longer than one process holds: context parallelism for the operation and for models.
+"""Context parallelism, for the operation and for models: sequences that are too long for one process.
 
-`attention` the operation on slices, `collectives` how slices travel, `context_parallel` what a transformers model needs for it. For
-generation, `placement` says which process holds which token, `cache` holds them, `decoding` attends to them, and `generation` is what calls
-of the model go through. `watch` says which process is missing.
+| file | contents |
+|---|---|
+| `attention.py` | the operation on slices of a sequence |
+| `collectives.py` | the exchange of slices between processes |
+| `context_parallel.py` | context parallelism for a transformers model |
+| `generation.py` | calls with a cache, as `generate` makes them |
+| `placement.py` | which process holds which cached token |
+| `cache.py` | a process's part of the key cache |
+| `decoding.py` | attention to a distributed key cache |
+| `watch.py` | which process is missing |
 """
 
 from .attention import moba_attention_cp

@@ -1,8 +1,8 @@
-"""Attention of sequences that are cut into slices, one per process.
+"""Attention over sequences that are cut into slices, one per process.
 
-Causal attention of a slice's queries reads the keys up to the slice's end and none behind, and `moba_attention` takes queries that are the
-last of the keys. So each process makes an ordinary call on its own queries and the keys so far, and the gate, blocks that cross a slice's
-border and grouped heads need nothing of their own. What is left is how keys get there: `exchange="keys"` or `exchange="heads"`.
+Causal attention of a slice reads keys up to the end of the slice, and `moba_attention` accepts queries that are the last tokens of the
+keys. Each process therefore makes an ordinary call with its own queries and all keys so far. The gate, grouped heads and blocks that cross
+a slice's border need no special treatment. Only the exchange of keys is new: `exchange="keys"` or `exchange="heads"`.
 
 W processes. B batch, H query heads, G key heads, L tokens of a slice, N = W * L tokens, D and Dv widths.
 """
@@ -27,7 +27,7 @@ from .collectives import gathered_keys, heads_to_tokens, tokens_to_heads
 
 EXCHANGES = ("keys", "heads")
 
-# Attention of queries that are the last of the keys, for some of the query heads: output and log-sum-exp, or None if nobody wants that.
+# Attention of queries that are the last tokens of the keys, for a slice of the query heads: output and log-sum-exp (None if not requested).
 Attention = Callable[[Tensor, Tensor, Tensor, slice], tuple[Tensor, Tensor | None]]
 
 
@@ -51,29 +51,32 @@ def moba_attention_cp(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`moba_attention` of a sequence of which each process holds a slice: context parallelism. Causal.
 
-    All processes of the mesh call it together, process r with the tokens `r * L` to `(r + 1) * L - 1`. Slices have the same length;
-    a sequence that does not divide is padded at its end, which causal attention never sees.
+    All processes of the mesh call it together, process r with the tokens `r * L` to `(r + 1) * L - 1`. Slices have the same length. Pad a
+    sequence that does not divide at its end, which causal attention never reads.
 
     Args:
-        query: `[B, H, L, D]`, the same shape on all processes (not checked: other shapes fail or hang in the exchange).
+        query: `[B, H, L, D]`, the same shape on all processes (not checked: different shapes fail or hang in the exchange).
         key: `[B, G, L, D]`.
         value: `[B, G, L, Dv]`.
-        mesh: a DeviceMesh of one dimension, or of several one of which is named "cp"; or a process group. Its order is that of the slices.
-        exchange: "keys" gathers keys and values of all processes, some heads at a time, while attention works on other heads. "heads"
-            exchanges tokens for heads before and after (Ulysses): fewer bytes from H / G + 2 processes on, but H must be a multiple of the
-            processes, and G a multiple or a divisor of them. docs/scaling.md says which is faster when.
+        mesh: a DeviceMesh with one dimension, or with several of which one is named "cp"; or a process group. Slices are in the order of
+            its ranks.
+        exchange: "keys" gathers keys and values of all processes, some heads at a time, while attention computes other heads. "heads"
+            exchanges tokens for heads before and after attention (Ulysses). It sends fewer bytes from H / G + 2 processes on, but H must be
+            a multiple of the number of processes, and G a multiple or a divisor of it. docs/scaling.md says which is faster when.
 
-    The other arguments and what is raised are those of `moba_attention`; `sinks [H]` are those of all heads.
+    The other arguments and errors are those of `moba_attention`; `sinks [H]` are those of all heads.
 
     Returns:
-        `[B, H, L, Dv]`, this slice's outputs, and with `return_lse` also float32 `[B, H, L]`: what one process would compute for the whole
-        sequence. Differentiable once in query, key, value and sinks (whose gradient on each process is that of its slice: sum them).
+        `[B, H, L, Dv]`, the outputs of this slice, and with `return_lse` also float32 `[B, H, L]`: the same values that one process would
+            compute for the whole sequence. Differentiable once with respect to query, key, value and sinks. The gradient of the sinks is
+            that of this slice: sum it over the processes.
 
     Raises:
-        ValueError, TypeError: as `moba_attention`; a mesh without a dimension for it; heads that do not fit the processes.
+        ValueError, TypeError: as `moba_attention`; the mesh has no suitable dimension, or this rank is not in it; heads that do not fit the
+            number of processes.
         RuntimeError: another process has ended.
 
-    One process, which needs no launcher; under torchrun leave out the arguments of `init_process_group`.
+    The example uses one process, which needs no launcher; under torchrun leave out the arguments of `init_process_group`.
 
     >>> import torch
     >>> import torch.distributed as dist
@@ -116,11 +119,11 @@ def sparse(settings: AttentionSettings, sinks: Tensor | None = None, return_lse:
 
 
 def full(scale: float | None) -> Attention:
-    """Dense causal attention, for the layers that keep it. It has no log-sum-exp."""
+    """Dense causal attention, for layers with full attention. It returns no log-sum-exp."""
 
     def attention(query: Tensor, key: Tensor, value: Tensor, heads: slice) -> tuple[Tensor, None]:
         repeats = query.shape[1] // key.shape[1]
-        by_group = query.unflatten(1, (-1, repeats)).flatten(0, 1)  # a key head is shared by expanding it: no copies
+        by_group = query.unflatten(1, (-1, repeats)).flatten(0, 1)  # key heads are expanded, not copied
         key, value = (x.flatten(0, 1)[:, None].expand(-1, repeats, -1, -1) for x in (key, value))
         visible = causal_lower_right(query.shape[2], key.shape[2])
         out = F.scaled_dot_product_attention(by_group, key, value, attn_mask=visible, scale=scale)
@@ -138,9 +141,9 @@ def across(
     attention: Attention,
     share_selection: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """`attention` of the whole sequence's slices: `[B, H, L, Dv]` and `[B, H, L]`, or None where it gives no log-sum-exp.
+    """`attention` on this process's slice of the sequence: `[B, H, L, Dv]` and `[B, H, L]`, or None if it returns no log-sum-exp.
 
-    Raises ValueError for an exchange that does not exist, slices of other lengths than the queries, and heads that do not fit.
+    Raises ValueError for an unknown exchange, for keys of another length than the queries, and for heads that do not fit.
     """
     check_exchange(exchange, query.shape[1], key.shape[1], group.size(), share_selection)
     if query.shape[2] != key.shape[2]:
@@ -160,12 +163,12 @@ def _keys(query: Tensor, key: Tensor, value: Tensor, group: dist.ProcessGroup, a
         outs.append(out)
         if lse is not None:
             lses.append(lse)
-        del part_key, part_value  # before the next message takes its space
+        del part_key, part_value  # free them before the next message arrives
     return torch.cat(outs, 1), torch.cat(lses, 1) if lses else None
 
 
 def _heads(query: Tensor, key: Tensor, value: Tensor, group: dist.ProcessGroup, attention: Attention) -> tuple[Tensor, Tensor | None]:
-    copies = max(1, group.size() // key.shape[1])  # of a key head, when several processes share its query heads
+    copies = max(1, group.size() // key.shape[1])  # copies of a key head, if several processes share its query heads
     if copies > 1:
         key, value = key.repeat_interleave(copies, 1), value.repeat_interleave(copies, 1)
     share = query.shape[1] // group.size()
@@ -180,7 +183,7 @@ def _heads(query: Tensor, key: Tensor, value: Tensor, group: dist.ProcessGroup, 
 
 
 def check_exchange(exchange: str, n_heads: int, n_key_heads: int, n_processes: int, share_selection: bool = False) -> None:
-    """ValueError if there is no such exchange, or if heads cannot be dealt out to the processes."""
+    """Raise ValueError if there is no such exchange, or if the heads cannot be distributed over the processes."""
     validation.check_choice("exchange", exchange, EXCHANGES)
     if exchange == "heads" and (n_heads % n_processes or (n_key_heads % n_processes and n_processes % n_key_heads)):
         raise ValueError(

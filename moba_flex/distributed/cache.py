@@ -1,8 +1,8 @@
-"""What a process holds of a key cache whose tokens are shared out, see `placement`.
+"""A process's part of a key cache whose tokens are distributed over processes, see `placement`.
 
-A layer of a `DynamicCache` becomes a `SharedLayer` in place, as layers become ones with block means in `models/block_means.py`: whoever has
-the cache keeps it. It counts the tokens of all processes, and holds the keys and values of its own. Block means are small: every process
-has all of them. They are computed when they are first needed, by the holder of each block.
+The class of a `DynamicCache` layer is changed to `SharedLayer` in place, as in `models/block_means.py`, so that references to the cache
+stay valid. The layer counts the tokens of all processes, and holds the keys and values of its own. Block means are small, so every process
+has all of them. Each is computed when it is first needed, by the process that holds the block.
 
 B rows, G key heads, n new tokens, C blocks, P tokens per block, D width.
 """
@@ -31,32 +31,32 @@ if TYPE_CHECKING:
 
 @dataclass(eq=False)
 class Shared:
-    """How the tokens of one layer of a cache are shared out."""
+    """How the tokens of one cache layer are distributed over processes."""
 
     placement: Placement | None = None  # None: nothing is cached yet
     length: int = 0  # tokens of all processes
-    announced: int = 0  # tokens that the model's call brings, of which the layer has not got the keys yet
-    is_prompt: bool = False  # the keys that came last are this process's slice of a prompt, not those of new tokens
-    returned: tuple[int, torch.Size] | None = None  # the keys that the layer got back: where they lie, and their shape
-    means: Tensor | None = None  # [B, G, C, D] of the complete blocks of all processes that are known
+    announced: int = 0  # tokens of the current model call whose keys the layer has not received yet
+    is_prompt: bool = False  # the last keys are this process's slice of a prompt, not new tokens
+    returned: tuple[int, torch.Size] | None = None  # data pointer and shape of the keys that `update` returned
+    means: Tensor | None = None  # [B, G, C, D]: the known means of complete blocks, of all processes
 
     def announce(self, n_tokens: int, placement: Placement | None) -> None:
-        """A call of the model brings so many tokens; they are a prompt if it has a `placement`."""
+        """A call of the model brings `n_tokens` tokens, which are a prompt if there is a `placement`."""
         self.announced, self.is_prompt = n_tokens, placement is not None
         self.placement = placement or self.placement
 
 
 class SharedLayer(DynamicLayer):
-    """A layer of a cache that holds the keys and values of some tokens, and counts those of all processes."""
+    """A cache layer that holds the keys and values of this process's tokens, and counts those of all processes."""
 
     @property
     def shared(self) -> Shared:
         shared = shared_beside(self)
-        assert shared is not None  # the class of a layer changes when it gets it
+        assert shared is not None  # set together with the class
         return shared
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Keep what this process is to hold of the new keys and values, and return them as they came."""
+        """Store this process's part of the new keys and values, and return all of them unchanged."""
         shared, placement = self.shared, self.shared.placement
         if placement is None or not shared.announced:
             raise ValueError(
@@ -68,7 +68,7 @@ class SharedLayer(DynamicLayer):
         new, shared.announced = shared.announced, 0
         if shared.is_prompt:
             n_real = int(placement.held(torch.tensor(shared.length)))
-            mine: slice | Tensor = slice(0, n_real)  # what follows is padding
+            mine: slice | Tensor = slice(0, n_real)  # the rest is padding
         else:
             token = torch.arange(before, before + new)
             mine = placement.is_mine(token // placement.block_size).nonzero()[:, 0].to(key_states.device)
@@ -78,16 +78,16 @@ class SharedLayer(DynamicLayer):
         return key_states, value_states
 
     def has_keys_of_attention(self, key: Tensor) -> bool:
-        """Whether attention gets the keys `[B, G, n, D]` that were cached. DeepSeek-V3 caches what it makes its keys of."""
+        """Whether attention got the keys `[B, G, n, D]` that `update` returned. DeepSeek-V3 caches what it computes its keys from."""
         return self.shared.returned == (key.data_ptr(), key.shape)
 
     def get_seq_length(self) -> int:
         return self.shared.length
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Remove the last `-tokens_to_remove` tokens of all processes; above 0, for older versions of transformers: keep the first ones."""
+        """Remove the last `-tokens_to_remove` tokens of all processes. Above 0, for older versions of transformers: keep the first ones."""
         shared = self.shared
-        number = int(tokens_to_remove)  # a tensor, from older versions
+        number = int(tokens_to_remove)  # older versions pass a tensor
         length = min(number, shared.length) if number > 0 else max(0, shared.length + number)
         if shared.placement is None or self.keys is None or self.values is None:
             return
@@ -113,7 +113,7 @@ class SharedLayer(DynamicLayer):
         self._rows(lambda x: x.repeat_interleave(repeats, dim=0))
 
     def _rows(self, moved: Any) -> None:
-        """Rows of the batch change places, also in a process that holds no token."""
+        """Reorder the rows of the batch, also in a process that holds no token."""
         if not self.is_initialized:
             return
         self.keys, self.values = moved(self.keys), moved(self.values)
@@ -121,9 +121,9 @@ class SharedLayer(DynamicLayer):
             self.shared.means = moved(self.shared.means)
 
     def block_means(self, group: dist.ProcessGroup) -> Tensor:
-        """`[B, G, C, D]`: the means of all complete blocks, those of other processes too. All processes ask for them together."""
+        """`[B, G, C, D]`: the means of all complete blocks, including those of other processes. A collective call."""
         shared, placement = self.shared, self.shared.placement
-        assert placement is not None and self.keys is not None  # asked for after an update
+        assert placement is not None and self.keys is not None  # called after an update
         known, wanted = 0 if shared.means is None else shared.means.shape[2], shared.length // placement.block_size
         if shared.means is None:
             shared.means = self.keys.new_zeros(*self.keys.shape[:2], 0, self.keys.shape[3], dtype=mean_dtype(self.keys))
@@ -132,7 +132,7 @@ class SharedLayer(DynamicLayer):
         return shared.means
 
     def _own_means(self, first: int, stop: int, placement: Placement) -> Tensor:
-        """`[B, G, stop - first, D]`: the means of this process's blocks among those from `first` to before `stop`, else 0."""
+        """`[B, G, stop - first, D]`: the means of this process's blocks among blocks `first` to `stop - 1`, else 0."""
         assert self.keys is not None
         block = torch.arange(first, stop)
         begin, end = placement.blocks_before(torch.tensor([first, stop])).tolist()
@@ -145,9 +145,9 @@ class SharedLayer(DynamicLayer):
 
 
 def share(cache: Cache, n_layers: int) -> list[SharedLayer]:
-    """Let the layers of a cache be shared among processes, in place; the first `n_layers`.
+    """Change the first `n_layers` layers of a cache to `SharedLayer`, in place.
 
-    Raises ValueError for other caches than an empty `DynamicCache` and one that is shared already.
+    Raises ValueError unless the cache is an empty `DynamicCache` or already changed.
     """
     if not isinstance(cache, DynamicCache) or cache.offloading:
         kind = "an offloaded DynamicCache" if isinstance(cache, DynamicCache) else f"a {type(cache).__name__}"
@@ -173,7 +173,7 @@ def share(cache: Cache, n_layers: int) -> list[SharedLayer]:
 
 
 def shared_layer(cache: Cache | None, layer: AttentionLayer) -> SharedLayer | None:
-    """What this process holds of the keys of an attention layer; None where there is no cache, or none that is shared."""
+    """The `SharedLayer` of an attention layer; None if there is no cache, or if it is not distributed."""
     cache = decoder_cache(cache)
     kept = None if cache is None else layer_of_cache(cache, layer)
     return kept if isinstance(kept, SharedLayer) else None

@@ -1,15 +1,15 @@
-"""Slices of keys and heads between processes, differentiably.
+"""Differentiable exchange of keys and heads between processes.
 
 W processes hold a slice of L tokens each, in the order of their ranks, of sequences of N = W * L tokens. There are two exchanges:
 
-- `gathered_keys`: every process gets the keys and values of all tokens, a few heads at a time. The next heads travel while the caller
-  works on these ones. Backward, gradients of keys and values travel home in the same way, summed over the processes.
+- `gathered_keys`: every process gets the keys and values of all tokens, a few heads at a time. The next heads are sent while the caller
+  works on the current ones. In backward, gradients of keys and values are sent back in the same way, summed over the processes.
 - `tokens_to_heads` and back: every process gets all tokens of its share of the heads (Ulysses, arXiv 2309.14509).
 
-Collectives are issued in the same order by all processes, forward and backward, for shapes are the same on all of them. Gradients of
-gradients are refused.
+All processes issue collectives in the same order, in forward and backward, because shapes are the same on all of them. Second derivatives
+raise an error.
 
-B batch, H query heads, G key heads, g key heads that travel together, L tokens of a slice, N tokens of all slices, D and Dv widths.
+B batch, H query heads, G key heads, g key heads in one message, L tokens of a slice, N tokens of all slices, D and Dv widths.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ from torch import Tensor
 
 from .watch import missing_processes
 
-# PyTorch 2.13 renamed two of them.
+# PyTorch 2.13 renamed these two.
 _all_gather = dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor
 _reduce_scatter = dist.reduce_scatter_single if hasattr(dist, "reduce_scatter_single") else dist.reduce_scatter_tensor
 
-# Bytes of gathered keys and values from which on key heads travel in another message: enough to fill the links, few enough that the
-# first message, which nothing hides, is a small part of a long sequence's.
+# Size at which a message of gathered keys and values is full. It is large enough to saturate the links, and small enough that the first
+# message, which overlaps with nothing, is a small part of a long sequence's total.
 MESSAGE_BYTES = 64 << 20
 
-_Started = list[tuple[dist.Work, Tensor]]  # collectives under way, and what they read, which must live as long
+_Started = list[tuple[dist.Work, Tensor]]  # collectives in flight, with their inputs, which must stay alive
 
 
 def gathered_keys(key: Tensor, value: Tensor, group: dist.ProcessGroup, n_key: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Slices `[B, G, L, D]`, `[B, G, L, Dv]` -> which key heads, and their first `n_key` tokens `[B, g, n_key, D]`, `[B, g, n_key, Dv]`.
 
-    Differentiable: gradients are summed over the processes. What is yielded together came in one message; the next one is under way.
+    Differentiable: gradients are summed over the processes. Each item yielded is one message; the next message is already in flight.
     """
     heads = key_heads_of_messages(key, value, group.size())
     coming_home: _Started = []
@@ -59,21 +59,21 @@ def gathered(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 def summed(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """The sum of `x` over the processes, on all of them. Not differentiable."""
+    """The sum of `x` over all processes (all-reduce). Not differentiable."""
     x = x.contiguous()
     _wait(dist.all_reduce(x, group=group, async_op=True), x)
     return x
 
 
 def of_first(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """`x` of the group's first process, on all of them. Not differentiable."""
+    """The first process's `x` on all processes (broadcast). Not differentiable."""
     x = x.contiguous()
     _wait(dist.broadcast(x, group=group, group_src=0, async_op=True), x)
     return x
 
 
 def key_heads_of_messages(key: Tensor, value: Tensor, n_processes: int) -> list[slice]:
-    """Which key heads travel together: as few as make up `MESSAGE_BYTES`."""
+    """The key heads of each message: as few as reach `MESSAGE_BYTES`."""
     n_heads = key.shape[1]
     head_bytes = n_processes * (key[:, :1].numel() + value[:, :1].numel()) * key.element_size()
     together = min(n_heads, max(1, -(-MESSAGE_BYTES // max(1, head_bytes))))
@@ -84,7 +84,7 @@ _Backward = Callable[..., tuple[Tensor | None, ...]]
 
 
 def _once(backward: _Backward) -> _Backward:
-    """Refuse to be differentiated again. With PyTorch's `once_differentiable` `torch.autograd.grad` leaves a part out and says nothing."""
+    """Refuse second derivatives. With PyTorch's `once_differentiable`, `torch.autograd.grad` would silently omit a part of them."""
 
     @wraps(backward)
     def checked(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -106,14 +106,14 @@ class _Pack(torch.autograd.Function):
     @staticmethod
     @_once
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        while ctx.coming_home:  # until now they were under way while attention's backward worked on other heads
+        while ctx.coming_home:  # they overlapped with attention's backward for other heads
             _wait(*ctx.coming_home.pop(0))
         key, value = torch.cat(grads, 2).permute(1, 2, 0, 3).split(ctx.widths, -1)
         return key, value, None, None
 
 
 class _Gather(torch.autograd.Function):
-    """`[L, ...]` -> `[N, ...]`, started and not waited for. Backward, `[N, ...]` is summed over processes to `[L, ...]` likewise."""
+    """`[L, ...]` -> `[N, ...]`, started but not waited for. In backward, `[N, ...]` is reduce-scattered to `[L, ...]` in the same way."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup, under_way: _Started, coming_home: _Started) -> Tensor:
@@ -128,7 +128,7 @@ class _Gather(torch.autograd.Function):
         grad = grad.contiguous()
         out = grad.new_empty(grad.shape[0] // ctx.group.size(), *grad.shape[1:])
         work = _reduce_scatter(out, grad, group=ctx.group, async_op=True), grad
-        if torch.is_anomaly_enabled():  # which looks at the gradient at once
+        if torch.is_anomaly_enabled():  # anomaly detection reads the gradient at once
             _wait(*work)
         else:
             ctx.coming_home.append(work)
@@ -136,7 +136,7 @@ class _Gather(torch.autograd.Function):
 
 
 class _Unpack(torch.autograd.Function):
-    """`[N, B, g, D + Dv]` -> `[B, g, n_key, D]`, `[B, g, n_key, Dv]` without a copy. Later tokens have no gradient from here."""
+    """`[N, B, g, D + Dv]` -> `[B, g, n_key, D]`, `[B, g, n_key, Dv]` without a copy. Later tokens get zero gradients here."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, n_key: int, width: int) -> tuple[Tensor, ...]:
@@ -155,7 +155,7 @@ class _Unpack(torch.autograd.Function):
 
 
 class _Whole(torch.autograd.Function):
-    """`_Gather`, waited for."""
+    """`_Gather`, but waited for."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -174,7 +174,7 @@ class _Whole(torch.autograd.Function):
 
 
 def tokens_to_heads(group: dist.ProcessGroup, *tensors: Tensor) -> tuple[Tensor, ...]:
-    """`[B, H, L, D]` -> `[B, H / W, N, D]`: all tokens of this process's heads. Tensors of one dtype travel in one message."""
+    """`[B, H, L, D]` -> `[B, H / W, N, D]`: all tokens of this process's heads. Tensors of one dtype share one message."""
     return _AllToAll.apply(group, 1, 2, *tensors)
 
 
@@ -184,7 +184,7 @@ def heads_to_tokens(group: dist.ProcessGroup, *tensors: Tensor) -> tuple[Tensor,
 
 
 class _AllToAll(torch.autograd.Function):
-    """Each process gets its part of dimension `cut` from all, joined along dimension `join`."""
+    """Each process gets its part of dimension `cut` from all processes, concatenated along dimension `join`."""
 
     @staticmethod
     def forward(ctx: Any, group: dist.ProcessGroup, cut: int, join: int, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -198,7 +198,7 @@ class _AllToAll(torch.autograd.Function):
 
 
 def _all_to_all(group: dist.ProcessGroup, cut: int, join: int, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    parts = [torch.stack(x.chunk(group.size(), cut)) for x in tensors]  # one per process
+    parts = [torch.stack(x.chunk(group.size(), cut)) for x in tensors]  # one part per process
     sent = torch.cat([part.flatten(1) for part in parts], 1)
     received = torch.empty_like(sent)
     _wait(dist.all_to_all_single(received, sent, group=group, async_op=True), sent)
@@ -207,7 +207,7 @@ def _all_to_all(group: dist.ProcessGroup, cut: int, join: int, tensors: tuple[Te
 
 
 def _wait(work: dist.Work, _sent: Tensor) -> None:
-    """On a GPU the current stream waits, and the host goes on."""
+    """On a GPU this makes the current stream wait, not the host."""
     try:
         work.wait()
     except RuntimeError as error:

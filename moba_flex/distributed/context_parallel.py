@@ -1,7 +1,7 @@
-"""Context parallelism of a transformers model: each process runs the whole model on its slice of every sequence.
+"""Context parallelism for a transformers model: each process runs the whole model on its slice of every sequence.
 
-Everything but attention works token by token, so only attention layers and what feeds them know about slices: positions count through the
-whole sequence, and the label of a slice's last token is the first one of the next slice.
+Everything but attention works token by token. Only attention layers and the model's inputs depend on slices: positions count through the
+whole sequence, and the label of a slice's last token is the first token of the next slice.
 
 B batch, N tokens, W processes, L tokens of a slice.
 """
@@ -30,9 +30,9 @@ from .generation import Generation, checksum
 if TYPE_CHECKING:
     from ..models.upstream import AttentionLayer
 
-_IGNORED = -100  # the label that PyTorch's cross entropy leaves out
+_IGNORED = -100  # the label that PyTorch's cross entropy ignores
 _WHOLE = (torch.int64, torch.int32)
-_KNOWN = ("input_ids", "labels", "attention_mask", "position_ids")  # of a batch
+_KNOWN = ("input_ids", "labels", "attention_mask", "position_ids")  # entries of a batch
 
 
 def context_parallel(model: nn.Module, mesh: DeviceMesh | dist.ProcessGroup, *, exchange: str = "keys") -> ContextParallel:
@@ -40,22 +40,23 @@ def context_parallel(model: nn.Module, mesh: DeviceMesh | dist.ProcessGroup, *, 
 
     Args:
         model: a transformers model that uses MoBA, see `moba_flex.patch`. Layers with full attention become context-parallel too. FSDP2,
-            DDP (over this mesh's dimension too) and activation checkpointing go around it as around any model, before or after.
-        mesh: a DeviceMesh of one dimension, or of several one of which is named "cp", as `accelerator.torch_device_mesh` with
-            `ParallelismConfig(cp_size=...)` is; or a process group. Slices are in the order of the ranks in its group.
+            DDP (also over this mesh's dimension) and activation checkpointing can be applied before or after, as to any model.
+        mesh: a DeviceMesh with one dimension, or with several of which one is named "cp", such as `accelerator.torch_device_mesh` with
+            `ParallelismConfig(cp_size=...)`; or a process group. Slices are in the order of the ranks in its group.
         exchange: "keys" or "heads", see `moba_attention_cp`.
 
     Returns:
-        What cuts batches into slices, `ContextParallel`. Its `remove()` ends context parallelism of the model. A model has one; a second
-        call ends that of the first.
+        A `ContextParallel`, which cuts batches into slices. Its `remove()` ends context parallelism of the model. A model has at most one;
+        a second call replaces the first one's.
 
-        `model.generate`, and any call with a cache and without gradients, takes whole sequences, the same on all processes, and gives the
-        same answer to all: the prompt is cut into slices, whose keys stay where they are in a `DynamicCache`.
+        `model.generate`, and any call with a cache and without gradients, takes whole sequences, the same on all processes, and returns the
+        same result on all. The prompt is cut into slices. The keys of a slice stay on its process, in a `DynamicCache`.
 
     Raises:
-        ValueError: the model is not patched; it has layers that a slice cannot compute, such as sliding-window or recurrent ones; the
-            mesh has no dimension for it; `exchange` does not exist or its heads do not fit the processes. The model is left as it was.
-        TypeError: `mesh` is no mesh.
+        ValueError: the model is not patched; it has a `key_conv`, or layers that cannot work on a slice, such as sliding-window or
+            recurrent ones; the mesh has no suitable dimension, or this rank is not in it; `exchange` does not exist or the heads do not fit
+            the number of processes. The model is left unchanged.
+        TypeError: `mesh` is not a mesh or process group.
 
     >>> import torch
     >>> import torch.distributed as dist
@@ -114,13 +115,13 @@ def _check_layers(model: nn.Module, patched: list[AttentionLayer]) -> None:
 
 
 class ContextParallel:
-    """The processes that share a model's sequences, made by `context_parallel`. `rank` and `size` are this process's place among them."""
+    """The processes that share a model's sequences, created by `context_parallel`. `rank` is this process's index, `size` their number."""
 
     def __init__(self, group: dist.ProcessGroup, exchange: str, layers: list[AttentionLayer]) -> None:
         self.group, self.exchange, self._layers = group, exchange, layers
         self._generation = Generation(self, layers)
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
-        self._length_matters = False  # to rotary embeddings, whose frequencies depend on it
+        self._length_matters = False  # to rotary embeddings whose frequencies depend on it
 
     @property
     def rank(self) -> int:
@@ -141,8 +142,10 @@ class ContextParallel:
         self._hooks.clear()
 
     def add_hooks(self, model: nn.Module) -> None:
-        """Hooks for calls that keep their keys, and for rotary embeddings whose frequencies depend on the length ("longrope", "dynamic"):
-        they take it from the greatest position, so let them see the sequence's last one, too."""
+        """Register hooks for calls with a cache, and for rotary embeddings whose frequencies depend on the length ("longrope", "dynamic").
+
+        Those embeddings read the length from the largest position, so their hook appends the sequence's last position.
+        """
         self._hooks += self._generation.add_hooks(model)
         for module in model.modules():
             kinds = getattr(module, "rope_type", None)
@@ -153,25 +156,26 @@ class ContextParallel:
                 self._length_matters = True
 
     def __deepcopy__(self, _memo: dict[int, Any]) -> ContextParallel:
-        return self  # a copy of the model shares the processes
+        return self  # a copied model is shared by the same processes
 
     def shard(self, batch: Mapping[str, Tensor]) -> dict[str, Any]:
-        """This process's slice of a batch that all processes of the mesh hold whole: what to call the model with.
+        """This process's slice of a batch, as the model's arguments. All processes of the mesh pass the same whole batch.
 
         Args:
-            batch: `input_ids [B, N]`, and if there are any `labels [B, N]` (not shifted, as transformers takes them), `attention_mask
-                [B, N]` (padding on the right) and `position_ids` (consecutive). Any N: it is padded on the right to a multiple of the
-                processes.
+            batch: `input_ids [B, N]`, and optionally `labels [B, N]` (not shifted, as transformers takes them), `attention_mask [B, N]`
+                (padding on the right) and `position_ids` (consecutive). N may be any number: the batch is padded on the right to a multiple
+                of the number of processes.
 
         Returns:
-            `input_ids` and `position_ids [B, L]`, which count through the whole sequence, and `use_cache=False`; with labels also `labels`
-            and `shift_labels [B, L]`, shifted across the slices' borders, and `num_items_in_batch`. With these, `model(...).loss` is such
-            that its mean over the processes is the mean over all labels of the batch; as DDP and FSDP average gradients over processes,
-            they are right too. The attention mask is gone: causal attention never sees what is on the right, and labels there are ignored.
+            `input_ids` and `position_ids [B, L]`, which count through the whole sequence, and `use_cache=False`. With labels also `labels`
+            and `shift_labels [B, L]`, shifted across the slices' borders, and `num_items_in_batch`. With these, the mean of
+            `model(...).loss` over the processes is the mean over all labels of the batch. Gradients are correct too, because DDP and FSDP
+            average them over processes. There is no attention mask: causal attention never reads padding on the right, and labels there are
+            ignored.
 
         Raises:
-            ValueError: an entry that it does not know, padding on the left, packed sequences, or another batch on another process.
-            TypeError: the batch is no mapping, an entry is no tensor, or `input_ids` or `labels` are no whole numbers.
+            ValueError: an unknown entry, padding on the left, packed sequences, or a different batch on another process.
+            TypeError: the batch is not a mapping, an entry is not a tensor, or `input_ids` or `labels` are not integers.
         """
         ids = self._agreed(batch)
         n_tokens = ids.shape[1]
@@ -193,8 +197,10 @@ class ContextParallel:
         return sliced
 
     def unshard(self, x: Tensor, n_tokens: int | None = None) -> Tensor:
-        """`[B, L, ...]` of all processes -> `[B, N, ...]`, the whole sequence's logits for example, on all of them; its first `n_tokens`
-        where the sequence was padded. Differentiable: gradients are summed over the processes."""
+        """`[B, L, ...]` of all processes -> `[B, N, ...]` on all of them, for example the logits of the whole sequence.
+
+        `n_tokens` cuts off padding: only the first tokens are returned. Differentiable: gradients are summed over the processes.
+        """
         return gathered(x.transpose(0, 1).contiguous(), self.group).transpose(0, 1)[:, :n_tokens]
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings, sinks: Tensor | None) -> Tensor:
@@ -202,15 +208,18 @@ class ContextParallel:
         return across(query, key, value, self.group, self.exchange, sparse(settings, sinks), settings.share_selection)[0]
 
     def attend_full(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
-        """The same for a layer with full attention."""
+        """Full attention of one layer's slices."""
         return across(query, key, value, self.group, self.exchange, full(scale))[0]
 
     def kept_keys(self, layer: AttentionLayer) -> SharedLayer | None:
-        """What this process holds of a layer's keys, where the call keeps them."""
+        """This process's part of a layer's cached keys; None if the call has no cache."""
         return self._generation.kept_keys(layer)
 
     def attend_kept(self, query: Tensor, kept: SharedLayer, settings: AttentionSettings, sinks: Tensor | None, reads_all: bool) -> Tensor:
-        """`[B, H, n, Dv]`: the last tokens of those whose keys are kept read all of them, or their chosen blocks."""
+        """`[B, H, n, Dv]`: the last n of the cached tokens read all cached keys, or only their chosen blocks.
+
+        Raises ValueError if the keys were cached under another block size.
+        """
         placement = kept.shared.placement
         if not reads_all and placement is not None and placement.block_size != settings.block_size:
             raise ValueError(
@@ -220,9 +229,9 @@ class ContextParallel:
         return attend_shared(query, kept, settings, sinks, reads_all, self.group)
 
     def tell(self, error: Exception | None, numbers: list[int], what: str) -> list[list[int]]:
-        """The numbers of all processes. If one has an error, it raises that, and the others say `what` has failed there."""
+        """Gather `numbers` from all processes. A process with an `error` raises it; the others raise a ValueError with `what`."""
         backend = dist.get_backend(self.group)
-        device = "cpu" if "gloo" in backend or backend == "undefined" else "cuda"  # undefined: what the devices have each
+        device = "cpu" if "gloo" in backend or backend == "undefined" else "cuda"  # undefined: each device type has its own backend
         every = gathered(torch.tensor([[error is not None, *numbers]], device=device), self.group).tolist()
         if error is not None:
             raise error
@@ -241,7 +250,7 @@ class ContextParallel:
         return (args[0], position, *args[2:]), kwargs
 
     def _agreed(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """The batch's `input_ids`, if it can be cut into slices and is the same on all processes. Otherwise all of them raise."""
+        """The batch's `input_ids`. All processes raise if the batch cannot be cut into slices or is not the same on all of them."""
         error, mine = None, [0] * (2 + len(_KNOWN))
         try:
             ids = _read(batch)
@@ -251,7 +260,7 @@ class ContextParallel:
                     "model's rotary embeddings depend on the length, which padding would change"
                 )
             mine = [*ids.shape, *(checksum(batch.get(name)) for name in _KNOWN)]
-        except Exception as wrong:  # any: the others wait for what this process has to say
+        except Exception as wrong:  # of any kind: the other processes wait for this one's result
             error = wrong
         every = self.tell(error, mine, "batch cannot be cut into slices")
         if any(x != every[0] for x in every):
@@ -268,7 +277,7 @@ def _without_last_position(_rotary: nn.Module, _args: tuple[Any, ...], out: tupl
 
 
 def _read(batch: Mapping[str, Tensor]) -> Tensor:
-    """The batch's `input_ids`, if all of it is something that can be cut into slices."""
+    """The batch's `input_ids`, after checking that every entry can be cut into slices."""
     if not isinstance(batch, Mapping):
         raise TypeError(f'batch must be a mapping such as {{"input_ids": ids}}, but is a {type(batch).__name__}')
     unknown = [name for name in batch if name not in _KNOWN]

@@ -1,10 +1,10 @@
-"""Attention of new tokens to keys that are shared out among processes.
+"""Attention of new tokens to keys that are distributed over processes.
 
-Every process computes the new tokens, and each layer's attention to the keys that it holds. Partial outputs and their log-sum-exps go to
-all processes in one message, and are merged there. With blocks to choose, every process makes the same choice, from the means of all
-blocks, and reads those that it holds.
+Every process computes the new tokens, and attends to the keys that it holds. Partial outputs and their log-sum-exps are sent to all
+processes in one message and merged there. If blocks are chosen, every process makes the same choice, from the means of all blocks, and
+reads the chosen blocks that it holds.
 
-The partial sums are plain PyTorch in float32 at least, on any device.
+Partial sums are computed in plain PyTorch, in float32 or wider, on any device.
 
 W processes. B rows, H query heads, G key heads, R = H / G, n new tokens, N tokens held here, K blocks read, D and Dv widths.
 """
@@ -25,7 +25,7 @@ from .cache import SharedLayer
 from .collectives import gathered
 from .placement import Placement
 
-_QUERIES_AT_ONCE = 1024  # tokens whose partial outputs travel in one message
+_QUERIES_AT_ONCE = 1024  # tokens whose partial outputs are sent in one message
 _SCORES_AT_ONCE = 1 << 25
 
 
@@ -35,14 +35,14 @@ def attend_shared(
 ) -> Tensor:
     """`[B, H, n, Dv]`: the last n of all cached tokens, `query [B, H, n, D]`, read all keys up to themselves, or their chosen blocks."""
     shared, placement = layer.shared, layer.shared.placement
-    assert placement is not None and layer.keys is not None and layer.values is not None  # the new tokens are there already
+    assert placement is not None and layer.keys is not None and layer.values is not None  # after the new tokens' update
     n = query.shape[2]
     by_group = query.unflatten(1, (layer.keys.shape[1], -1)).to(wide(query.dtype))  # [B, G, R, n, D]
     token = torch.arange(shared.length - n, shared.length, device=query.device)
     means = None if reads_all else layer.block_means(group)
     outs = []
     for q, t in zip(by_group.split(_QUERIES_AT_ONCE, 3), token.split(_QUERIES_AT_ONCE)):
-        last = placement.held(t + 1) - 1  # the last key up to each query, among those held here
+        last = placement.held(t + 1) - 1  # index of the last local key up to each query
         if means is None:
             part = _to_all(q, layer.keys, layer.values, last, settings)
         else:
@@ -52,21 +52,21 @@ def attend_shared(
 
 
 def _across(out: Tensor, lse: Tensor, sinks: Tensor | None, group: dist.ProcessGroup) -> Tensor:
-    """Partial `[B, H, n, Dv]`, `[B, H, n]` of each process -> the whole `[B, H, n, Dv]`, the same on all."""
+    """Partial `[B, H, n, Dv]`, `[B, H, n]` of each process -> the merged `[B, H, n, Dv]`, the same on all."""
     parts = gathered(torch.cat([out, lse[..., None]], -1)[None], group)
     out, lse = merged(parts[..., :-1], parts[..., -1])
     return out if sinks is None else with_sinks(out, lse, sinks)[0]
 
 
 def merged(out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
-    """The softmax-weighted sum of partial outputs `[W, ..., Dv]` by their log-sum-exps `[W, ...]`, -inf for a part that read nothing."""
+    """The softmax-weighted sum of partial outputs `[W, ..., Dv]` by their log-sum-exps `[W, ...]`, -inf for a part without keys."""
     weight, whole = weights_of_parts(lse, 0)
     return (weight[..., None] * out.masked_fill((lse == -torch.inf)[..., None], 0)).sum(0), whole
 
 
 def _to_all(query: Tensor, key: Tensor, value: Tensor, last: Tensor, settings: AttentionSettings) -> tuple[Tensor, Tensor]:
     """`query [B, G, R, n, D]` reads `key [B, G, N, D]` up to `last [n]`: partial `[B, H, n, Dv]`, `[B, H, n]`, a few keys at a time."""
-    heads = query.flatten(2, 3)  # [B, G, R * n, D]: no copies of keys
+    heads = query.flatten(2, 3)  # [B, G, R * n, D]: keys need no copies
     total = _nothing(heads, value)
     step = max(1, _SCORES_AT_ONCE // max(1, heads[..., 0].numel()))
     for first in range(0, key.shape[2], step):
@@ -92,10 +92,10 @@ def _to_chosen(
     placement: Placement,
     settings: AttentionSettings,
 ) -> tuple[Tensor, Tensor]:
-    """The same for the blocks that each query, `token [n]` of the sequence, chooses by the means of all `[B, G, C, D]`."""
-    settings = with_bounded_top_k(settings, means.shape[2] + 1)  # and the own block
+    """As `_to_all`, for the blocks that each query, `token [n]` of the sequence, chooses by the means `[B, G, C, D]` of all blocks."""
+    settings = with_bounded_top_k(settings, means.shape[2] + 1)  # and the query's own block
     blocks = blocks_to_read(query, means, token.expand(query.shape[0], -1), settings)  # [B, G, F, n, K]
-    blocks = placement.local(blocks).sort(-1, descending=True).values  # those of others, -1, behind
+    blocks = placement.local(blocks).sort(-1, descending=True).values  # -1 for blocks of other processes, at the end
     most = int((blocks >= 0).sum(-1).max())
     if not most:
         return _by_head(query, *_nothing(query.flatten(2, 3), value))

@@ -1,8 +1,8 @@
-"""Calls of a context-parallel model that keep their keys, as `generate` makes them: all processes are called with the same whole sequence.
+"""Calls of a context-parallel model with a cache, as `generate` makes them. All processes are called with the same whole sequence.
 
-A prompt is cut into slices before the first layer, and the hidden states that the model's head needs go to all processes behind the last
-one. Tokens behind it are computed by every process. That all processes go on with the same token has three reasons: before each call they
-compare what they were called with, and take over the random numbers of the first process; behind it they take over its logits.
+A prompt is cut into slices before the first layer. After the last layer, the hidden states that the model's head needs are sent to all
+processes. Tokens after the prompt are computed by every process. Three things keep the processes on the same tokens: before each call they
+compare their inputs, and adopt the first process's random number generator state; after it they adopt its logits.
 
 B batch, n new tokens, W processes, L tokens of a slice, V vocabulary.
 """
@@ -36,31 +36,31 @@ if TYPE_CHECKING:
     from .context_parallel import ContextParallel
 
 _Changed = tuple[tuple[Any, ...], dict[str, Any]] | None
-# Arguments of a model that may be tensors when it keeps its keys. Others would have to be cut too.
+# Arguments that may be tensors in a call with a cache. Any other tensor would have to be cut too.
 _TENSORS = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "cache_position", "labels", DRAFTED_POSITIONS)
 
 
 @dataclass(frozen=True)
 class Call:
-    """One call that keeps its keys."""
+    """One call with a cache."""
 
-    first: int  # tokens that are cached already
+    first: int  # tokens that are already cached
     n_tokens: int
-    n_states: int  # how many of the last tokens' hidden states are wanted
-    placement: Placement | None  # None: it is no prompt
-    cache: weakref.ref[DynamicCache]  # which lives as long as its owner wants
+    n_states: int  # number of last tokens whose hidden states are needed
+    placement: Placement | None  # None: not a prompt
+    cache: weakref.ref[DynamicCache]  # its owner decides how long it lives
 
 
 class Generation:
-    """The hooks that let a context-parallel model keep its keys, and what they know of the call under way."""
+    """The hooks that let a context-parallel model use a cache, and the state of the current call."""
 
     def __init__(self, context: ContextParallel, layers: list[AttentionLayer]) -> None:
         self._context, self._layers = context, layers
         self.call: Call | None = None  # None: a call with a slice, see `ContextParallel.shard`
-        self._wanted = 0  # logits that the model's head is asked for; 0: all
+        self._wanted = 0  # how many logits are requested of the model's head; 0: all
 
     def __deepcopy__(self, _memo: dict[int, Any]) -> Generation:
-        return self  # a copy of the model shares the processes
+        return self  # a copied model is shared by the same processes
 
     def add_hooks(self, model: nn.Module) -> list[torch.utils.hooks.RemovableHandle]:
         handles: list[torch.utils.hooks.RemovableHandle] = []
@@ -73,12 +73,12 @@ class Generation:
         return handles
 
     def kept_keys(self, layer: AttentionLayer) -> SharedLayer | None:
-        """What this process holds of a layer's keys, if the call under way keeps them."""
+        """This process's part of a layer's cached keys; None if the current call has no cache."""
         return None if self.call is None else shared_layer(self.call.cache(), layer)
 
     def _before_head(self, _model: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         wanted = kwargs.get(DRAFTED_POSITIONS)
-        self._wanted = wanted if isinstance(wanted, int) else 0  # a tensor picks some of all
+        self._wanted = wanted if isinstance(wanted, int) else 0  # a tensor selects positions: keep all
 
     def _after_head(self, model: nn.Module, _args: tuple[Any, ...], out: Any) -> Any:
         self._wanted = 0
@@ -102,7 +102,7 @@ class Generation:
         return (), self._begin(stack, named)
 
     def _after_stack(self, stack: nn.Module, _args: tuple[Any, ...], out: Any) -> Any:
-        """A prompt's hidden states that are wanted, from the processes that have them."""
+        """Collect a prompt's hidden states that are needed from the processes that computed them."""
         call = self.call
         if call is None or call.placement is None or not self._is_of(stack):
             return None
@@ -116,12 +116,12 @@ class Generation:
         return out
 
     def _is_of(self, model: nn.Module) -> bool:
-        """Whether a model's layers are shared by these processes: hooks of a copy may have been followed by others."""
+        """Whether a model's layers belong to this context: a copied model may have hooks of an earlier one."""
         contexts = (context_of(module) for module in model.modules())
         return next((context for context in contexts if context is not None), None) is self._context
 
     def _check_slice(self, named: Mapping[str, Any]) -> None:
-        """Without gradients: that a call is for a slice. `generate(use_cache=False)` would give all processes the whole sequence."""
+        """Without gradients: check that a call is for a slice. `generate(use_cache=False)` would give all processes the whole sequence."""
         if torch.is_grad_enabled():
             return
         position, x = named.get("position_ids"), _tokens(named)
@@ -133,12 +133,12 @@ class Generation:
             )
 
     def _begin(self, stack: nn.Module, named: dict[str, Any]) -> dict[str, Any]:
-        """What the stack is called with instead: of a prompt this process's slice. The cache gets to know what is coming."""
+        """The stack's new arguments: for a prompt, this process's slice. Announces the new tokens to the cache."""
         error, read = None, (0, 0, 0, 0)
         try:
             cache, first, x = self._read(stack, named)
             read = (*x.shape[:2], first, checksum(x))
-        except Exception as wrong:  # any: the others wait for what this process has to say
+        except Exception as wrong:  # of any kind: the other processes wait for this one's result
             error = wrong
         device = next(stack.parameters()).device
         random = _random_numbers(device)
@@ -155,7 +155,7 @@ class Generation:
         return self._cut(stack, named, cache, first, x)
 
     def _read(self, stack: nn.Module, named: dict[str, Any]) -> tuple[Any, int, Tensor]:
-        """The cache, how many tokens it holds, and the new tokens. Raises ValueError for what cannot be shared out."""
+        """The cache, how many tokens it holds, and the new tokens. Raises ValueError for calls that cannot be distributed."""
         if torch.is_grad_enabled():
             raise ValueError(
                 "a context-parallel model was called with gradients but without a cut batch: call it with what `ContextParallel.shard` "
@@ -193,7 +193,7 @@ class Generation:
             mine = slice(context.rank * length, (context.rank + 1) * length)
             padding = context.size * length - n
             x = F.pad(x, (0, 0) * (x.dim() - 2) + (0, padding))[:, mine]
-            position = F.pad(position, (0, padding), value=n - 1)[mine]  # of padding any that there is
+            position = F.pad(position, (0, padding), value=n - 1)[mine]  # padding may have any position
         for layer in share(cache, n_layers(self._layers[0])):
             layer.shared.announce(n, placement)
         self.call = Call(first, n, wanted, placement, weakref.ref(cache))
@@ -205,7 +205,7 @@ class Generation:
 
 
 def _tokens(named: Mapping[str, Any]) -> Tensor | None:
-    """`[B, n]`, or the embeddings `[B, n, D]`."""
+    """The token ids `[B, n]`, or the embeddings `[B, n, D]`."""
     x = named.get("input_ids")
     return named.get("inputs_embeds") if x is None else x
 
@@ -227,7 +227,7 @@ def _check_places(named: Mapping[str, Any], first: int, n: int) -> None:
 
 
 def checksum(x: Tensor | None) -> int:
-    """A number that tells tensors apart, those of whole numbers by their order too; 0 for none."""
+    """A value to compare tensors across processes. For integers it depends on their order too. 0 for None."""
     if x is None:
         return 0
     if x.is_floating_point():
@@ -237,7 +237,7 @@ def checksum(x: Tensor | None) -> int:
 
 
 def _random_numbers(device: torch.device) -> list[int]:
-    """The state of the device's random numbers, as int64."""
+    """The state of the device's random number generator, as int64."""
     state = torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
     return F.pad(state, (0, -len(state) % 8)).view(torch.int64).tolist()
 

@@ -1,8 +1,8 @@
-"""Which process holds which token of a sequence that is generated: arithmetic that every process does for itself.
+"""Which process holds which token of a sequence during generation. Every process computes this by itself.
 
-The prompt is cut into slices of whole blocks, so that each block lies in one process and its mean is that of one process bit for bit.
-Blocks that begin behind the prompt are dealt out in turn. A process holds its tokens in the order of the sequence, so that what it holds
-of the first tokens is always the first part of what it holds.
+The prompt is cut into slices of whole blocks. Each block is therefore on one process, and its mean is bitwise the one that a single process
+would compute. Blocks that begin after the prompt are assigned round-robin. A process stores its tokens in sequence order, so its share of
+any prefix of the sequence is a prefix of what it stores.
 
 W processes, N tokens of the prompt, P tokens per block, L tokens of a slice.
 """
@@ -30,12 +30,12 @@ class Placement:
 
     @property
     def slice_length(self) -> int:
-        """L: a whole number of blocks, but for a prompt that is shorter than a block."""
+        """L: a whole number of blocks, unless the prompt is shorter than one block."""
         return min(self.blocks_per_slice * self.block_size, self.prompt)
 
     @property
     def prompt_blocks(self) -> int:
-        """The last of them, which may be filled by generated tokens, is where it began."""
+        """The number of blocks that begin in the prompt. Generated tokens may fill the last one, which stays on its process."""
         return -(-self.prompt // self.block_size)
 
     def owner(self, block: Tensor) -> Tensor:
@@ -51,7 +51,7 @@ class Placement:
         return of_prompt + self._dealt(block.clamp(min=self.prompt_blocks)) - self._dealt(torch.full_like(block, self.prompt_blocks))
 
     def _dealt(self, block: Tensor) -> Tensor:
-        """How many blocks before each one have the number `rank` modulo `size`."""
+        """The number of blocks before each one whose index is `rank` modulo `size`."""
         return (block + self.size - 1 - self.rank) // self.size
 
     def held(self, length: Tensor) -> Tensor:
@@ -60,5 +60,5 @@ class Placement:
         return self.blocks_before(block) * self.block_size + torch.where(self.is_mine(block), rest, 0)
 
     def local(self, block: Tensor) -> Tensor:
-        """Where among its own blocks this process holds each block; -1 where another process does, and for a block of -1."""
+        """The index of each block among this process's own blocks; -1 for blocks of other processes, and for -1."""
         return torch.where(self.is_mine(block) & (block >= 0), self.blocks_before(block), -1)

@@ -1,7 +1,8 @@
-"""Which process is missing: a thread in each says in the store of the process group that it lives and where it is, and reads the others.
+"""Which process is missing. A thread in each process writes a heartbeat and its current place to the process group's store, and reads those
+of the others.
 
-A collective cannot tell. On GPUs one that waits for a dead process waits in a kernel, and gloo names a port. A process that is killed says
-nothing any more, and neither does one whose machine hangs; one that is busy elsewhere says where, from its thread.
+A collective cannot tell: on GPUs it waits for a dead process inside a kernel, and gloo only names a port. A killed process stops writing,
+and so does one whose machine hangs. A process that is busy elsewhere still writes its place, from its thread.
 """
 
 from __future__ import annotations
@@ -23,27 +24,30 @@ import torch.distributed as dist
 from ..core.messages import shown
 from ..core.upstream import connection_to_store
 
-_PROCESSES_PER_SECOND = 64  # that a process reads about: of more, it reads less often
+_PROCESSES_PER_SECOND = 64  # that a process reads; with more processes it reads less often
 _RUNS, _FAILED, _ENDED = "runs", "failed", "ended"
 _numbers = itertools.count()  # of watches, the same on all processes
-_current: Watch | None = None  # of this process
+_current: Watch | None = None  # this process's watch
 
 
 def watch_processes(silent: float = 30.0, late: float = 240.0) -> Watch:
-    """Let each process of a job look after the others: where one is killed or hangs, the others say which, and end.
+    """Let the processes of a job monitor each other: if one is killed or hangs, the others print which one, and exit.
 
-    All processes call it together, after `init_process_group`. A thread of each says once a second, in the group's store, that it lives.
+    All processes call it together, after `init_process_group`. In each, a thread writes a heartbeat to the group's store about once a
+    second.
 
     Args:
-        silent: seconds without a word from a process after which the others print one sentence that names it, and end with exit code 1,
-            wherever they are. Python must be able to run a thread within that time, so not too few. PyTorch's launcher kills the others
-            30 seconds after one has died: a program that goes on after SIGTERM wants fewer than that to have its sentence printed.
-        late: seconds that a process waits at one place, see `Watch.at`, before it prints which others have not come that far. It goes on:
-            PyTorch ends it when the collective's own time is up (10 minutes with NCCL, 30 with gloo, unless `init_process_group` says
+        silent: seconds without a heartbeat after which the other processes print a sentence that names the silent one, and exit with code
+            1, wherever they are. Python must be able to run a thread within that time, so do not set it too low. PyTorch's launcher kills
+            the others 30 seconds after one has died: a program that continues after SIGTERM needs a lower value for its sentence to be
+            printed.
+        late: seconds that a process waits at one place, see `Watch.at`, before it prints which processes have not reached it. It continues
+            to wait: PyTorch ends it when the collective times out (10 minutes with NCCL, 30 with gloo, unless `init_process_group` says
             otherwise).
 
     Returns:
-        The `Watch`. A job has one at a time; a second call ends the first. Exchanges that fail name the missing process while there is one.
+        The `Watch`. A job has one at a time; a second call ends the first. Errors of failed exchanges name the missing process while there
+        is one.
 
     Raises:
         ValueError: there is no process group, or a number is not above 0.
@@ -70,19 +74,19 @@ def watch_processes(silent: float = 30.0, late: float = 240.0) -> Watch:
 
 
 def missing_processes() -> str | None:
-    """After a collective failed: a sentence that says which process is missing, if this one keeps watch and knows."""
+    """After a failed collective: a sentence that names the missing processes; None without a watch, or if none is missing."""
     return None if _current is None else _current.failed()
 
 
 @dataclass(frozen=True)
 class _Word:
-    """What a process says of itself."""
+    """What a process reports about itself."""
 
     state: str
-    beat: int  # rises as long as the process lives
-    n_places: int  # that it has come to
+    beat: int  # increases while the process lives
+    n_places: int  # places reached so far
     place: str
-    where: str  # it runs
+    where: str  # pid and host
 
     def dumps(self) -> str:
         return json.dumps(list(vars(self).values()))
@@ -93,7 +97,7 @@ class _Word:
 
 
 class Watch:
-    """Looks after the other processes of a job, see `watch_processes`, which makes it.
+    """Monitors the other processes of a job. Created by `watch_processes`.
 
     >>> import torch.distributed as dist
     >>> from moba_flex.distributed import watch_processes
@@ -110,8 +114,8 @@ class Watch:
         self._state, self._beat, self._n_places, self._place = _RUNS, 0, 0, "the start"
         self._where = f"pid {os.getpid()} on {socket.gethostname()}"
         self._arrived = time.monotonic()
-        self._spared_until = -math.inf  # while `failed` finds out who is missing, and its caller says so
-        self._told: str | None = None  # the place at which others were said to be late
+        self._spared_until = -math.inf  # no exit before this time: the caller of `failed` reports the missing process
+        self._told: str | None = None  # the place for which late processes were reported
         self._lock, self._stop = threading.Lock(), threading.Event()
         number = next(_numbers)
         self._keys = [f"moba_flex/watch/{number}/{r}" for r in range(size)]
@@ -124,25 +128,25 @@ class Watch:
         self._thread.start()
 
     def at(self, place: str) -> None:
-        """This process has come to a place that all come to, such as "step 17". Costs nothing: the thread says it."""
+        """Record that this process has reached a place that all processes reach, such as "step 17". Cheap: only the thread writes it."""
         self._place, self._arrived = place, time.monotonic()
         self._n_places += 1
 
     def end(self) -> None:
-        """This process is done: the others do not miss it from now on."""
+        """Stop watching. The other processes no longer expect heartbeats of this one."""
         global _current
         if self._stop.is_set():
             return
         self._stop.set()
         self._thread.join()
         self._state = _ENDED
-        with contextlib.suppress(RuntimeError):  # whoever held the store is done too
+        with contextlib.suppress(RuntimeError):  # the process that holds the store may have ended too
             self._say()
         if _current is self:
             _current = None
 
     def failed(self) -> str | None:
-        """Something failed here, perhaps since another process is missing: which, if that is so. Takes five seconds."""
+        """After a failure: a sentence that names the missing processes, or None. Takes about five seconds."""
         self._state, self._spared_until = _FAILED, math.inf
         try:
             for _ in range(6):
@@ -160,7 +164,7 @@ class Watch:
         reached = time.monotonic()
         while not self._stop.wait(self._interval):
             try:
-                if not dist.is_initialized():  # the group was destroyed, and this process has no part in it any more
+                if not dist.is_initialized():  # the group was destroyed, so this process is no longer part of it
                     self._state = _ENDED
                     return self._say()
                 self._say()
