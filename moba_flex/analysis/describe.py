@@ -1,4 +1,4 @@
-"""What each layer of a model uses now, and why: `describe`."""
+"""Which attention each layer of a model uses now, and why: `describe`."""
 
 from __future__ import annotations
 
@@ -28,19 +28,20 @@ _CROSS = re.compile(r"cross|encoder_attn|enc_?dec|encoder_decoder", re.IGNORECAS
 
 @dataclass(frozen=True)
 class LayerDescription:
-    """What one attention layer uses now; an element of `Description.layers`.
+    """Which attention one layer uses now; an element of `Description.layers`.
 
     Attributes:
-        index: the layer's number in its stack, None if it has none.
+        index: the layer's index in its stack, None if it has none.
         name: the attention module's path in the model.
-        attention: "moba", "moba_naive", "full", or the layer's own kind: "sliding window", "chunked", "cross", "bidirectional".
-        reason: why it is that.
+        attention: "moba", "moba_naive", "full", or the layer's own kind: "sliding window", "chunked", "cross", "bidirectional"; "none" if a
+            call raises an error.
+        reason: why it uses that attention.
         block_size: tokens per block; None for layers without MoBA, as are the next two.
-        top_k: how many blocks a query reads, its own one included.
+        top_k: the number of blocks that a query reads, including its own block.
         decode: what generated tokens read: "full", all keys; "sparse", their `top_k` blocks.
-        share_of_keys: of a prompt of `Description.length` tokens, the keys that all queries read over those that they see, 0 to 1;
-            None without a length, and for layers whose own kind of attention decides.
-        sparse: whether any query of that prompt reads less than it sees; likewise None.
+        share_of_keys: in a prompt of `Description.length` tokens, the keys that all queries read, divided by the keys that they see, 0 to
+            1; None without a length, and for layers with their own kind of attention.
+        sparse: whether any query of that prompt reads fewer keys than it sees; None in the same cases.
     """
 
     index: int | None
@@ -56,13 +57,13 @@ class LayerDescription:
 
 @dataclass(frozen=True, repr=False)
 class Description:
-    """What the layers of a model use now; what `describe` returns. Printed, it is a table in which equal layers share a line.
+    """Which attention the layers of a model use now; returned by `describe`. Printed as a table in which equal layers share a line.
 
     Attributes:
         model: the name of the model's class.
-        layers: one `LayerDescription` for each attention layer that asks transformers' registry, in the model's order.
-        length: the number of tokens that `share_of_keys` and `sparse` are for, or None.
-        notes: sentences about the model as a whole: other settings, what has no effect, why it cannot use MoBA.
+        layers: one `LayerDescription` for each attention layer that uses transformers' registry, in the model's order.
+        length: the number of tokens that `share_of_keys` and `sparse` refer to, or None.
+        notes: sentences about the whole model: other settings, settings without effect, why it cannot use MoBA.
     """
 
     model: str
@@ -71,7 +72,7 @@ class Description:
     notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """A plain dict of plain values. `pandas.DataFrame(description.to_dict()["layers"])` has a row for each layer."""
+        """A dict of plain values. `pandas.DataFrame(description.to_dict()["layers"])` has one row per layer."""
         layers = [asdict(layer) for layer in self.layers]
         return {"model": self.model, "length": self.length, "layers": layers, "notes": list(self.notes)}
 
@@ -103,18 +104,18 @@ class Description:
 
 
 def describe(model: nn.Module, length: int | None = None) -> Description:
-    """Say what each attention layer of a model uses now, and why. Nothing is computed, and nothing is changed.
+    """Report which attention each layer of a model uses now, and why. Computes and changes nothing.
 
     Args:
         model: a transformers model, patched or not, loaded by name, or wrapped (PEFT, DistributedDataParallel).
-        length: a number of tokens. With it the description says which share of the keys a prompt of that length reads, and whether MoBA
-            has an effect there.
+        length: a number of tokens. The description then says which share of the keys a prompt of that length reads, and whether MoBA has an
+            effect on it.
 
     Returns:
         A `Description`: print it, or use its `layers` and `to_dict()`.
 
     Raises:
-        TypeError: `model` is no module.
+        TypeError: `model` is not a module.
         ValueError: `length` is not an int of at least 1.
 
     >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -161,7 +162,7 @@ def _describe(layer: AttentionLayer, name: str, length: int | None, refusal: str
 
 
 def _used(layer: AttentionLayer, name: str, refusal: str | None) -> tuple[str, str, MobaConfig | None]:
-    """What a layer uses, why, and the settings if it is MoBA."""
+    """A layer's attention, the reason, and the settings if it is MoBA."""
     if not takes_moba(layer):
         return *_own_kind(layer, name), None
     config, choice = layer.config, choice_of(layer)
@@ -189,7 +190,7 @@ def _used(layer: AttentionLayer, name: str, refusal: str | None) -> tuple[str, s
 
 
 def _own_kind(layer: AttentionLayer, name: str) -> tuple[str, str]:
-    """The kind of attention of a layer that MoBA cannot replace, and why it cannot."""
+    """The kind of attention of a layer that MoBA cannot replace, and the reason."""
     if getattr(layer, "is_cross_attention", False) or _CROSS.search(name.rpartition(".")[2]):
         return "cross", "it reads the keys of others"
     if not getattr(layer, "is_causal", True):
@@ -234,7 +235,7 @@ def _index(layer: AttentionLayer, name: str) -> int | None:
 
 
 def _stack(name: str) -> str:
-    """A module's path without numbers: "model.layers.*.self_attn"."""
+    """A module's path with * for numbers: "model.layers.*.self_attn"."""
     return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
 
 

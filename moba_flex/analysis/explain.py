@@ -24,14 +24,14 @@ _MEANING = {
 
 @dataclass(frozen=True)
 class Explanation:
-    """How a call is computed; what `explain` returns. Printed, it is a few sentences.
+    """How a call is computed; returned by `explain`. Printed as a few sentences.
 
     Attributes:
         call: the call in words: tokens, block size and `top_k`.
         path: "empty", "reference", "dense" or "routed".
-        implementation: what `implementation="auto"` became: "flex", "eager" or "naive".
+        implementation: the implementation in use, with "auto" resolved: "flex", "triton", "eager" or "naive".
         cuda_graph: whether calls of this shape are replayed from a CUDA graph, from the third one on.
-        share_of_keys: the keys that queries read at most, over those of full attention.
+        share_of_keys: the largest number of keys that queries read, divided by that of full attention.
         reasons: why it is not another path, and not a CUDA graph.
 
     >>> import torch
@@ -50,7 +50,7 @@ class Explanation:
     reasons: dict[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """A plain dict of plain values."""
+        """A dict of plain values."""
         return dict(vars(self))
 
     def __str__(self) -> str:
@@ -81,13 +81,13 @@ def explain(
     return_lse: bool = False,
     implementation: str = "auto",
 ) -> Explanation:
-    """Say which path `moba_attention` takes with these arguments, and why: what to ask when a call is slow. Nothing is computed.
+    """Report which path `moba_attention` takes with these arguments, and why. Use it when a call is slow. Computes nothing.
 
     Args:
-        query, key, value: those of `moba_attention`, or with `cu_seqlens` those of `moba_attention_varlen`. Only shapes, dtypes and
-            devices matter: tensors on the device "meta" do, but are no tensors on CUDA. `value=None`: as wide as `key`.
+        query, key, value: those of `moba_attention`, or with `cu_seqlens` those of `moba_attention_varlen`. Only shapes, dtypes and devices
+            matter: "meta" tensors work, but do not count as CUDA tensors. `value=None`: as wide as `key`.
 
-    The other arguments and what is raised are those of `moba_attention`.
+    The other arguments and errors are those of `moba_attention`.
 
     >>> import torch
     >>> from moba_flex import explain
@@ -144,9 +144,9 @@ def explain(
 
 
 def share_of_keys(n_query: int, n_key: int, block_size: int, top_k: int, causal: bool = True) -> float:
-    """The keys that the last `n_query` of `n_key` tokens read at most, over those of full attention.
+    """The largest number of keys that the last `n_query` of `n_key` tokens can read, divided by that of full attention.
 
-    It is exact where queries are causal: they choose among whole blocks.
+    It is exact for causal queries, because they choose among whole blocks.
     """
     if not n_query:
         return 1.0
@@ -158,7 +158,9 @@ def share_of_keys(n_query: int, n_key: int, block_size: int, top_k: int, causal:
 
 
 def _keys_read(n: int, block_size: int, top_k: int) -> int:
-    """By the first `n` tokens together: all keys up to their own while there are `top_k` blocks, then `top_k - 1` and part of their own."""
+    """By the first `n` tokens: all keys up to their own while there are at most `top_k` blocks, then `top_k - 1` blocks and part of their
+    own.
+    """
     dense = min(n, block_size * top_k)
     blocks, rest = divmod(n - dense, block_size)
     own = blocks * _up_to(block_size) + _up_to(rest)

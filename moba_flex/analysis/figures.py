@@ -1,6 +1,6 @@
-"""Figures of what is read: `visualize` draws a selection, `trace_figure` what `moba_flex.trace` found.
+"""Figures of the blocks that are read: `visualize` draws a selection, `trace_figure` the result of `moba_flex.trace`.
 
-matplotlib comes with the extra `viz` and is imported when a figure is made; without pyplot, so that nothing global changes.
+matplotlib comes with the extra `viz`. It is imported when a figure is made, without pyplot, so that no global state changes.
 
 B batch, H query heads, N tokens (Nq queries, Nk keys), C blocks, R by W the cells of a panel.
 """
@@ -26,29 +26,29 @@ if TYPE_CHECKING:
 
     from .trace import Trace
 
-_MOST_CELLS = 256  # a panel is at most this many cells high and wide: more cannot be told apart
+_MOST_CELLS = 256  # largest number of cells of a panel, in either direction: more cannot be distinguished
 _OWN, _PADDING = "#f28e2b", "#d9d9d9"
 _COLORS = "Blues"
 
 
 def visualize(selection: Selection, *, row: int = 0, heads: Iterable[int] | None = None, title: str | None = None) -> Figure:
-    """Draw which blocks each query reads, one panel a head: queries downwards, key blocks to the right.
+    """Draw which blocks each query reads, one panel per head: queries from top to bottom, key blocks from left to right.
 
-    A cell is one query and one block, or several where they are too many to be seen; its darkness is then the share of its pairs that
-    are read. Own blocks and padding have colors of their own; sink and recent blocks count as chosen.
+    A cell is one query and one block. If there are too many to be visible, a cell covers several, and its darkness is the share of its
+    (query, block) pairs that are read. Own blocks and padding have their own colors; sink and recent blocks count as chosen.
 
     Args:
-        selection: what `moba_flex.select_blocks` or `Trace.selections` gives.
+        selection: returned by `moba_flex.select_blocks`, or an element of `Trace.selections`.
         row: which row of the batch.
-        heads: which heads, in this order; all by default.
-        title: what stands above all panels.
+        heads: which heads, in this order; default: all.
+        title: the title above all panels.
 
     Returns:
         A `matplotlib.figure.Figure`: `figure.savefig("blocks.png")`. Notebooks show it with `display(figure)`.
 
     Raises:
         ImportError: matplotlib is not installed.
-        TypeError: `selection` is no Selection, or `title` no string.
+        TypeError: `selection` is not a Selection, or `title` is not a string.
         ValueError: there is no such row or head, or nothing to draw.
 
     >>> import torch
@@ -82,7 +82,7 @@ def visualize(selection: Selection, *, row: int = 0, heads: Iterable[int] | None
 
 
 def trace_figure(trace: Trace) -> Figure:
-    """Two panels for all layers: how far neighbouring queries choose the same, by head, and how many queries choose each block."""
+    """Two panels with one row per layer: the overlap of neighbouring queries' choices per head, and how many queries choose each block."""
     heads, blocks = trace.chosen.shape[1:]
     taken = trace.chosen.double().mean(1) / trace.candidates
     drawn = (
@@ -132,7 +132,7 @@ def _check_selection(selection: Selection, row: int, heads: Iterable[int] | None
 
 
 def _grid(panels: int) -> tuple[int, int]:
-    """Lines and columns: nearly a square, with as few empty places as may be."""
+    """Rows and columns of the grid: nearly square, with as few empty cells as possible."""
     root = math.isqrt(panels - 1) + 1
     columns = min(range(root, root * 3 // 2 + 1), key=lambda columns: (-panels % columns, columns))
     return -(-panels // columns), columns
@@ -144,7 +144,7 @@ def _cells(chosen: Tensor, own: Tensor, n_blocks: int, per_cell: tuple[int, int]
     from matplotlib.colors import to_rgba
 
     share = _share(chosen, n_blocks, per_cell)
-    colors = matplotlib.colormaps[_COLORS](share.sqrt().numpy())  # the root, so that few of many can be seen
+    colors = matplotlib.colormaps[_COLORS](share.sqrt().numpy())  # the square root makes small shares visible
     colors[share.numpy() == 0] = to_rgba("white")
     line, real = torch.arange(len(own)) // per_cell[0], own >= 0
     if causal:
@@ -166,7 +166,7 @@ def _share(chosen: Tensor, n_blocks: int, per_cell: tuple[int, int]) -> Tensor:
 
 
 def _explain(figure: Figure, title: str | None, per_cell: tuple[int, int], causal: bool, padding: bool) -> None:
-    """The title and the legend above the panels, and a color bar where a cell is more than one pair."""
+    """Add the title, the legend, and a color bar if a cell covers more than one pair."""
     import matplotlib
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import PowerNorm

@@ -1,4 +1,4 @@
-"""Small tables of text, for what is printed."""
+"""Small plain-text tables."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ _MOST_RUNS = 6
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """Lines of a table whose columns are as wide as their longest cell, two spaces between them."""
+    """The lines of a table. Columns are as wide as their longest cell, with two spaces between them."""
     lines = [list(columns), *map(list, rows)]
     widths = [max(map(len, cells)) for cells in zip(*lines)]
     return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines]
 
 
 def runs(numbers: Iterable[int]) -> str:
-    """Numbers in few words: "0-28", "0, 2, ..., 30", "0-4, 6-10, ..., 54-58"."""
+    """Integers as short ranges: "0-28", "0, 2, ..., 30", "0-4, 6-10, ..., 54-58"."""
     ordered = sorted(set(numbers))
     found: list[list[int]] = []
     for number in ordered:

@@ -1,9 +1,9 @@
-"""What a whole model reads, in one forward pass: `trace`.
+"""Which blocks a whole model reads in one forward pass: `trace`.
 
-Each layer that uses MoBA shows its queries and keys to a watcher before it attends. The watcher asks the gate again which blocks they
-choose, keeps a few numbers a head, and lets the rest go before the next layer.
+Each layer that uses MoBA passes its queries and keys to a watcher before it computes attention. The watcher computes the gate's choice
+again, keeps a few statistics per head, and frees the rest before the next layer.
 
-L layers, B batch, H query heads, N tokens (Nq queries, Nk keys), C blocks, S chosen blocks a query.
+L layers, B batch, H query heads, N tokens (Nq queries, Nk keys), C blocks, S chosen blocks per query.
 """
 
 from __future__ import annotations
@@ -39,18 +39,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Trace:
-    """Which blocks the layers of a model read; what `trace` returns. All tensors are on the CPU. Printed, it is a table with a line for
-    each layer.
+    """Which blocks the layers of a model read; returned by `trace`. All tensors are on the CPU. Printed as a table with a line for each
+    layer.
 
     Attributes:
         layers: the indices of the L layers that use MoBA.
-        share_of_keys: `[L, H]` float64, the keys that all queries read, over those that they would read with full attention. As long as
-            every query reads `top_k` blocks or all there are, it follows from the lengths alone.
-        overlap: `[L, H]` float64, the share of a query's chosen blocks that the next query chooses too. It is the mean over neighbours
-            in one block that have more blocks to choose from than they may choose; NaN where there are none.
-        chosen: `[L, H, C]` int64, how many queries chose a block. A query's own block is not chosen, it is always read.
-        candidates: `[C]` int64, how many queries had a block to choose from, so that `chosen / candidates` is the share that took it.
-        selections: of the layers that were asked for, which blocks each query reads.
+        share_of_keys: `[L, H]` float64, the keys that all queries read, divided by those of full attention. If every query reads `top_k`
+            blocks, or all that there are, it depends on the lengths alone.
+        overlap: `[L, H]` float64, the share of a query's chosen blocks that the next query also chooses. It is the mean over pairs of
+            neighbours in the same block that have more blocks to choose from than they may choose; NaN if there are none.
+        chosen: `[L, H, C]` int64, how many queries chose a block. A query's own block does not count as chosen, since it is always read.
+        candidates: `[C]` int64, how many queries could choose a block: `chosen / candidates` is the share of them that chose it.
+        selections: for the requested layers, which blocks each query reads.
     """
 
     layers: tuple[int, ...]
@@ -61,10 +61,10 @@ class Trace:
     selections: Mapping[int, Selection] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, list[Any]]:
-        """Columns of equal length with one row a layer, head and block, as a data frame takes them.
+        """Columns of equal length, with one row per layer, head and block, as for a data frame.
 
         The columns "layer", "head", "share_of_keys", "overlap", "block", "chosen" and "candidates" are the attributes; the first four
-        repeat for all blocks of a head. `pandas.DataFrame(trace.to_dict())` needs no more.
+        repeat for all blocks of a head. Use `pandas.DataFrame(trace.to_dict())`.
         """
         shape = self.chosen.shape
         per_head = {"share_of_keys": self.share_of_keys, "overlap": self.overlap}
@@ -89,7 +89,7 @@ class Trace:
         return "\n".join([of, *table(names, rows), *([kept] if self.selections else [])])
 
     def _favourite(self, i: int) -> str:
-        """The past block that most of those queries read that may, over all heads, and which share of them."""
+        """The block that the largest share of its candidates chose, over all heads, and that share."""
         chosen, could = self.chosen[i].sum(0), self.candidates * self.chosen.shape[1]
         share = torch.where(could > 0, chosen / could.clamp(min=1), 0.0)
         block = int(share.argmax())
@@ -98,13 +98,13 @@ class Trace:
     def figure(self) -> Figure:
         """A matplotlib figure of all layers: the overlap of each head, how often each block is chosen, and the mean share of keys.
 
-        Raises ImportError without matplotlib, which the extra `viz` brings.
+        Raises ImportError if matplotlib is not installed; it comes with the extra `viz`.
         """
         return figures.trace_figure(self)
 
 
 def _overlap(heads: Tensor) -> tuple[str, str]:
-    """The mean over a layer's heads, and the least and most of them."""
+    """The mean over a layer's heads, and their range."""
     known = heads[~heads.isnan()]
     return (f"{known.mean():.0%}", f"{known.min():.0%} to {known.max():.0%}") if len(known) else ("-", "-")
 
@@ -128,25 +128,25 @@ def trace(
     implementation: str = UNSET,
     **unknown: NoReturn,
 ) -> Trace:
-    """Let a model read a batch once, and say which blocks its layers read.
+    """Run a model on a batch once, and report which blocks its layers read.
 
-    The pass is one of inference: in evaluation mode, without gradients and without a cache. Afterwards, also after an exception, the
-    model is what it was. A progress bar counts the layers; `transformers.utils.logging.disable_progress_bar()` turns it off.
+    The pass runs in evaluation mode, without gradients and without a cache. Afterwards, also after an exception, the model is restored. A
+    progress bar counts the layers; `transformers.utils.logging.disable_progress_bar()` turns it off.
 
     Args:
-        model: a transformers model. One that uses MoBA is watched as it is; one that does not is patched for this pass.
+        model: a transformers model. If it does not use MoBA, it is patched for this pass.
         input_ids: `[B, N]` tokens, on the model's device.
-        attention_mask: `[B, N]`, 1 for real tokens, padding on the left or the right. Padding is not counted anywhere.
-        selections: layers of which the `Selection` is kept, for `moba_flex.visualize`; negative numbers count from the last.
+        attention_mask: `[B, N]`, 1 for real tokens, with padding on the left or the right. Padding counts nowhere.
+        selections: layers whose `Selection` is kept, for `moba_flex.visualize`; negative indices count from the last layer.
         config, block_size, ...: those of `moba_flex.patch`, in place of the model's own for this pass.
 
     Returns:
-        A `Trace`, which see.
+        A `Trace`.
 
     Raises:
-        ValueError: no layer uses MoBA or can, a layer in `selections` does not, a setting is out of range, the inputs do not fit, or the
-            model is context-parallel.
-        TypeError: `input_ids` is no tensor of whole numbers, or both `config` and settings are given.
+        ValueError: no layer uses MoBA or can use it, a layer in `selections` does not use it, a setting is out of range, the inputs do not
+            fit, or the model is context-parallel.
+        TypeError: `input_ids` is not an integer tensor, or both `config` and settings are given.
 
     >>> import torch
     >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -206,7 +206,7 @@ def _read(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None) ->
 
 
 class Watcher:
-    """What MoBA layers show their queries and keys to while it is the watcher in their state."""
+    """Receives the queries and keys of MoBA layers while it is the watcher in their state."""
 
     def __init__(self, keep: list[int], seen: Callable[[], object]) -> None:
         self._keep, self._seen = keep, seen
@@ -214,12 +214,12 @@ class Watcher:
         self._numbers: list[tuple[Tensor, ...]] = []
         self._selections: dict[int, Selection] = {}
 
-    @outside_graphs  # a layer that was compiled in place has a graph on either side of it
+    @outside_graphs  # a graph break: compiled layers must not trace it
     def __call__(self, layer: AttentionLayer, query: Tensor, key: Tensor, visible: Visible, settings: MobaConfig) -> None:
         names = inspect.signature(select_blocks).parameters
         blocks = {name: value for name, value in settings.items() if name in names}
         n_blocks, forced = -(-key.shape[2] // settings.block_size), 1 + settings.sink_blocks + settings.recent_blocks
-        blocks["top_k"] = min(settings.top_k, max(n_blocks, forced))  # more mean the same, and would take memory for each
+        blocks["top_k"] = min(settings.top_k, max(n_blocks, forced))  # a larger top_k changes nothing, but takes memory
         selection = select_blocks(query, key, **blocks, causal=visible.causal, padding_mask=visible.padding_mask)
         self._layers.append(layer.layer_idx)
         self._numbers.append(tuple(x.cpu() for x in numbers(selection)))
@@ -234,30 +234,30 @@ class Watcher:
 
 
 def numbers(selection: Selection) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Share of keys `[H]`, overlap `[H]`, chosen `[H, C]` and candidates `[C]` of one layer, as in `Trace`."""
+    """Share of keys `[H]`, overlap `[H]`, chosen `[H, C]` and candidates `[C]` of one layer, see `Trace`."""
     of_key, n_blocks = selection.block_of_key, selection.n_blocks
     heads, n_query, n_chosen = selection.indices.shape[1:]
     own = of_key[:, of_key.shape[1] - n_query :]  # [B, Nq]
     real = own >= 0
     of_any = torch.where(of_key < 0, n_blocks, of_key)
     size = torch.zeros(len(own), n_blocks + 1, dtype=torch.int64, device=own.device).scatter_add(1, of_any, torch.ones_like(of_any))
-    size = size[:, :n_blocks]  # [B, C], the keys of each block
+    size = size[:, :n_blocks]  # [B, C], keys per block
     if selection.causal:
-        visible = (of_key >= 0).cumsum(1)[:, -n_query:]  # [B, Nq], the keys up to a query's own
+        visible = (of_key >= 0).cumsum(1)[:, -n_query:]  # [B, Nq], keys up to and including a query's own
         own_read = visible - (size.cumsum(1) - size).gather(1, own.clamp(min=0))
-        options = own.clamp(min=0)  # [B, Nq], blocks to choose from
+        options = own.clamp(min=0)  # [B, Nq], number of blocks to choose from
     else:
         visible, own_read = size.sum(1, keepdim=True).expand_as(own), torch.zeros_like(own)
         options = (size > 0).sum(1, keepdim=True).expand_as(own)
-    had = torch.bincount(options[real], minlength=n_blocks + 1)  # how many queries had so many options
-    candidates = had.flip(0).cumsum(0).flip(0)[1:]  # block c is an option of those that have more than c
+    had = torch.bincount(options[real], minlength=n_blocks + 1)  # how many queries have each number of options
+    candidates = had.flip(0).cumsum(0).flip(0)[1:]  # block c is an option for queries with more than c options
 
     neighbours = real[:, 1:] & real[:, :-1] & (options[:, 1:] > n_chosen)
     if selection.causal:
         neighbours &= own[:, 1:] == own[:, :-1]
     share, overlap, chosen = [], [], []
-    for head in range(heads):  # one at a time: choices are as many as the numbers in a query, or more
-        index = selection.indices[:, head].long()  # [B, Nq, S], -1 where there are fewer
+    for head in range(heads):  # one head at a time: a query can have as many choices as elements, or more
+        index = selection.indices[:, head].long()  # [B, Nq, S], -1 for missing choices
         read = own_read + torch.where(index >= 0, size[:, None].expand(-1, n_query, -1).gather(2, index.clamp(min=0)), 0).sum(-1)
         share.append(read[real].sum().double() / visible[real].sum())
         chosen.append(torch.bincount(index[index >= 0], minlength=n_blocks))
@@ -284,7 +284,7 @@ def _check_inputs(input_ids: Tensor, attention_mask: Tensor | None) -> None:
 
 @contextmanager
 def left_as_it_was(model: nn.Module) -> Iterator[None]:
-    """After the `with` block the model's configurations, modes, convolutions of keys and marks of MoBA are what they were before."""
+    """Restore the model's configurations, modes, key convolutions and MoBA state after the `with` block."""
     layers = attention_layers(model)
     holders = [(module, module.config) for module in model.modules() if holds_config(module)]
     convolutions = [(layer, key_conv_hooks_of(layer)) for layer in layers]

@@ -1,4 +1,4 @@
-"""Settings for a pretrained model without training: `calibrate`."""
+"""Find settings for a pretrained model without training: `calibrate`."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from .space import Space, default_block_sizes, default_budgets
 from .texts import sequences, split, with_facts
 
 COSTS = ("auto", "time", "keys")
-FEW_TEXTS, SHORT = 4, 1024  # fewer texts set aside, or shorter ones, tell little
+FEW_TEXTS, SHORT = 4, 1024  # with fewer held-out texts, or shorter ones, the result is unreliable
 
 
 def calibrate(
@@ -48,36 +48,36 @@ def calibrate(
     budgets: Iterable[int] | None = None,
     file: str | os.PathLike[str] | None = None,
 ) -> Calibration:
-    """Find the cheapest settings of MoBA whose loss is within `within` nats of full attention's, without training.
+    """Find the cheapest settings of MoBA whose loss is within `within` nats per token of full attention, without training.
 
-    Every third text is searched with; the others are set aside, and what is chosen was checked on them: mean and standard error of the
-    difference to full attention are at most `within` together. Where a check fails, the text that lost most there is searched with too.
-    Searched are block sizes, numbers of keys, sink and recent blocks, a shared selection, and which layers keep full attention. The model
-    is left as it was, also after an exception. Before it begins it says how long it takes, and a progress bar counts the passes;
-    `transformers.utils.logging.disable_progress_bar()` turns both off.
+    One text in three is used for the search, and the others are held out. The chosen settings have been checked on the held-out texts: the
+    mean difference to full attention plus its standard error is at most `within`. If a check fails, the text that did worst there is
+    added to the search. The search covers block sizes, key budgets, sink and recent blocks, a shared selection, and which layers keep full
+    attention. The model is restored afterwards, also after an exception. An estimate of the time is printed first, and a progress bar
+    counts the passes; `transformers.utils.logging.disable_progress_bar()` turns both off.
 
     Args:
         model: a transformers model with a language-model head, patched or not, on the device whose time counts.
         texts: at least 2, better 12 or more, of the kind and length that the model is for: strings, or rows of token ids `[N]`.
-        within: nats per token behind full attention, above 0; on texts set aside their mean and one standard error together.
-        tokenizer: for strings, and for facts that are put into texts and asked for.
-        length: tokens that each text is cut to; None: those of the shortest.
-        last_quarter: nats behind full attention in the last quarter of a text, at most; None: no limit.
-        agreement: share of the positions whose likeliest next token is that of full attention, at least, 0 to 1; None: no limit.
-        retrieval: share of the facts that full attention finds, at least, 0 to 1; None: no limit.
-        cost: what is made small: "time" of a forward pass, "keys" read, or "auto", time on a GPU and keys elsewhere. Costs within 2 % are
-            equal, and the other one decides.
-        block_sizes: tokens per block to search among; None: three powers of two by length.
-        budgets: keys that a query reads at most, to search among; None: 1/16, 1/8, 1/4 and 3/8 of the length.
-        file: for measurements. Each is written as soon as it is known; the same call goes on from there.
+        within: the largest difference to full attention in nats per token, above 0; on held-out texts the mean plus one standard error.
+        tokenizer: for strings, and for the retrieval of facts that are put into texts.
+        length: number of tokens to which each text is cut; None: that of the shortest.
+        last_quarter: the largest difference to full attention in the last quarter of a text, in nats per token; None: no limit.
+        agreement: the smallest share of positions with the same most likely next token as full attention, 0 to 1; None: no limit.
+        retrieval: the smallest share of the facts found by full attention that must be found, 0 to 1; None: no limit.
+        cost: what is minimised: "time" of a forward pass, "keys" read, or "auto", time on a GPU and keys elsewhere. Costs within 2 % count
+            as equal; for "time" the keys read then decide.
+        block_sizes: block sizes to search, in tokens; None: three powers of two that depend on the length.
+        budgets: key budgets to search, the largest number of keys that a query reads; None: 1/16, 1/8, 1/4 and 3/8 of the length.
+        file: a file for measurements. Each is written as soon as it is made; the same call continues from there.
 
     Returns:
         A `Calibration`: `report.config` is for `moba_flex.patch`, or None if no settings keep the limits. Print it for a table.
 
     Raises:
-        ValueError: a limit, a size or a text is out of range, the model cannot use MoBA or has no head, or `file` is of another
+        ValueError: a limit, a size or a text is out of range, the model cannot use MoBA or has no head, or `file` belongs to another
             calibration.
-        TypeError: `model` is no module, or `texts` are neither strings nor token ids.
+        TypeError: `model` is not a module, or `texts` are neither strings nor token ids.
 
     >>> import torch
     >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -118,7 +118,7 @@ class _Run:
         self._meter = Meter(model, ids, saved, self._count)
         search, held_out = split(len(ids))
         self._search = Search(self._meter, space, limits, search, held_out)
-        n_facts = 0 if tokenizer is None else 1 if limits.retrieval is None else 2  # texts with facts
+        n_facts = 0 if tokenizer is None else 1 if limits.retrieval is None else 2  # number of texts with facts
         fact_texts = {i: with_facts(ids[i], tokenizer, i) for i in held_out[:n_facts]}
         self._facts = {i: text for i, text in fact_texts.items() if text.answers}
         self._found: dict[str, tuple[int, int]] = {}
@@ -146,7 +146,7 @@ class _Run:
         return self._made(chosen)
 
     def _say_cost(self, passes: int) -> None:
-        """From one pass of full attention. Where progress bars are off, nothing is said."""
+        """Estimate the time from one pass of full attention. Print it unless progress bars are off."""
         self._search.full[self._search.search[0]] = first = self._meter.read(None, self._search.search[0], timed=True)
         if logging.is_progress_bar_enabled():
             minutes = passes * (first.seconds or 0.0) / 60
@@ -158,7 +158,7 @@ class _Run:
             )
 
     def _keeps_facts(self, config: MobaConfig) -> bool:
-        """Whether enough facts are found, where that was asked for."""
+        """Whether enough facts are found, if there is a limit."""
         if self._limits.retrieval is None:
             return True
         found, _ = self._find(config)
@@ -256,7 +256,7 @@ def _limits(within: float, last_quarter: float | None, agreement: float | None, 
 
 
 def _layers(model: nn.Module) -> tuple[tuple[int, ...], MobaConfig]:
-    """The layers that MoBA can replace, and the model's settings, as far as they are not searched."""
+    """The layers that MoBA can replace, and the settings that are not searched."""
     _, replaceable = find_layers(model)
     if any(context_of(layer) is not None for layer in replaceable):
         raise ValueError(f"{type(model).__name__} is context-parallel, which cannot be calibrated: call ContextParallel.remove() first")

@@ -1,4 +1,4 @@
-"""The picture of a calibration: quality against cost."""
+"""The figure of a calibration: quality against cost."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _MOST_TEXTS = len(_TEXTS)
 
 
 def calibration_figure(report: Calibration) -> Figure:
-    """One panel: nats behind full attention against the cost, a point per text and setting, and what was chosen on the texts set aside."""
+    """One panel: nats behind full attention against cost, a point per text and setting, and the chosen settings on the held-out texts."""
     figure = new_figure((9.5, 4.8))
     panel: Axes = figure.subplots()
     panel.set_yscale("symlog", linthresh=max(1e-4, report.limits["within"] / 2))
@@ -62,7 +62,7 @@ def _cost(report: Calibration, candidate: Candidate) -> float:
 
 
 def _draw_chosen(panel: Axes, report: Calibration, chosen: Candidate) -> None:
-    """With its spread on the texts set aside, and what it is beside it."""
+    """Draw the chosen settings with their spread on the held-out texts, and a label."""
     assert chosen.held_out is not None, "what is chosen was checked"
     x, y = _cost(report, chosen), chosen.held_out.difference
     panel.errorbar([x], [y], yerr=[chosen.held_out.spread], color=_CHOSEN, marker="*", markersize=13, capsize=3, linestyle="none",

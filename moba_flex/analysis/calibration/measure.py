@@ -1,4 +1,4 @@
-"""What a model does with one text under one setting: loss, agreement with full attention, facts found, and the time that it takes.
+"""Measurements of one text under one setting: loss, agreement with full attention, facts found, and time.
 
 N tokens of a text, V vocabulary.
 """
@@ -22,20 +22,20 @@ from .prefix import PROBE, Prefix
 from .saved import Measured, Saved
 from .texts import FactText
 
-CHUNK = 1024  # positions whose logits are float32 at once: all of a long text would take gigabytes
-WARM_UP, ROUNDS = 3, 5  # passes on a GPU before any is timed, and those that are
+CHUNK = 1024  # positions whose logits are cast to float32 at a time: those of a long text would take gigabytes
+WARM_UP, ROUNDS = 3, 5  # on a GPU: passes before each timed one, and rounds of timing
 
 
 @dataclass(frozen=True)
 class Reading:
-    """One text under one setting.
+    """Measurements of one text under one setting.
 
     Attributes:
         loss: mean negative log-likelihood, nats per token.
-        last_quarter: the same of the last quarter of the text.
-        agreement: share of the positions whose likeliest next token is that of full attention.
-        seconds: of the forward pass; of the process on all cores where the model is on a CPU, else by the clock; None if some of its layers
-            were those of the last pass.
+        last_quarter: the same for the last quarter of the text.
+        agreement: share of positions with the same most likely next token as full attention.
+        seconds: of the forward pass: process time over all cores on a CPU, else wall-clock time; None if outputs of an earlier pass were
+            reused.
     """
 
     loss: float
@@ -45,29 +45,29 @@ class Reading:
 
 
 class Meter:
-    """Reads texts with a model, whose settings it changes as it goes; `done` is called after each pass."""
+    """Runs a model on texts, and changes its settings as needed; `done` is called after each pass."""
 
     def __init__(self, model: nn.Module, texts: Sequence[Tensor], saved: Saved, done: Callable[[], None]) -> None:
         self._model, self._texts, self._saved, self._done = model, texts, saved, done
-        self._likeliest: dict[int, Tensor] = {}  # of full attention, by text: [N - 1]
+        self._likeliest: dict[int, Tensor] = {}  # of full attention, per text: [N - 1]
         self._device = next(model.parameters()).device
         self._prefix: Prefix | None = None
 
     def reuse_layers(self) -> None:
-        """From now on passes skip layers that the last one over the same text has computed: on a CPU, where a model allows it."""
+        """From now on passes reuse layer outputs of earlier passes over the same text: on a CPU, if the model allows it."""
         prefix = Prefix(self._model)
         if self._device.type == "cpu" and prefix.possible:
             few = self._texts[0][:PROBE]
             self._prefix = prefix if prefix.works(lambda: self._whole(few)) else None
 
     def read(self, config: MobaConfig | None, text: int, timed: bool = False) -> Reading:
-        """`config` None: full attention. `timed`: no layer is skipped."""
+        """Measure one text. `config` None: full attention. `timed`: no layer outputs are reused."""
         result = self._saved.get(f"{name_of(config)} | text {text}", lambda: self._read(config, text, timed))
         self._done()
         return Reading(**result)
 
     def _read(self, config: MobaConfig | None, text: int, timed: bool) -> Measured:
-        if config is not None and text not in self._likeliest:  # a file goes on: what full attention chose is not in it
+        if config is not None and text not in self._likeliest:  # a continued file does not contain full attention's choices
             self._read(None, text, timed)
         self.use(config)
         if self._prefix is None or timed:
@@ -94,7 +94,7 @@ class Meter:
         }
 
     def find(self, config: MobaConfig | None, text: FactText, name: str) -> tuple[int, int]:
-        """How many facts of a text are found, and of how many: every token of an answer is the likeliest one at its place."""
+        """The number of facts found in a text, and of all facts. A fact is found if each token of its answer is the most likely one."""
 
         def measured() -> Measured:
             self.use(config)
@@ -107,7 +107,7 @@ class Meter:
         return int(result["found"]), int(result["of"])
 
     def times(self, configs: Sequence[MobaConfig | None]) -> dict[MobaConfig | None, float]:
-        """Median seconds of a prefill on a GPU: all are timed in turn, in `ROUNDS` rounds, after a warm-up of each."""
+        """Median seconds of a prefill on a GPU. All settings are timed in turn, in `ROUNDS` rounds, with a warm-up before each."""
         found: dict[MobaConfig | None, list[float]] = {config: [] for config in configs}
 
         def one(config: MobaConfig | None) -> Measured:
@@ -124,7 +124,7 @@ class Meter:
         return {config: median(times) for config, times in found.items()}
 
     def use(self, config: MobaConfig | None) -> None:
-        """Let the model use these settings."""
+        """Apply these settings to the model; None: full attention."""
         if config is None:
             set_attention(self._model, "full")
         else:
@@ -132,7 +132,7 @@ class Meter:
 
     @torch.no_grad()
     def _logits(self, ids: Tensor) -> tuple[Tensor, float]:
-        """`[N, V]` of one text, in the model's dtype, and how long they took."""
+        """`[N, V]` logits of one text, in the model's dtype, and the seconds that they took."""
         begin = self._now()
         logits = self._whole(ids)
         return logits, self._now() - begin
@@ -150,14 +150,14 @@ class Meter:
 
     def _now(self) -> float:
         if self._device.type == "cpu":
-            return time.process_time()  # other programs on the machine do not count
+            return time.process_time()  # excludes other programs on the machine
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         return time.perf_counter()
 
 
 def name_of(config: MobaConfig | None) -> str:
-    """A setting in the file of measurements."""
+    """The name of a setting in the file of measurements."""
     if config is None:
         return "full attention"
     layers = ",".join(map(str, config.full_attention_layers))
@@ -169,5 +169,5 @@ def name_of(config: MobaConfig | None) -> str:
 
 def _keeps_logits(model: nn.Module) -> bool:
     whole: Any = model
-    inner = whole.get_base_model() if hasattr(whole, "get_base_model") else whole  # PEFT's forward names nothing
+    inner = whole.get_base_model() if hasattr(whole, "get_base_model") else whole  # PEFT's forward does not name its arguments
     return "logits_to_keep" in inspect.signature(inner.forward).parameters

@@ -1,7 +1,7 @@
-"""Layers that need not be computed again: those before the first layer in which a pass over a text differs from earlier ones.
+"""Reuse of layer outputs: a pass over a text skips the first layers if an earlier pass over it used the same attention in them.
 
-Which layers need full attention is found by passes that differ in one layer. On a CPU a pass takes many seconds, and half of them are the
-layers before that one.
+The search for layers that need full attention runs passes that differ in one layer. On a CPU a pass takes many seconds, half of them on
+average for the layers before that one.
 
 L decoder layers.
 """
@@ -21,25 +21,25 @@ from ...models.layers import attention_layers, takes_moba
 from ...models.upstream import DECODER_LAYER, answer_at_once
 from .space import with_full_layers
 
-MOST_BYTES = 2 << 30  # of kept outputs
-PROBE = 64  # tokens with which it is seen whether a model can go on from a layer's output
+MOST_BYTES = 2 << 30  # of stored outputs
+PROBE = 64  # number of tokens for the test whether a model can continue from a layer's output
 
 
 @dataclass
 class _Pass:
     text: int
-    kinds: list[object]  # what each layer used
+    kinds: list[object]  # the attention of each layer
     outputs: list[Any]
 
     def shared(self, text: int, kinds: list[object]) -> int:
-        """How many of its first layers a pass over `text` would repeat."""
+        """The number of first layers that a pass over `text` would repeat."""
         if text != self.text:
             return 0
         return next((n for n, (one, other) in enumerate(zip(kinds, self.kinds)) if one != other), len(kinds))
 
 
 class Prefix:
-    """Keeps the outputs of the decoder layers of passes, as far as there is room: those that were of no use for longest go first."""
+    """Stores the decoder layers' outputs of passes, up to `MOST_BYTES`. The least recently used are dropped first."""
 
     def __init__(self, model: nn.Module) -> None:
         self._layers = _decoder_layers(model)
@@ -51,7 +51,7 @@ class Prefix:
 
     @contextmanager
     def reused(self, config: MobaConfig | None, text: int) -> Iterator[int]:
-        """Within the block a pass over `text` computes only what none before it did; gives the number of layers that it skips."""
+        """Within the block a pass over `text` skips first layers that an earlier pass has computed. Yields the number of skipped layers."""
         kinds = [_kind(attention, config) for _, attention in self._layers]
         best = max(self._kept, key=lambda kept: kept.shared(text, kinds), default=None)
         n = 0 if best is None else min(best.shared(text, kinds), len(kinds) - 1)
@@ -67,7 +67,7 @@ class Prefix:
             self._kept.pop(0)
 
     def works(self, logits: Callable[[], Tensor]) -> bool:
-        """Whether `logits`, a pass over a few tokens, gives the same bits when it goes on from the middle."""
+        """Whether `logits`, a pass over a few tokens, gives bitwise equal results when it continues from the middle layer."""
         try:
             outputs: list[Any] = []
             with _instead(self._layers, outputs, 0):
@@ -77,13 +77,13 @@ class Prefix:
             half = len(outputs) // 2
             with _instead(self._layers, outputs[:half], half):
                 return torch.equal(logits(), whole)
-        except Exception:  # a layer wants more of the one before it than its output
+        except Exception:  # a layer needs more than the preceding layer's output
             return False
 
 
 @contextmanager
 def _instead(layers: list[tuple[nn.Module, nn.Module]], outputs: list[Any], n: int) -> Iterator[None]:
-    """The first `n` layers give the last of `outputs` at once; what the others give is appended to it."""
+    """The first `n` layers return the last of `outputs` at once; the outputs of the others are appended to it."""
     hooks = [layer.register_forward_hook(lambda _, args, output: outputs.append(output)) for layer, _ in layers[n:]]
     try:
         with answer_at_once([layer for layer, _ in layers[:n]], outputs[n - 1] if n else None):
@@ -94,7 +94,7 @@ def _instead(layers: list[tuple[nn.Module, nn.Module]], outputs: list[Any], n: i
 
 
 def _decoder_layers(model: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
-    """Each decoder layer with its attention, in order; none where a layer has several, or is none of transformers' own."""
+    """Each decoder layer with its attention, in order; empty if a layer has several, or is not one of transformers' decoder layers."""
     attentions = attention_layers(model)
     found: list[tuple[nn.Module, nn.Module]] = []
     for layer in model.modules():
@@ -107,7 +107,7 @@ def _decoder_layers(model: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
 
 
 def _kind(attention: Any, config: MobaConfig | None) -> object:
-    """What makes two passes the same in a layer."""
+    """A key that is equal for passes that compute the same in a layer."""
     if not takes_moba(attention):
         return "its own"
     if config is None or attention.layer_idx in config.full_attention_layers:
@@ -116,7 +116,7 @@ def _kind(attention: Any, config: MobaConfig | None) -> object:
 
 
 def _bytes(outputs: Iterable[Any]) -> int:
-    """Of all tensors, each once: passes share them."""
+    """Bytes of all tensors. Each counts once, since passes share them."""
     return sum({id(x): x.numel() * x.element_size() for x in _tensors(outputs)}.values())
 
 

@@ -1,4 +1,4 @@
-"""What a calibration found: `Calibration`, with a table, a picture and a file."""
+"""The result of a calibration: `Calibration`, with a table, a figure and a file."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ FORMAT = "moba_flex calibration 1"
 
 @dataclass(frozen=True)
 class Part:
-    """Means over the search texts, or over those set aside.
+    """Means over the search texts, or over the held-out texts.
 
     Attributes:
-        n_texts: how many texts were read; the search stops early on settings that cannot win.
+        n_texts: how many texts were read; the search stops early for settings that cannot win.
         difference: nats per token behind full attention on the same texts, negative if ahead.
-        spread: the standard error of that mean over texts; 0 for one text, of which nothing is known.
-        last_quarter: nats behind it in the last quarter of the texts.
-        agreement: share of the positions, 0 to 1, whose likeliest next token is that of full attention.
+        spread: the standard error of that mean over texts; 0 for one text, for which it is unknown.
+        last_quarter: nats behind full attention in the last quarter of the texts.
+        agreement: share of positions with the same most likely next token as full attention, 0 to 1.
     """
 
     n_texts: int
@@ -48,11 +48,11 @@ class Candidate:
 
     Attributes:
         config: the settings, for `moba_flex.patch`.
-        share_of_keys: the keys that all layers read of a text, over those of full attention, 0 to 1.
-        seconds: of a forward pass over one text, the median; None if it was not timed.
-        search: a `Part`, means over the search texts; None if these were not read with it.
-        held_out: a `Part`, means over the texts set aside; None if these were not read with it.
-        texts: nats per token behind full attention by the index of the text, of all that were read with it.
+        share_of_keys: the keys of a text that all layers read, divided by those of full attention, 0 to 1.
+        seconds: the median time of a forward pass over one text; None if it was not timed.
+        search: a `Part`, means over the search texts; None if none was read.
+        held_out: a `Part`, means over the held-out texts; None if none was read.
+        texts: nats per token behind full attention for each text that was read, by its index.
     """
 
     config: MobaConfig
@@ -65,29 +65,29 @@ class Candidate:
 
 @dataclass(frozen=True, repr=False)
 class Calibration:
-    """Settings for a model, found without training; what `calibrate` returns. Printed, it is a table.
+    """Settings for a model, found without training; returned by `calibrate`. Printed as a table.
 
     Attributes:
         model: the name of the model's class.
-        device: where it ran, "cpu" or the GPU's name.
+        device: "cpu" or the GPU's name.
         length: tokens of each text.
-        limits: what was asked for by name: "within" and those of "last_quarter", "agreement" and "retrieval" that were given.
-        cost: what was made small, "time" or "keys".
-        n_search, n_held_out: how many texts were searched with, and set aside.
-        full_loss: mean negative log-likelihood of full attention on the texts set aside, nats per token.
-        full_seconds: of a forward pass over one text with full attention, the median.
+        limits: the limits by name: "within", and "last_quarter", "agreement" and "retrieval" if given.
+        cost: what was minimised, "time" or "keys".
+        n_search, n_held_out: the numbers of search texts and held-out texts.
+        full_loss: mean negative log-likelihood of full attention on the held-out texts, nats per token.
+        full_seconds: the median time of a forward pass over one text with full attention.
         chosen: the index of the chosen settings in `candidates`; None if none keeps the limits.
         candidates: all `Candidate`s, the cheapest first.
-        deciding: the index of the text on which settings were tried last, one that lost much; None in files of older versions.
-        layers: nats that each layer gives back with full attention, by layer, summed over the texts on which layers were ranked; layers
-            that were measured as a group share what it gives back. Empty if no layer had to be full.
-        ranked: the indices of these texts; those that were set aside count less as proof.
-        together: the best layers of each ranking as (layers, nats they give back, the sum of what each gives back alone).
-        facts: with "full" and "moba", how many facts were found of "of"; None without a tokenizer, or if nothing was chosen.
-        n_checked: how many settings were tried on the texts set aside.
+        deciding: the index of the text on which settings were last tried, one with a large loss; None in files of older versions.
+        layers: nats recovered by full attention in each layer, summed over the texts on which layers were ranked. Layers measured as a
+            group share the group's value. Empty if layers were not ranked.
+        ranked: the indices of these texts; held-out texts among them count less as evidence.
+        together: the best layers of each ranking as (layers, nats that they recover together, sum of the nats that each recovers alone).
+        facts: how many facts "full" and "moba" found, and "of" how many; None without a tokenizer, or if nothing was chosen.
+        n_checked: how many settings were tried on the held-out texts.
         measured: how many measurements were made, each of one text.
-        seconds: how long they took by the clock, in earlier calls with the same file too.
-        warnings: sentences about what the figures cannot tell.
+        seconds: their wall-clock time, including that of earlier calls with the same file.
+        warnings: sentences about the limits of the result.
     """
 
     model: str
@@ -117,7 +117,7 @@ class Calibration:
         return None if self.chosen is None else self.candidates[self.chosen].config
 
     def to_dict(self) -> dict[str, Any]:
-        """A plain dict of plain JSON values. `from_dict` is the inverse."""
+        """A dict of JSON values. `from_dict` is the inverse."""
         plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "candidates"}
         plain["candidates"] = [
             {f.name: getattr(c, f.name) for f in fields(c)}
@@ -129,7 +129,7 @@ class Calibration:
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> Calibration:
-        """The inverse of `to_dict`. Raises ValueError for what is no calibration."""
+        """The inverse of `to_dict`. Raises ValueError if `plain` is not a calibration."""
         if not isinstance(plain, Mapping) or plain.get("format") != FORMAT:
             raise ValueError(f'this is no calibration, whose "format" is {FORMAT!r}, but {shown(plain)}')
         values = {f.name: plain[f.name] for f in fields(cls) if f.name in plain}
@@ -140,12 +140,12 @@ class Calibration:
         return cls(**values)
 
     def save(self, file: str | os.PathLike[str]) -> None:
-        """Write it as JSON, whole or not at all. Raises OSError."""
+        """Write a JSON file, atomically. Raises OSError."""
         write(Path(file), self.to_dict())
 
     @classmethod
     def load(cls, file: str | os.PathLike[str]) -> Calibration:
-        """Read what `save` has written. Raises OSError, and ValueError if the file holds something else."""
+        """Read a file written by `save`. Raises OSError, and ValueError if the file contains something else."""
         try:
             plain = json.loads(Path(file).read_text(encoding="utf-8"))
         except ValueError:
@@ -158,16 +158,16 @@ class Calibration:
     def figure(self) -> Figure:
         """A matplotlib figure: nats behind full attention against cost, with the frontier and the chosen settings.
 
-        Raises ImportError without matplotlib, which the extra `viz` brings.
+        Raises ImportError if matplotlib is not installed; it comes with the extra `viz`.
         """
         from .figure import calibration_figure
 
         return calibration_figure(self)
 
     def table(self) -> str:
-        """The measured settings of the frontier and the chosen ones, a line each, and sentences about them.
+        """The settings on the frontier and the chosen ones, one line each, and sentences about them.
 
-        Losses are nats per token behind full attention: on the text that decided, on the search texts, and on those set aside.
+        Losses are nats per token behind full attention: on the deciding text, on the search texts, and on the held-out texts.
         """
         columns = ["", "block", "top-k", "sink", "recent", "shared", "full layers", "keys read", "time"]
         columns += ["" if self.deciding is None else f"text {self.deciding}", "search", "set aside"]
@@ -184,7 +184,7 @@ class Calibration:
     __repr__ = table
 
     def frontier(self) -> list[int]:
-        """Indices of the candidates than which none is both cheaper and better on the text that decided, cheapest first."""
+        """Indices of the candidates that no cheaper one beats on the deciding text, cheapest first."""
         found: list[int] = []
         least = math.inf
         for i, candidate in enumerate(self.candidates):
@@ -205,7 +205,7 @@ class Calibration:
         ]
 
     def _ranked_again(self) -> list[str]:
-        """On which texts set aside layers were ranked, and what is lost on the others of these."""
+        """The held-out texts on which layers were ranked, and the loss on the other held-out texts."""
         searched, held_out = split(self.n_search + self.n_held_out)
         again = sorted(set(self.ranked) - set(searched))
         if not again:
@@ -245,7 +245,7 @@ def _candidate(plain: Mapping[str, Any]) -> Candidate:
 
 
 def _mean(part: Part | None, n_texts: int) -> str:
-    """Over all texts, with its spread; "" where some were not read."""
+    """The mean over all texts with its spread; "" if some were not read."""
     if part is None or part.n_texts < n_texts:
         return ""
     return f"{part.difference:+.4f}" + (f" ± {part.spread:.4f}" if n_texts > 1 else "")

@@ -1,4 +1,4 @@
-"""Measurements in a file: each is written as soon as it is known, and is not measured again."""
+"""Measurements in a file: each is written as soon as it is made, and is not repeated."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ Measured = dict[str, Any]
 
 
 class Saved:
-    """`{"about": ..., "measured": {name: result}}` in a file, or in memory alone where there is none.
+    """`{"about": ..., "measured": {name: result}}` in a file, or only in memory if there is none.
 
-    Raises ValueError if the file is of another calibration, or of none; OSError if it cannot be written.
+    Raises ValueError if the file belongs to another calibration or is not a calibration's file; OSError if it cannot be written.
     """
 
     def __init__(self, file: str | os.PathLike[str] | None, about: Mapping[str, Any]) -> None:
@@ -45,7 +45,7 @@ class Saved:
         return dict(found)
 
     def get(self, name: str, measure: Callable[[], Measured]) -> Measured:
-        """The result of that name, measured if it is not there."""
+        """The result of that name, measured if it does not exist yet."""
         results = self._found["measured"]
         if name not in results:
             begin = time.perf_counter()
@@ -55,24 +55,24 @@ class Saved:
         return {key: x for key, x in results[name].items() if key != "took"}
 
     def spent(self) -> tuple[int, float]:
-        """How many measurements there are, and the seconds that they took, in earlier calls too."""
+        """The number of measurements, and their time in seconds, including those of earlier calls."""
         results = self._found["measured"].values()
         return len(results), sum(result.get("took", 0.0) for result in results)
 
 
 def write(file: Path, found: Mapping[str, Any]) -> None:
-    """Whole or not at all."""
+    """Write the file atomically."""
     partial = file.with_name(f"{file.name}.partial")
     partial.write_text(json.dumps(found, indent=1), encoding="utf-8")
     partial.replace(file)
 
 
 def fingerprint(model: nn.Module, texts: Sequence[Tensor]) -> dict[str, str]:
-    """Which weights and texts they are, wherever they lie: for each a few digits of a hash."""
+    """Hashes of the weights and the texts, shortened to a few digits. They do not depend on the device."""
     weights, ids = hashlib.sha256(), hashlib.sha256()
     for name, weight in sorted(model.state_dict().items()):
         flat = weight.detach().flatten()
-        some = flat[:: max(1, flat.numel() // 4096)].float().cpu()  # all of a large model's would take long
+        some = flat[:: max(1, flat.numel() // 4096)].float().cpu()  # a sample: hashing all of a large model would take long
         weights.update(f"{name} {tuple(weight.shape)} {some.double().sum().item()!r} {some.double().square().sum().item()!r}".encode())
     for text in texts:
         ids.update(torch.as_tensor(text).numpy().tobytes())

@@ -1,9 +1,9 @@
-"""The search for the cheapest settings within limits: sinks, sizes, the check on texts set aside, then the same with full layers.
+"""The search for the cheapest settings within limits: variant, sizes, the check on held-out texts, then the same with full layers.
 
-It measures little, by what is known of MoBA: more blocks, smaller ones of as many keys, and more layers with full attention lose less. So
-settings that fail rule out all that read less. And most settings that fail do so on one text: settings are tried on that text alone, and
-only the cheapest that do well there are read with the others. A text set aside on which these fail becomes the next one to try settings
-on, and layers are ranked again on it.
+It relies on what is known of MoBA to measure little: more blocks, smaller blocks with the same number of keys, and more layers with full
+attention lose less. Settings that fail therefore rule out all that read less. Most settings that fail do so on one text. Settings are tried
+on that text alone, and only the cheapest that pass there are read with the others. If they fail on a held-out text, it becomes the next
+text to try settings on, and layers are ranked again on it.
 
 S search texts, H held-out texts, L layers.
 """
@@ -19,26 +19,26 @@ from ...config import MobaConfig
 from .measure import Meter, Reading
 from .space import Space, is_below, variants, with_full_layers
 
-NEAR = 0.02  # costs that differ by less count as equal
-MOST_RANKED = 3  # texts on which layers are ranked
-MOST_HALVED = 8  # groups of layers, on each of these texts
-MOST_TOGETHER = 4  # layers whose gain together is compared with that of each alone
+NEAR = 0.02  # relative cost difference below which costs count as equal
+MOST_RANKED = 3  # largest number of texts on which layers are ranked
+MOST_HALVED = 8  # largest number of layer groups that are halved, per ranked text
+MOST_TOGETHER = 4  # number of layers whose joint gain is compared with the sum of their single gains
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What is asked for; None: no limit."""
+    """The limits of a calibration; None: no limit."""
 
     within: float  # nats behind full attention
     last_quarter: float | None = None  # nats behind it
-    agreement: float | None = None  # least share of the positions
-    retrieval: float | None = None  # least share of the facts that full attention finds
+    agreement: float | None = None  # smallest share of the positions
+    retrieval: float | None = None  # smallest share of the facts that full attention finds
 
     def used(self, readings: Sequence[tuple[Reading, Reading]], n: int, spread: bool = False) -> float:
-        """Which share of the limits the means over `n` texts use up, the largest of them, with `spread` one standard error further.
+        """The share of the limits that the means over `n` texts use up: the largest over all limits; with `spread` plus one standard error.
 
-        `readings` are those with MoBA and with full attention. Texts that are not among them count as if MoBA lost nothing there, which
-        makes it the least that it can be.
+        `readings` are pairs with MoBA and with full attention. Texts without a reading count as if MoBA lost nothing there, which gives a
+        lower bound.
         """
         rest = [0.0] * (n - len(readings))
         values = [
@@ -55,28 +55,28 @@ def _share(values: Sequence[float], limit: float, spread: bool) -> float:
 
 
 class Search:
-    """The steps of a calibration, in order: `run`."""
+    """The steps of a calibration, run in order by `run`."""
 
     def __init__(self, meter: Meter, space: Space, limits: Limits, search: Sequence[int], held_out: Sequence[int]) -> None:
         self.meter, self.space, self.limits = meter, space, limits
         self.search, self.held_out = list(search), list(held_out)
         self.ranked: list[int] = []  # texts on which layers were ranked
-        self.gains: dict[int, float] = {}  # nats that each layer gives back, summed over these texts
-        self.together: list[tuple[tuple[int, ...], float, float]] = []  # layers, nats they give back, the sum of each alone
-        self.deciding: dict[int, float] = {}  # texts on which settings are tried first: which share of the limits they may use there
-        self.failed: list[MobaConfig] = []  # the check
+        self.gains: dict[int, float] = {}  # nats recovered by each layer, summed over these texts
+        self.together: list[tuple[tuple[int, ...], float, float]] = []  # layers, nats that they recover, sum of each alone
+        self.deciding: dict[int, float] = {}  # texts on which settings are tried first, with the share of the limits allowed there
+        self.failed: list[MobaConfig] = []  # settings that failed the check
         self.seen: dict[MobaConfig, dict[int, Reading]] = {}
         self.full: dict[int, Reading] = {}
-        self.checked: set[MobaConfig] = set()  # on the texts set aside
+        self.checked: set[MobaConfig] = set()  # settings checked on the held-out texts
 
     def measure_full(self) -> None:
-        """Full attention on all texts: what everything else is compared with."""
+        """Measure full attention on all texts, the baseline of every comparison."""
         for text in [*self.search, *self.held_out]:
             if text not in self.full:
                 self.full[text] = self.meter.read(None, text, timed=True)
 
     def run(self, costs: Costs, extra: Callable[[MobaConfig], bool]) -> MobaConfig | None:
-        """The cheapest setting that keeps all limits on the texts set aside, or None. `extra`: one more condition, asked last."""
+        """The cheapest setting that keeps all limits on the held-out texts, or None. `extra`: one more condition, checked last."""
         variant = self.choose_variant()
         blocks = self.space.blocks(variant)
         if not blocks:
@@ -86,7 +86,7 @@ class Search:
             self.read(variant, text)
         self.decide_by(variant, self.search)
         cheapest, *_ = left = self.by_cost(blocks, costs.of)
-        best: MobaConfig | None = None  # the text that decides is best known before layers are ranked, so these come later
+        best: MobaConfig | None = None  # layers are ranked later, when the deciding text is known best
         while True:
             found = self.cheapest(left) or (self.cheapest(left, strict=False) if best is None else None)
             if found is not None and self.check(found, extra):
@@ -102,19 +102,21 @@ class Search:
         return sorted(configs, key=lambda config: (rounded(cost(config)), self.space.share(config), config.block_size))
 
     def may_win(self, config: MobaConfig, best: MobaConfig | None, cost: Callable[[MobaConfig], float]) -> bool:
-        """Whether it costs less than the best so far, and is not below what failed."""
+        """Whether it costs less than the best so far, and is not below settings that failed."""
         cheaper = best is None or rounded(cost(config)) < rounded(cost(best))
         return cheaper and not any(is_below(config, other) for other in self.failed)
 
     def choose_variant(self) -> MobaConfig:
-        """The reference with those sinks, recent blocks and shared choice that lose least on the first search text."""
+        """The reference or the variant of it (sinks, recent blocks, shared selection) that loses least on the first search text."""
         reference = self.space.reference()
         return min([reference, *variants(reference)], key=lambda config: self.lost(config, self.search[0]))
 
     def cheapest(self, ordered: Iterable[MobaConfig], strict: bool = True) -> MobaConfig | None:
-        """The first of `ordered` that does well on the deciding texts, by halves: what a failure or a success rules out is not measured.
+        """The first of `ordered` that passes on the deciding texts, found by bisection. What a failure or a success rules out is not
+        measured.
 
-        `strict`: what it may lose there is what it should, by how the losses of the texts went together so far. Else what it can at most.
+        `strict`: the share of the limits allowed on a text is estimated from how the losses of all texts related so far. Otherwise it is
+        the largest share that can pass.
         """
         most = {text: share if strict else self.most(text) for text, share in reversed(self.deciding.items())}
 
@@ -132,7 +134,9 @@ class Search:
         return best
 
     def check(self, config: MobaConfig, extra: Callable[[MobaConfig], bool]) -> bool:
-        """Whether it holds on the search texts and on those set aside, there with their spread. Where not, the worst text decides next."""
+        """Whether settings pass on the search texts, and on the held-out texts with their spread. If not, the worst text becomes the
+        deciding one.
+        """
         for texts, spread in ((self.search, False), (self.held_out, True)):
             if spread:
                 self.checked.add(config)
@@ -146,7 +150,7 @@ class Search:
         return True
 
     def decide_by(self, config: MobaConfig, texts: Sequence[int], spread: bool = False) -> None:
-        """Try settings on the one of `texts` first that `config` did worst on, with the share of its limits that all may use up."""
+        """Make the text on which `config` did worst the first to try settings on, with the share of the limits allowed there."""
         used = {text: self.used(config, [text]) for text in texts if text in self.seen[config]}
         text, most = max(used, key=lambda i: used[i]), math.inf
         whole = self.limits.used([(self.seen[config][i], self.full[i]) for i in used], len(texts), spread)
@@ -155,16 +159,16 @@ class Search:
         self.deciding[text] = min(most, self.most(text), self.deciding.pop(text, math.inf))
 
     def most(self, text: int) -> float:
-        """The share of the limits that settings use up on one text at most, where they lose nothing on the others and yet hold."""
+        """The largest share of the limits that settings can use on one text and still pass, if they lose nothing on the others."""
         if text in self.search:
             return len(self.search)
-        return max(1.0, len(self.held_out) / 2)  # half of it is the spread
+        return max(1.0, len(self.held_out) / 2)  # a single loss adds as much to the standard error as to the mean
 
     def rank_layers(self, blocks: MobaConfig) -> None:
-        """Measure what layers give back with full attention on the text that decides, unless that was done.
+        """Measure what layers recover with full attention on the deciding text, unless that is done.
 
-        First groups of neighbours, then halves of the group that gives back most. The last layers come first: a pass shares those before
-        its group with other passes.
+        Groups of neighbouring layers come first, then halves of the group that recovers most. The last layers come first, because passes
+        share the layers before their group.
         """
         text = next(reversed(self.deciding))
         if text in self.ranked or len(self.ranked) == MOST_RANKED:
@@ -179,7 +183,7 @@ class Search:
         gains = {group: gain(group) for group in reversed([layers[i : i + size] for i in range(0, len(layers), size)])}
         for _ in range(MOST_HALVED):
             group = max((group for group in gains if len(group) > 1), key=lambda group: gains[group], default=())
-            if not group or gains[group] <= self.limits.within / 20:  # the others change next to nothing
+            if not group or gains[group] <= self.limits.within / 20:  # the other groups change almost nothing
                 break
             whole, half = gains.pop(group), len(group) // 2
             gains[group[half:]] = gain(group[half:])
@@ -191,7 +195,7 @@ class Search:
         self.gains = {n: self.gains.get(n, 0.0) + alone[n] for n in layers}
 
     def used(self, config: MobaConfig, texts: Sequence[int], spread: bool = False) -> float:
-        """`Limits.used` over `texts`. It stops as soon as that must end above 1: the text that lost most so far is read first."""
+        """`Limits.used` over `texts`. Stops as soon as it must exceed 1: texts with the largest losses so far are read first."""
         used, readings = 0.0, []
         for text in sorted(texts, key=lambda i: -self.most_lost(i)) if len(texts) > 1 else texts:
             readings.append((self.read(config, text), self.full[text]))
@@ -213,7 +217,7 @@ class Search:
         return readings[text]
 
     def passes(self) -> int:
-        """About how many forward passes it takes, if the check fails once: for the estimate before it begins."""
+        """The approximate number of forward passes if the check fails once, for the printed estimate."""
         n_search, n_held_out, n_layers = len(self.search), len(self.held_out), len(self.space.layers)
         n_candidates = len(self.space.blocks(self.space.reference())) * len(self.space.full_counts())
         ranking = math.ceil(n_layers / group_size(n_layers)) + MOST_HALVED
@@ -222,24 +226,26 @@ class Search:
 
 
 def group_size(n_layers: int) -> int:
-    """Layers that are measured together at first: about as many as there are groups."""
+    """The number of layers measured together at first: about the square root of all."""
     return math.isqrt(n_layers - 1) + 1
 
 
 class Costs:
-    """What settings cost: the share of keys, or seconds on this device."""
+    """The cost of settings: the share of keys, or seconds on this device."""
 
     def __init__(self, meter: Meter, space: Space, kind: str) -> None:
         self._meter, self._space, self._kind = meter, space, kind
-        self.times: dict[MobaConfig | None, float] = {}  # without full layers; None: full attention
+        self.times: dict[MobaConfig | None, float] = {}  # settings without full layers; None: full attention
 
     def prepare(self, blocks: Sequence[MobaConfig]) -> None:
-        """Time settings without full layers in turn, and full attention beside them."""
+        """Time settings without full layers in turn, together with full attention."""
         if self._kind == "time":
             self.times |= self._meter.times([None, *blocks])
 
     def of(self, config: MobaConfig) -> float:
-        """Seconds are those of its blocks without full layers, and for each of these what full attention takes more or less."""
+        """The cost of settings. For seconds: the time without full layers, corrected for each full layer by the difference to full
+        attention.
+        """
         if self._kind == "keys":
             return self._space.share(config)
         without = with_full_layers(config)
@@ -250,10 +256,10 @@ class Costs:
 
 
 def standard_error(values: Sequence[float]) -> float:
-    """Of their mean; 0 for one value, of which nothing is known."""
+    """The standard error of the mean; 0 for one value, for which it is unknown."""
     return stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
 
 
 def rounded(cost: float) -> int:
-    """Equal for costs that nearly are: so noise does not decide."""
+    """The cost on a logarithmic scale, rounded so that noise does not decide between nearly equal costs."""
     return round(math.log(max(cost, 1e-9)) / math.log1p(NEAR))

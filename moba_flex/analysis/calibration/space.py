@@ -1,4 +1,4 @@
-"""Which settings are searched, and which share of the keys each of them reads.
+"""The settings that are searched, and the share of the keys that each of them reads.
 
 L layers that MoBA can replace, N tokens of a text.
 """
@@ -11,42 +11,42 @@ from dataclasses import dataclass, replace
 from ...config import MobaConfig
 from ..explain import share_of_keys
 
-KEYS = (1 / 16, 1 / 8, 1 / 4, 3 / 8)  # of a text that a query reads at most
-MOST_FULL = 1 / 2  # of the layers
-FULL_STEPS = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # how many layers keep full attention
+KEYS = (1 / 16, 1 / 8, 1 / 4, 3 / 8)  # key budgets, as shares of a text
+MOST_FULL = 1 / 2  # largest share of layers with full attention
+FULL_STEPS = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # numbers of layers that keep full attention
 
 
 @dataclass(frozen=True)
 class Space:
-    """What is searched: blocks and budgets of keys, for a model and a length."""
+    """The search space: block sizes and key budgets, for a model and a length."""
 
-    template: MobaConfig  # has what is not searched: `decode`, `implementation`, `key_conv`
+    template: MobaConfig  # settings that are not searched: `decode`, `implementation`, `key_conv`
     length: int
-    layers: tuple[int, ...]  # that MoBA can replace
+    layers: tuple[int, ...]  # layers that MoBA can replace
     block_sizes: tuple[int, ...]
-    budgets: tuple[int, ...]  # keys that a query reads at most
+    budgets: tuple[int, ...]  # largest numbers of keys that a query reads
 
     def reference(self) -> MobaConfig:
-        """Where sinks and layers are compared: blocks of the middle size, and the smallest budget but one."""
+        """The settings with which variants and layers are compared: the middle block size, and the second smallest budget."""
         budget = sorted(self.budgets)[min(1, len(self.budgets) - 1)]
         return self.config(self.block_sizes[len(self.block_sizes) // 2], budget, self.template)
 
     def config(self, block_size: int, budget: int, variant: MobaConfig) -> MobaConfig:
-        """Settings of that size, with the sinks, recent blocks and choice of `variant`."""
-        top_k = max(budget // block_size, 2 + variant.sink_blocks + variant.recent_blocks)  # one block at least is chosen
+        """Settings of that size, with the sinks, recent blocks and shared selection of `variant`."""
+        top_k = max(budget // block_size, 2 + variant.sink_blocks + variant.recent_blocks)  # at least one block is chosen
         return replace(variant, block_size=block_size, top_k=top_k)
 
     def blocks(self, variant: MobaConfig) -> list[MobaConfig]:
-        """All sizes and budgets, without full layers; those that would read a text of that length whole are left out."""
+        """All sizes and budgets, without full layers, except those that would read all keys of a text."""
         found = {self.config(size, budget, variant): None for size in self.block_sizes for budget in self.budgets}
         return [config for config in found if config.block_size * config.top_k < self.length]
 
     def full_counts(self) -> list[int]:
-        """How many layers keep full attention: none to half of them."""
+        """The numbers of layers that may keep full attention, up to half of them."""
         return [n for n in FULL_STEPS if n <= len(self.layers) * MOST_FULL]
 
     def share(self, config: MobaConfig | None) -> float:
-        """The keys that all layers read of a text, over those of full attention."""
+        """The keys of a text that all layers read, divided by those of full attention."""
         if config is None:
             return 1.0
         n_full = len(set(config.full_attention_layers) & set(self.layers))
@@ -55,7 +55,7 @@ class Space:
 
 
 def default_block_sizes(length: int) -> tuple[int, ...]:
-    """Three powers of two: 32, 64 and 128 up to 4,096 tokens, 64, 128 and 256 beyond, smaller ones where a text has few of them.
+    """Three powers of two: 32, 64 and 128 up to 4,096 tokens, 64, 128 and 256 beyond; smaller ones for texts with few such blocks.
 
     >>> from moba_flex.analysis.calibration.space import default_block_sizes
     >>> default_block_sizes(4096), default_block_sizes(32_768), default_block_sizes(512)
@@ -78,7 +78,7 @@ def with_full_layers(config: MobaConfig, layers: Iterable[int] = ()) -> MobaConf
 
 
 def is_below(config: MobaConfig, other: MobaConfig) -> bool:
-    """Whether `config` loses at least as much as `other`: as many keys at most, in blocks as large at least, and no other full layers."""
+    """Whether `config` must lose at least as much as `other`: no more keys, no smaller blocks, no other full layers, else equal."""
     return (
         (config.sink_blocks, config.recent_blocks, config.share_selection)
         == (other.sink_blocks, other.recent_blocks, other.share_selection)
@@ -89,7 +89,7 @@ def is_below(config: MobaConfig, other: MobaConfig) -> bool:
 
 
 def variants(config: MobaConfig) -> Iterable[MobaConfig]:
-    """Other sinks, a recent block, and heads that choose together, one at a time."""
+    """Other sinks, a recent block, and a shared selection, one at a time."""
     for change in ({"sink_blocks": 0}, {"sink_blocks": 2}, {"recent_blocks": 1}, {"share_selection": True}):
         other = {**config.to_dict(), **change}
         if 2 + other["sink_blocks"] + other["recent_blocks"] <= config.top_k:

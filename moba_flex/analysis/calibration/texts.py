@@ -1,4 +1,4 @@
-"""The texts of a calibration: what was given as sequences of one length, which of them are set aside, and facts put into them.
+"""The texts of a calibration: sequences of one length, the split into search and held-out texts, and facts put into them.
 
 N tokens of a text, S search texts, H held-out texts.
 """
@@ -14,9 +14,9 @@ from torch import Tensor
 
 from ...core.messages import shown
 
-SHORTEST = 64  # tokens: fewer have no blocks worth the name
-HELD_OUT_PER_SEARCH = 2  # of three texts one is searched with
-FACTS = 8  # put into one text
+SHORTEST = 64  # tokens: shorter texts have too few blocks
+HELD_OUT_PER_SEARCH = 2  # one text in three is a search text
+FACTS = 8  # largest number of facts per text
 _CONSONANTS, _VOWELS, _DIGITS = "bdfgklmnprstvz", "aeiou", "0123456789"
 
 
@@ -50,7 +50,7 @@ def _tokens(i: int, text: object, tokenizer: Any) -> Tensor:
         ids = torch.as_tensor(text)
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(f"texts[{i}] must be a string or token ids, but is {shown(text)}") from None
-    if ids.dim() == 2 and len(ids) == 1:  # as tokenizers return them
+    if ids.dim() == 2 and len(ids) == 1:  # the shape that tokenizers return
         ids = ids[0]
     if ids.dim() != 1 or ids.is_floating_point() or ids.dtype == torch.bool:
         raise TypeError(f"texts[{i}] must be a string or one row of token ids, ints, but is {shown(text)}")
@@ -58,9 +58,9 @@ def _tokens(i: int, text: object, tokenizer: Any) -> Tensor:
 
 
 def split(n: int) -> tuple[list[int], list[int]]:
-    """The indices of the texts that the search reads, and of those that are set aside for the check.
+    """The indices of the search texts, and of the held-out texts.
 
-    Every third text is searched with, so that kinds of text that alternate or follow each other are in both.
+    Every third text is a search text, so that both parts have texts of each kind, whether kinds alternate or follow each other.
 
     >>> from moba_flex.analysis.calibration.texts import split
     >>> split(7)
@@ -72,17 +72,17 @@ def split(n: int) -> tuple[list[int], list[int]]:
 
 @dataclass(frozen=True)
 class FactText:
-    """A text `ids [N]` with facts in it and questions with their answers at its end, and where the `answers` are."""
+    """A text `ids [N]` with facts in it, and with questions and answers at its end; `answers` are their positions."""
 
     ids: Tensor
-    answers: tuple[tuple[int, int], ...]  # first and one past the last position of each
+    answers: tuple[tuple[int, int], ...]  # first position and one past the last, of each answer
 
 
 def with_facts(ids: Tensor, tokenizer: Any, seed: int) -> FactText:
-    """Put up to `FACTS` facts into a text, which stays as long as it is: as many as take at most a third of it.
+    """Put up to `FACTS` facts into a text without changing its length. They take at most a third of it.
 
-    A fact is "The secret code of <made-up word> is <six digits>.", at a random place; each is asked for at the end, in another order. It is
-    the needle of `examples/experiments/needle.py`, several at once.
+    A fact is "The secret code of <made-up word> is <six digits>.", at a random position. Each is asked for at the end, in another order. It
+    is the needle of `examples/experiments/needle.py`, several at once.
     """
     generator = torch.Generator().manual_seed(seed)
     facts = [(_word(generator), _pick(_DIGITS, 6, generator)) for _ in range(FACTS)]
@@ -110,7 +110,7 @@ def with_facts(ids: Tensor, tokenizer: Any, seed: int) -> FactText:
 
 
 def _most(room: int, sizes: Sequence[int]) -> int:
-    """How many of the first fit."""
+    """How many of the first sizes fit."""
     n = 0
     while n < len(sizes) and sum(sizes[: n + 1]) <= room:
         n += 1
