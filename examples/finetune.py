@@ -1,14 +1,14 @@
-"""Fine-tune a language model with MoBA (Mixture of Block Attention), by Trainer of transformers or by SFTTrainer of TRL.
+"""Fine-tune a language model with MoBA (Mixture of Block Attention), with Trainer of transformers or SFTTrainer of TRL.
 
     python examples/finetune.py --model HuggingFaceTB/SmolLM2-135M --text book.txt --output tuned          # a CPU, or one GPU
     python examples/finetune.py --model HuggingFaceTB/SmolLM2-135M --text book.txt --output tuned --trl --lora
     python examples/launch.py --config_file examples/accelerate/ddp.yaml examples/finetune.py ...          # eight GPUs of one host
     python examples/launch.py --config_file examples/accelerate/fsdp2.yaml examples/finetune.py ...        # parameters sharded over them
 
-`examples/launch.py` is `accelerate launch`, and ends without the launcher's own error messages; `--num_processes 2` is for two GPUs.
-`fine_tune` is all that a script of your own needs. `--lora` trains an adapter of PEFT instead of the whole model. `--trl` packs the files
-of --text into sequences: MoBA keeps them apart. Ctrl-C writes a checkpoint at the end of a step. Exit code: 0 when all steps are done, 2
-and one line for something that you can mend, 130 after Ctrl-C.
+`examples/launch.py` is `accelerate launch` without the launcher's own error messages; `--num_processes 2` is for two GPUs. Your own script
+needs only what `fine_tune` does. `--lora` trains a PEFT adapter instead of the whole model. `--trl` packs the files of --text into
+sequences; MoBA keeps them apart. Ctrl-C writes a checkpoint at the end of a step. Exit code: 0 when all steps are done, 2 and one line for
+an error that you can fix, 130 after Ctrl-C.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ import moba_flex
 
 
 def fine_tune(args: argparse.Namespace, texts: list[str], settings: moba_flex.MobaConfig, stop: StopTrainer) -> Trainer:
-    """Train on the texts, and save the model or its adapter to `--output`. The trainer, which may have been stopped before its end."""
+    """Train on the texts, and save the model or its adapter to `--output`. Returns the trainer, which may have been stopped early."""
     with one_line(f"argument --model: cannot load {args.model!r}, a local folder or a model on the hub"):
         tokenizer = AutoTokenizer.from_pretrained(args.model)
     tokens = torch.cat([tokenizer(text, return_tensors="pt").input_ids[0] for text in texts])
@@ -43,7 +43,7 @@ def fine_tune(args: argparse.Namespace, texts: list[str], settings: moba_flex.Mo
         raise UserError(f"--text has {len(tokens):,} tokens, but one sequence (--sequence-length) has {args.sequence_length:,}")
     with one_line(f"argument --model: cannot load {args.model!r}, a local folder or a model on the hub"):
         model = AutoModelForCausalLM.from_pretrained(args.model)
-    moba_flex.patch(model, settings)  # this is all that MoBA needs; what follows is as for any model
+    moba_flex.patch(model, settings)  # MoBA needs only this line; the rest is as for any model
     options = {"output_dir": args.output, "max_steps": args.steps, "per_device_train_batch_size": args.batch_size}
     options |= {"learning_rate": args.learning_rate, "logging_steps": 1, "save_strategy": "no", "report_to": "none"}
     options |= {"bf16": torch.cuda.is_available(), "use_cpu": not torch.cuda.is_available()}
@@ -71,7 +71,7 @@ def fine_tune(args: argparse.Namespace, texts: list[str], settings: moba_flex.Mo
 
 
 def run(args: argparse.Namespace) -> int:
-    """The exit code."""
+    """Train, report the result, and return the exit code."""
     check_writable(args.output)
     begun = any(args.output.glob("checkpoint-*"))
     if args.resume and not begun:
@@ -113,7 +113,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Train; the exit code."""
+    """Train, and return the exit code."""
     return exit_code_of_job("finetune.py", lambda: run(parse(argv)))
 
 

@@ -5,7 +5,7 @@
     python examples/inspect_blocks.py --layer 12 --top-k 4 --output pictures
     python examples/inspect_blocks.py --model meta-llama/Llama-3.2-1B-Instruct --prompt-file book.txt --block-size 512
 
-The model and the text are those of examples/llama.py. It takes the memory of one forward pass: no layer's queries outlive the layer.
+The model and the text are those of examples/llama.py. It needs the memory of one forward pass: each layer's queries are freed after it.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Draw; the exit code: 0, or 2 for something that the user can mend."""
+    """Draw, and return the exit code: 0, or 2 for an error that the user can fix."""
     return exit_code("inspect_blocks.py", lambda: run(parse(argv)))
 
 

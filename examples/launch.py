@@ -1,10 +1,10 @@
-"""Start a training script on several processes: `accelerate launch` that ends with the script's own last words.
+"""Start a training script on several processes: `accelerate launch`, with the script's own message printed last.
 
     python examples/launch.py --config_file examples/accelerate/ddp.yaml examples/train.py --model NAME --text *.txt --output run
     python examples/launch.py --config_file examples/accelerate/cpu.yaml examples/train.py --tiny --text README.md --output run
 
 All flags before the script are those of `accelerate launch`. When a process fails, or after Ctrl-C, `accelerate launch` prints forty lines
-of its own. Here the script's message is the last one, and the exit code is the script's: see there.
+of its own. Here the script's message is the last one, and the exit code is that of the script.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ import signal
 import subprocess
 import sys
 
-import torch.distributed.run  # noqa: F401 - whose loggers are there once it is imported
+import torch.distributed.run  # noqa: F401 - creates the loggers used below
 from accelerate.commands.launch import launch_command, launch_command_parser
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the job; its exit code."""
+    """Run the job, and return its exit code."""
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):
         print(__doc__)
         return 0
-    signal.signal(signal.SIGINT, lambda *_: None)  # the processes get Ctrl-C too: wait until they have ended
-    for name in list(logging.root.manager.loggerDict):  # each has a level of its own
+    signal.signal(signal.SIGINT, lambda *_: None)  # the processes get Ctrl-C too: wait for them to end
+    for name in list(logging.root.manager.loggerDict):  # each has its own level
         if name.startswith("torch.distributed.elastic"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     except ChildFailedError as error:
         _, failure = error.get_first_failure()
         killed = {rank: x for rank, x in error.failures.items() if x.exitcode < 0 and -x.exitcode != signal.SIGTERM}
-        if killed:  # they had no last words, and the others failed without them, or were asked to end and then killed by the launcher
+        if killed:  # these printed nothing, and the others failed without them, or were terminated and then killed by the launcher
             rank = min(killed, key=lambda rank: killed[rank].timestamp)
             number = -killed[rank].exitcode
             advice = ": is there enough memory?" if number == signal.SIGKILL else ""

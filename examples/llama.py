@@ -1,12 +1,12 @@
 """Answer a question about a long text with a pretrained language model that uses MoBA (Mixture of Block Attention).
 
-    python examples/llama.py             # SmolLM2-135M on source files of Python's standard library; needs nothing but PyPI
-    python examples/llama.py --compare   # the same, with full attention beside it
+    python examples/llama.py             # SmolLM2-135M on source files of Python's standard library; needs only PyPI
+    python examples/llama.py --compare   # the same, compared with full attention
     python examples/llama.py --adapted   # with the adapter in examples/adapter, which was trained for MoBA
     python examples/llama.py --model meta-llama/Llama-3.2-1B-Instruct --prompt-file book.txt --block-size 512
 
-MoBA reads the text (prefill); new tokens read all keys. The names of flags in MoonshotAI's llama.py work too: --moba-chunk-size is
---block-size, --moba-topk is --top-k. Exit code: 0, or 2 and one line for something that you can mend, or 130 after Ctrl-C.
+The prompt is read with MoBA (prefill); new tokens read all keys. Flags of MoonshotAI's llama.py work too: --moba-chunk-size is
+--block-size, --moba-topk is --top-k. Exit code: 0, or 2 and one line for an error that you can fix, or 130 after Ctrl-C.
 
 `run` has all the steps; the rest of the file is what they call.
 """
@@ -37,10 +37,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 import moba_flex
 
-# About 7,200 tokens. These files hardly change from one Python to the next, so that they fit into the model's context with all.
+# About 7,200 tokens. These files hardly change between Python versions, so the prompt always fits into the model's context.
 FILES = ("sched.py", "bisect.py", "textwrap.py")
 ADAPTER = Path(__file__).parent / "adapter"  # of SmolLM2-135M-Instruct
-AT_ONCE = 512  # tokens, whose logits are worked out at a time
+AT_ONCE = 512  # tokens whose logits are computed at a time
 DEFAULTS = {"block_size": 128, "top_k": 8, "sink_blocks": 1}
 QUESTION = "What is the module textwrap for?"
 
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> None:
     share = 1.0
     if args.attn != "full":
         with one_line("this model cannot use MoBA"):
-            moba_flex.patch(model, settings)  # this is all: prefill uses MoBA from here on, new tokens read all keys
+            moba_flex.patch(model, settings)  # MoBA needs only this line: prefill uses it from here on, new tokens read all keys
         full = len(settings.full_attention_layers) / model.config.get_text_config().num_hidden_layers
         share = full + (1 - full) * share_of_keys_read(prompt.shape[1], settings.block_size, settings.top_k)
 
@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def settings_of(args: argparse.Namespace) -> moba_flex.MobaConfig:
-    """The flags; what is not given is as the adapter was trained, or else one of `DEFAULTS`."""
+    """The settings from the flags. The others are those of the adapter, or else `DEFAULTS`."""
     flags = {
         "block_size": args.block_size,
         "top_k": args.top_k,
@@ -84,7 +84,7 @@ def settings_of(args: argparse.Namespace) -> moba_flex.MobaConfig:
 
 
 def read_prompt(file: Path | None) -> str:
-    """The text in `file`; without one, source files of Python's standard library and a question about them."""
+    """The text in `file`, or by default source files of Python's standard library and a question about them."""
     if file is None:
         library = Path(sysconfig.get_path("stdlib"))
         with one_line("cannot read Python's standard library"):
@@ -94,7 +94,7 @@ def read_prompt(file: Path | None) -> str:
 
 
 def tokenize(text: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> Tensor:
-    """`[1, N]`: the text as a user's message if the model chats, else as it is. Raises UserError if it is too long."""
+    """`[1, N]`: the text as a user message if the tokenizer has a chat template, else unchanged. Raises UserError if it is too long."""
     if tokenizer.chat_template:
         message = {"role": "user", "content": text}
         text = tokenizer.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
@@ -109,7 +109,7 @@ def tokenize(text: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
 
 
 class TimedStreamer(TextStreamer):
-    """Prints the answer while it is made, and notes when each token was there. The first one that comes is the prompt.
+    """Prints the answer as it is generated, and records when each token arrived. The first value that arrives is the prompt.
 
     Until the first new token, a progress bar shows the layers that have read the prompt.
     """
@@ -120,7 +120,7 @@ class TimedStreamer(TextStreamer):
         self._model, self._progress = model, ExitStack()
 
     def put(self, value: Tensor) -> None:
-        self.times.append(time.perf_counter())  # the value has been copied to the CPU, so that a GPU is done with it
+        self.times.append(time.perf_counter())  # the value has been copied to the CPU, so the GPU has finished it
         self._progress.close()
         if len(self.times) == 1:
             self._progress.enter_context(layer_progress(self._model, f"Reading {value.numel():,} tokens"))
@@ -132,7 +132,7 @@ class TimedStreamer(TextStreamer):
 
 
 def answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: Tensor, max_new_tokens: int) -> dict[str, str]:
-    """Stream the answer; what it took, as rows of a table."""
+    """Stream the answer, and return the timings as rows of a table."""
     warm_up(model, prompt)
     streamer = TimedStreamer(model, tokenizer)
     model.generate(
@@ -152,9 +152,9 @@ def answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: T
 
 
 def share_of_keys_read(n_tokens: int, block_size: int, top_k: int) -> float:
-    """Keys that all tokens of a prompt read with MoBA, over those that they read with full causal attention.
+    """The keys that all tokens of a prompt read with MoBA, divided by those of full causal attention.
 
-    A token reads its own block up to itself, and as many whole past blocks as `top_k` leaves room for and as there are.
+    A token reads its own block up to itself, and up to `top_k - 1` whole past blocks.
     """
     read = sum(t % block_size + 1 + block_size * min(t // block_size, top_k - 1) for t in range(n_tokens))
     return read / (n_tokens * (n_tokens + 1) // 2)
@@ -162,7 +162,7 @@ def share_of_keys_read(n_tokens: int, block_size: int, top_k: int) -> float:
 
 @torch.inference_mode()
 def compare(model: PreTrainedModel, prompt: Tensor) -> dict[str, str]:
-    """Read the prompt again with MoBA and with full attention; how they differ, as rows of a table."""
+    """Read the prompt again with MoBA and with full attention, and return the differences as rows of a table."""
     reading = f"Reading {prompt.shape[1]:,} tokens again with"
     with layer_progress(model, f"{reading} MoBA"):
         states, seconds = hidden_states(model, prompt)
@@ -171,7 +171,7 @@ def compare(model: PreTrainedModel, prompt: Tensor) -> dict[str, str]:
         with layer_progress(model, f"{reading} full attention"):
             full_states, full_seconds = hidden_states(model, prompt)
 
-    # A slice at a time: the logits of a long prompt would take more memory than the model.
+    # In slices: all logits of a long prompt would take more memory than the model.
     head, targets = model.get_output_embeddings(), prompt[0, 1:]
     same, gain, full_gain = 0, 0.0, 0.0
     parts = list(zip(*(x.split(AT_ONCE) for x in (states[:-1], full_states[:-1], targets))))
@@ -192,7 +192,7 @@ def compare(model: PreTrainedModel, prompt: Tensor) -> dict[str, str]:
 
 
 def hidden_states(model: PreTrainedModel, prompt: Tensor) -> tuple[Tensor, float]:
-    """`[N, width]`, what the layer that gives logits gets from all the others for each token, and the seconds that it took."""
+    """`[N, width]`, the hidden states that the language-model head gets, and the seconds that they took."""
     start = now(model.device)
     states = model.base_model(prompt, use_cache=True).last_hidden_state[0]
     return states, now(model.device) - start
@@ -206,7 +206,7 @@ def now(device: torch.device) -> float:
 
 @torch.inference_mode()
 def warm_up(model: PreTrainedModel, prompt: Tensor) -> None:
-    """On a GPU the first pass compiles kernels. The CPU has nothing to compile."""
+    """Run a first pass on a GPU, which compiles kernels. A CPU compiles nothing."""
     if model.device.type == "cuda":
         print("Warming up the GPU; the times below are without that.", file=sys.stderr)
         hidden_states(model, prompt)
@@ -248,7 +248,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the demo; the exit code: 0, or 2 for something that the user can mend."""
+    """Run the demo, and return the exit code: 0, or 2 for an error that the user can fix."""
     return exit_code("llama.py", lambda: run(parse(argv)))
 
 

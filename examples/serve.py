@@ -4,8 +4,8 @@
     python examples/serve.py                              # SmolLM2-135M on http://127.0.0.1:8000/v1; Ctrl-C ends it
     python examples/serve.py --model Qwen/Qwen3-8B --block-size 128 --top-k 8 --decode sparse
 
-It is transformers' own server with continuous batching, and speaks to the clients of OpenAI: /v1/chat/completions, /v1/completions and
-/v1/models, streamed or not. For each request it prints how many tokens per second it got, and which share of the keys was read.
+This is transformers' server with continuous batching. It works with OpenAI clients: /v1/chat/completions, /v1/completions and /v1/models,
+streamed or not. For each request it prints the tokens per second and the share of the keys that were read.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Serve until Ctrl-C; the exit code: 2 for something that the user can mend."""
+    """Serve until Ctrl-C. Returns the exit code: 2 for an error that the user can fix."""
     return exit_code("serve.py", lambda: run(parse(argv)))
 
 

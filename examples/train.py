@@ -5,16 +5,18 @@
         --output run    # eight GPUs; two with --num_processes 2 before the script
     python examples/launch.py --config_file examples/accelerate/fsdp2_cp.yaml examples/train.py ...    # sequences longer than one GPU holds
 
-`examples/launch.py` takes what `accelerate launch` takes, which works too. The launcher's own error messages are left out.
+`examples/launch.py` takes the arguments of `accelerate launch`, and leaves out the launcher's own error messages. `accelerate launch` works
+too.
 
-Training uses MoBA, full attention, or one after the other (`--moba-share`). Ctrl-C writes a checkpoint of the steps that are done before
-the next micro-batch; `--resume` goes on from the last one, on any number of processes, sharded or not. A launcher kills its processes half
-a minute after Ctrl-C: `--checkpoint-every` is for models that take longer to save. Exit code: 0 when all steps are done, 2 and one line
-for something that you can mend, 130 after Ctrl-C. Where a process is killed, the others say which one within a minute, and end.
+Training uses MoBA, full attention, or MoBA followed by full attention (`--moba-share`). Ctrl-C stops before the next micro-batch and writes
+a checkpoint of the completed steps. `--resume` continues from the last checkpoint, on any number of processes, sharded or not. A launcher
+kills its processes half a minute after Ctrl-C: use `--checkpoint-every` for models that take longer to save. Exit code: 0 when all steps
+are done, 2 and one line for an error that you can fix, 130 after Ctrl-C. If a process is killed, the others name it within a minute and
+end.
 
-All that a step depends on beside the weights and the optimizer follows from its number: which sequences it reads, its learning rate, its
-attention and its random numbers. So no step is done twice, and losses do not depend on how many processes share the work, but for a
-model with dropout, whose random numbers are each process's own.
+Apart from weights and optimizer state, everything in a step follows from its number: its sequences, learning rate, attention and random
+numbers. No step is done twice, and losses do not depend on how many processes share the work. The exception is a model with dropout,
+whose random numbers differ per process.
 """
 
 from __future__ import annotations
@@ -52,21 +54,21 @@ import moba_flex
 from moba_flex.distributed import ContextParallel, context_parallel, watch_processes
 
 TINY_LAYERS = 2
-# Seconds. Where a process is killed, its launcher kills the others 30 seconds later. On GPUs they wait in a kernel until then, and only the
-# watch can speak.
+# Seconds. When a process is killed, its launcher kills the others 30 seconds later. On GPUs they wait inside a kernel until then, and only
+# the watch can report.
 SILENT = 20.0
 BLOCKS = ("block_size", "top_k", "sink_blocks", "full_attention_layers")
 
 
 def train(args: argparse.Namespace) -> int:
-    """The exit code."""
+    """Train, and return the exit code."""
     check(args)
-    warnings.filterwarnings("ignore", "torch.distributed is disabled")  # of checkpoints on one process, in the middle of the bar
+    warnings.filterwarnings("ignore", "torch.distributed is disabled")  # from checkpoints on one process, in the middle of the progress bar
     cpu = args.cpu or not torch.accelerator.is_available()  # accelerate would not see that several processes are meant for CPUs
     with one_line("accelerate cannot begin"):
         accelerator = Accelerator(cpu=cpu, log_with=args.log_with, project_dir=args.output)
     if accelerator.is_fsdp2 and accelerator.mixed_precision == "bf16":
-        # accelerate would also sum gradients, and give the loss, in bfloat16
+        # accelerate would also reduce gradients, and return the loss, in bfloat16.
         accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32)
     watch = watch_processes(silent=SILENT) if accelerator.num_processes > 1 else None
     share = Share(accelerator, args)
@@ -127,7 +129,7 @@ def train(args: argparse.Namespace) -> int:
     accelerator.wait_for_everyone()
     if watch:
         watch.end()
-    if accelerator.device.type == "cpu":  # where the group cannot be destroyed: see `main`
+    if accelerator.device.type == "cpu":  # the group cannot be destroyed there: see `run_script`
         for tracker in accelerator.trackers:
             tracker.finish()
     else:
@@ -136,13 +138,13 @@ def train(args: argparse.Namespace) -> int:
 
 
 def forward(model: nn.Module, ids: Tensor, context: ContextParallel | None) -> Tensor:
-    """The loss of `ids [B, N]`, whose mean over all processes is the mean over all their labels."""
+    """The loss of `ids [B, N]`. Its mean over all processes is the mean over all their labels."""
     batch = {"input_ids": ids, "labels": ids}
     return model(**(context.shard(batch) if context else {**batch, "use_cache": False})).loss
 
 
 class Share:
-    """What part of each step's sequences this process works on. Processes that share sequences (context parallelism) get the same ones."""
+    """This process's part of each step's sequences. Context-parallel processes share the same sequences."""
 
     def __init__(self, accelerator: Accelerator, args: argparse.Namespace) -> None:
         parallelism, n_processes = accelerator.parallelism_config, accelerator.num_processes
@@ -174,14 +176,14 @@ class Share:
             return context_parallel(self._accelerator.unwrap_model(model), mesh, exchange=self._exchange)
 
     def any(self, wanted: bool) -> bool:
-        """Whether it is true on any process. One alone need not wait for its GPU."""
+        """Whether `wanted` is true on any process. A single process does not wait for its GPU."""
         if self._accelerator.num_processes == 1:
             return wanted
         return self._accelerator.reduce(torch.tensor(float(wanted), device=self._accelerator.device), "sum").item() > 0
 
 
 def load_tokenizer(args: argparse.Namespace) -> PreTrainedTokenizerBase | None:
-    """The model's; the tiny model has none, as it reads bytes."""
+    """The model's tokenizer; None for the tiny model, which reads bytes."""
     if args.tiny:
         return None
     with one_line(f"argument --model: cannot load the tokenizer of {args.model!r}, a local folder or a model on the hub"):
@@ -207,7 +209,7 @@ def settings_of(args: argparse.Namespace) -> moba_flex.MobaConfig:
 
 
 class Text:
-    """Files as one line of tokens, cut into sequences. Each epoch has an order of its own, which follows from the seed."""
+    """Files concatenated into one token stream and cut into sequences. Each epoch has its own order, which depends on the seed."""
 
     def __init__(self, args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase | None) -> None:
         texts = [Path(path).read_text(encoding="utf-8", errors="replace") for path in args.text]
@@ -220,7 +222,7 @@ class Text:
         self.fingerprint = [len(ids), int(self._sequences.sum())]
 
     def batch(self, step: int, i: int, share: Share) -> Tensor:
-        """`[B, N]`: what this process reads in the i-th part of a step."""
+        """`[B, N]`: what this process reads in the i-th micro-batch of a step."""
         first = step * self._batch + (i * share.size + share.rank) * share.rows
         return torch.stack([self._sequence(n) for n in range(first, first + share.rows)])
 
@@ -234,7 +236,7 @@ class Run:
     """The files of a run: checkpoints, the log, the finished model."""
 
     def __init__(self, accelerator: Accelerator, args: argparse.Namespace) -> None:
-        """Raises UserError if the folder does not fit to --resume."""
+        """Raises UserError if the folder does not match --resume."""
         self._accelerator, self._args, self._output, self.last_loss = accelerator, args, Path(args.output), float("nan")
         if args.resume and not self._checkpoints():
             raise UserError(f"--resume: there is no checkpoint in {self._output}")
@@ -242,9 +244,9 @@ class Run:
             raise UserError(f"--output {self._output} has checkpoints already: go on from the last one with --resume, or choose another")
 
     def begin(self, model: nn.Module, optimizer, text: Text) -> int:
-        """The number of the first step: 0, or the one after the last checkpoint."""
+        """The index of the first step: 0, or the one after the last checkpoint."""
         self._model, self._optimizer = model, optimizer.optimizer
-        # What decides what a step does, and so must be the same after --resume.
+        # Settings that determine what a step does, and must not change with --resume.
         names = ("seed", "steps", "batch_size", "sequence_length", "learning_rate", "warmup", "weight_decay", "clip", "moba_share")
         self._settings = {"text": text.fingerprint, **{name: getattr(self._args, name) for name in (*names, *BLOCKS)}}
         if self._args.resume:
@@ -256,7 +258,7 @@ class Run:
         return 0
 
     def _resume(self) -> int:
-        """Load the last checkpoint; the number of the next step."""
+        """Load the last checkpoint, and return the index of the next step."""
         path = self._checkpoints()[-1]
         saved = json.loads((path / "run.json").read_text())
         if changed := changes(saved["settings"], self._settings):
@@ -268,7 +270,7 @@ class Run:
         return saved["step"]
 
     def save(self, step: int) -> None:
-        """One format whatever the processes are: each writes its part, and whoever loads takes what it needs. Complete or not there."""
+        """Write a checkpoint atomically. The format does not depend on the processes: each writes its part, and reads what it needs."""
         path = self._output / f"step-{step:08d}"
         if path.exists():
             return
@@ -281,7 +283,7 @@ class Run:
         self._accelerator.wait_for_everyone()
 
     def save_model(self, tokenizer: PreTrainedTokenizerBase | None) -> Path:
-        """In transformers' format, with MoBA's settings in its configuration; where."""
+        """Save the model in transformers' format, with MoBA's settings in its configuration. Returns the folder."""
         weights, folder = self._accelerator.get_state_dict(self._model), self._output / "model"
         if self._accelerator.is_main_process:
             self._accelerator.unwrap_model(self._model).save_pretrained(folder, state_dict=weights)
@@ -300,7 +302,7 @@ class Run:
         return sorted(path for path in self._output.glob("step-*") if path.suffix != ".partial")
 
     def _keep_log(self, last: int) -> None:
-        """Drop what was logged after the checkpoint, and a line that was cut off: these steps come again."""
+        """Remove log entries after the checkpoint, and an incomplete last line: these steps are done again."""
         path = self._output / "log.jsonl"
         if self._accelerator.is_main_process:
             lines = path.read_text().splitlines(keepends=True) if path.exists() else []
@@ -343,7 +345,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def check(args: argparse.Namespace) -> None:
-    """What can be known before anything is loaded. Raises UserError."""
+    """Check what can be known before anything is loaded. Raises UserError."""
     for file in args.text:
         with one_line("argument --text: cannot read the file"), open(file, "rb"):
             pass
@@ -354,7 +356,7 @@ def check(args: argparse.Namespace) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Train; the exit code."""
+    """Train, and return the exit code."""
     return exit_code_of_job("train.py", lambda: train(parse(arguments)))
 
 

@@ -8,9 +8,9 @@
     python examples/benchmarks/benchmark.py --train llama-1b    # a training step of a whole model
     python examples/benchmarks/benchmark.py --plot-only benchmark.json
 
-Prints tables and writes `benchmark.json` and, with matplotlib, `benchmark.png`. After Ctrl-C the same command goes on where it was.
+Prints tables and writes `benchmark.json` and, with matplotlib, `benchmark.png`. After Ctrl-C the same command continues where it stopped.
 
-`PRESETS` are the settings; what is compared is the table `SYSTEMS` in `benchmarking/attention.py`, where a system more is a line more.
+`PRESETS` are the settings. The table `SYSTEMS` in `benchmarking/attention.py` lists what is compared: a new system needs one more line.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # examples/, where the package `shared` is
+sys.path.insert(0, str(Path(__file__).parents[1]))  # examples/, which contains the package `shared`
 
 if __name__ == "__main__":
     from shared.startup import prepare
@@ -60,12 +60,12 @@ PRESETS = {
 MODEL_PRESET = {"block_size": 128, "top_k": 8, "lengths": [512 << i for i in range(10)]}
 TRAINING_PRESET = {"block_size": 128, "top_k": 8, "lengths": [8192, 32768, 131072]}
 QUICK = {"cuda": {"lengths": [4096, 16384], "batch": 1}, "cpu": {"lengths": [1024, 4096]}}
-QUICK_SECONDS = 35  # after that no further measurement begins
+QUICK_SECONDS = 35  # no further measurement begins after that
 TIMES = "milliseconds", "least", "most", "estimate"
 
 
 class Workload(Protocol):
-    """What `run` needs to know of a comparison: `Attention`, `Corners`, `ModelPrefill`, `ModelTraining`."""
+    """The interface of a comparison for `run`: `Attention`, `Corners`, `ModelPrefill`, `ModelTraining`."""
 
     device: torch.device
     systems: list[str]
@@ -79,10 +79,10 @@ class Workload(Protocol):
 
 
 def run(workload: Workload, found: dict, results: Results, args: argparse.Namespace, deadline: float) -> None:
-    """Measure what the run `found` lacks. All systems at one length come one after another; forward passes come first."""
+    """Measure what the run `found` lacks. Systems are measured in turn at each length; forward passes come first."""
     lengths, repeats, limit = args.lengths, args.repeats, args.limit
     todo = [(s, p, n) for p in workload.passes for n in lengths for s in workload.systems if find(found, s, p, n) is None]
-    begun = set[tuple[str, str]]()  # what this process has compiled
+    begun = set[tuple[str, str]]()  # compiled by this process
     total = len(workload.passes) * len(lengths) * len(workload.systems)
     if len(todo) < total:
         print(f"{total - len(todo)} of {total} measurements are in {results.file} already.", flush=True)
@@ -101,17 +101,17 @@ def run(workload: Workload, found: dict, results: Results, args: argparse.Namesp
             found["results"].append({"system": system, "pass": pass_, "tokens": tokens, **scaled})
             results.save()
             if "failed" in record and workload.device.type == "cuda":
-                torch.cuda.synchronize()  # raises if the GPU is of no use any more: then nothing else may count as failed
+                torch.cuda.synchronize()  # raises if the GPU can no longer be used: no other measurement must then count as failed
 
 
 def expected_over_limit(workload: Workload, found: dict, system: str, pass_: str, tokens: int, repeats: int, limit: float) -> dict | None:
-    """The record of a measurement that need not be tried: it would take too long, to judge by the longest shorter one."""
+    """The record of a measurement that would take too long, as estimated from the longest shorter one; None if it should be tried."""
     estimate = expected_milliseconds(workload, found, system, pass_, tokens)
     return None if estimate is None else over_limit(estimate, 1 + repeats, limit)
 
 
 def expected_milliseconds(workload: Workload, found: dict, system: str, pass_: str, tokens: int) -> float | None:
-    """Of one call, to judge by the longest shorter one; None if there is none."""
+    """The expected time of one call, estimated from the longest shorter one; None if there is none."""
     known = [r for r in found["results"] if (r["system"], r["pass"]) == (system, pass_) and r["tokens"] < tokens]
     times = {r["tokens"]: t for r in known if (t := r.get("milliseconds") or r.get("estimate"))}
     if not times:
@@ -121,7 +121,7 @@ def expected_milliseconds(workload: Workload, found: dict, system: str, pass_: s
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the benchmark; the exit code: 0, 1 if it had to stop, 2 for something that the user can mend, 130 after Ctrl-C."""
+    """Run the benchmark, and return the exit code: 0, 1 if it had to stop, 2 for an error that the user can fix, 130 after Ctrl-C."""
     start = time.monotonic()
     return exit_code("benchmark.py", lambda: benchmark(parse(argv), start))
 
@@ -165,7 +165,7 @@ def of_corners(run: dict) -> bool:
 
 
 def draw(runs: list[dict], file: Path) -> None:
-    if not (runs := [run for run in runs if run["results"] and not of_corners(run)]):  # a table says it better
+    if not (runs := [run for run in runs if run["results"] and not of_corners(run)]):  # corners have a table instead
         return
     try:
         plot(runs, file)
@@ -254,5 +254,5 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # Ctrl-C keeps and prints what is measured
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # Ctrl-C keeps and prints the results so far
     sys.exit(main())

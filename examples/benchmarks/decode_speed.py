@@ -3,13 +3,13 @@
     python examples/benchmarks/decode_speed.py                  # the attention step of one layer
     python examples/benchmarks/decode_speed.py --whole-model    # tokens per second of a Llama with random weights
 
-The attention step alone is held against the fastest full decoding that PyTorch has (`scaled_dot_product_attention` and compiled
-FlexAttention, which splits the keys), on a full cache of random bfloat16 keys: 32 query heads on 8, width 128. Times are medians of event
-timings. Each call is replayed from a CUDA graph, so that neither side's launches from Python are counted.
+The attention step is compared with the fastest full decoding in PyTorch (`scaled_dot_product_attention` and compiled FlexAttention, which
+splits the keys), on a full cache of random bfloat16 keys: 32 query heads on 8, width 128. Times are medians of event timings. Each call is
+replayed from a CUDA graph, so that launches from Python do not count on either side.
 
-The whole model decodes greedily, by one compiled step per token, with a cache of random keys. "full" is transformers' own `sdpa`, which
-masks the static cache's free places and so misses FlashAttention. "full, no mask" reads free places too, at FlashAttention's speed,
-which is the least that full decoding takes.
+The whole model decodes greedily, by one compiled step per token, with a cache of random keys. "full" is transformers' own `sdpa`. It masks
+the free slots of the static cache, and therefore cannot use FlashAttention. "full, no mask" also reads free slots, at FlashAttention's
+speed, which is a lower bound for the time of full decoding.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # examples/, where the package `shared` is
+sys.path.insert(0, str(Path(__file__).parents[1]))  # examples/, which contains the package `shared`
 
 import argparse
 import json
@@ -37,7 +37,7 @@ from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM, PreT
 
 from moba_flex import patch, unpatch
 
-# What a patched model calls in each layer. This is not public, and may be renamed.
+# Called by a patched model in each layer. Not public, and may be renamed.
 from moba_flex.core.settings import AttentionSettings
 from moba_flex.decoding import decode
 from moba_flex.ops.decoding import means_for, write_means
@@ -73,7 +73,7 @@ def milliseconds(call: Callable, repeats: int = 20, together: int = 10) -> float
 
 
 def full(query: Tensor, key: Tensor, value: Tensor) -> dict[str, float]:
-    """Milliseconds of each kind of full decoding that runs here."""
+    """Milliseconds of each kind of full decoding that runs on this device."""
     by_group = query.view(query.shape[0], GROUPS, -1, WIDTH)  # the query heads of a key head as queries: no kernel repeats keys
     compiled = torch.compile(lambda q, k, v: flex_attention(q, k, v, enable_gqa=True))
     calls = {"SDPA": lambda: F.scaled_dot_product_attention(query, key, value, enable_gqa=True)}
@@ -84,7 +84,7 @@ def full(query: Tensor, key: Tensor, value: Tensor) -> dict[str, float]:
     for name, call in calls.items():
         try:
             times[name] = milliseconds(call)
-        except Exception as error:  # a kernel that this GPU, driver or length has not
+        except Exception as error:  # a kernel that this GPU, driver or length does not support
             print(f"  {name}: {type(error).__name__}: {str(error).splitlines()[0][:100]}")
     return times
 
@@ -113,7 +113,7 @@ def attention_step(batch: int, tokens: int, block_size: int, top_k: int) -> dict
 
 
 def llama(layers: int) -> PreTrainedModel:
-    """The shape of Llama-3.1-8B with random weights."""
+    """A model of the shape of Llama-3.1-8B, with random weights."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
@@ -124,7 +124,7 @@ def llama(layers: int) -> PreTrainedModel:
 
 
 def no_mask(module, query: Tensor, key: Tensor, value: Tensor, attention_mask, scaling: float, **_) -> tuple[Tensor, None]:
-    """One query's attention to every place of the cache, in transformers' form."""
+    """One query's attention to every slot of the cache, with transformers' interface."""
     return F.scaled_dot_product_attention(query, key, value, scale=scaling, enable_gqa=True).transpose(1, 2), None
 
 
@@ -133,17 +133,17 @@ AttentionInterface.register("no_mask", no_mask)
 
 @torch.no_grad()
 def tokens_per_second(model: PreTrainedModel, tokens: int, new: int, compiled: bool) -> float:
-    """Greedy decoding at batch 1 behind `tokens` random ones, which a static cache holds."""
+    """The speed of greedy decoding at batch 1, after `tokens` random tokens in a static cache."""
     cache = StaticCache(config=model.config, max_cache_len=tokens + new + 16)
-    for index in range(model.config.num_hidden_layers):  # as a prefill would leave it, but for what the keys say
+    for index in range(model.config.num_hidden_layers):  # as after a prefill, but with random keys
         key, value = (torch.randn(1, GROUPS, tokens, WIDTH, device="cuda", dtype=torch.bfloat16) for _ in range(2))
         cache.update(key, value, index)
 
     def step(call: Callable, token: Tensor) -> Tensor:
-        # By its place: transformers 5.24 renamed past_key_values to cache.
+        # Positional, because transformers 5.24 renamed past_key_values to cache.
         return call(token, None, None, cache, use_cache=True).logits[:, -1:].argmax(-1)
 
-    token = step(model, torch.zeros(1, 1, dtype=torch.int64, device="cuda"))  # uncompiled: lays block means beside the cache
+    token = step(model, torch.zeros(1, 1, dtype=torch.int64, device="cuda"))  # uncompiled: stores block means beside the cache
     call = torch.compile(model, mode="reduce-overhead", fullgraph=True) if compiled else model
     for _ in range(8):
         token = step(call, token).clone()

@@ -1,10 +1,10 @@
-"""Test MoBA's training script where a process is killed: the others name it and end, and one fewer go on from the checkpoint.
+"""Test MoBA's training script when a process is killed: the others name it and end, and one process fewer resumes from the checkpoint.
 
     python examples/benchmarks/kill_and_resume.py --processes 4 --output results/resume -- \\
         --config_file examples/accelerate/fsdp2.yaml examples/train.py --model NAME --text *.txt --batch-size 12
 
-Behind `--` stands what examples/launch.py takes, but for the number of processes, the output, the steps and when checkpoints are written.
-`--batch-size` must be a multiple of both numbers of processes. Prints all that both runs said, and one line of JSON.
+The arguments after `--` are those of examples/launch.py, without the number of processes, the output, the steps and the checkpoint
+interval. `--batch-size` must be a multiple of both numbers of processes. Prints the output of both runs, and one line of JSON.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # examples/, where the package `shared` is
+sys.path.insert(0, str(Path(__file__).parents[1]))  # examples/, which contains the package `shared`
 
 import argparse
 import json
@@ -27,8 +27,8 @@ from shared.command_line import Parser, UserError, exit_code
 from shared.flag_types import count
 from shared.startup import run_script
 
-EVERY, STEPS = 3, 12  # a checkpoint, and all
-SECONDS = 120  # that the others may take to end; more than a minute is reported as wrong
+EVERY, STEPS = 3, 12  # steps between checkpoints, and in total
+SECONDS = 120  # limit for the other processes to end; more than a minute is reported as wrong
 
 
 def kill_and_resume(args: argparse.Namespace) -> dict:
@@ -43,7 +43,7 @@ def kill_and_resume(args: argparse.Namespace) -> dict:
                 if job.poll() is not None:
                     raise UserError(f"the run that was to be killed ended by itself with exit code {job.returncode}")
                 time.sleep(0.01)
-            killed = max(psutil.Process(job.pid).children(), key=lambda child: child.pid)  # not the first one, which has the store
+            killed = max(psutil.Process(job.pid).children(), key=lambda child: child.pid)  # not the first one, which holds the store
             killed.kill()
             at = time.monotonic()
             try:
@@ -82,7 +82,7 @@ def start(args: argparse.Namespace, n: int, more: list[str], file) -> subprocess
 
 
 def losses(folder: Path) -> list[float]:
-    """Of the steps that are done; a line may be on its way."""
+    """The losses of the steps that are done. An incomplete last line is ignored."""
     log = folder / "log.jsonl"
     lines = log.read_text().splitlines(keepends=True) if log.exists() else []
     return [json.loads(line)["loss"] for line in lines if line.endswith("\n")]

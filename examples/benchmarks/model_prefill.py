@@ -1,9 +1,10 @@
-"""Measure a whole model with MoBA whose prompt several processes share: the time to the first token, and of those that follow.
+"""Measure a whole model with MoBA whose prompt several processes share: the time to the first token, and per following token.
 
     torchrun --standalone --nproc-per-node 4 examples/benchmarks/model_prefill.py --tokens 1048576
     torchrun --standalone --nproc-per-node 2 examples/benchmarks/model_prefill.py --tiny --tokens 512 --block-size 16 --top-k 3    # on CPUs
 
-A Llama of 1B in shape, with random weights, in one pass. Prints one line of JSON; with "out_of_memory": true where a GPU has not enough.
+The model is a Llama of 1B in shape, with random weights; the prompt is read in one pass. Prints one line of JSON, with "out_of_memory":
+true if a GPU has too little memory.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # examples/, where the package `shared` is
+sys.path.insert(0, str(Path(__file__).parents[1]))  # examples/, which contains the package `shared`
 
 import argparse
 import json
@@ -71,7 +72,7 @@ def measure(args: argparse.Namespace, device: str) -> dict:
 def run(args: argparse.Namespace) -> None:
     device = "cuda" if torch.cuda.is_available() and not args.cpu else "cpu"
     with process_group(device):
-        watch = watch_processes(silent=120.0)  # kernels are compiled
+        watch = watch_processes(silent=120.0)  # long, because kernels are compiled
         try:
             result = measure(args, device)
         except torch.OutOfMemoryError as error:

@@ -1,15 +1,15 @@
 """Test MoBA on a host with several GPUs, unattended: losses, a killed process, speeds, tests, ten million tokens, a whole model.
 
     python examples/benchmarks/multi_gpu_check.py --output results              # all parts; about 20 minutes on four H200
-    python examples/benchmarks/multi_gpu_check.py --output results --minutes 9  # what fits; the same command goes on with the others
+    python examples/benchmarks/multi_gpu_check.py --output results --minutes 9  # what fits; the same command continues with the rest
     python examples/benchmarks/multi_gpu_check.py --output results --list       # the parts, their time, and which are done
     python examples/benchmarks/multi_gpu_check.py --output results --dry        # toy sizes on CPU processes, to try it out
 
-From a checkout, with the package and its "test" and "demo" extras installed. Nothing is fetched: the model that is trained has the shape of
-SmolLM2-135M, random weights, and reads bytes of Python's standard library. Each part leaves NAME.json and NAME.log; a part that has its
-JSON is not run again. Parts that are not timed run side by side. When the minutes are over, nothing runs any more. results.json and what is
-printed last put all beside what docs/scaling.md predicts. Exit code: 0 when all parts are done and well, 1 if one failed, 3 if some were
-left for lack of time. NVLink multicast stays off, as some hosts cannot map it.
+It runs from a checkout, with the package and its "test" and "demo" extras installed. Nothing is downloaded: the trained model has the shape
+of SmolLM2-135M and random weights, and reads bytes of Python's standard library. Each part writes NAME.json and NAME.log; a part with a
+JSON file is not run again. Parts that are not timed run side by side. Everything ends when the minutes are over. results.json and the final
+output compare all results with the predictions of docs/scaling.md. Exit code: 0 if all parts are done and right, 1 if one failed or has
+wrong results, 3 if the time was too short for some. NVLink multicast stays off, because some hosts cannot map it.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # examples/, where the package `shared` is
+sys.path.insert(0, str(Path(__file__).parents[1]))  # examples/, which contains the package `shared`
 
 if __name__ == "__main__":
-    script_started = time.monotonic()  # to import PyTorch takes a minute where it was not read before
+    script_started = time.monotonic()  # the import of PyTorch takes a minute if it is not in the file cache
 
 import argparse
 import contextlib
@@ -43,16 +43,16 @@ from shared.command_line import Parser, UserError, exit_code
 from shared.flag_types import positive
 from shared.startup import run_script
 
-OVERTIME = 180  # seconds over its time after which a part is ended
-LEAST = 60  # seconds for a part that need not be whole
-OF_TEST = re.compile(r"^\[gw\d+\] \[ *\d+%\] ([A-Z]+) |^tests/\S+ ([A-Z]+) .*\[ *\d+%\]$", re.MULTILINE)  # several processes, or one
+OVERTIME = 180  # seconds by which a part may exceed its time before it is killed
+LEAST = 60  # minimum time in seconds for a part that need not be complete
+OF_TEST = re.compile(r"^\[gw\d+\] \[ *\d+%\] ([A-Z]+) |^tests/\S+ ([A-Z]+) .*\[ *\d+%\]$", re.MULTILINE)  # with several processes, or one
 
 LAUNCHER_SAYS = re.compile(r"^[EW]\d{4} [\d:.]+ \d+ torch/distributed/", re.MULTILINE)
 
 
 @dataclass
 class Job:
-    """A part that runs. What it prints goes to its log."""
+    """A running part. Its output goes to its log."""
 
     part: Part
     output: Path
@@ -62,7 +62,7 @@ class Job:
     def __post_init__(self) -> None:
         part, self.started = self.part, time.monotonic()
         if part.run is not None:
-            shutil.rmtree(part.run, ignore_errors=True)  # of a run that was cut off
+            shutil.rmtree(part.run, ignore_errors=True)  # of an interrupted run
         path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         environment = {"NCCL_NVLS_ENABLE": "0", **os.environ, "PYTHONPATH": path, **part.environment}
         with open(self.log, "w") as file:
@@ -74,7 +74,7 @@ class Job:
         return self.output / f"{self.part.name}.log"
 
     def runs(self) -> bool:
-        """Ends it when its time is up."""
+        """Whether it still runs. Kills it when its time is up."""
         self.code = self._process.poll()
         if self.code is None and time.monotonic() < min(self.started + self.part.seconds + OVERTIME, self.end):
             return True
@@ -85,7 +85,7 @@ class Job:
         kill_all(self._process)
 
     def save(self) -> str:
-        """What came out goes to a file: "done", "cut off" if there was no time for all, or "failed"."""
+        """Write the result to a file, and return "done", "cut off" if the time was too short, or "failed"."""
         part, result = self.part, result_of(self.part, self.log)
         if part.run is not None:
             shutil.rmtree(part.run, ignore_errors=True)  # gigabytes of checkpoints
@@ -110,13 +110,13 @@ def result_of(part: Part, log: Path) -> dict:
         return {name.lower(): of_tests.count(name) for name in ("PASSED", "SKIPPED", "FAILED", "ERROR")}
     found = []
     for line in text.splitlines():
-        with contextlib.suppress(json.JSONDecodeError):  # something else in braces
+        with contextlib.suppress(json.JSONDecodeError):  # not JSON, but starts with a brace
             found += [json.loads(line)] if line.startswith("{") else []
     return {"rows": found, **found[-1]} if found else {}
 
 
 def run(group: Iterable[Part], args: argparse.Namespace, failed: list[str], left: list[str]) -> None:
-    """Side by side. Names go to `failed` and `left`."""
+    """Run parts side by side. Adds their names to `failed` and `left`."""
     jobs = []
     try:
         for part in group:
@@ -139,7 +139,7 @@ def run(group: Iterable[Part], args: argparse.Namespace, failed: list[str], left
 
 
 def groups(chosen: list[Part], most: int) -> list[list[Part]]:
-    """Parts that run side by side, at most so many."""
+    """Groups of parts that run side by side, at most `most` each."""
     found = []
     for timed, some in groupby(chosen, lambda part: part.timed):
         rest, size = list(some), 1 if timed else most
@@ -177,7 +177,7 @@ def results_of(output: Path, names: Iterable[str]) -> dict[str, dict]:
 
 
 def same_as_before(args: argparse.Namespace) -> None:
-    """Results in one folder are of one kind of run. Raises UserError."""
+    """Raise UserError if the folder has results of another kind of run."""
     file, settings = args.output / "settings.json", {"gpus": args.gpus, "dry": args.dry}
     before = json.loads(file.read_text()) if file.exists() else settings
     if before != settings:
@@ -199,7 +199,7 @@ def report(output: Path, names: Iterable[str], failed: list[str], left: list[str
 
 
 def last_words(log: str) -> list[str]:
-    """Of the processes: PyTorch's launcher ends a log with fifty lines of its own."""
+    """The last lines of the processes: PyTorch's launcher appends fifty lines of its own."""
     return LAUNCHER_SAYS.split(log)[0].splitlines()[-3:]
 
 

@@ -1,4 +1,4 @@
-"""Measure each step of one MoBA attention call on a CUDA GPU: gate, routing, attention, merge, and the same backward.
+"""Measure each step of one MoBA attention call on a CUDA GPU: gate, routing, attention, merge, and the backward steps.
 
     python examples/benchmarks/phases.py
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # examples/, where the package `shared` is
+sys.path.insert(0, str(Path(__file__).parents[1]))  # examples/, which contains the package `shared`
 
 import argparse
 import statistics
@@ -25,7 +25,7 @@ from shared.startup import run_script
 
 from moba_flex import moba_attention
 
-# The steps that are measured. They are not public, and may be renamed.
+# The measured steps. Not public, and may be renamed.
 from moba_flex.backends import flex
 from moba_flex.core.layout import slots_per_block
 from moba_flex.core.layout_builders import dense_layout
@@ -33,7 +33,7 @@ from moba_flex.core.settings import AttentionSettings
 
 
 def median(call, repeats: int = 7, together: int = 4) -> float:
-    """The median milliseconds of `call` on the GPU, after a warm-up; `together` calls a sample, so that launches overlap with work."""
+    """The median milliseconds of `call` on the GPU, after a warm-up. A sample is `together` calls, so that launches overlap with work."""
     call()
     return statistics.median(milliseconds(call, torch.device("cuda"), together) for _ in range(repeats))
 

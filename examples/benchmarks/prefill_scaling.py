@@ -4,10 +4,10 @@
     torchrun --standalone --nproc-per-node 4 examples/benchmarks/prefill_scaling.py --tokens 10485760 --repeats 1 --check 512 --pieces 2
     torchrun --standalone --nproc-per-node 2 examples/benchmarks/prefill_scaling.py --tokens 2048 --block-size 128 --top-k 4    # on CPUs
 
-Prints a line of JSON for each of `--tokens` and `--exchange`. With one process, also without torchrun, it is the plain operation.
-docs/scaling.md has the formulas that predict it. `--check` computes so many queries, spread over all slices, once more in float64: gate and
-attention in plain PyTorch, the keys of one head at a time from all processes. `--pieces` works on some heads after the others, where all at
-once take too much memory.
+Prints a line of JSON for each of `--tokens` and `--exchange`. With one process, also without torchrun, it measures the plain operation.
+docs/scaling.md has the formulas that predict the results. `--check N` recomputes N queries, spread over all slices, in float64: gate and
+attention in plain PyTorch, the keys of one head at a time from all processes. `--pieces` processes the heads in groups, one after another,
+if all at once take too much memory.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # examples/, where the package `shared` is
+sys.path.insert(0, str(Path(__file__).parents[1]))  # examples/, which contains the package `shared`
 
 import argparse
 import json
@@ -36,7 +36,7 @@ from moba_flex.distributed import moba_attention_cp
 from moba_flex.distributed.collectives import gathered
 from moba_flex.ops.decoding import Stored, attend_to_blocks, blocks_to_read, means_for, write_means
 
-APART = 0.05  # a larger error is one of the gate, in which another block was as good to within rounding; bfloat16 rounds to 0.004
+APART = 0.05  # larger errors come from the gate: another block was equally good within rounding; bfloat16 rounds to 0.004
 
 
 def measure(args: argparse.Namespace, tokens: int, exchange: str) -> dict:
@@ -51,7 +51,7 @@ def measure(args: argparse.Namespace, tokens: int, exchange: str) -> dict:
     settings = {"block_size": args.block_size, "top_k": args.top_k, "exchange": exchange}
     ratio, share = args.heads // args.key_heads, args.key_heads // args.pieces
     place = torch.linspace(0, length - 1, max(1, args.check // mesh.size()), device=device).long()
-    checked = query[:, :, place].double() if args.check else None  # outputs of these queries: of all they would be a third of the memory
+    checked = query[:, :, place].double() if args.check else None  # only of these queries: all outputs would be a third of the memory
 
     times = []
     for _ in range(args.repeats + 1):
@@ -92,7 +92,7 @@ def measure(args: argparse.Namespace, tokens: int, exchange: str) -> dict:
 def check(
     args: argparse.Namespace, query: Tensor, key: Tensor, value: Tensor, out: Tensor, place: Tensor, mesh: DeviceMesh
 ) -> dict[str, float]:
-    """Of the queries of each slice at `place`, and all heads: how far outputs are from those in float64, as shares of their norms."""
+    """Relative errors of the outputs of queries `place` of each slice, for all heads, compared with float64."""
     length, ratio = query.shape[2], args.heads // args.key_heads
     token = mesh.get_rank() * length + place
     settings = AttentionSettings(args.block_size, args.top_k, scale=args.width**-0.5)
@@ -119,7 +119,7 @@ def check(
 
 
 def bytes_sent(args: argparse.Namespace, exchange: str, length: int, size: int, e: int) -> float:
-    """The formulas of docs/scaling.md, which tests hold against what is sent."""
+    """The formulas of docs/scaling.md, which tests compare with the bytes sent."""
     if exchange == "keys":
         return (size - 1) * length * 2 * args.key_heads * args.width * e
     return (size - 1) / size * length * 2 * (args.heads + max(args.key_heads, size)) * args.width * e
@@ -131,7 +131,7 @@ def run(args: argparse.Namespace) -> None:
             result = measure(args, tokens, exchange)
             if dist.get_rank() == 0:
                 print(json.dumps(result), flush=True)
-            torch.cuda.empty_cache()  # what the next is measured with has other sizes
+            torch.cuda.empty_cache()  # the next measurement has other sizes
         dist.barrier()
 
 

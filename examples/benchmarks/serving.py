@@ -4,10 +4,10 @@
     python examples/benchmarks/serving.py --tokens 512 32768 --requests 64 16         # short prompts, then long ones
     python examples/benchmarks/serving.py --model tiny --tokens 300 --new 4 --requests 3 --device cpu
 
-transformers' continuous batching serves the same model, patched and with full attention, one after the other in the same run. Weights and
-prompts are random. All requests come at once. Times are those of the last of `--rounds` rounds; the first one compiles, unless a few
-requests of half the length came before it (`--warm-up`). With `--limit`, a system whose requests take longer is stopped: what is printed is
-then more than its rate.
+transformers' continuous batching serves the same model, patched and with full attention, in turn in the same run. Weights and prompts are
+random. All requests arrive at once. Times are those of the last of `--rounds` rounds. The first round compiles, unless a warm-up with a few
+requests of half the length precedes it (`--warm-up`). With `--limit`, a system whose requests take longer is stopped; the printed rate is
+then an upper bound.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # examples/, where the package `shared` is
+sys.path.insert(0, str(Path(__file__).parents[1]))  # examples/, which contains the package `shared`
 
 import argparse
 import time
@@ -34,13 +34,13 @@ from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedM
 import moba_flex
 
 SYSTEMS = {"moba_flex": "moba", "sdpa": "full"}
-WARM_UP_NEW = 16  # tokens that each request of the warm-up gets at most
+WARM_UP_NEW = 16  # largest number of new tokens per request of the warm-up
 
 Results = dict[str, dict[str, float]]
 
 
 def serve(model: PreTrainedModel, prompts: list[list[int]], new: int, args: argparse.Namespace) -> dict[str, float]:
-    """Serve all prompts, which get `new` tokens each. Seconds but for the rate."""
+    """Serve all prompts with `new` tokens each. Returns seconds, and the rate."""
     greedy = GenerationConfig(max_new_tokens=new, do_sample=False, eos_token_id=-1)
     batching = ContinuousBatchingConfig(
         page_size=args.page_size,
@@ -65,7 +65,7 @@ def serve(model: PreTrainedModel, prompts: list[list[int]], new: int, args: argp
     first = [output.timestamps[0] - output.created_time for output in done]
     each = [later - earlier for output in done for earlier, later in pairwise(output.timestamps)]
     measured = {"requests_per_minute": 60 * len(prompts) / seconds}
-    if len(done) < len(prompts):  # then the rate is a bound, and those that waited longest are not among the finished
+    if len(done) < len(prompts):  # the rate is then a bound, and the requests that waited longest have not finished
         return {**measured, "finished": len(done)}
     return {
         **measured,
@@ -91,7 +91,7 @@ def run(args: argparse.Namespace) -> None:
     for tokens, requests, rounds in zip(args.tokens, args.requests, args.rounds):
         if args.warm_up:
             prompts = random_prompts(model, args.warm_up, max(1, tokens // 2), seed=-1)
-            whole = argparse.Namespace(**{**vars(args), "limit": None})  # what was not compiled here would be within the limit
+            whole = argparse.Namespace(**{**vars(args), "limit": None})  # no limit, which would include compilation
             list(served(model, prompts, min(args.new, WARM_UP_NEW), whole))
         runs.append({"tokens": tokens, "requests": requests, "rounds": []})
         for i in range(rounds):
@@ -106,7 +106,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def served(model: PreTrainedModel, prompts: list[list[int]], new: int, args: argparse.Namespace) -> Iterator[tuple[str, dict[str, float]]]:
-    """Each system with its times."""
+    """Yield each system with its times."""
     for system, attention in SYSTEMS.items():
         moba_flex.set_attention(model, attention)
         yield system, serve(model, prompts, new, args)
@@ -118,13 +118,13 @@ def random_prompts(model: PreTrainedModel, requests: int, tokens: int, seed: int
 
 
 def rate(found: dict[str, float]) -> str:
-    """Requests per minute, or a bound and how many were finished."""
+    """Requests per minute; or an upper bound, and how many have finished."""
     number = f"{found['requests_per_minute']:.1f}"
     return f"less than {number} ({found['finished']} finished)" if "finished" in found else number
 
 
 def ratio(results: Results) -> str:
-    """Requests per minute of the patched model over those of the same model with full attention."""
+    """Requests per minute of the patched model, divided by those of full attention."""
     moba, full = results["moba_flex"], results["sdpa"]
     number = f"{moba['requests_per_minute'] / full['requests_per_minute']:.2f}"
     if "finished" in moba:
@@ -133,7 +133,7 @@ def ratio(results: Results) -> str:
 
 
 def save(runs: list[dict], device: torch.device, args: argparse.Namespace) -> None:
-    """All that is measured so far: what comes later may fail."""
+    """Write everything measured so far: later measurements may fail."""
     if args.output is None:
         return
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
@@ -143,7 +143,7 @@ def save(runs: list[dict], device: torch.device, args: argparse.Namespace) -> No
 
 
 def print_table(run: dict) -> None:
-    """Of the last round; the ratio of each, since it varies from one to the next."""
+    """Print the last round, and the ratios of all rounds, which vary."""
     print(f"\n{run['requests']} requests of {run['tokens']:,} tokens\n")
     print("| | requests per minute | first token, s: median / p95 | per token, ms: median / p95 |\n|---|---|---|---|")
     for system, found in run["rounds"][-1].items():

@@ -2,24 +2,24 @@
 
     pip install ".[demo]"
     python examples/experiments/adapt.py --output adapted            # SmolLM2-135M on text of installed packages; one GPU, under an hour
-    python examples/experiments/adapt.py --output adapted --resume   # goes on after Ctrl-C, the end of --minutes, or a crash
+    python examples/experiments/adapt.py --output adapted --resume   # continues after Ctrl-C, the end of --minutes, or a crash
     python examples/llama.py --adapted adapted/moba/adapter
 
-    CUDA_VISIBLE_DEVICES=0 python examples/experiments/adapt.py --output adapted --runs full   # beside the next line, or another day
+    CUDA_VISIBLE_DEVICES=0 python examples/experiments/adapt.py --output adapted --runs full   # with the next line, or at another time
     CUDA_VISIBLE_DEVICES=1 python examples/experiments/adapt.py --output adapted --runs moba hybrid
     python examples/experiments/adapt.py --output long --sequence-length 32768 --rope-theta 420000 --batch-size 2 --micro-batch-size 1
 
-Three low-rank adapters (LoRA) are trained from the same start, on the same sequences in the same order: `full`, `moba`, and `hybrid`,
-which is MoBA with full attention in the `--full-attention-layers`, such as `moba_flex.calibrate` finds. Each is measured on files that no
-run has read, with and without its training. `--output` gets results.json, and a folder for each run: log.jsonl (every step), the
-checkpoint, the adapter. Whichever call finds that all three are measured prints the results.
+Three low-rank adapters (LoRA) are trained from the same start, on the same sequences in the same order: `full`, `moba`, and `hybrid`, which
+is MoBA with full attention in the `--full-attention-layers`, such as `moba_flex.calibrate` finds. Each is measured on held-out files,
+before and after its training. `--output` gets results.json, and a folder for each run: log.jsonl (every step), the checkpoint, the adapter.
+The call that finds all three measured prints the results.
 
 The adapter in examples/adapter, which `llama.py --adapted` uses, is `hybrid` after `--steps 160 --micro-batch-size 4`: see docs/results.md.
 
-For sequences beyond the model's context, `--rope-theta` raises the base of its rotary embedding, in all runs and measurements alike. It
-is kept with the adapter, and so is the longer context, for `llama.py --adapted` and `needle.py`.
+For sequences beyond the model's context, `--rope-theta` raises the base of its rotary embedding, in all runs and measurements. The base and
+the longer context are saved with the adapter, for `llama.py --adapted` and `needle.py`.
 
-Exit code: 0 when all is done or --minutes are over, 2 and one line for something that you can mend, 130 after Ctrl-C.
+Exit code: 0 when all is done or --minutes are over, 2 and one line for an error that you can fix, 130 after Ctrl-C.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # examples/, where the package `shared` is
+sys.path.insert(0, str(Path(__file__).parents[1]))  # examples/, which contains the package `shared`
 
 if __name__ == "__main__":
     from shared.startup import prepare
@@ -55,11 +55,11 @@ from transformers import PreTrainedModel
 
 import moba_flex
 
-ROWS = (*(f"{name}, untrained" for name in RUNS), *RUNS)  # of the results
+ROWS = (*(f"{name}, untrained" for name in RUNS), *RUNS)  # rows of the results
 
 
 def adapt(args: argparse.Namespace) -> int:
-    """Train and measure those of `--runs` that are not done, and print the results where they are complete. The exit code."""
+    """Train and measure the `--runs` that are not done, and print the results once they are complete. Returns the exit code."""
     check_folders(args)
     check_layers("--full-attention-layers", args.full_attention_layers or (), args.model)
     if args.rope_theta is None:
@@ -67,8 +67,8 @@ def adapt(args: argparse.Namespace) -> int:
     limit, output = Limit(args.minutes), Output(args)
     model, tokenizer = load(args.model, args.device, "bfloat16" if args.device.startswith("cuda") else "float32")
     fit_context(model, args)
-    with one_line("this model cannot use MoBA"):  # known before anything is written
-        for name in RUNS:  # those that are not asked for are, later, with the same settings
+    with one_line("this model cannot use MoBA"):  # checked before anything is written
+        for name in RUNS:  # also runs that are not requested: they may come later, with the same settings
             moba_flex.unpatch(attend(model, name, args))
     model.loss_function = mean_loss  # in float32 all logits of a long sequence would take gigabytes
     text = Text(args, tokenizer)
@@ -93,7 +93,7 @@ def adapt(args: argparse.Namespace) -> int:
 
 
 def train(name: str, base: PreTrainedModel, text: Text, output: Output, limit: Limit, args: argparse.Namespace) -> int:
-    """One run, from its checkpoint where there is one. How many steps are done."""
+    """Train one run, from its checkpoint if it has one. Returns the number of steps done."""
     model, optimizer, first = output.resume(name, base)
     device, saved = base.device, time.monotonic()
     if device.type == "cuda" and not args.no_compile:
@@ -113,7 +113,7 @@ def train(name: str, base: PreTrainedModel, text: Text, output: Output, limit: L
         optimizer.step()
         optimizer.zero_grad()
 
-        loss = loss.item()  # once a step, since this waits for the device
+        loss = loss.item()  # once per step, since this waits for the device
         tokens = args.batch_size * args.sequence_length / (time.perf_counter() - started)
         bar.set_postfix_str(f"loss {loss:.4f}, {tokens:,.0f} tokens/s")
         output.log(name, step + 1, {"loss": loss, "learning_rate": rate, "tokens_per_second": round(tokens)})
@@ -129,7 +129,7 @@ def train(name: str, base: PreTrainedModel, text: Text, output: Output, limit: L
 
 
 def measure(name: str, base: PreTrainedModel, text: Text, output: Output, limit: Limit, args: argparse.Namespace) -> bool:
-    """Losses of the model with that run's attention, before training and with the run's adapter. Whether both are there."""
+    """Measure the model with that run's attention, before training and with the run's adapter. Returns whether both are measured."""
     for row in (f"{name}, untrained", name):
         with output.results() as results:
             measured = row in results["loss"]
@@ -152,7 +152,7 @@ def losses(model: PreTrainedModel, sequences: Tensor, description: str) -> list[
 
 @torch.inference_mode()
 def loss_of(model: PreTrainedModel, ids: Tensor) -> float:
-    """That of one sequence `[N]`."""
+    """The mean negative log-likelihood of one sequence `[N]`, in nats per token."""
     logits = model.eval()(input_ids=ids[None, :-1], use_cache=False).logits[0]
     parts = zip(logits.split(1024), ids[1:].split(1024))  # in float32 all logits of a long sequence would take gigabytes
     total = sum(torch.nn.functional.cross_entropy(part.float(), target, reduction="sum").item() for part, target in parts)
@@ -160,7 +160,7 @@ def loss_of(model: PreTrainedModel, ids: Tensor) -> float:
 
 
 class Limit:
-    """Whether the script is to end: after Ctrl-C or a request to end, or when `minutes` are over (0: never)."""
+    """Whether the script must end: after Ctrl-C or SIGTERM, or when `minutes` are over (0: never)."""
 
     def __init__(self, minutes: float) -> None:
         self._signal, self._end = Stop(), time.monotonic() + minutes * 60 if minutes else float("inf")
@@ -178,7 +178,7 @@ class Limit:
 
 
 def print_results(loss: dict[str, dict[str, list[float]]], rows: tuple[str, ...] = ROWS) -> None:
-    """Means, and how far each is from the control, "full", with the standard error of the difference over sequences."""
+    """Print means, and their differences to the control run "full" with the standard error over sequences."""
     print(f"\n{'nats per token, held-out':<26}" + "".join(f"{kind:>10}{'to full':>10}{'+-':>8}" for kind in KINDS))
     for row in rows:
         cells = ""
@@ -227,7 +227,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Train and measure; the exit code: 0, or 2 for something that the user can mend."""
+    """Train and measure, and return the exit code: 0, or 2 for an error that the user can fix."""
     return exit_code("adapt.py", lambda: adapt(parse(argv)))
 
 

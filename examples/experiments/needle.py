@@ -4,9 +4,9 @@
     python examples/experiments/needle.py --moba checkpoints/50M-... --full checkpoints/50M-... --output needle      # of pretrain.py
     python examples/experiments/needle.py --block-size 128 --top-k 8 --output needle                                 # the demo's model
 
-The fact lies at every depth of texts of every length, and is asked for at the end. A cell, one depth and length, is right where greedy
-decoding gives the value of the fact, token for token. `--output` gets needle.json and needle.png, a heat map in the report's form;
-`--resume` goes on after the last cell. `training_sequence` makes the text from which a small model learns to do it.
+The fact is placed at every depth of texts of every length, and a question at the end asks for it. A cell is one depth and length. It is
+right if greedy decoding gives the value of the fact, token for token. `--output` gets needle.json and needle.png, a heat map as in the
+report. `--resume` continues after the last cell. `training_sequence` makes the sequences that teach a small model to do it.
 
 N tokens of a sequence, F tokens of the text around the facts.
 """
@@ -16,7 +16,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # examples/, where the package `shared` is
+sys.path.insert(0, str(Path(__file__).parents[1]))  # examples/, which contains the package `shared`
 
 if __name__ == "__main__":
     from shared.startup import prepare
@@ -50,15 +50,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import moba_flex
 
 SIDES = ("moba", "full")
-MOST_FACTS = 8  # in one training sequence, unless more are asked for
-LEAST_BYTES = 100_000  # of text that is looked for: among fewer there may be no held-out file
+MOST_FACTS = 8  # default for one training sequence
+LEAST_BYTES = 100_000  # of text to search: less may contain no held-out file
 QUESTIONS = ("end", "anywhere")  # where a training sequence asks for its facts
-_RUN = re.compile(r"(\w+)-(\d+)-(.+?)(?:-b(\d+)k(\d+))?-seed(\d+)")  # what pretrain.py calls a run
+_RUN = re.compile(r"(\w+)-(\d+)-(.+?)(?:-b(\d+)k(\d+))?-seed(\d+)")  # names of runs of pretrain.py
 
 
 @dataclass(frozen=True)
 class Fact:
-    """A key and a value, both random, so that no other text says what belongs together."""
+    """A key and a value, both random, so that no other text connects them."""
 
     key: str
     value: str
@@ -88,11 +88,11 @@ def tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> Tensor:
 def training_sequence(
     filler: Tensor, tokenizer: PreTrainedTokenizerBase, generator: torch.Generator, most: int = MOST_FACTS, questions: str = "end"
 ) -> Tensor:
-    """`[N]`, as long as `filler`: its first tokens with up to `most` facts at random places, and questions with their answers.
+    """`[N]`, as long as `filler`: its first tokens with up to `most` facts at random positions, and questions with their answers.
 
-    Questions follow each other at the end, in any order, or come each at a random place after its fact (`questions="anywhere"`): then they
-    are asked after plain text, from any distance and at any length. A share of such sequences among the text that a model is trained on
-    teaches it what this script asks for. Raises ValueError if `filler` is too short for one fact, with twice as much text around it.
+    Questions are all at the end, in any order, or each at a random position after its fact (`questions="anywhere"`). In the second case
+    they follow plain text, at any distance and any length. A share of these sequences in the training text teaches a model what this script
+    tests. Raises ValueError if `filler` is too short for one fact with twice as much text around it.
     """
     facts = [Fact.random(generator) for _ in range(most)]
     statements = [fact.statement(tokenizer) for fact in facts]
@@ -108,7 +108,7 @@ def training_sequence(
     if questions == "end":
         inserted, at_end = statements[:n], [endings[i] for i in order.tolist()]
     else:
-        slots = order.view(n, 2).sort(1).values  # of each fact, and after it of its question
+        slots = order.view(n, 2).sort(1).values  # for each fact: its slot, then that of its question
         both = statements[:n] + endings[:n]
         inserted, at_end = [both[i] for i in slots.T.flatten().argsort().tolist()], []
     parts = [part for pair in zip(around.tensor_split(places), inserted) for part in pair]
@@ -116,9 +116,9 @@ def training_sequence(
 
 
 def haystack(text: Tensor, fact: Fact, length: int, depth: float, tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, Tensor]:
-    """A prompt `[N]` and the answer to it, together `length` tokens: a fact after the share `depth` of the text `[F]`, then the question.
+    """A prompt `[N]` and its answer, together `length` tokens: a fact after the fraction `depth` of the text `[F]`, then the question.
 
-    Raises ValueError if `length` has no room for them or the text is shorter than what is around them.
+    Raises ValueError if `length` has no room for them, or the text is too short.
     """
     needle, question, answer = fact.statement(tokenizer), fact.question(tokenizer), fact.answer(tokenizer)
     around = length - len(needle) - len(question) - len(answer)
@@ -135,14 +135,14 @@ def finds(model: PreTrainedModel, prompts: Tensor, answers: Tensor, full_tail: i
     options = {"attention_mask": torch.ones_like(ids), "do_sample": False, "pad_token_id": 0}
     options |= {"logits_to_keep": full_tail + 1} if full_tail else {}  # see docs/decoding.md
     new = model.generate(ids, max_new_tokens=answers.shape[1], **options)[:, ids.shape[1] :].cpu()
-    whole = F.pad(new, (0, answers.shape[1] - new.shape[1]), value=-1)  # generation ends early where every row does
+    whole = F.pad(new, (0, answers.shape[1] - new.shape[1]), value=-1)  # generation stops early if every row has ended
     return (whole == answers).all(1).tolist()
 
 
 def score(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: Tensor, length: int, depth: float, args) -> list[bool]:
-    """One cell: whether each trial is right. Its prompts follow from the seed and the cell alone, so that both sides get the same."""
+    """One cell: whether each trial is right. The prompts depend only on the seed and the cell, so both sides get the same ones."""
     generator = torch.Generator().manual_seed((args.seed << 40) + (length << 8) + round(100 * depth))
-    same: dict[int, list[tuple[int, Tensor, Tensor]]] = {}  # trials by the length of their answer, which are one batch
+    same: dict[int, list[tuple[int, Tensor, Tensor]]] = {}  # trials by answer length: each length is one batch
     for trial in range(args.trials):
         first = int(torch.randint(max(1, len(text) - length), (), generator=generator))
         prompt, answer = haystack(text[first:], Fact.random(generator), length, depth, tokenizer)
@@ -154,7 +154,7 @@ def score(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: Tens
 
 
 def needle(args: argparse.Namespace) -> dict:
-    """Measure the cells that `--output` lacks, and draw."""
+    """Measure the cells that `--output` lacks, and draw the heat map."""
     with one_line('cannot draw, since matplotlib is not installed: pip install ".[demo,viz]"'):
         import matplotlib.figure  # noqa: F401
     file = args.output / "needle.json"
@@ -188,7 +188,7 @@ def needle(args: argparse.Namespace) -> dict:
 
 
 def check_blocks(args: argparse.Namespace) -> None:
-    """Raises UserError, before a model is loaded, if MoBA's settings do not fit together or are missing."""
+    """Raise UserError, before a model is loaded, if MoBA's settings are missing or do not fit together."""
     saved = {}
     if args.moba is not None:
         saved = trained_with(args.moba) if is_adapter(args.moba) else _saved_settings(args.moba)
@@ -205,7 +205,7 @@ def _saved_settings(folder: Path) -> dict:
 
 
 def load_side(side: str, args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, dict | None]:
-    """The model, its tokenizer, and MoBA's settings where it uses MoBA: those saved with it, and those given as flags."""
+    """The model, its tokenizer, and MoBA's settings if it uses MoBA: the saved ones, overridden by flags."""
     source: Path | None = getattr(args, side)
     adapter = is_adapter(source)
     name, flag = (args.base, "--base") if adapter or source is None else (str(source), f"--{side}")
@@ -232,16 +232,16 @@ def is_adapter(source: Path | None) -> bool:
 
 
 def default_lengths(model: PreTrainedModel) -> list[int]:
-    """Powers of two from 1,024 tokens, or from an eighth of the model's context where that is short, to the context.
+    """Powers of two up to the model's context, from 1,024 tokens, or from an eighth of the context if that is less.
 
-    That of an adapter which examples/adapt.py trained at a longer one is the longer one.
+    An adapter that examples/adapt.py trained for a longer context has the longer one.
     """
     context = context_of(model)
     return [context >> i for i in reversed(range(8)) if context >> i >= min(1024, context // 8)]
 
 
 def held_out_text(tokenizer: PreTrainedTokenizerBase, n: int, args: argparse.Namespace) -> Tensor:
-    """`[F]`: prose and code from `held_out_files`, n tokens or, from the beginning again, as many."""
+    """`[F]`: n tokens of prose and code from `held_out_files`, repeated from the beginning if there are fewer."""
     with one_line("argument --text: cannot read the text around the needle"):
         documents = held_out_files(args.text or default_roots(), max(10 * n, LEAST_BYTES))  # a token has up to 10 bytes
     found = torch.cat([tokens(document.text, tokenizer) for document in documents] or [torch.empty(0)])
@@ -251,16 +251,16 @@ def held_out_text(tokenizer: PreTrainedTokenizerBase, n: int, args: argparse.Nam
 
 
 def held_out_files(roots: list[Path], n_bytes: int) -> list[Document]:
-    """About n bytes of prose and as many of code that neither examples/adapt.py nor examples/pretrain.py trains on.
+    """About n bytes each of prose and code that neither examples/adapt.py nor examples/pretrain.py trains on.
 
-    Both ask the hash of a file; the files that pretraining holds out are among those of `package_text`.
+    Both decide by the hash of a file; the files held out by pretraining are a subset of those held out by `package_text`.
     """
     documents = collect(roots, megabytes=HELD_OUT_OF * n_bytes / 1e6)
     return [document for kind in KINDS for document in documents[kind].held_out if int(document.name[:8], 16) % HELD_OUT_OF == 0]
 
 
 def begin(file: Path, asked: dict) -> dict:
-    """What is in the file already, which must have been asked for in the same way."""
+    """The results in the file, which must have been requested with the same settings; new ones if there is no file."""
     if not file.exists():
         about = {"date": time.strftime("%Y-%m-%d"), "torch": torch.__version__, "transformers": transformers.__version__}
         return {**about, "asked": asked, "models": {}, "right": {side: {} for side in SIDES}}
@@ -277,7 +277,7 @@ def key(length: int, depth: float) -> str:
 
 
 def fingerprint(model: PreTrainedModel) -> str:
-    """Which weights they are, wherever they lie."""
+    """A hash of the weights, independent of the device."""
     found = hashlib.sha256()
     for name, weight in sorted(model.state_dict().items()):
         found.update(f"{name} {weight.double().sum().item()} {weight.double().square().sum().item()}".encode())
@@ -289,7 +289,7 @@ def name_of(source: Path | None) -> str:
 
 
 def in_words(model: str, moba: Mapping | None = None) -> str:
-    """What a picture calls a model that was read with these settings of MoBA.
+    """The name of a model in the figure, with the settings of MoBA that read it.
 
     50M-32768-moba-last-3-full-b512k3-seed0 -> 50M parameters, 32,768 tokens, seed 0      # a run of pretrain.py
                                                trained with MoBA, last 3 layers full (block 512, top-3)
@@ -315,14 +315,14 @@ def in_words(model: str, moba: Mapping | None = None) -> str:
 
 
 def shares(results: dict, side: str) -> Tensor:
-    """`[depths, lengths]`: the share of trials that are right."""
+    """`[depths, lengths]`: the share of right trials."""
     asked, right = results["asked"], results["right"][side]
     rows = [[right[key(length, depth)] for length in asked["lengths"]] for depth in asked["depths"]]
     return torch.tensor(rows, dtype=torch.float).mean(-1)
 
 
 def heat_map(results: dict):
-    """A `matplotlib.figure.Figure`: lengths to the right, depths downwards, from red (never right) to green (always), a panel a side."""
+    """A `matplotlib.figure.Figure`, a panel per side: lengths to the right, depths downwards, from red (never right) to green (always)."""
     from matplotlib.figure import Figure
 
     lengths, depths = results["asked"]["lengths"], results["asked"]["depths"]
@@ -346,7 +346,7 @@ def heat_map(results: dict):
 
 
 def report(results: dict) -> None:
-    """How many cells each side has right, and the cells that MoBA misses though full attention does not."""
+    """Print how many cells are right on each side, and the cells that only full attention gets right."""
     moba, full = shares(results, "moba"), shares(results, "full")
     print(f"\ncells always right, MoBA            {int((moba == 1).sum()):>4} of {moba.numel()}")
     print(f"cells always right, full attention  {int((full == 1).sum()):>4} of {full.numel()}")
@@ -391,7 +391,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure and draw; the exit code: 0, or 2 for something that the user can mend."""
+    """Measure and draw, and return the exit code: 0, or 2 for an error that the user can fix."""
     return exit_code("needle.py", lambda: needle(parse(argv)) and 0)
 
 

@@ -6,11 +6,11 @@
     python examples/experiments/pretrain.py --size 50M --context 32768 --needle-share 0.3 --output results --checkpoints checkpoints
     python examples/experiments/needle.py --moba checkpoints/50M-32768-moba-... --full checkpoints/50M-32768-full-seed0 --output needle
 
-Needs no data set: it reads the source files of Python and of the installed packages (`pretraining/corpus.py`). Runs follow one another,
-and all of a seed begin with the same weights and read the same tokens in the same order; steps that two runs share are trained once.
-Ctrl-C, or the end of `--budget-seconds`, writes a checkpoint at the end of a step; the same command goes on from it to the same losses, and
-leaves out the runs that are done. Exit code: 0 when all runs are done or the time is up, 2 and one line for something that you can mend,
-130 after Ctrl-C.
+No data set is needed: the text is the source files of Python and of the installed packages (`pretraining/corpus.py`). Runs follow one
+another. All runs of a seed start with the same weights and read the same tokens in the same order; steps that two runs share are trained
+once. Ctrl-C, or the end of `--budget-seconds`, writes a checkpoint at the end of a step. The same command continues from it to the same
+losses, and skips the runs that are done. Exit code: 0 when all runs are done or the time is up, 2 and one line for an error that you can
+fix, 130 after Ctrl-C.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # examples/, where the package `shared` is
+sys.path.insert(0, str(Path(__file__).parents[1]))  # examples/, which contains the package `shared`
 
 if __name__ == "__main__":
     from shared.startup import prepare
@@ -59,27 +59,27 @@ from tqdm import tqdm
 
 import moba_flex
 
-LOG_EVERY = 10  # steps, whose mean loss is kept
-EVALUATIONS = 4  # of held-out loss in a run
-TRAILING = 2048  # tokens at the end of a context, whose loss is reported
-BINS = 16  # of positions
+LOG_EVERY = 10  # steps per logged mean loss
+EVALUATIONS = 4  # number of evaluations of held-out loss in a run
+TRAILING = 2048  # tokens at the end of a context whose loss is reported
+BINS = 16  # number of position bins
 DENSE = [  # full attention's kernels, best first
     SDPBackend.CUDNN_ATTENTION,
     SDPBackend.FLASH_ATTENTION,
     SDPBackend.EFFICIENT_ATTENTION,
     SDPBackend.MATH,
 ]
-# transformers 5.17 makes full attention's dense mask within a capture and nowhere else, so that layers would have to be compiled there.
+# transformers 5.17 creates the dense mask of full attention only within a capture, so layers would have to be compiled there.
 CAPTURES_FULL = Version(transformers.__version__).release >= (5, 18)
-NEEDLE_CONTEXT = 512  # tokens: three times those of a fact, its question and its answer, if each letter is one
+NEEDLE_CONTEXT = 512  # tokens: three times a fact, its question and its answer, at one token per letter
 
 
 def pretrain(args: argparse.Namespace) -> int:
-    """Train those of the runs that are not done. The exit code."""
+    """Train the runs that are not done. Returns the exit code."""
     stop, ends = Stop(), time.monotonic() + args.budget_seconds
     device = torch.device("cuda" if torch.cuda.is_available() and not args.cpu else "cpu")
     torch.set_float32_matmul_precision("high")
-    if device.type == "cuda":  # a batch is little work, and the threads of several runs on one host wait for each other in a busy loop
+    if device.type == "cuda":  # a batch is little work, and the threads of several runs on one host would busy-wait for each other
         torch.set_num_threads(min(torch.get_num_threads(), 4))
     runs = [named(name, args.block_size, args.top_k) for name in args.runs] + [of_blocks(n, args.context) for n in args.blocks]
     for run in runs:
@@ -104,7 +104,7 @@ def pretrain(args: argparse.Namespace) -> int:
         training.successors = [other for other in pending if other.begins_as(training)]
     with sdpa_kernel(DENSE, set_priority=True), steps_in_graphs(device, args):
         for i, training in enumerate(pending):
-            if (i and enough()) or not training.go_on(enough):  # a step at least, however little time there is
+            if (i and enough()) or not training.go_on(enough):  # at least one step, however little time there is
                 why, left = "interrupted" if stop.wanted else "the time is up", len(pending) - i
                 print(f"{stopped(why, training.step, f' of {training.name}', resume='')}; runs left: {left}")
                 return stop.exit_code
@@ -115,7 +115,7 @@ def pretrain(args: argparse.Namespace) -> int:
 
 
 class Training:
-    """One run: its model, what it has logged, and its files."""
+    """One run: its model, its log, and its files."""
 
     def __init__(self, args: argparse.Namespace, run: Run, seed: int, text: Corpus, device: torch.device) -> None:
         self.args, self.run, self.text, self.device = args, run, text, device
@@ -130,8 +130,8 @@ class Training:
             self.settings |= json.loads(json.dumps(run.settings))
         self.settings = complete(self.settings)
         self.log = {"settings": self.settings, "train": [], "held_out": [], "tokens_per_second": [], "done": False}
-        self.step, self.recent = 0, []  # steps that are done, and the losses of those that are not logged yet
-        self.successors: list[Training] = []  # runs whose first steps are this one's
+        self.step, self.recent = 0, []  # steps done, and the losses that are not logged yet
+        self.successors: list[Training] = []  # runs that share this run's first steps
         if self.file.exists():
             with one_line(f"{self.file} is no log of this script: delete it, or choose another --output"):
                 self.log = json.loads(self.file.read_text())
@@ -143,17 +143,17 @@ class Training:
         return self.log["done"]
 
     def begins_as(self, other: Training) -> bool:
-        """Whether this run is MoBA for its first steps and full attention then, and the other is the same MoBA to the end."""
+        """Whether this run is MoBA followed by full attention, and the other is the same MoBA to the end."""
         blocks, seed = self.run.settings == other.run.settings, self.settings["seed"] == other.settings["seed"]
         return blocks and seed and 0 < self.run.switch_at < other.run.switch_at == 1
 
     @property
     def first_of_its_own(self) -> int:
-        """The first step whose attention is not MoBA."""
+        """The first step with full attention."""
         return round(self.run.switch_at * self.args.steps)
 
     def go_on(self, enough) -> bool:
-        """Train until the end, or until `enough()` after a step; whether it is the end."""
+        """Train until the end, or until `enough()` is true after a step. Returns whether the end was reached."""
         args = self.args
         self.model = new_model(args.size, self.text.vocabulary, args.context, self.run, self.settings["seed"], self.device).train()
         self.optimizer = MuonAndAdamW(self.model, args.learning_rate, args.weight_decay)
@@ -184,7 +184,7 @@ class Training:
                 since = None
             for other in self.successors:
                 if self.step == other.first_of_its_own and not other.checkpoint.exists():
-                    self._save(other)  # which need not train these steps once more
+                    self._save(other)  # which need not repeat these steps
                     since = None
             if ends or time.monotonic() - saved > 60 * args.checkpoint_minutes:
                 self._save()
@@ -196,12 +196,12 @@ class Training:
         return True
 
     def release(self) -> None:
-        """Let go of the memory of a run that is done, and of its graphs."""
+        """Free the memory of a run that is done, and its graphs."""
         del self.model, self.optimizer, self.held_out, self.passes, self.upload
         torch.compiler.reset()
 
     def _train(self, ids: Tensor, rate: float) -> Tensor:
-        """One step on `[B, context + 1]`; its loss, which stays on the device."""
+        """Run one step on `[B, context + 1]`, and return its loss, which stays on the device."""
         ids = self.upload(ids)
         sparse = self.step < self.first_of_its_own
         captured = self.passes is not None and (sparse or CAPTURES_FULL)
@@ -211,7 +211,7 @@ class Training:
         return loss
 
     def _passes(self, ids: Tensor) -> Tensor:
-        """The forward and backward pass of a step, as many contexts at a time as fit; the loss."""
+        """Run the forward and backward pass of a step, as many contexts at a time as fit, and return the loss."""
         parts, total = ids.split(self.rows), torch.zeros((), device=self.device)
         for part in parts:
             with self._autocast():
@@ -222,7 +222,7 @@ class Training:
 
     @torch.no_grad()
     def evaluate(self) -> None:
-        """Held-out loss with the attention of the step before, and loss by position; both replace what an earlier step had."""
+        """Measure held-out loss with the attention of the preceding step, and loss by position, which replaces that of earlier steps."""
         context = self.args.context
         n = min((len(self.held_out) - 1) // context, max(1, self.args.held_out_tokens // context))
         by_position = torch.zeros(context, dtype=torch.float64, device=self.device)
@@ -236,7 +236,7 @@ class Training:
         self.log["trailing"] = round(by_position[-min(TRAILING, context // 4) :].mean().item(), 5)
 
     def _note(self, since: tuple[int, float] | None) -> tuple[int, float]:
-        """Log the mean loss of the steps since the last note, and how fast they were if nothing else came in between."""
+        """Log the mean loss of the steps since the last note, and their speed if nothing else ran in between."""
         loss = torch.stack(self.recent).mean().item()
         self.recent = []
         if not math.isfinite(loss):
@@ -269,7 +269,7 @@ class Training:
         self.log, self.step, self.recent = saved["log"], saved["step"], list(saved["recent"])
 
     def _save(self, other: Training | None = None) -> None:
-        """A checkpoint, of this run or for another one to go on from. Complete or not there."""
+        """Write a checkpoint atomically, of this run or for another one to start from."""
         of = other or self
         state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "log": self.log | {"settings": of.settings}}
         state |= {"step": self.step, "recent": self.recent}
@@ -282,7 +282,7 @@ class Training:
         self.log |= {"done": True, "environment": environment(self.device), "date": str(date.today())}
         self.log["parameters"] = sum(x.numel() for x in self.model.parameters())
         folder = self.args.checkpoints / self.name
-        self.model.save_pretrained(folder)  # float32, with MoBA's settings
+        self.model.save_pretrained(folder)  # in float32, with MoBA's settings
         self.text.tokenizer.save_pretrained(folder)
         self._write()
         self.checkpoint.unlink(missing_ok=True)
@@ -296,7 +296,7 @@ class Training:
 
 @contextmanager
 def steps_in_graphs(device: torch.device, args: argparse.Namespace) -> Iterator[None]:
-    """Where whole steps are captured in CUDA graphs, calls of attention need none, nor the memory of theirs."""
+    """If whole steps are captured in CUDA graphs, disable the graphs of attention calls, which would only take memory."""
     before = moba_flex.set_cuda_graphs(device.type != "cuda" or args.no_step_graphs)
     try:
         yield
@@ -312,13 +312,13 @@ def losses(model: nn.Module, ids: Tensor, of_hidden: Callable) -> Tensor:
 
 
 def losses_of_hidden(head: nn.Module, hidden: Tensor, ids: Tensor) -> Tensor:
-    """`[B, N, D]`, `[B, N]` -> `[B, N]`. One function, so that compiled it need not keep the logits."""
+    """`[B, N, D]`, `[B, N]` -> `[B, N]`. One function, so that its compiled form need not keep the logits."""
     logits = head(hidden).float().flatten(0, 1)
     return F.cross_entropy(logits, ids.flatten(), reduction="none").view(ids.shape)
 
 
 def rows_together(args: argparse.Namespace) -> int:
-    """How many contexts the device works on at a time: at least one."""
+    """The number of contexts that the device processes at a time: at least one."""
     return max(1, min(args.micro_tokens, args.batch_tokens) // args.context)
 
 
@@ -375,7 +375,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Train, or compare; the exit code."""
+    """Train, or compare, and return the exit code."""
 
     def work() -> int:
         args = parse(arguments)

@@ -1,1 +1,1 @@
-"""What several examples use: how a script begins and ends, its flags, models, text, and files of results."""
+"""Code that several examples share: start and end of a script, flags, models, text, and result files."""

@@ -1,4 +1,4 @@
-"""What the examples ask before they go on with files of an earlier call."""
+"""A check before the examples continue with files of an earlier call."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ from collections.abc import Mapping
 
 
 def changes(before: Mapping, now: Mapping) -> str:
-    """Settings that are not what they were, "seed was 0 and is 1, top_k was 3 and is 4"; empty if all are."""
+    """The settings that have changed, "seed was 0 and is 1, top_k was 3 and is 4"; empty if none has."""
     return ", ".join(f"{name} was {before.get(name)} and is {x}" for name, x in now.items() if before.get(name) != x)

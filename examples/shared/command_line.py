@@ -1,7 +1,7 @@
 """Flags, and errors in one line.
 
-All scripts use the same names for the settings of MoBA (`Parser.add_block_flags`), show the default of every flag in `--help`, and end with
-exit code 2 and one line for what the user can mend.
+All scripts use the same names for the settings of MoBA (`Parser.add_block_flags`), and show the default of every flag in `--help`. For an
+error that the user can fix they print one line and end with exit code 2.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ OTHERS_WAIT = 5.0  # seconds
 
 
 class UserError(Exception):
-    """Something that the user can mend. The message is one line."""
+    """An error that the user can fix. The message is one line."""
 
 
 @contextmanager
 def one_line(problem: str) -> Iterator[None]:
-    """Turn any exception into a UserError whose message is `problem` and the first line of the exception's own, or what that leads to."""
+    """Turn any exception into a UserError with the message `problem`, followed by the first line of the exception's message."""
     try:
         yield
     except Exception as error:
@@ -51,9 +51,9 @@ def one_line(problem: str) -> Iterator[None]:
 
 
 def exit_code(script: str, work: Callable[[], int | None]) -> int:
-    """Do it. What it returns, 0 for None; 2, and one line on stderr, for something that the user can mend.
+    """Call `work` and return the exit code: its result, 0 for None; 2, with one line on stderr, for an error that the user can fix.
 
-    Of several processes that a launcher has started, one says it.
+    Of several processes started by a launcher, one prints the line.
     """
     transformers.logging.set_verbosity_error()
     huggingface_hub.logging.set_verbosity_error()
@@ -69,14 +69,14 @@ def exit_code(script: str, work: Callable[[], int | None]) -> int:
 
 
 def let_the_first_process_speak() -> None:
-    """All processes of a job but the first wait. If it has met the same error, it ends, and the launcher ends the waiting ones."""
+    """Wait, except in the first process of a job. If that one has the same error, it ends, and the launcher ends the waiting processes."""
     if int(os.environ.get("RANK", "0")) > 0:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(OTHERS_WAIT)
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Shows the default of every flag that has one, unless its help text does."""
+    """Shows the default of every flag that has one, unless its help text already does."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text = action.help or ""
@@ -92,7 +92,7 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """Takes a script's doc-string as the text of `--help`."""
+    """Uses a script's doc-string as the text of `--help`."""
 
     def __init__(self, description: str, **options) -> None:
         super().__init__(description=description, formatter_class=HelpFormatter, **options)
@@ -101,7 +101,7 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message)  # without the usage, which takes many lines
 
     def add_block_flags(self, **defaults: int | Sequence[int] | str) -> None:
-        """Flags for those settings of MoBA that are named, with their defaults. A default in words leaves the setting None."""
+        """Add flags for the named settings of MoBA, with their defaults. A default in words leaves the setting None."""
         for name, default in defaults.items():
             words = isinstance(default, str)
             self.add_argument(
@@ -114,7 +114,7 @@ class Parser(argparse.ArgumentParser):
             )
 
     def add_other_name(self, other: str, flag: str, shown: bool = False) -> None:
-        """Let `other` mean what `flag` means. `--help` leaves it out unless it is to be shown."""
+        """Make `other` a synonym of `flag`. `--help` leaves it out unless `shown`."""
         meant = self._option_string_actions[flag]
         options = {} if meant.nargs == 0 else {"type": meant.type, "nargs": meant.nargs, "metavar": meant.metavar, "choices": meant.choices}
         self.add_argument(
@@ -153,7 +153,7 @@ def flag_of(setting: str) -> str:
 
 
 def config_of_flags(settings: Mapping) -> moba_flex.MobaConfig:
-    """MoBA's settings. Raises UserError, which names flags, if they do not fit together."""
+    """MoBA's settings. Raises UserError, with the names of flags, if they do not fit together."""
     try:
         return moba_flex.MobaConfig.from_dict(dict(settings))
     except (TypeError, ValueError) as error:
@@ -161,12 +161,12 @@ def config_of_flags(settings: Mapping) -> moba_flex.MobaConfig:
 
 
 def with_flags(message: str) -> str:
-    """The message with flags instead of the names of settings."""
+    """The message with names of settings replaced by flags."""
     return re.sub(rf"\b({'|'.join(BLOCK_FLAGS)})\b", lambda found: flag_of(found[0]), message)
 
 
 def read_file(flag: str, file: Path) -> str:
-    """A text file that a flag names, which must have a text. Raises UserError."""
+    """The text of a file named by a flag, which must not be empty. Raises UserError."""
     with one_line(f"argument {flag}: cannot read the file"):
         text = file.read_text(encoding="utf-8")
     if not text.strip():

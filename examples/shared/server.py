@@ -1,7 +1,7 @@
-"""transformers' server for one model that is loaded and patched already.
+"""transformers' server for one model that is already loaded and patched.
 
-What `transformers serve` does not do is done here: a request that is longer than the model or the cache is refused before it can end the
-loop that serves all; Ctrl-C ends requests that are under way; and each request's speed is told.
+It adds three things to `transformers serve`. Requests that are longer than the model's context or the cache are refused before they can
+stop the serving loop. Ctrl-C ends running requests. Each request's speed is printed.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ import moba_flex
 from moba_flex.analysis.explain import share_of_keys
 from moba_flex.models.layers import MOBA
 
-SECONDS_TO_LEAVE = 1  # that clients have after Ctrl-C
+SECONDS_TO_LEAVE = 1  # that clients get after Ctrl-C
 
 
 def serve(
@@ -56,21 +56,21 @@ def serve(
 
 
 async def refused(_: Request, error: Exception) -> JSONResponse:
-    """What a client is told of a request that is wrong, in the form that its package shows."""
+    """The response to an invalid request, in the form that OpenAI's client shows."""
     if isinstance(error, HTTPException):
         status, said = error.status_code, str(error.detail)
     elif isinstance(error, RequestValidationError):
         status, said = 422, f"the body of the request is not a JSON object: {error.errors()[0]['msg']}"
     elif isinstance(error, RuntimeError):
         status, said = 503, f"the request was not finished: {error}"
-    else:  # which transformers does not check
+    else:  # errors that transformers does not check for
         missing = isinstance(error, KeyError)
         status, said = 422, f"the request lacks {error}" if missing else f"the request cannot be understood: {error}"
     return JSONResponse({"error": {"message": said, "type": "invalid_request_error", "code": status}}, status)
 
 
 class Server(uvicorn.Server):
-    """Says where it listens once it does, and ends requests that are under way before it waits for their clients to leave."""
+    """Prints its address once it listens. At shutdown it ends running requests before it waits for clients to disconnect."""
 
     def __init__(self, config: uvicorn.Config, name: str, state: State) -> None:
         super().__init__(config)
@@ -87,7 +87,7 @@ class Server(uvicorn.Server):
 
 
 class OneModel(ModelManager):
-    """The one model of the server."""
+    """A model manager with only one model."""
 
     def __init__(self, name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, state: State) -> None:
         self._model, self._tokenizer, self._state = model, tokenizer, state
@@ -105,7 +105,7 @@ class OneModel(ModelManager):
 
 
 class State(GenerationState):
-    """Continuous batching, by `Requests`."""
+    """Continuous batching with `Requests`."""
 
     def __init__(self, config: ContinuousBatchingConfig, model: PreTrainedModel) -> None:
         super().__init__(continuous_batching=True, cb_config=config)
@@ -118,17 +118,17 @@ class State(GenerationState):
 
 
 class Requests(CBGenerateManager):
-    """What becomes of requests: those that are too long are refused, the others told of when they are done."""
+    """Refuses requests that are too long, and prints a line about each of the others when it is done."""
 
     def __init__(self, config: ContinuousBatchingConfig, read: KeysRead) -> None:
         super().__init__(config)
         self._read, self._most = read, 0
 
     def init_cb(self, model: PreTrainedModel, gen_config: GenerationConfig) -> None:
-        """Start continuous batching with the first request, whose settings of sampling are those of all: transformers does it so."""
+        """Start continuous batching with the first request. Its sampling settings apply to all requests, as in transformers."""
         if self._cb is None:
             manager = model.init_continuous_batching(generation_config=gen_config, continuous_batching_config=self._cb_config)
-            manager.warmup()  # makes the cache
+            manager.warmup()  # creates the cache
             self._most = infer_max_single_request_tokens(manager.batch_processor.cache)
             manager.start()
             self._cb = manager
@@ -143,7 +143,8 @@ class Requests(CBGenerateManager):
         response_parser: Any = None,
     ) -> tuple[Any, Any]:
         told, handlers = self._begin(model, inputs, gen_config, request_id), self._cb.output_router.result_handlers
-        # transformers adds a request before it listens. What comes in between waits here until this function has returned.
+        # transformers adds a request before it registers its listener. Output that arrives in between waits here until this function
+        # returns.
         self._cb.register_result_handler(request_id, lambda output: listener(output))
         queue, streamer = super().generate_streaming(model, processor, inputs, gen_config, request_id, response_parser)
         listener = handlers[request_id][0]
@@ -170,7 +171,7 @@ class Requests(CBGenerateManager):
         return text, length, tokens
 
     def _begin(self, model: PreTrainedModel, inputs: dict, gen_config: GenerationConfig, request_id: str) -> Callable[[int, str], None]:
-        """Check a request, and return what tells of it at its end. HTTPException if it is too long."""
+        """Check a request, and return the function that reports its end. Raises HTTPException if it is empty or too long."""
         prompt, limits = len(inputs["input_ids"]), {"the cache's pages": self._most}
         if (context := getattr(model.config.get_text_config(), "max_position_embeddings", None)) is not None:
             limits["the model's context"] = context
@@ -179,7 +180,7 @@ class Requests(CBGenerateManager):
             said = f"the prompt has {prompt:,} tokens" if prompt else "the prompt is empty"
             raise HTTPException(400, f"{said}, but must have from 1 to {most - 1:,}: {what} hold {most:,} with the answer")
         gen_config.max_new_tokens = min(gen_config.max_new_tokens or most, most - prompt)
-        drain_queue(self._cb.output_router.output_queue)  # what came for clients that had gone away, whom nobody will ask for
+        drain_queue(self._cb.output_router.output_queue)  # results for clients that have disconnected, which nobody will fetch
         began = time.perf_counter()
 
         def told(new: int, end: str) -> None:
@@ -196,13 +197,13 @@ class Requests(CBGenerateManager):
 
 
 class KeysRead:
-    """How many keys requests read, in the layers that use MoBA."""
+    """The share of the keys that requests read, in layers that use MoBA."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._settings = next((layer for layer in moba_flex.describe(model).layers if layer.attention in MOBA), None)
 
     def share(self, prompt: int, new: int) -> float:
-        """The keys that the tokens of a request read, over those up to each of them; 1 if no layer uses MoBA."""
+        """The keys that the tokens of a request read, divided by all keys up to each of them; 1 if no layer uses MoBA."""
         if self._settings is None:
             return 1.0
         n, used = prompt + max(0, new - 1), self._settings

@@ -1,4 +1,4 @@
-"""How a script begins and ends. Nothing here imports PyTorch.
+"""How a script starts and ends. Nothing here imports PyTorch.
 
 if __name__ == "__main__":
     prepare()  # before PyTorch is imported
@@ -17,20 +17,20 @@ from collections.abc import Callable
 
 
 def prepare() -> None:
-    """Let Ctrl-C end the script quietly during its imports, and let the threads of a busy CPU give up their turn early.
+    """Let Ctrl-C end the script quietly during its imports, and limit how long CPU threads wait in a busy loop.
 
-    An exception during an import may be caught by a module that is half imported. On Linux, PyTorch's threads wait for each other in a
-    busy loop; beside another busy program that makes MoBA on the CPU over ten times slower. Both must be set before PyTorch is imported.
+    A partly imported module might catch an exception. On Linux, PyTorch's threads wait for each other in a busy loop. If another program
+    uses the CPU, this makes MoBA over ten times slower. Both settings must come before the import of PyTorch.
     """
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 
 def run_script(main: Callable[[], int]) -> None:
-    """End the process with what `main` returns, or with 130 after Ctrl-C.
+    """End the process with the result of `main`, or with 130 after Ctrl-C.
 
-    One that has a process group ends at once. On CPUs gloo's threads may still want Python's lock: to destroy their group would hold it
-    for ever, and if Python ends under them they abort the process.
+    A process with a process group exits immediately. On CPUs gloo's threads may still need Python's global lock. Destroying their group
+    would hold that lock forever, and if Python shuts down first, they abort the process.
     """
     signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
     code: str | int | None = 1

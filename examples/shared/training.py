@@ -1,7 +1,7 @@
-"""What all training scripts do alike: the learning rate, the loss of long sequences, and how they end.
+"""Code that all training scripts share: the learning rate, the loss of long sequences, and how they end.
 
-Exit codes: 0 when all is done, or the time that was asked for is over; 2, and one line, for something that the user can mend; 130 after
-Ctrl-C and 143 after a request to end (SIGTERM), when a checkpoint is written.
+Exit codes: 0 when all is done, or the requested time is over; 2, and one line, for an error that the user can fix; 130 after Ctrl-C and 143
+after SIGTERM, once a checkpoint is written.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from moba_flex.distributed.watch import missing_processes
 
 from .command_line import UserError, exit_code
 
-PASSED_ON = 5.0  # seconds within which a launcher passes a Ctrl-C on
-LOSSES_AT_ONCE = 8192  # tokens, whose losses are worked out in float32 at a time
+PASSED_ON = 5.0  # seconds within which a launcher forwards Ctrl-C
+LOSSES_AT_ONCE = 8192  # tokens whose losses are computed in float32 at a time
 
 
 def exit_code_of_job(script: str, work: Callable[[], int | None]) -> int:
-    """`exit_code` for one of several processes: where it failed because another process is gone, one line says which."""
+    """`exit_code` for one of several processes. If it failed because another process is missing, one line says which."""
 
     def checked() -> int | None:
         try:
@@ -37,7 +37,7 @@ def exit_code_of_job(script: str, work: Callable[[], int | None]) -> int:
         except UserError:
             raise
         except Exception as error:
-            missing = missing_processes()  # which also tells the others that this one is not missing, but has failed
+            missing = missing_processes()  # this also tells the others that this process has failed, but is not missing
             if missing is None:
                 raise
             raise UserError(f"{missing}; see what that one printed") from error
@@ -46,9 +46,9 @@ def exit_code_of_job(script: str, work: Callable[[], int | None]) -> int:
 
 
 class Stop:
-    """Ctrl-C, or a launcher's request to end, is remembered until the work at hand is done. A second Ctrl-C ends the process at once.
+    """Remembers Ctrl-C or SIGTERM until the current work is done. A second Ctrl-C ends the process immediately.
 
-    A terminal sends Ctrl-C to a launcher and to its processes, and the launcher passes it on: processes get one Ctrl-C twice.
+    A terminal sends Ctrl-C to a launcher and to its processes, and the launcher forwards it: processes get one Ctrl-C twice.
     """
 
     def __init__(self) -> None:
@@ -63,7 +63,7 @@ class Stop:
 
     @property
     def exit_code(self) -> int:
-        """128 and the number of the signal, as a shell has it; 0 if nobody asked for an end."""
+        """128 plus the signal number, as in a shell; 0 if there was no signal."""
         return 128 + self._received if self._received else 0
 
     def _remember(self, number: int, _frame) -> None:
@@ -75,9 +75,9 @@ class Stop:
 
 
 class StopTrainer(TrainerCallback):
-    """Lets transformers' Trainer write a checkpoint and end after the step at which an end is wanted on any process.
+    """Lets transformers' Trainer write a checkpoint and stop after the step in which any process was asked to stop.
 
-    Until training begins, Ctrl-C ends the script at once. `exit_code` is 0 unless training was stopped.
+    Before training begins, Ctrl-C ends the script immediately. `exit_code` is 0 unless training was stopped.
     """
 
     exit_code = 0
@@ -87,7 +87,7 @@ class StopTrainer(TrainerCallback):
 
     def on_step_end(self, args, state, control, **_) -> None:
         wanted = torch.tensor(float(self._stop.wanted), device=args.device)
-        if args.world_size > 1:  # one process may get the signal a step before another, which would then wait for it for ever
+        if args.world_size > 1:  # processes may get the signal in different steps, and would then wait for each other forever
             dist.all_reduce(wanted, dist.ReduceOp.MAX)
         if wanted.item():
             self.exit_code = self._stop.exit_code or 130
@@ -95,14 +95,14 @@ class StopTrainer(TrainerCallback):
 
 
 def stopped(reason: str, step: int, of: str = "", resume: str = " with --resume") -> str:
-    """The sentence that a training script ends with before all is done. `reason`: "interrupted", or "the time is up"."""
+    """The last message of a training script that stops early. `reason`: "interrupted", or "the time is up"."""
     if not step:
         return f"{reason} before the first step{of} was done: nothing is saved"
     return f"{reason} after step {step:,}{of}, whose checkpoint is written: the same command{resume} goes on from there"
 
 
 def done(steps: int, loss: float, folder: Path, adapter_of: str | None = None) -> str:
-    """The last words of a run that is done: what came out, and how to load it. `adapter_of` names the model of an adapter."""
+    """The last message of a completed run: the result, and how to load it. `adapter_of` names the model of an adapter."""
     what = "adapter" if adapter_of else "model"
     words = f"done after step {steps:,}, final loss {loss:.4f}; the {what} is in {folder}\n"
     words += f"load it: moba_flex.AutoModelForCausalLM.from_pretrained({str(folder)!r})"
@@ -125,7 +125,7 @@ def mean_loss(
     shift_labels: Tensor | None = None,
     **_,
 ) -> Tensor:
-    """transformers' own loss, some tokens at a time: in float32 all logits of a long sequence would take tens of gigabytes."""
+    """transformers' loss, some tokens at a time: in float32 all logits of a long sequence would take tens of gigabytes."""
     if shift_labels is None:
         shift_labels = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
     logits, shift_labels = logits.view(-1, vocab_size), shift_labels.reshape(-1)

@@ -43,14 +43,14 @@ class Settings:
     dtype: str
     repeats: int
     keys: str = "uniform"  # one of KEYS
-    one_group: bool = False  # measure one key head with its query heads, and multiply times by the number of such groups
+    one_group: bool = False  # measure one key head with its query heads, and multiply times by the number of these groups
 
     @property
     def groups(self) -> int:
         return self.batch * self.key_heads if self.one_group else 1
 
     def shapes(self, tokens: int) -> list[tuple[int, ...]]:
-        """Of query, key and value as they are measured."""
+        """The measured shapes of query, key and value."""
         heads = (self.heads, self.key_heads, self.key_heads)
         if self.one_group:
             return [(1, h // self.key_heads, tokens, self.width) for h in heads]
@@ -62,8 +62,8 @@ class Settings:
         return title + (f"; one of {self.groups} groups measured, times multiplied, memory of one" if self.groups > 1 else "")
 
 
-# What is compared. A function takes query `[B, H, N, D]`, key and value `[B, G, N, D]` and the settings, and returns `[B, H, N, D]`; a
-# packed one takes and returns `[B * N, H, D]`.
+# The compared functions. A function takes query `[B, H, N, D]`, key and value `[B, G, N, D]` and the settings, and returns `[B, H, N, D]`;
+# a packed one takes and returns `[B * N, H, D]`.
 
 
 def moba(query: Tensor, key: Tensor, value: Tensor, settings: Settings) -> Tensor:
@@ -103,14 +103,14 @@ def flash_moba(query: Tensor, key: Tensor, value: Tensor, settings: Settings) ->
 def moonshot_moba(query: Tensor, key: Tensor, value: Tensor, settings: Settings) -> Tensor:
     from moba import moba_attn_varlen
 
-    key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))  # it wants as many heads
+    key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))  # it needs as many key heads as query heads
     ends, n = packed(query, settings)
     return moba_attn_varlen(query, key, value, ends, n, moba_chunk_size=settings.block_size, moba_topk=settings.top_k)
 
 
 @cache
 def compiled_flex() -> Callable[..., Tensor]:
-    torch._dynamo.config.recompile_limit = 64  # each length gets kernels of its own, the fastest that FlexAttention has
+    torch._dynamo.config.recompile_limit = 64  # each length gets its own kernels, the fastest that FlexAttention has
     return torch.compile(flex_attention, dynamic=False, fullgraph=True)
 
 
@@ -120,14 +120,14 @@ def causal(b, h, q, kv):
 
 @cache
 def causal_mask(tokens: int, device: torch.device, tile: int = 128) -> BlockMask:
-    """A tile of queries meets the same tile of keys in part and all earlier ones in full.
+    """The block mask of causal attention: a tile of queries reads the tile of the same index partly, and all earlier tiles fully.
 
-    Each of these is one run of tiles, so that its first index is enough (`BLOCKS_ARE_CONTIGUOUS`). `create_block_mask` would ask for
-    tokens x tokens, 128 GiB at 131,072.
+    These are contiguous tiles, so their first index is enough (`BLOCKS_ARE_CONTIGUOUS`). `create_block_mask` would allocate tokens x
+    tokens, 128 GiB at 131,072.
     """
     i = torch.arange(-(-tokens // tile), device=device, dtype=torch.int32)
     one, first, later = torch.ones_like(i), torch.zeros_like(i), (i + 1).clamp(max=len(i) - 1)
-    runs = (one, i), (i, first), (one, i), (len(i) - 1 - i, later)  # keys in part, in full; queries in part, in full
+    runs = (one, i), (i, first), (one, i), (len(i) - 1 - i, later)  # partial and full tiles of keys; partial and full tiles of queries
     lists = [x for n, start in runs for x in (n[None, None].contiguous(), start[None, None, :, None].contiguous())]
     return BlockMask((tokens, tokens), *lists, BLOCK_SIZE=(tile, tile), mask_mod=causal)
 
@@ -146,15 +146,15 @@ def bounds(batch: int, tokens: int, device: torch.device) -> Tensor:
 @dataclass(frozen=True)
 class System:
     call: Callable[..., Tensor]
-    growth: int  # time grows with this power of the length, to guess what would take too long
-    devices: tuple[str, ...] = ("cuda",)  # where it is compared unless others are named
-    needs: str | None = None  # a module
+    growth: int  # time grows with this power of the length, for estimates
+    devices: tuple[str, ...] = ("cuda",)  # devices on which it is compared by default
+    needs: str | None = None  # a module that must be importable
     packed: bool = False
     largest_block: int | None = None
-    dtypes: tuple[str, ...] = ()  # none: all
+    dtypes: tuple[str, ...] = ()  # empty: all
 
     def takes(self, row: Settings) -> bool:
-        """Whether the system is made for these settings."""
+        """Whether the system supports these settings."""
         return (self.largest_block is None or row.block_size <= self.largest_block) and (not self.dtypes or row.dtype in self.dtypes)
 
 
@@ -187,7 +187,7 @@ class Attention:
         return SYSTEMS[system].growth
 
     def call(self, system: str, pass_: str, tokens: int, sample: int) -> Call:
-        """The call on the sample's own random inputs, the same for all systems, in the layout that the system wants."""
+        """The call on the sample's random inputs, which are the same for all systems, in the layout that the system needs."""
         make, packed = SYSTEMS[system].call, SYSTEMS[system].packed
         tensors = [x.transpose(1, 2).flatten(0, 1) if packed else x for x in self.inputs(tokens, sample, pass_ == BOTH)]
         leaves, grad = [x.detach().requires_grad_(pass_ == BOTH) for x in tensors[:3]], tensors[3:]
@@ -199,7 +199,7 @@ class Attention:
         normal = partial(torch.randn, generator=generator, device=self.device, dtype=getattr(torch, self.row.dtype))
         query, key, value = map(normal, self.row.shapes(tokens))
         if self.row.keys == "skewed":
-            # All queries lean to one direction, and so do the keys of every tenth block, whose means outdo all others.
+            # A common direction is added to all queries, and to the keys of every tenth block, whose means then exceed all others.
             lean = 0.5 * normal(self.row.width).sign()
             query += lean
             key += lean * (torch.arange(tokens, device=self.device) // self.row.block_size % 10 == 0)[:, None]
@@ -207,7 +207,7 @@ class Attention:
 
 
 def one_pass(attention: Callable[..., Tensor], leaves: list[Tensor], grad: list[Tensor], pass_: str) -> Call:
-    """The call of `attention` on query, key and value that is timed. `grad`: of a backward pass, the gradient of the output."""
+    """The timed call of `attention` on query, key and value. `grad`: for a backward pass, the gradient of the output."""
 
     def forward() -> None:
         with torch.no_grad():
@@ -220,13 +220,13 @@ def one_pass(attention: Callable[..., Tensor], leaves: list[Tensor], grad: list[
 
 
 def available(names: list[str] | None, device: torch.device) -> tuple[list[str], dict[str, str]]:
-    """The systems to compare, and why others are missing. Without names, all that are meant for the device."""
+    """The systems to compare, and why others are missing. Without names, all that the device has by default."""
     chosen, missing = [], {}
     for name in names or [name for name, system in SYSTEMS.items() if device.type in system.devices]:
         try:
             if module := SYSTEMS[name].needs:
                 importlib.import_module(module)
             chosen.append(name)
-        except Exception as error:  # an extension that does not fit to this PyTorch may raise anything
+        except Exception as error:  # an extension built for another PyTorch may raise anything
             missing[name] = f"{type(error).__name__}: {error}"
     return chosen, missing

@@ -1,6 +1,7 @@
-"""The batches of real life: packed, padded, blocks that are no power of two, float32, wide heads; each beside a plain one of its size.
+"""Batches as in real use: packed, padded, block sizes that are no power of two, float32, wide heads; each compared with a plain batch of
+its size.
 
-All calls of a case have one mask, as the layers of a model do, but for the cases that say otherwise.
+All calls of a case share one mask, as the layers of a model do, unless the case says otherwise.
 
 B rows, H query heads, G key heads, N tokens of a row, T tokens of all rows, D width.
 """
@@ -30,10 +31,10 @@ FULL_BATCH = "4 rows"
 class Case:
     """One kind of batch of T tokens."""
 
-    against: str | None = None  # the case that its times are divided by
+    against: str | None = None  # the case by which its times are divided
     rows: int = 1
-    sequences: tuple[int, ...] = ()  # packed, each as long as its share of T; none: not packed
-    real: tuple[float, ...] = ()  # the part of each row that is not padding, which is on the left
+    sequences: tuple[int, ...] = ()  # packed, with these shares of T; empty: not packed
+    real: tuple[float, ...] = ()  # the fraction of each row that is not padding; padding is on the left
     new_mask: bool = False  # in each call
     dense: bool = False
     change: Callable[[Settings], dict[str, Any]] = field(default=lambda row: {})
@@ -68,7 +69,7 @@ CASES = {
 
 
 class Corners:
-    """All cases at each number of tokens T. What `run` calls a system is a case here."""
+    """All cases at each number of tokens T. Cases take the place of systems in `run`."""
 
     scale = 1
 
@@ -124,7 +125,7 @@ class Corners:
 
 
 def bounds(shares: tuple[int, ...], tokens: int, device: torch.device) -> Tensor:
-    """`cu_seqlens` of sequences that share `tokens` in this proportion."""
+    """`cu_seqlens` of sequences that divide `tokens` in this proportion."""
     ends = [tokens * part // sum(shares) for part in itertools.accumulate(shares, initial=0)]
     return torch.tensor(ends, device=device, dtype=torch.int32)
 
@@ -136,7 +137,7 @@ def left_padding(real: tuple[float, ...], tokens: int, device: torch.device) -> 
 
 
 def table(run: dict) -> str:
-    """A line a case: milliseconds of each pass and what they are of the case beside it, and peak memory."""
+    """One line per case: milliseconds of each pass, their ratios to the case that it is compared with, and peak memory."""
     parts, passes = [describe(run)], of(run, "pass")
     for tokens in of(run, "tokens"):
         rows = [["batch", *passes, "against", *(f"ratio, {pass_}" for pass_ in passes), "peak GB"]]

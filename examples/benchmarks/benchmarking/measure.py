@@ -1,4 +1,4 @@
-"""One measurement: median time and peak memory of a call, or why there is none."""
+"""One measurement: the median time and peak memory of a call, or the reason why there is none."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ Call = Callable[[], object]
 
 
 def attempt(fresh: Callable[[int], Call], device: torch.device, repeats: int, limit: float, **options: float | bool) -> dict:
-    """`measure`, and for a call that fails a record that says why instead of an exception."""
+    """`measure`; a call that fails gives a record with the reason instead of an exception."""
     try:
         return measure(fresh, device, repeats, limit, **options)
-    except Exception as error:  # other people's kernels fail in many ways, and the other systems are to be measured all the same
+    except Exception as error:  # third-party kernels fail in many ways, and the other systems must still be measured
         said = str(error).strip() or type(error).__name__
         full = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "out of memory" in said or "can't allocate memory" in said
         return {"skipped": FULL} if full else {"failed": said.splitlines()[0][:200]}
@@ -36,17 +36,17 @@ def measure(
     seconds: float = math.inf,
     warm: bool = False,
 ) -> dict:
-    """The median of `repeats` timings in milliseconds, and the peak memory of a call in gigabytes, its inputs included.
+    """The median of `repeats` timings in milliseconds, and the peak memory of a call in gigabytes, including its inputs.
 
-    `fresh(i)` gives the call on the i-th random inputs. The first call compiles and warms up, the second one shows memory and about
-    how long it takes. If all of them would take more than `limit` seconds, the record says so and has an estimate only.
-    No timing begins after `seconds` of them. `warm`: shorter calls have compiled everything, so that there is no warm-up.
+    `fresh(i)` gives the call on the i-th random inputs. The first call compiles and warms up. The second call measures memory and gives an
+    estimate of the time. If all calls would take more than `limit` seconds, the record says so and has only the estimate. No timing begins
+    once the timings have taken `seconds`. `warm`: shorter calls have compiled everything, so there is no warm-up.
     """
     before = release(device)
     if not warm:
         milliseconds(fresh(0), device)
     estimate, peak = peak_memory(fresh(1), device)
-    # A long call is no longer in need of warming up. Short ones are timed several at a time, so that launches overlap with work.
+    # A long call needs no more warm-up. Short ones are timed several at a time, so that launches overlap with work.
     times = [estimate] if estimate >= 1000 else []
     together = min(10, max(1, int(20 / estimate)))
     if (record := over_limit(estimate * together, repeats - len(times), limit)) is not None:
@@ -60,14 +60,14 @@ def measure(
 
 
 def over_limit(estimate: float, calls: int, limit: float) -> dict | None:
-    """The record of a measurement that is not made because `calls` of `estimate` milliseconds take more than `limit` seconds."""
+    """The record of a measurement that is skipped because `calls` of `estimate` milliseconds exceed `limit` seconds, or None."""
     if estimate * calls <= limit * 1000:
         return None
     return {"skipped": TOO_LONG, "estimate": estimate}
 
 
 def milliseconds(call: Call, device: torch.device, together: int = 1) -> float:
-    """Time of one of `together` calls in a row: by the GPU's own events, on a CPU by the clock."""
+    """The time of one of `together` consecutive calls: by CUDA events on a GPU, by the clock on a CPU."""
     if device.type == "cuda":
         start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
@@ -83,7 +83,7 @@ def milliseconds(call: Call, device: torch.device, together: int = 1) -> float:
 
 
 def peak_memory(call: Call, device: torch.device) -> tuple[float, int]:
-    """Milliseconds of the call, and the most bytes in use meanwhile: the GPU allocator's, or the resident size of this process."""
+    """The call's milliseconds, and the peak of bytes in use during it: the GPU allocator's, or the resident size of this process."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         taken = milliseconds(call, device)
@@ -105,11 +105,11 @@ def peak_memory(call: Call, device: torch.device) -> tuple[float, int]:
 
 
 def release(device: torch.device) -> int:
-    """Give back what earlier calls have left behind. Returns the bytes that do not count as a call's memory."""
+    """Free memory left by earlier calls. Returns the bytes that do not count as a call's memory."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
         return 0
-    if hasattr(library := ctypes.CDLL(None), "malloc_trim"):  # glibc keeps freed memory, which would hide what the next call takes
+    if hasattr(library := ctypes.CDLL(None), "malloc_trim"):  # glibc keeps freed memory, which would hide the next call's use
         library.malloc_trim(0)
     return psutil.Process().memory_info().rss

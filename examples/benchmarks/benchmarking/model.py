@@ -55,11 +55,11 @@ MODELS = {
 
 
 class _OfModel:
-    """What both comparisons share: a patched model, random tokens, and "sdpa" as the same model with full attention."""
+    """The base of both comparisons: a patched model, random tokens, and "sdpa" as the same model with full attention."""
 
     WORKLOAD: ClassVar[str]
     SYSTEMS: ClassVar[tuple[str, ...]]
-    MORE: ClassVar[tuple[str, ...]] = ()  # measured where they are named
+    MORE: ClassVar[tuple[str, ...]] = ()  # measured only if named
     passes: ClassVar[tuple[str, ...]]
     scale = 1
 
@@ -87,7 +87,7 @@ class _OfModel:
 
 
 class ModelPrefill(_OfModel):
-    """Prefill of one prompt of random tokens: the logits of its last token, and no cache."""
+    """Prefill of one prompt of random tokens: the logits of its last token, without a cache."""
 
     WORKLOAD = "prefill"
     SYSTEMS = (OURS, "sdpa")
@@ -108,10 +108,10 @@ class ModelPrefill(_OfModel):
 
 
 class ModelTraining(_OfModel):
-    """A training step of one row of random tokens: AdamW, each layer's activations computed again in the backward pass.
+    """A training step on one row of random tokens: AdamW, with activation checkpointing in each layer.
 
-    The loss is a sum of squares of the last hidden states. One over the vocabulary costs the same with every attention. "no-attention" is
-    the step with attention left out: no attention can be faster than that.
+    The loss is the mean square of the last hidden states: a loss over the vocabulary costs the same with every attention. "no-attention" is
+    the step without attention, a lower bound for any attention.
     """
 
     WORKLOAD = TRAINING
@@ -157,7 +157,7 @@ class ModelTraining(_OfModel):
 
 
 def _left_out(module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
-    """In place of attention. It uses all three, so that their projections have gradients."""
+    """Replaces attention. Uses query, key and value, so that their projections get gradients."""
     return (query + (key + value).repeat_interleave(query.shape[1] // key.shape[1], 1)).transpose(1, 2), None
 
 
@@ -165,7 +165,7 @@ AttentionInterface.register(LEFT_OUT, _left_out)
 
 
 def build(name: str, dtype: torch.dtype, device: torch.device, positions: int = 1 << 20) -> PreTrainedModel:
-    """The model with random weights, made in `dtype` on the device: there is never a copy of them elsewhere."""
+    """The model with random weights, created in `dtype` on the device without a copy elsewhere."""
     config = LlamaConfig(**MODELS[name], max_position_embeddings=positions, bos_token_id=None, eos_token_id=None)
     with torch.device(device):
         return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa").eval()

@@ -1,4 +1,4 @@
-"""The parts of multi_gpu_check.py: what each of them runs, and how long that takes on four H200."""
+"""The parts of multi_gpu_check.py: their commands, and their times on four H200."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ import torch
 from .model import MODELS
 
 ROOT = Path(__file__).parents[3]
-TEXT = 1 << 20  # bytes to train on: more would only take longer to read
+TEXT = 1 << 20  # bytes of training text: more would only take longer to read
 
 
 @dataclass(frozen=True)
 class Part:
-    """One command. Its result are the lines of JSON that it prints, or the log of a training run, or what tests passed."""
+    """One command. Its result is its lines of JSON, the log of a training run, or the counts of tests."""
 
     name: str
-    seconds: int  # on four H200, with the start
+    seconds: int  # on four H200, including the start
     command: list[str]
-    run: Path | None = None  # of a training run, the folder
+    run: Path | None = None  # folder of a training run
     environment: dict[str, str] = field(default_factory=dict)
-    timed: bool = True  # so nothing runs beside it; parts that are not timed run side by side
-    whole: bool = True  # else it may begin without time for all of it, and what is done by then counts
+    timed: bool = True  # nothing runs at the same time; parts that are not timed run side by side
+    whole: bool = True  # False: it may begin without time for all of it, and partial results count
 
 
 def parts(args: argparse.Namespace) -> list[Part]:
-    """What is right comes first, then what says most: the speed of all GPUs and of one."""
+    """Correctness comes first, then the most informative speeds: that of all GPUs and that of one."""
     sizes = [n for n in (1, 2, 4, 8) if n <= args.gpus]
     found = [losses(args, how) for how in ("one", "ddp", "fsdp2", "fsdp2-cp")]
     found += [resume(args), speed(args, sizes[-1]), speed(args, 1), tests(args)]
@@ -41,7 +41,7 @@ def parts(args: argparse.Namespace) -> list[Part]:
         tokens = str((1 << 9 if args.dry else 1 << 20) * millions)
         toy = ["--tiny", "--cpu", "--block-size", "16", "--top-k", "3"] if args.dry else []
         found.append(on_several(f"model-{millions}M", seconds, args.gpus, "model_prefill.py", ["--tokens", tokens, *toy]))
-    twice = ("losses-fsdp2", "model-4M")  # on CPUs as losses-ddp and model-1M
+    twice = ("losses-fsdp2", "model-4M")  # on CPUs the same as losses-ddp and model-1M
     return [replace(part, timed=False) for part in found if part.name not in twice] if args.dry else found
 
 
@@ -52,12 +52,12 @@ def tests(args: argparse.Namespace) -> Part:
 
 
 def prefill(args: argparse.Namespace, n: int) -> Part:
-    exchanges = ["keys", "heads"] if n > 1 else ["keys"]  # one exchanges nothing
+    exchanges = ["keys", "heads"] if n > 1 else ["keys"]  # one process exchanges nothing
     return on_several(f"prefill-{n}", 40, n, "prefill_scaling.py", [*layer(args), "--exchange", *exchanges])
 
 
 def ten_million(args: argparse.Namespace, exchange: str, most: int) -> Part:
-    """On so few GPUs some heads after the others, `most` pieces on one: for 140 GB a GPU."""
+    """Heads are processed in groups if there are few GPUs, `most` groups on one GPU: for 140 GB per GPU."""
     flags = ["--tokens", "4096" if args.dry else "10485760", "--repeats", "1", "--check", "64" if args.dry else "512"]
     flags += ["--pieces", str(1 if args.dry else max(1, most // args.gpus)), "--exchange", exchange]
     return on_several(f"ten-million-{exchange}", 110, args.gpus, "prefill_scaling.py", [*layer(args), *flags])
@@ -74,7 +74,7 @@ def on_several(name: str, seconds: int, n: int, script: str, flags: list[str]) -
 
 
 def losses(args: argparse.Namespace, how: str) -> Part:
-    """20 steps of a sequence of 8,192 tokens for each GPU. Who shares sequences, or is alone, works on all of them at once."""
+    """20 steps with a sequence of 8,192 tokens per GPU. Processes that share sequences, or a single one, process all of them at once."""
     at_once = args.gpus if how in ("one", "fsdp2-cp") else 1
     tokens, steps = ("256", "3") if args.dry else ("8192", "20")
     flags = ["--sequence-length", tokens, "--steps", steps, "--batch-size", str(args.gpus), "--micro-batch-size", str(at_once)]
@@ -82,14 +82,14 @@ def losses(args: argparse.Namespace, how: str) -> Part:
 
 
 def speed(args: argparse.Namespace, n: int) -> Part:
-    """10 steps of a sequence of 131,072 tokens for each GPU."""
+    """10 steps with a sequence of 131,072 tokens per GPU."""
     tokens, steps = ("512", "3") if args.dry else ("131072", "10")
     flags = ["--sequence-length", tokens, "--steps", steps, "--batch-size", str(n)]
     return training(args, f"speed-{n}", 70, "one" if n == 1 else "ddp", n, flags, timed=True)
 
 
 def training(args: argparse.Namespace, name: str, seconds: int, how: str, n: int, flags: list[str], timed: bool) -> Part:
-    """One process needs no launcher."""
+    """A training run. One process needs no launcher."""
     output, precision = args.output / name, "no" if args.dry else "bf16"
     launcher = [] if how == "one" else ["examples/launch.py", *launch(args, how, n), "--num_processes", str(n)]
     share = ["--context-parallel", str(n)] if args.dry and how == "fsdp2-cp" else []
@@ -98,7 +98,7 @@ def training(args: argparse.Namespace, name: str, seconds: int, how: str, n: int
 
 
 def resume(args: argparse.Namespace) -> Part:
-    """Parameters are sharded over all GPUs, then over one fewer; both share the sequences of a step evenly."""
+    """Parameters are sharded over all GPUs, then over one GPU fewer; both divide the sequences of a step evenly."""
     flags = ["--sequence-length", "512" if args.dry else "8192", "--batch-size", str(args.gpus * (args.gpus - 1))]
     job = [*launch(args, "fsdp2", args.gpus), *train(args), *flags]
     command = ["examples/benchmarks/kill_and_resume.py", "--processes", str(args.gpus), "--output", str(args.output / "resume"), "--", *job]
@@ -106,7 +106,7 @@ def resume(args: argparse.Namespace) -> Part:
 
 
 def launch(args: argparse.Namespace, how: str, n: int) -> list[str]:
-    """For examples/launch.py, but for the number of processes."""
+    """Flags for examples/launch.py, except the number of processes."""
     if args.dry:
         return ["--config_file", "examples/accelerate/cpu.yaml", "--mixed_precision", "no"]
     sizes = ["--parallelism_config_dp_shard_size", "1", "--parallelism_config_cp_size", str(n)] if how == "fsdp2-cp" else []
@@ -114,7 +114,7 @@ def launch(args: argparse.Namespace, how: str, n: int) -> list[str]:
 
 
 def train(args: argparse.Namespace) -> list[str]:
-    """examples/train.py with what all runs share."""
+    """The command of examples/train.py that all runs share."""
     which = ["--tiny", "--cpu"] if args.dry else ["--model", str(args.output / "model")]
     blocks = ["--block-size", "32", "--top-k", "3"] if args.dry else ["--block-size", "512", "--top-k", "8", "--sink-blocks", "1"]
     return ["examples/train.py", *which, *blocks, "--text", *texts(args), "--warmup", "2", "--activation-checkpointing"]
@@ -133,7 +133,7 @@ def texts(args: argparse.Namespace) -> list[str]:
 
 
 def save_model(folder: Path) -> None:
-    """A random Llama in the shape of SmolLM2-135M that reads bytes, the same in every run."""
+    """Save a random Llama with the shape of SmolLM2-135M that reads bytes. It is the same in every run."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 

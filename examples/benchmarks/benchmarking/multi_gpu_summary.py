@@ -1,4 +1,4 @@
-"""What the parts of multi_gpu_check.py found, beside what docs/scaling.md predicts."""
+"""The results of multi_gpu_check.py's parts, compared with the predictions of docs/scaling.md."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from typing import Any
 
 LINK = 450e9  # bytes per second that a GPU sends inside a host, by the datasheet
 DENSE = 570e12  # operations per second of cuDNN's dense causal attention on one H200, from its 247 ms in README.md
-GATE = 185e12  # operations per second of what a longer input adds to the gate on one H200, from 32,768 and 131,072 tokens: docs/scaling.md
+GATE = 185e12  # operations per second of the gate's extra work for longer inputs, one H200, from 32,768 and 131,072 tokens: docs/scaling.md
 HEADS, KEY_HEADS, WIDTH = 32, 8, 128  # of prefill_scaling.py
-GOAL = 0.9  # of linear, for a prefill by keys
-ROUNDING = 0.02  # of a loss: bfloat16 has 8 bits, 0.4 %, and after some steps weights differ by that too
-APART = 0.01  # share of queries that may read other blocks, which were as good to within rounding
-A_MINUTE, KILLED = 60, 137  # what the others may take to end; 128 and the number of the signal
+GOAL = 0.9  # share of linear scaling, for a prefill with exchange="keys"
+ROUNDING = 0.02  # relative to the loss: bfloat16 has 8 bits, 0.4 %, and after some steps weights differ by that too
+APART = 0.01  # allowed share of queries that read other blocks, which were equally good within rounding
+A_MINUTE, KILLED = 60, 137  # seconds in which the other processes must end; 128 plus the number of the signal
 Results = Mapping[str, dict[str, Any]]
 
 
 def summary(results: Results) -> tuple[list[str], dict[str, Any]]:
-    """Lines to print; and the rows that they are made of, with what is wrong: losses that differ, a killed process that was not named in
-    time, outputs that are not those in float64.
+    """The lines to print, and a dict with their rows and what is wrong: losses that differ, a killed process that was not named in time,
+    outputs that differ from float64.
     """
     found: list[tuple[str, str | None, dict[str, Any]]] = [*losses(results), *resumed(results), *tests(results)]
     found += [*prefills(results), *speeds(results), *models(results)]
@@ -29,7 +29,7 @@ def summary(results: Results) -> tuple[list[str], dict[str, Any]]:
 
 
 def losses(results: Results) -> list[tuple[str, str | None, dict[str, Any]]]:
-    """Of several GPUs against those of one."""
+    """Losses on several GPUs compared with one GPU."""
     found = []
     expected = results.get("losses-one", {}).get("loss")
     for how in ("ddp", "fsdp2", "fsdp2-cp"):
@@ -44,12 +44,12 @@ def losses(results: Results) -> list[tuple[str, str | None, dict[str, Any]]]:
 
 
 def apart(some: list[float], others: list[float]) -> float:
-    """The largest difference, NaN if there is one."""
+    """The largest difference; NaN if any is NaN."""
     return max((abs(a - b) for a, b in zip(some, others, strict=True)), key=lambda x: (math.isnan(x), x))
 
 
 def resumed(results: Results) -> list[tuple[str, str | None, dict[str, Any]]]:
-    """A run of which a process was killed: who said so, and the steps that were done twice, on one process fewer the second time."""
+    """A run of which a process was killed: which processes named it, and the steps done twice, the second time on one process fewer."""
     if "resume" not in results:
         return []
     x = results["resume"]
@@ -82,7 +82,7 @@ def tests(results: Results) -> list[tuple[str, str | None, dict[str, Any]]]:
 
 
 def prefills(results: Results) -> list[tuple[str, str | None, dict[str, Any]]]:
-    """Of one layer: times, and outputs where they were checked."""
+    """Prefills of one layer: times, and errors of checked outputs."""
     found = []
     of_one = results.get("prefill-1")
     for name, x in layers(results):
@@ -115,9 +115,10 @@ def layers(results: Results) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def predicted_ms(x: Mapping[str, Any], alone: Mapping[str, Any]) -> float:
-    """From the time of one process: what grows with the tokens, the gate's products, which grow with their square, and the exchange.
+    """The predicted time, from that of one process: a part linear in the tokens, the gate's products, which are quadratic, and the
+    exchange.
 
-    With an exchange of keys the last slice has most products: its queries are compared with the means of all blocks before them.
+    With an exchange of keys the last slice has the most products: its queries are compared with the means of all blocks before them.
     """
     n = x["processes"]
     linear = (alone["milliseconds"] - gate_ms(alone)) * x["tokens"] / alone["tokens"] / n
@@ -126,18 +127,18 @@ def predicted_ms(x: Mapping[str, Any], alone: Mapping[str, Any]) -> float:
 
 
 def gate_ms(x: Mapping[str, Any]) -> float:
-    """Products of queries with the means of the blocks before them, tokens / block_size / 2 on average, on one process."""
+    """Time of the products of queries with the means of preceding blocks, tokens / block_size / 2 on average, on one process."""
     return 1000 * HEADS * WIDTH * x["tokens"] ** 2 / x["block_size"] / GATE
 
 
 def visible_ms(x: Mapping[str, Any]) -> float:
-    """The exchange that nothing hides: of keys the first of one message per key head, of heads all."""
+    """Time of the exchange that is not overlapped: for keys the first of one message per key head, for heads all."""
     sent = 1000 * x["GB_sent_by_each"] * 1e9 / LINK
     return sent / KEY_HEADS if x["exchange"] == "keys" else sent
 
 
 def speeds(results: Results) -> list[tuple[str, str | None, dict[str, Any]]]:
-    """Of training."""
+    """Speeds of training."""
     found = []
     measured = {int(name.removeprefix("speed-")): x["tokens_per_second"][2:] for name, x in results.items() if name.startswith("speed-")}
     rates = {n: statistics.median(measured[n]) for n in sorted(measured)}
@@ -150,7 +151,7 @@ def speeds(results: Results) -> list[tuple[str, str | None, dict[str, Any]]]:
 
 
 def models(results: Results) -> list[tuple[str, str | None, dict[str, Any]]]:
-    """Whole models."""
+    """Results of whole models."""
     found = []
     for name, x in results.items():
         if not name.startswith("model-"):

@@ -1,4 +1,4 @@
-"""The processes of a measurement on several devices: one under torchrun, or this one alone; and how to end a launcher."""
+"""The processes of a measurement on several devices: those of torchrun, or this one alone; and how to end a launcher."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 @contextmanager
 def process_group(device: str) -> Iterator[None]:
-    """The default group of torchrun's processes, or of this one where there is no launcher; `device`: "cuda" or "cpu"."""
+    """The default group of torchrun's processes, or of this process without a launcher; `device`: "cuda" or "cpu"."""
     if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
@@ -30,7 +30,7 @@ def synchronize(device: str) -> None:
 
 
 def kill_all(process: subprocess.Popen) -> None:
-    """The process, if it still runs, and all that it has started: those of a launcher have sessions of their own."""
+    """Kill the process, if it still runs, and all its descendants: those of a launcher are in other sessions."""
     if process.poll() is not None:
         return
     launcher = psutil.Process(process.pid)

@@ -1,4 +1,4 @@
-"""What `benchmark.py` has measured: a JSON file that a later run continues, tables, and a plot.
+"""The results of `benchmark.py`: a JSON file that a later run continues, tables, and a plot.
 
 The file is a list of runs. A run is one setting on one machine with one set of versions:
 
@@ -22,10 +22,10 @@ OURS = "moba_flex"
 TRITON = "moba_flex-triton"
 PACKED = "moba_flex-packed"
 LEFT_OUT = "no-attention"
-TRAINING = "training"  # a workload whose results are shown in tokens a second
+TRAINING = "training"  # a workload whose results are shown in tokens per second
 FULL, TOO_LONG, TIME_UP = "out of memory", "too long", "time is up"
-AGAIN = TOO_LONG, TIME_UP  # another limit may let them be measured
-IN_WORDS = {  # what a picture calls a system
+AGAIN = TOO_LONG, TIME_UP  # may be measured under another limit
+IN_WORDS = {  # names of systems in figures
     TRITON: 'moba_flex, implementation="triton"',
     PACKED: "moba_flex, eight packed sequences",
     "moba_flex-flash": "moba_flex, FlashAttention-4",
@@ -41,7 +41,7 @@ IN_WORDS = {  # what a picture calls a system
 
 
 def check_writable(**files: Path | None) -> None:
-    """Raises UserError now, not after everything was measured. Files by the flags that name them."""
+    """Raise UserError before anything is measured. Files are given by the names of their flags."""
     for flag, file in files.items():
         if file is None:
             continue
@@ -55,14 +55,14 @@ def check_writable(**files: Path | None) -> None:
 
 
 class Results:
-    """The runs in a file, which is written anew after each measurement."""
+    """The runs in a file, which is rewritten after each measurement."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
         self.runs: list[dict] = load(file) if file.exists() else []
 
     def run(self, title: str, settings: dict, environment: dict) -> dict:
-        """The run with these settings and versions: the one in the file, without what another limit may let through, or a new one."""
+        """The run with these settings and versions: the one in the file, without results that depend on a limit, or a new one."""
         for run in self.runs:
             if (run["settings"], run["environment"]) == (settings, environment):
                 run["results"] = [r for r in run["results"] if r.get("skipped") not in AGAIN]
@@ -73,7 +73,7 @@ class Results:
         return run
 
     def save(self) -> None:
-        """Whole or not at all: a run that is killed leaves the file as it was."""
+        """Write the file atomically: a killed run leaves it unchanged."""
         self.file.parent.mkdir(parents=True, exist_ok=True)
         part = self.file.with_name(f".{self.file.name}.{os.getpid()}")
         part.write_text(json.dumps(self.runs, indent=1) + "\n", encoding="utf-8")
@@ -94,7 +94,7 @@ def load(file: Path) -> list[dict]:
 
 
 def of(run: dict, name: str) -> list:
-    """All values of a field in a run's results, in order of appearance; of numbers, in rising order."""
+    """All values of a field in a run's results, in order of appearance; token counts in ascending order."""
     values = list(dict.fromkeys(result[name] for result in run["results"]))
     return sorted(values) if name == "tokens" else values
 
@@ -110,7 +110,7 @@ def describe(run: dict) -> str:
 
 
 def tables(run: dict) -> str:
-    """Milliseconds (of training: tokens a second) and peak gigabytes for each pass, as Markdown; then why a system failed."""
+    """Milliseconds (for training: tokens per second) and peak gigabytes for each pass, as Markdown; then the errors of failed systems."""
     parts = [describe(run)]
     for pass_ in of(run, "pass"):
         systems = [s for s in of(run, "system") if any(find(run, s, pass_, n) for n in of(run, "tokens"))]
@@ -132,7 +132,7 @@ def tables(run: dict) -> str:
 
 
 def speeds(run: dict, systems: list[str], pass_: str) -> list[list[str]]:
-    """Tokens a second, and how many times those of full attention each system has."""
+    """Tokens per second, and each system's ratio to full attention."""
     others = [s for s in systems if s != "sdpa"] if "sdpa" in systems else []
     rows = [["tokens", *systems, *(f"{s} / sdpa" for s in others)]]
     for n in of(run, "tokens"):
@@ -144,7 +144,7 @@ def speeds(run: dict, systems: list[str], pass_: str) -> list[list[str]]:
 
 
 def speed(result: dict) -> float:
-    """Tokens a second."""
+    """Tokens per second."""
     return result["tokens"] / result["milliseconds"] * 1000
 
 
@@ -157,7 +157,7 @@ def time_cell(result: dict) -> str:
 
 
 def number(milliseconds: float) -> str:
-    """Three digits that count."""
+    """Three significant digits."""
     return f"{milliseconds:,.{2 if milliseconds < 10 else 1 if milliseconds < 100 else 0}f}"
 
 
@@ -175,7 +175,7 @@ def markdown(rows: list[list[str]]) -> str:
 
 
 def skewed_over_uniform(runs: list[dict]) -> str:
-    """How much longer the same took where a tenth of the blocks is wanted by every query; empty without such a pair of runs."""
+    """The ratio of times with skewed and uniform keys; empty without such a pair of runs."""
     lines = []
     for skewed in (run for run in runs if run["settings"].get("keys") == "skewed"):
         like = {**skewed["settings"], "keys": "uniform"}
@@ -189,7 +189,8 @@ def skewed_over_uniform(runs: list[dict]) -> str:
 
 
 def plot(runs: list[dict], file: Path) -> None:
-    """Time (of training: tokens a second) against tokens, axes logarithmic, one line a system; a row of panels a run, one panel a pass.
+    """Time (for training: tokens per second) against tokens, on logarithmic axes: one line per system, one panel per pass, one row of
+    panels per run.
 
     Raises ImportError without matplotlib.
     """

@@ -1,1 +1,1 @@
-"""What `adapt.py` is made of: the runs, the text and the files."""
+"""The parts of `adapt.py`: the runs, the text and the files."""

@@ -1,4 +1,4 @@
-"""What `adapt.py` writes: results, logs, checkpoints and adapters."""
+"""The files that `adapt.py` writes: results, logs, checkpoints and adapters."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from adapting.runs import BLOCKS, attend, moba_config, new_adapter, trained, wei
 from adapting.text import Text
 
 SETTINGS = ("steps", "batch_size", "sequence_length", "rope_theta", "learning_rate", "warmup", "weight_decay", "clip", "rank")
-SETTINGS += ("needle_share", "held_out", "seed", *BLOCKS, "full_layers")  # as results.json has always called them
+SETTINGS += ("needle_share", "held_out", "seed", *BLOCKS, "full_layers")  # the names in results.json
 
 
 class Output:
-    """The files of all runs. Each of them is there whole or not at all, but for the logs, which may lack their end.
+    """The files of all runs. Each is written atomically, except the logs, which may lack their end.
 
-    Several processes may work on it: each run is held by one of them, and so is results.json while it is read and written. What a
-    process held is free when it ends, however it ends.
+    Several processes may use the same folder. A process locks the run that it trains, and results.json while it reads and writes it. Locks
+    are released when a process ends, in any way.
     """
 
     def __init__(self, args: argparse.Namespace) -> None:
@@ -44,7 +44,7 @@ class Output:
             raise UserError(f"--output {self._folder} has {', '.join(begun)} already: go on with --resume, or choose another folder")
 
     def start(self, text: Text) -> None:
-        """Begin results.json; where it is there, check that this is the same text and what else decides the losses."""
+        """Create results.json. If it exists, check that the text and all other settings that determine the losses are the same."""
         settings = {name: getattr(self._args, name) for name in SETTINGS}
         settings |= {"model": self._base, "text": text.fingerprint}
         device = torch.cuda.get_device_name(self._args.device) if self._args.device.startswith("cuda") else platform.machine()
@@ -62,7 +62,7 @@ class Output:
 
     @contextmanager
     def results(self) -> Iterator[dict]:
-        """What is in results.json, and will be after the `with`."""
+        """The content of results.json, which is written back after the `with`."""
         file = self._folder / "results.json"
         with FileLock(self._folder / "results.lock"):
             results = json.loads(file.read_text()) if file.exists() else {"runs": {}, "loss": {}}
@@ -70,7 +70,7 @@ class Output:
             write(file, results)
 
     def hold(self, name: str) -> AbstractContextManager:
-        """Keep other processes from working on the run, for a `with`."""
+        """Lock the run for a `with`."""
         with one_line("argument --output: cannot write to the folder"):
             (self._folder / name).mkdir(exist_ok=True)
         try:
@@ -81,13 +81,13 @@ class Output:
     @property
     def _base(self) -> str:
         base = self._args.model or "HuggingFaceTB/SmolLM2-135M-Instruct"
-        return Path(base).name if Path(base).exists() else base  # where it lies is nobody else's matter
+        return Path(base).name if Path(base).exists() else base  # a local path means nothing to other users
 
     def adapter(self, name: str) -> Path:
         return self._folder / name / "adapter"
 
     def resume(self, name: str, base: PreTrainedModel):
-        """The run's model, its optimizer and the number of the next step."""
+        """The run's model, its optimizer and the index of the next step."""
         args, path = self._args, self._folder / name / "checkpoint.pt"
         model = attend(new_adapter(base, args.rank, args.seed), name, args).train()
         optimizer = torch.optim.AdamW(trained(model), lr=args.learning_rate, betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True)
@@ -107,7 +107,7 @@ class Output:
         partial.replace(path)
 
     def finish(self, name: str, model) -> None:
-        """Write the adapter, in bfloat16, as PEFT reads it, with the settings of MoBA and of the context beside it."""
+        """Write the adapter in bfloat16, in PEFT's format, with the settings of MoBA and of the context."""
         path = self.adapter(name)
         partial = path.with_suffix(".partial")
         partial.mkdir(exist_ok=True)
@@ -129,7 +129,7 @@ class Output:
             file.write(json.dumps({"step": step, **entry}) + "\n")
 
     def _keep_log(self, name: str, last: int) -> None:
-        """Drop what was logged after the checkpoint: these steps come again."""
+        """Remove log entries after the checkpoint: these steps are done again."""
         path = self._folder / name / "log.jsonl"
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
         path.write_text("".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= last))

@@ -1,4 +1,4 @@
-"""The runs that `adapt.py` knows: what attention each trains with, and what of the model is trained."""
+"""The runs of `adapt.py`: the attention of each, and the trained parameters."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LONGER = ": give --rope-theta, a base of its rotary embedding that is larger tha
 
 
 def fit_context(model: PreTrainedModel, args: argparse.Namespace) -> None:
-    """Let the model read sequences of that length."""
+    """Let the model read sequences of `--sequence-length` tokens."""
     context = context_of(model)
     if args.rope_theta is not None:
         with one_line("--rope-theta cannot be used"):
@@ -42,7 +42,7 @@ def moba_config(name: str, args: argparse.Namespace) -> moba_flex.MobaConfig:
 
 
 def new_adapter(base: PreTrainedModel, rank: int, seed: int) -> PeftModel:
-    """A copy of the model whose linear layers have low-rank updates, which begin as zero. They alone have gradients."""
+    """A copy of the model whose linear layers have low-rank updates, initialised to zero. Only these have gradients."""
     torch.manual_seed(seed)
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
     return get_peft_model(copy.deepcopy(base), config)
@@ -53,5 +53,5 @@ def trained(model) -> list[torch.nn.Parameter]:
 
 
 def weights(model) -> dict[str, Tensor]:
-    """The adapter's."""
+    """The adapter's weights."""
     return get_peft_model_state_dict(model, save_embedding_layers=False)

@@ -1,4 +1,4 @@
-"""What `adapt.py` reads: sequences of tokens, some of them with facts and questions."""
+"""The text of `adapt.py`: sequences of tokens, some of them with facts and questions."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 
 class Text:
-    """Files as sequences of tokens: those to train on, in an order that follows from the seed, and those to measure on."""
+    """Files as sequences of tokens: training sequences, in an order that depends on the seed, and held-out sequences."""
 
     def __init__(self, args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> None:
         self._args, self._tokenizer = args, tokenizer
@@ -34,7 +34,7 @@ class Text:
         self.fingerprint = [len(self._train), *(int(ids.sum()) for ids in (self._train, *self.held_out.values()))]
 
     def batch(self, step: int) -> Tensor:
-        """`[B, N]`: what every run reads in that step. Each epoch has an order of its own."""
+        """`[B, N]`: what every run reads in that step. Each epoch has its own order."""
         size = self._args.batch_size
         return torch.stack([self._sequence(n) for n in range(step * size, (step + 1) * size)])
 
@@ -54,7 +54,7 @@ def add_text_flags(parser: Parser, megabytes: float) -> None:
 
 
 def check_folders(args: argparse.Namespace) -> None:
-    """Raises UserError if --text names what is no folder."""
+    """Raise UserError if --text names something that is not a folder."""
     if missing := [folder for folder in args.text or () if not folder.is_dir()]:
         raise UserError(f"argument --text: text is read from folders, but {missing[0]} is none")
 
@@ -62,7 +62,7 @@ def check_folders(args: argparse.Namespace) -> None:
 def sequences(
     documents: list[Document], tokenizer: PreTrainedTokenizerBase, length: int, what: str, most: int = sys.maxsize
 ) -> tuple[Tensor, list[str]]:
-    """`[n, N]`, n at most `most`: one line of files, an end-of-text token after each, cut into sequences; and the files' names."""
+    """`[n, N]`, n at most `most`: concatenated files, each with an end-of-text token, cut into sequences; and the files' names."""
     ids, names = [], []
     for first in tqdm(range(0, len(documents), 32), desc=f"Tokens of {what}"):
         if len(ids) >= most * length:

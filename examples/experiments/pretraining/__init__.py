@@ -1,1 +1,1 @@
-"""What `pretrain.py` is made of: the text, the runs and the comparison."""
+"""The parts of `pretrain.py`: the text, the runs and the comparison."""

@@ -1,4 +1,4 @@
-"""What each step of `pretrain.py` reads: windows of the text, some of them with facts and questions of `needle.py`."""
+"""The batches of `pretrain.py`: windows of the text, some of them with facts and questions of `needle.py`."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from .corpus import Corpus, windows
 
 
 class Batches:
-    """All of it follows from the seed and the number of the step: all runs of a seed, resumed or not, read the same.
+    """Batches that depend only on the seed and the step: all runs of a seed, resumed or not, read the same tokens.
 
-    A share of `needle_share` of the windows, chosen at random, are sequences of `needle.training_sequence`: the window's first tokens
-    around facts, and questions about them. The windows are put together on the CPU, a millisecond's work or less beside the
-    tokenising of facts, while a GPU is busy with the steps before.
+    A random share `needle_share` of the windows are sequences of `needle.training_sequence`: the window's first tokens around facts, and
+    questions about them. The CPU assembles the windows while a GPU runs earlier steps. Apart from the tokenisation of facts, this takes a
+    millisecond or less.
     """
 
     def __init__(self, text: Corpus, args: argparse.Namespace, seed: int) -> None:
@@ -30,7 +30,7 @@ class Batches:
         return torch.stack([self._window(n) for n in range(step * self._rows, (step + 1) * self._rows)])
 
     def _window(self, n: int) -> Tensor:
-        """`[context + 1]`: what comes as number n of all that a run reads."""
+        """`[context + 1]`: the window with index `n` in the order of a run."""
         epoch, place = divmod(n, self._n)
         which = order(self._n, epoch, self._seed)[place]
         ids = windows(self._text.train, which[None], self._context)[0]
@@ -41,16 +41,17 @@ class Batches:
         return ids
 
 
-@lru_cache(maxsize=2)  # a batch may reach into the next epoch
+@lru_cache(maxsize=2)  # a batch may extend into the next epoch
 def order(n: int, epoch: int, seed: int) -> Tensor:
-    """`[n]`: in which order an epoch reads n windows. Each has an order of its own."""
+    """`[n]`: the order in which an epoch reads n windows. Each epoch has its own order."""
     return torch.randperm(n, generator=torch.Generator().manual_seed(1000 * seed + epoch))
 
 
 class Upload:
-    """Batches on their way to a GPU, without waiting for it: from two places in pinned memory, in turn.
+    """Copies batches to a GPU without waiting for it, from two buffers in pinned memory, in turn.
 
-    With each batch pinned anew the host took 8 ms a step for it, and then waited for the GPU, it seems to give that memory back.
+    When each batch was pinned separately, this took the host 8 ms per step, and the host then seemed to wait for the GPU to release the
+    memory.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -58,12 +59,12 @@ class Upload:
         self._places: list[tuple[Tensor, torch.cuda.Event]] = []
 
     def __call__(self, ids: Tensor) -> Tensor:
-        """`ids` of the CPU, the same shape each time, on the GPU."""
+        """Copy `ids` from the CPU, the same shape each time, to the GPU."""
         if len(self._places) < 2:
             self._places.append((torch.empty_like(ids, pin_memory=True), torch.cuda.Event()))
         place, copied = self._places[self._turn]
         self._turn = (self._turn + 1) % 2
-        copied.synchronize()  # of the step before last
+        copied.synchronize()  # the copy of the step before last
         place.copy_(ids)
         on_device = place.to(self._device, non_blocking=True)
         copied.record()

@@ -1,6 +1,4 @@
-"""A step's forward and backward pass as one CUDA graph: a small model's thousands of kernels take the host longer to launch than a GPU
-to do.
-"""
+"""The forward and backward pass of a step as one CUDA graph: launching a small model's many kernels takes longer than running them."""
 
 from __future__ import annotations
 
@@ -9,15 +7,15 @@ from collections.abc import Callable, Hashable
 import torch
 from torch import Tensor, nn
 
-EAGER_STEPS = 2  # of a kind, before it is captured: what compiles, or is kept for later, does so in these
+EAGER_STEPS = 2  # of a kind, before it is captured: compilation and caching happen in these
 
 Function = Callable[[Tensor], Tensor]  # ids on the GPU -> loss; leaves gradients in a model that had none
 
 
 class Passes:
-    """`function` on the GPU, from its third step of a kind on replayed from a CUDA graph: the same kernels on the same numbers.
+    """`function` on the GPU, replayed from a CUDA graph from the third step of a kind on: the same kernels on the same values.
 
-    `kind` is all but the ids that decides which kernels run. A graph of another kind is freed.
+    `kind` is everything but the ids that determines which kernels run. A change of kind frees the graph.
     """
 
     def __init__(self, function: Function, model: nn.Module) -> None:
@@ -26,7 +24,7 @@ class Passes:
         self._steps, self._graph = 0, None
 
     def __call__(self, ids: Tensor, kind: Hashable) -> Tensor:
-        """`[B, context + 1]` -> the loss, both on the GPU. Gradients are there until the next call."""
+        """`[B, context + 1]` -> the loss, both on the GPU. Gradients stay valid until the next call."""
         if kind != self._kind:
             self._kind, self._steps, self._graph = kind, 0, None
         self._steps += 1
@@ -37,7 +35,7 @@ class Passes:
 
 
 class Graph:
-    """`function`, captured. All its memory is its own, that of the gradients too."""
+    """`function`, captured. All its memory is private, including that of the gradients."""
 
     def __init__(self, function: Function, model: nn.Module, ids: Tensor) -> None:
         self._ids, self._graph = torch.empty_like(ids), torch.cuda.CUDAGraph()
@@ -48,6 +46,6 @@ class Graph:
     def __call__(self, ids: Tensor) -> Tensor:
         self._ids.copy_(ids)
         self._graph.replay()
-        for x, grad in self._grads:  # an optimizer forgets them after each step
+        for x, grad in self._grads:  # an optimizer sets them to None after each step
             x.grad = grad
         return self._loss.clone()

@@ -1,4 +1,4 @@
-"""Tables and a plot of what `pretrain.py` logged: each run beside full attention of the same model, context and seed."""
+"""Tables and a plot of the logs of `pretrain.py`: each run compared with full attention of the same model, context and seed."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ WORDS = {
     "full-conv-3": "full attention, key convolution of 3",
     "full-conv-5": "full attention, key convolution of 5",
 }
-# Runs are compared if all else is equal.
+# Settings that may differ between compared runs.
 _OF_A_RUN = ("run", "seed", "block_size", "top_k", "full_attention_layers", "key_conv")
 
 
 def compare(files: list[Path], plot: Path | None = None) -> None:
-    """Print a table for each setting, and plot them if a file is named.
+    """Print a table for each setting, and plot them if `plot` is given.
 
-    Raises UserError, in one line, if a log cannot be read, no run is done, or two logs are of the same run.
+    Raises UserError if a log cannot be read, no run is done, or two logs are of the same run.
     """
     logs = [_read(file) for file in files]
     done = [log for log in logs if log["done"]]
@@ -47,9 +47,9 @@ def compare(files: list[Path], plot: Path | None = None) -> None:
 
 
 def group(logs: list[dict]) -> dict[str, dict[str, dict[int, dict]]]:
-    """Title of a setting -> name of a run -> seed -> log. Full attention is the first of the runs, a sweep comes last.
+    """Title of a setting -> name of a run -> seed -> log. Full attention is the first run, a sweep comes last.
 
-    Raises UserError if two logs are of the same run and seed, and differ.
+    Raises UserError if two different logs are of the same run and seed.
     """
     settings = defaultdict(lambda: defaultdict(dict))
     for log in sorted(logs, key=_place):
@@ -68,12 +68,12 @@ def _place(log: dict) -> tuple:
 
 
 def is_sweep(name: str) -> bool:
-    """Whether it is one of those that `--blocks` gives."""
+    """Whether it is a run of `--blocks`."""
     return "-blocks" in name
 
 
 def table(runs: dict[str, dict[int, dict]]) -> list[str]:
-    """The lines of a Markdown table. Means over seeds, ± their standard deviation; differences are of the seeds that full has too."""
+    """The lines of a Markdown table. Means over seeds, ± their standard deviation; differences for seeds that full attention has too."""
     lines = [f"| run | {' | '.join(COLUMNS)} |", f"|---|{'---|' * len(COLUMNS)}"]
     for name, by_seed in runs.items():
         cells = []
@@ -87,7 +87,7 @@ def table(runs: dict[str, dict[int, dict]]) -> list[str]:
 
 
 def speeds_of(logs: Iterable[dict]) -> dict[str, list[float]]:
-    """The runs' tokens a second by the device that they ended on: those of different ones have no mean."""
+    """The runs' tokens per second, grouped by the device that they ended on."""
     speeds = defaultdict(list)
     for log in logs:
         speeds[log["environment"]["device"]] += [median(log["tokens_per_second"])] if log["tokens_per_second"] else []
@@ -103,22 +103,21 @@ def trailing(log: dict) -> float:
 
 
 def differences(runs: dict[str, dict[int, dict]], name: str, loss) -> list[float]:
-    """Of each seed that full attention was trained with too."""
+    """Differences to full attention, for the seeds that it was trained with too."""
     return [loss(log) - loss(runs["full"][seed]) for seed, log in runs[name].items() if seed in runs.get("full", {})]
 
 
 def _spread(values: list[float], form: str) -> str:
-    """Their mean and, of several, their standard deviation; nothing of none."""
+    """The mean, and for several values their standard deviation; "" without values."""
     if not values:
         return ""
     return f"{fmean(values):{form}}" + (f" ± {stdev(values):{form.lstrip('+')}}" if len(values) > 1 else "")
 
 
 def draw(settings: dict[str, dict[str, dict[int, dict]]], file: Path) -> None:
-    """A row for each setting: the loss in training, held-out loss by position less that of full attention, and that by number of blocks.
+    """One row per setting: the training loss, and held-out loss minus that of full attention, by position and by number of blocks.
 
-    The first two are without the runs of a sweep; a panel that would say nothing is left out. Bands and bars are a standard deviation over
-    seeds.
+    The first two exclude the runs of a sweep. A panel without content is left out. Bands and bars are one standard deviation over seeds.
     """
     try:
         from matplotlib.figure import Figure
@@ -132,7 +131,7 @@ def draw(settings: dict[str, dict[str, dict[int, dict]]], file: Path) -> None:
         named = {name: by_seed for name, by_seed in runs.items() if not is_sweep(name)}
         compared = {name: less for name in runs if name != "full" and (less := differences(runs, name, held_out))}
         sweep = {name: (runs[name], less) for name, less in compared.items() if is_sweep(name)}
-        curves = len(named) > 1 or not sweep  # full attention alone says nothing beside a sweep
+        curves = len(named) > 1 or not sweep  # full attention alone adds nothing to a sweep
         panels = row.subplots(1, curves + (len(compared) > len(sweep)) + bool(sweep), squeeze=False)[0]
         others, most = panels[curves:], max(most, len(panels))
         if curves:
@@ -149,7 +148,7 @@ def draw(settings: dict[str, dict[str, dict[int, dict]]], file: Path) -> None:
 
 
 def title_in_words(title: str, seeds: set[int]) -> str:
-    """What is trained, on what and how often, of the title of a setting."""
+    """The title of a setting in words: what is trained, on what and how often."""
     rule = dict(part.split(" ", 1) for part in title.split(", "))
     words = [f"Llama of {rule['size']} parameters, {int(rule['context']):,} tokens"]
     words += [f"{int(rule['steps']):,} steps"] if "steps" in rule else []
@@ -165,7 +164,7 @@ def in_words(name: str) -> str:
 
 
 def draw_training(axes, runs: dict[str, dict[int, dict]], colors: dict[str, str]) -> None:
-    """Of the first seed, cut off above what is reached after a tenth of the steps: the rest would be a line at the bottom."""
+    """Plot the first seed. Losses above those reached after a tenth of the steps are cut off: they would flatten the rest."""
     lowest, highest = float("inf"), 0.0
     for name, by_seed in runs.items():
         steps, losses = zip(*by_seed[min(by_seed)]["train"])

@@ -1,8 +1,8 @@
-"""Text that is on any machine with Python: the source files of the standard library and of all installed packages.
+"""Text that exists on any machine with Python: the source files of the standard library and of all installed packages.
 
-Files are collected in the order of their paths, so that the files of a package lie next to each other and a long context has something
-to look back to. Equal files count once. A file is held out if the SHA-256 of its text says so: on any machine the same ones. A byte-level
-BPE is trained on a part of the other files, and both halves are kept as files of 16-bit tokens, which training maps into memory.
+Files are collected in the order of their paths, so that files of a package are neighbours and a long context has something to refer to.
+Equal files count once. The SHA-256 of its text decides whether a file is held out, so that all machines hold out the same files. A
+byte-level BPE is trained on a part of the other files. Both halves are stored as files of 16-bit tokens, which training memory-maps.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from transformers import PreTrainedTokenizerFast
 
 ENDINGS = {".py", ".pyi", ".pyx", ".h", ".hpp", ".cuh", ".c", ".cpp", ".md", ".rst"}
 END, VOCABULARY = "<|end|>", 8192
-MOST_OF_A_FILE = 1 << 20  # bytes: longer ones are tables that a program wrote
-HELD_OUT_OF = 50  # one file of so many is held out
-BPE_BYTES = 20_000_000  # that the BPE is trained on
-AT_ONCE = 2048  # files that are tokenised together: so many that one long file is not what the others wait for
+MOST_OF_A_FILE = 1 << 20  # bytes: larger files are generated tables
+HELD_OUT_OF = 50  # one file in this many is held out
+BPE_BYTES = 20_000_000  # of text to train the BPE on
+AT_ONCE = 2048  # files tokenised together: enough that one long file does not delay the others
 DESCRIPTION = "corpus.json"
 
 
 class Corpus:
-    """`train` and `held_out` `[T]`, tokens as int16 whose bits are those of a uint16: see `windows`."""
+    """`train` and `held_out` `[T]`: uint16 tokens stored as int16, see `windows`."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -56,16 +56,16 @@ class Corpus:
 
 
 def windows(tokens: Tensor, which: Tensor, context: int) -> Tensor:
-    """`[B, context + 1]` int64: the windows with these numbers, each with the token after it."""
+    """`[B, context + 1]` int64: the windows with these indices, each with the token after it."""
     at = which[:, None] * context + torch.arange(context + 1, device=which.device)
     return tokens[at].long() & 0xFFFF
 
 
 def corpus(folder: Path, sources: list[Path] | None = None, most_bytes: int | None = None) -> Corpus:
-    """What `folder` holds, made first if it holds nothing. `sources` are folders of source files, by default Python's own.
+    """The corpus in `folder`, created first if the folder has none. `sources` are folders of source files, by default Python's own.
 
-    Raises UserError if the sources are not there, have too little text to hold some out, or are not those that the folder was made of,
-    or if the folder cannot be read or written.
+    Raises UserError if the sources do not exist, have too little text to hold some out, or are not those of the existing corpus, or if the
+    folder cannot be read or written.
     """
     asked = {"sources": sources and [str(source.resolve()) for source in sources], "most_bytes": most_bytes}
     if not (folder / DESCRIPTION).exists():
@@ -116,7 +116,7 @@ def _make(folder: Path, sources: list[Path], most_bytes: int | None, asked: dict
         counts[half] = {"files": len(names), "bytes": sum(len(files[name].encode()) for name in names), "tokens": len(tokens)}
     description = {"vocabulary": tokenizer.get_vocab_size(), "fingerprint": fingerprint.hexdigest()[:16], "asked": asked, **counts}
     description["held_out"]["sha256"] = [name[:16] for name in held_out]
-    (folder / DESCRIPTION).write_text(json.dumps(description))  # last: what says that all is there
+    (folder / DESCRIPTION).write_text(json.dumps(description))  # last: its existence marks the corpus as complete
 
 
 def _paths(sources: list[Path]) -> list[Path]:
@@ -126,7 +126,7 @@ def _paths(sources: list[Path]) -> list[Path]:
 
 
 def _trained(texts: list[str]) -> Tokenizer:
-    """A BPE of an even share of the texts, about `BPE_BYTES` of them."""
+    """A BPE of every n-th text, about `BPE_BYTES` in total."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -1,8 +1,8 @@
-"""What `pretrain.py` trains with: Muon for the matrices of the layers, AdamW for everything else.
+"""The optimizers of `pretrain.py`: Muon for the layers' matrices, AdamW for everything else.
 
-Muon (Keller Jordan, 2024) makes the momentum of a matrix orthogonal before it adds it, here with as large an update as AdamW's (Moonlight,
-arXiv 2502.16982), so that both take the same learning rate and weight decay. Small models learn with it to copy from what they read before
-in far fewer tokens.
+Muon (Keller Jordan, 2024) orthogonalises the momentum of a matrix before it adds it. Here the update is scaled to the size of AdamW's
+(Moonlight, arXiv 2502.16982), so that both use the same learning rate and weight decay. With it small models learn to copy from earlier
+text in far fewer tokens.
 
 L matrices of A rows and B columns.
 """
@@ -19,8 +19,8 @@ COEFFICIENTS, ITERATIONS = (3.4445, -4.7750, 2.0315), 5  # Keller Jordan's
 
 
 class Muon(torch.optim.Optimizer):
-    """`torch.optim.Muon` with `adjust_lr_fn="match_rms_adamw"`, for all matrices of a shape at once: that one launches some 30 kernels for
-    each matrix, which takes a small model as long as its gradients.
+    """`torch.optim.Muon` with `adjust_lr_fn="match_rms_adamw"`, for all matrices of a shape at once. The original launches some 30 kernels
+    per matrix, which takes a small model as long as its gradients.
     """
 
     def __init__(self, params: list[nn.Parameter], lr: float, weight_decay: float) -> None:
@@ -48,7 +48,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(x: Tensor) -> Tensor:
-    """`[L, A, B]`: each matrix with singular values near one, by Newton and Schulz's iteration in bfloat16."""
+    """`[L, A, B]`: each matrix with singular values near one, by Newton-Schulz iteration in bfloat16."""
     a, b, c = COEFFICIENTS
     wide = x.shape[1] <= x.shape[2]
     x = (x if wide else x.mT).bfloat16()
@@ -67,7 +67,7 @@ class MuonAndAdamW:
         def named(names: set[str]) -> list[nn.Parameter]:
             return [x for name, x in model.named_parameters() if name in names]
 
-        others = {name for name, _ in model.named_parameters()} - matrices  # norms and convolutions of keys: no weight decay
+        others = {name for name, _ in model.named_parameters()} - matrices  # norms and key convolutions: no weight decay
         groups = [
             {"params": named(matrices - of_layers), "weight_decay": weight_decay},
             {"params": named(others), "weight_decay": 0.0},
@@ -78,7 +78,7 @@ class MuonAndAdamW:
         ]
 
     def step(self, learning_rate: float) -> None:
-        """Change the model's weights by their gradients, and forget these."""
+        """Update the model's weights with their gradients, and clear these."""
         for optimizer in self._optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate

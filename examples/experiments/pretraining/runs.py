@@ -1,4 +1,4 @@
-"""The models and the runs that `pretrain.py` knows: random Llamas, and what attention each run trains with."""
+"""The models and runs of `pretrain.py`: randomly initialised Llamas, and the attention of each run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import moba_flex
 
-# Parameters with a vocabulary of 8,192, embeddings tied; heads have 64 channels.
+# Parameter counts with a vocabulary of 8,192 and tied embeddings; heads have 64 channels.
 SIZES = {
     "toy": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2, "num_key_value_heads": 1},
     "10M": {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 12, "num_attention_heads": 4, "num_key_value_heads": 2},
@@ -19,12 +19,12 @@ SIZES = {
     "100M": {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 15, "num_attention_heads": 12, "num_key_value_heads": 4},
     "150M": {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 23, "num_attention_heads": 12, "num_key_value_heads": 4},
 }
-SPARSITY = 4  # a sweep of block sizes reads one block of so many (report, figure 4)
+SPARSITY = 4  # a sweep of block sizes reads one block in this many (report, figure 4)
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a run trains with: MoBA until a share of `switch_at` of the steps is done, and full attention from then on."""
+    """The attention of a run: MoBA for the fraction `switch_at` of the steps, then full attention."""
 
     name: str
     switch_at: float = 1.0
@@ -45,7 +45,7 @@ def named(name: str, block_size: int, top_k: int) -> Run:
         "moba-last-3-full": Run("moba-last-3-full", settings={**blocks, "full_attention_layers": (-3, -2, -1)}),
         "moba-conv-3": Run("moba-conv-3", settings={**blocks, "key_conv": 3}),
         "moba-conv-5": Run("moba-conv-5", settings={**blocks, "key_conv": 5}),
-        # Controls of a convolution: keys that know their neighbours may help a model to copy with any attention.
+        # Controls for the convolution: keys that contain their neighbours may help a model to copy with any attention.
         "full-conv-3": Run("full-conv-3", switch_at=0.0, settings={**blocks, "key_conv": 3}),
         "full-conv-5": Run("full-conv-5", switch_at=0.0, settings={**blocks, "key_conv": 5}),
     }[name]
@@ -55,9 +55,9 @@ NAMES = ("full", "moba", "moba-then-full", "moba-last-3-full", "moba-conv-3", "m
 
 
 def complete(settings: dict) -> dict:
-    """The settings of a log, with those that came after it was written as they were for it, and without those that mean nothing.
+    """The settings of a log, with missing newer settings set to the values that they had then, and without settings that have no effect.
 
-    Where no window has facts, it means nothing how many and how they would be asked for. What came later stands last.
+    Without windows with facts, the settings of facts and questions have no effect. Newer settings come last.
     """
     later = {"needle_facts": 8, "needle_questions": "end", "needle_share": 0.0, "optimizer": "adamw"}
     whole = {name: x for name, x in settings.items() if name not in later} | {name: settings.get(name, x) for name, x in later.items()}
@@ -67,14 +67,14 @@ def complete(settings: dict) -> dict:
 
 
 def of_blocks(n_blocks: int, context: int) -> Run:
-    """MoBA that cuts the context into so many blocks, of which a query reads the same share whatever their number."""
+    """MoBA with the context cut into `n_blocks` blocks. A query reads the same share of them for any number."""
     if context % n_blocks or n_blocks % SPARSITY:
         raise UserError(f"--blocks must be multiples of {SPARSITY} that divide the context, {context}, but {n_blocks} is not")
     return Run(f"moba-{n_blocks}-blocks", settings={"block_size": context // n_blocks, "top_k": n_blocks // SPARSITY})
 
 
 def new_model(size: str, vocabulary: int, context: int, run: Run, seed: int, device: torch.device) -> LlamaForCausalLM:
-    """Runs of the same seed begin with the same weights: convolutions of keys begin as zeros and draw none."""
+    """A new patched model. Runs of one seed start with equal weights: key convolutions are initialised to zero without random numbers."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         **SIZES[size],
