@@ -51,8 +51,8 @@ def moba_attention_cp(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`moba_attention` of a sequence of which each process holds a slice: context parallelism. Causal.
 
-    All processes of the mesh call it together, process r with the tokens `r * L` to `(r + 1) * L - 1`. Slices have the same length. Pad a
-    sequence that does not divide at its end, which causal attention never reads.
+    All processes of the mesh call it together, process r with the tokens `r * L` to `(r + 1) * L - 1`. Slices have the same length. If the
+    sequence length is not a multiple of the number of processes, pad the sequence at its end, which causal attention never reads.
 
     Args:
         query: `[B, H, L, D]`, the same shape on all processes (not checked: different shapes fail or hang in the exchange).

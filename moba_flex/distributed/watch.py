@@ -146,7 +146,7 @@ class Watch:
             _current = None
 
     def failed(self) -> str | None:
-        """After a failure: a sentence that names the missing processes, or None. Takes about five seconds."""
+        """After a failure: a sentence that names the missing processes, or the lost store; else None. Takes about five seconds."""
         self._state, self._spared_until = _FAILED, math.inf
         try:
             for _ in range(6):

@@ -226,7 +226,7 @@ def _settings_of_adapter(name: str, attn: str, config: transformers.PreTrainedCo
 
 
 def _settings(config: transformers.PreTrainedConfig) -> MobaConfig:
-    """The settings saved with a model; a multimodal model has them in its language model's configuration."""
+    """The settings saved with a model; a composite model has them in its language model's configuration."""
     return MobaConfig.of(config.get_text_config(decoder=True))
 
 

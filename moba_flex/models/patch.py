@@ -81,9 +81,9 @@ def patch(
 
     Returns:
         The same model. Layers that are not full causal self-attention, such as sliding-window layers, are unchanged. The settings are
-        stored in `model.config.moba` (in multimodal models in the language model's configuration). The model gets its own copy of the
-        configuration, because other models may share it. Patching again replaces the settings and undoes `set_attention`. A layer whose
-        `key_conv` is then removed or has another size loses that module's weights.
+        stored in `model.config.moba` (in composite models, such as vision-language models, in the language model's configuration). The
+        model gets its own copy of the configuration, because other models may share it. Patching again replaces the settings and undoes
+        `set_attention`. A layer whose `key_conv` is then removed or has another size loses that module's weights.
 
     Raises:
         ValueError: a setting is out of range, no attention layer can be replaced, `full_attention_layers` has an index that does not exist,
@@ -183,7 +183,7 @@ def unpatch(model: Model) -> Model:
     if any(choice_of(layer) is None for layer in ours):
         _own_configs(model, ours)
     original = {id(layer.config): original_implementation(layer) for layer in layers}
-    # In a multimodal model that was loaded with "moba", the enclosing configurations have that name too.
+    # In a composite model that was loaded with "moba", the enclosing configurations have that name too.
     configs = {id(config): config for module in model.modules() if (config := getattr(module, "config", None)) is not None}
     for config in configs.values():
         if isinstance(config, PreTrainedConfig) and implementation_of(config) in MOBA:

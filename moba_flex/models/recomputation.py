@@ -59,7 +59,7 @@ def check_not_switched(model: PreTrainedModel) -> None:
     """Called at the start of a forward pass. Raises ValueError if a checkpoint around the whole model recomputes a pass from before a
     switch.
 
-    Such a checkpoint creates a new `ForwardPass`, which does not know what the first run used.
+    The recomputed pass has a new `ForwardPass`, which does not know what the first run used.
     """
     if not computes_gradients():
         _SWITCHED.discard(model)

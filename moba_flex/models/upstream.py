@@ -258,7 +258,7 @@ def quantized_keys(layer: QuantizedLayer) -> object | None:
 
 
 def reads_as_it_lies(cache: Cache, cache_layer: CacheLayerMixin, key: Tensor) -> bool:
-    """Whether `key` is the tensor that a cache layer holds. A layer of an offloaded cache may already have moved its keys."""
+    """Whether `key` is the tensor that a cache layer holds. Assumed for offloaded caches, whose layers may have moved their keys."""
     return cache_layer.keys is key or cache.offloading
 
 
