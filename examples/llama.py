@@ -187,7 +187,7 @@ def compare(model: PreTrainedModel, prompt: Tensor) -> dict[str, str]:
         "same choice of next token": f"{same / n:.1%}",
         "mean log-likelihood, MoBA": f"{gain / n:.4f}",
         "mean log-likelihood, full attention": f"{full_gain / n:.4f}",
-        "difference in nats per token": f"{(gain - full_gain) / n:+.4f}",
+        "nats per token behind full attention": f"{(full_gain - gain) / n:+.4f}",
     }
 
 

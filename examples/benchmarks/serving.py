@@ -2,7 +2,7 @@
 
     python examples/benchmarks/serving.py                                  # one H200: an 8B in shape, 16 prompts of 32,768 tokens
     python examples/benchmarks/serving.py --tokens 512 32768 --requests 64 16         # short prompts, then long ones
-    python examples/benchmarks/serving.py --model tiny --tokens 300 --new 4 --requests 3 --device cpu
+    python examples/benchmarks/serving.py --model tiny --tokens 300 --new 4 --requests 3 --num-pages 16 --device cpu
 
 transformers' continuous batching serves the same model, patched and with full attention, in turn in the same run. Weights and prompts are
 random. All requests arrive at once. Times are those of the last of `--rounds` rounds. The first round compiles, unless a warm-up with a few

@@ -218,7 +218,7 @@ class Watch:
     def _sentence(self, what: str, ranks: list[int]) -> str | None:
         if not ranks:
             return None
-        which = ", ".join(f"process {r} of {self.size} ({self._heard[r][0].where}, at {self._heard[r][0].place})" for r in ranks[:8])
+        which = ", ".join(f"process {r} of {self.size} ({self._heard[r][0].where}, last at {self._heard[r][0].place})" for r in ranks[:8])
         return f"{which}{' and others' if len(ranks) > 8 else ''} {what}{self._here()}"
 
     def _here(self) -> str:

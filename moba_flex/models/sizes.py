@@ -10,7 +10,7 @@ import warnings
 import torch
 from transformers import PreTrainedConfig
 
-from ..config import MobaConfig
+from ..config import MobaConfig, changed_settings
 from .by_identity import ByIdentity
 
 # Prompts up to this length, `block_size`, `top_k`. Longer prompts use the last entry.
@@ -44,9 +44,13 @@ def without_effect(n_tokens: int, settings: MobaConfig) -> str:
     blocks = "1 block" if n_blocks == 1 else f"{n_blocks:,} blocks"
     said = f"a prompt of {n_tokens:,} tokens has {blocks} of block_size={block_size}, and top_k={top_k} reads them all: attention is full"
     smaller, fewer = suggested_blocks(n_tokens)
+    fewer = max(fewer, 1 + settings.sink_blocks + settings.recent_blocks)
     if n_tokens <= smaller * fewer:
         return f"{said}. MoBA is for longer prompts"
-    return f"{said}. Smaller settings for this length: patch(model, block_size={smaller}, top_k={fewer})"
+    call = {"block_size": smaller, "top_k": fewer}  # patch resets what it is not given
+    call = {**call, **{name: value for name, value in changed_settings(settings).items() if name not in call}}
+    keywords = ", ".join(f"{name}={value!r}" for name, value in call.items())
+    return f"{said}. Smaller settings for this length: patch(model, {keywords})"
 
 
 def note_sparse(config: PreTrainedConfig, settings: MobaConfig) -> None:

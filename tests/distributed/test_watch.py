@@ -31,10 +31,10 @@ def test_who_is_late_is_named_by_those_that_wait_for_it(capfd: pytest.CaptureFix
         said = group.run(checks.one_is_late)
         lines = told(capfd.readouterr().err)
     for rank in (0, 2):
-        behind = ", at step 7) is missing for 0.5 seconds; process {} was at step 8"
+        behind = ", last at step 7) is missing for 0.5 seconds; process {} was at step 8"
         assert of(rank, lines, behind).startswith(f"moba_flex: {MISSING}")
         assert f"on rank {rank} of 3: {MISSING}" in said[rank]
-        assert f", at step 7) has not come; process {rank} was at step 8 (" in said[rank]
+        assert f", last at step 7) has not come; process {rank} was at step 8 (" in said[rank]
 
 
 @pytest.mark.parametrize("connections_stay", [False, True])
@@ -44,12 +44,12 @@ def test_who_is_killed_is_named_by_all_others_which_end(capfd: pytest.CaptureFix
         group.run(checks.one_is_killed, connections_stay)
     said, errors = str(failure.value), capfd.readouterr().err
     assert "process 1: ended with exit code -9" in said and "process 2: ended" in said
-    ending = ", at step 3) has not been heard of for 1.5 seconds: it was killed, or hangs; process {} was at step 3; this process ends"
+    ending = ", last at step 3) has not been heard of for 1.5 seconds: it was killed, or hangs; process {} was at step 3; this process ends"
     assert of(2, told(errors), ending).startswith(f"moba_flex: {MISSING}")
     if checks.EXCHANGE_FAILED in errors:
         assert not connections_stay, "nothing has told the exchange"
         assert f"on rank 0 of 3: {MISSING}" in said
-        assert ", at step 3) ended without a word; process 0 was at step 3 (" in said
+        assert ", last at step 3) ended without a word; process 0 was at step 3 (" in said
     else:  # the kernel took its time, which it may
         assert of(0, told(errors), ending).startswith(f"moba_flex: {MISSING}") and "process 0: ended" in said
 

@@ -33,6 +33,18 @@ def test_it_is_said_once_with_the_numbers_and_the_remedy():
     assert not said(model, ids) and not said(model, ids[:, :1500])
 
 
+def test_the_remedy_keeps_all_other_settings():
+    """`patch` resets what it is not given."""
+    others = {"sink_blocks": 1, "full_attention_layers": (-1,), "decode": "sparse"}
+    model, ids = patch(build(**LONG), **others), tokens(1, 2000)
+    (message,) = said(model, ids)
+    call = re.search(r"patch\(model, (.*?)\)\. moba_flex", message)[1]
+    assert call == "block_size=64, top_k=12, sink_blocks=1, full_attention_layers=(-1,), decode='sparse'"
+    assert eval(f"dict({call})") == {"block_size": 64, "top_k": 12, **others}
+    (message,) = said(patch(build(**LONG), sink_blocks=10, recent_blocks=10, top_k=30), ids)
+    assert "patch(model, block_size=64, top_k=21, sink_blocks=10, recent_blocks=10)" in message
+
+
 def test_other_settings_that_do_nothing_and_other_models_are_told_too():
     ids = tokens(1, 1100)
     model = patch(build(**LONG))
