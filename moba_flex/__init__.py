@@ -56,7 +56,7 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> object:
-    if name == "MobaSchedule":  # only now: it needs transformers' training part, which loads PEFT where that is installed
+    if name == "MobaSchedule":  # imported lazily: it needs transformers' training code, which imports PEFT if installed
         from .models.schedule import MobaSchedule
 
         return MobaSchedule
@@ -70,7 +70,7 @@ def __dir__() -> list[str]:
 
 
 class _Package(ModuleType):
-    """`moba_flex.calibrate` is the function, also once the module of that name, the command, has been imported."""
+    """Keeps `moba_flex.calibrate` bound to the function after the module of that name, the command line, is imported."""
 
     def __setattr__(self, name: str, value: object) -> None:
         if not (name == "calibrate" and isinstance(value, ModuleType)):

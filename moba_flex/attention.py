@@ -1,17 +1,17 @@
-"""How it works: read this file first.
+"""The algorithm: read this file first.
 
 Queries are sent to key blocks as a mixture of experts sends tokens to experts, in four steps:
 
-1. gate    which past blocks each query reads (mean of a block's keys, inner product, top-k);
-2. route   every (query, chosen block) pair is a row; rows are ordered by block, so that each tile of them meets one whole block;
-3. attend  causal attention of queries to their own block, which is known without looking at data, and of rows to their block;
-4. merge   a query's output is the softmax-weighted sum of its partial outputs, by their log-sum-exps.
+1. gate    choose the past blocks that each query reads (mean key per block, inner product, top-k);
+2. route   make one row per (query, chosen block) pair, and sort rows by block, so that each tile of rows reads one whole block;
+3. attend  causal attention of queries to their own block, which is known without reading data, and of rows to their block;
+4. merge   sum the partial outputs of a query, weighted by the softmax of their log-sum-exps.
 
-The steps come from a backend, `backends/eager.py` (any device) or `backends/flex.py` (CUDA); `backends/protocol.py` says what each must
-do, and steps 3 and 4 are its `attend`. Here they are put together and worked through in pieces of a bounded size. `operator.py` makes
-one differentiable operator of them; `backends/paths.py` decides which calls come here at all.
+A backend implements the steps: `backends/eager.py` (any device), `backends/flex.py` or `backends/triton.py` (CUDA). The interface is
+`backends/protocol.py`, whose `attend` is steps 3 and 4. This file combines the steps, and splits a call into pieces of bounded size.
+`operator.py` makes it a differentiable operator; `backends/paths.py` decides which calls get here.
 
-B rows, H query heads, G key heads, N tokens, Q query blocks, C key blocks, P slots per block, S chosen blocks per query, D width.
+B batch, H query heads, G key heads, N tokens, Q query blocks, C key blocks, P slots per block, S chosen blocks per query, D head dimension.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from .core.strides import empty_with_strides_of, keep_strides, readable
 from .ops.routing import Routes
 from .ops.rows import write
 
-HEAD_BY_HEAD_FROM = 1 << 18  # elements of a query
-_ONE_THREAD_BELOW = 1 << 27  # products of elements of a query with keys: beside a busy program two threads took up to 90 times as long
+HEAD_BY_HEAD_FROM = 1 << 18  # elements of the query tensor
+_ONE_THREAD_BELOW = 1 << 27  # multiply-adds of query @ key.mT; next to a busy program two threads took up to 90 times as long
 
 
 @torch.no_grad()
@@ -81,7 +81,7 @@ def backward(
     layout: BlockLayout,
     settings: AttentionSettings,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, key and value. Rows are routed again, chunk by chunk, and come back by gathering too."""
+    """Gradients of query, key and value. Routes are recomputed from `chosen`, piece by piece."""
     backend = backend_of(settings)
     grad = readable(grad)
     delta = backend.delta(out, grad, grad_lse)
@@ -114,7 +114,7 @@ def backward(
         if piece.alone:
             continue
         sums = (grad_k[piece.rows, piece.groups], grad_v[piece.rows, piece.groups])
-        if piece.is_first:  # the gradients of a key are then a sum over pieces, always in this order, in float32 at least
+        if piece.is_first:  # a key's gradient is then a sum over pieces, always in this order, in at least float32
             totals = tuple(torch.zeros_like(x, dtype=wide(x.dtype)) for x in sums)
         for total, x in zip(totals, of_keys):
             total += x
@@ -127,12 +127,12 @@ def backward(
 
 
 def placed_queries(x: Tensor, layout: BlockLayout, backend: Backend, in_place: bool) -> Tensor:
-    """`[B, H, Nq, D]` as it is, or in slots `[B, H, Q * P, D]`; not copied where the backend can read it as it is."""
+    """`[B, H, Nq, D]` in its original layout, or in slots `[B, H, Q * P, D]`. Copied only if the backend cannot read its strides."""
     return readable(x) if in_place else _slots_read(layout.query_slots, x, backend)
 
 
 def placed_keys(x: Tensor, layout: BlockLayout, backend: Backend, in_place: bool) -> Tensor:
-    """`[B, G, Nk, D]` as it is, or in slots `[B, G, C * P, D]`."""
+    """`[B, G, Nk, D]` in its original layout, or in slots `[B, G, C * P, D]`. Copied as in `placed_queries`."""
     return readable(x) if in_place else _slots_read(layout.key_slots, x, backend)
 
 
@@ -142,9 +142,9 @@ def _slots_read(slots: Callable[[Tensor, bool], Tensor], x: Tensor, backend: Bac
 
 
 def gate(query: Tensor, key: Tensor, layout: BlockLayout, settings: AttentionSettings, backend: Backend) -> Tensor:
-    """Step 1: the chosen blocks `[B, H, Q * P, S]` int32 of every head, or of every group of heads with `share_selection`.
+    """Step 1: the chosen blocks `[B, H, Q * P, S]` int32. With `share_selection`, all query heads of a key head have the same ones.
 
-    The sum of a group's scores is the score of the sum of its queries.
+    The sum of a group's scores equals the score of the sum of its queries.
     """
     repeats = query.shape[1] // key.shape[1] if settings.share_selection else 1
     if settings.share_selection:
@@ -166,7 +166,7 @@ def gate(query: Tensor, key: Tensor, layout: BlockLayout, settings: AttentionSet
 
 
 def route(chosen: Tensor, key: Tensor, blocks: slice, layout: BlockLayout, settings: AttentionSettings, backend: Backend) -> Routes | None:
-    """Step 2: a row for each pair of `chosen [B, H, *, S]`, which are those of the query blocks `blocks`; None if there can be no pair."""
+    """Step 2: one row per pair of `chosen [B, H, *, S]`, which covers the query blocks `blocks`. None if no pair is possible."""
     pairs = chosen.shape[0] * chosen.shape[1] * layout.max_pairs(settings.n_routed, settings.causal, blocks)
     return backend.route(chosen, key.shape[1], layout.n_key_blocks, pairs) if pairs else None
 
@@ -174,9 +174,9 @@ def route(chosen: Tensor, key: Tensor, blocks: slice, layout: BlockLayout, setti
 def planned(
     query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, settings: AttentionSettings, backend: Backend, backward: bool
 ) -> tuple[list[Piece], bool, BlockLayout]:
-    """The pieces of a pass, whether they take tokens where these lie, and the layout of what they take."""
+    """The pieces of a pass, whether they read tokens in place, and the layout of the tensors that they read."""
     plan = planned_pieces(query, key, value, layout, settings, backend, backward)
-    in_whole_rows = all(piece.blocks == slice(0, layout.n_query_blocks) for piece in plan)  # where tokens lie, some blocks are no slice
+    in_whole_rows = all(piece.blocks == slice(0, layout.n_query_blocks) for piece in plan)  # in place, some blocks are not a slice
     in_place = backend.reads_tokens(query, value, layout, backward) and in_whole_rows
     return plan, in_place, layout if in_place else layout.in_slots()
 
@@ -184,7 +184,7 @@ def planned(
 def planned_pieces(
     query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, settings: AttentionSettings, backend: Backend, backward: bool
 ) -> list[Piece]:
-    """The pieces of a pass, worked out once for all with the same layout and shapes."""
+    """The pieces of a pass, computed once per layout, shapes and settings."""
     numbers = backend.row_numbers(query, value, layout, backward)
     how = backend.MAX_TENSOR_ELEMENTS, numbers, _head_by_head(query, layout, backend)
     name = ("pieces", query.shape, key.shape[1], value.shape[-1], query.dtype, settings.n_routed, settings.working_memory, *how)
@@ -192,13 +192,13 @@ def planned_pieces(
 
 
 def _head_by_head(query: Tensor, layout: BlockLayout, backend: Backend) -> bool:
-    """Whether each query head is a piece of its own. Small calls are sooner done in one."""
+    """Whether each query head is a piece of its own. Small calls are faster as one piece."""
     slots = layout.n_query_blocks * layout.query_width
     return backend.HEAD_BY_HEAD and query.shape[0] * query.shape[1] * slots * query.shape[-1] >= HEAD_BY_HEAD_FROM
 
 
 def is_small(query: Tensor, key: Tensor, settings: AttentionSettings) -> bool:
-    """Whether one thread is to compute the whole call, which is many operations too small to wait for others at the end of each."""
+    """Whether one thread should compute the whole call, whose operations are too small to synchronize threads after each of them."""
     if not (backend_of(settings).HEAD_BY_HEAD and max(query.numel(), key.numel()) < HEAD_BY_HEAD_FROM):
         return False
     return query.numel() * min(key.shape[2], settings.block_size * settings.top_k) < _ONE_THREAD_BELOW

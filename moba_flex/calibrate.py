@@ -3,17 +3,17 @@
     python -m moba_flex.calibrate --model HuggingFaceTB/SmolLM2-135M --length 4096
     python -m moba_flex.calibrate --model Qwen/Qwen3-8B --length 32768 --text-file book.txt code.txt --within 0.01 --output qwen
 
-The result is printed as a table, and goes to OUTPUT.json (for `moba_flex.Calibration.load`) and OUTPUT.png. Measurements are written to
-OUTPUT.measured.json as they are made: after Ctrl-C the same command goes on. From Python: `moba_flex.calibrate(model, texts)`.
+The result is printed as a table, and saved to OUTPUT.json (for `moba_flex.Calibration.load`) and OUTPUT.png. Each measurement is written
+to OUTPUT.measured.json at once: after Ctrl-C the same command resumes. From Python: `moba_flex.calibrate(model, texts)`.
 
-Exit code: 0, 1 if no settings keep the limits, 2 and one line for something that you can mend, 130 after Ctrl-C.
+Exit code: 0; 1 if no settings are within the limits; 2, with a one-line message, for a user error; 130 after Ctrl-C.
 """
 
 from __future__ import annotations
 
 import os
 
-# Threads of a busy CPU wait for each other for minutes otherwise. GNU's OpenMP reads it when PyTorch is imported.
+# Otherwise threads on a busy CPU can wait for each other for minutes. GNU OpenMP reads the variable when PyTorch is imported.
 if __name__ == "__main__":
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
@@ -37,11 +37,11 @@ Texts = list[Tensor]
 
 
 class UserError(Exception):
-    """Something that the user can mend. The message is one line."""
+    """An error that the user can fix. The message is one line."""
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Calibrate; the exit code."""
+    """Calibrate and return the exit code."""
     parser = _parser()
     args = parser.parse_args(argv)
     transformers.logging.set_verbosity_error()
@@ -78,7 +78,7 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def show(report: Calibration, output: Path, model: str) -> int:
-    """Print the table, save JSON and picture, and end with the Python that uses the settings. The exit code."""
+    """Print the table, save JSON and figure, print the Python that uses the settings, and return the exit code."""
     print(report.table())
     report.save(_beside(output, ".json"))
     saved = [_beside(output, ".json")]
@@ -98,7 +98,7 @@ def show(report: Calibration, output: Path, model: str) -> int:
 
 
 def text_pieces(files: list[Path] | None, tokenizer: Any, length: int, most: int) -> Texts:
-    """At most `most` pieces of `length` tokens, from each file in turn; without files, from prose and code that Python brings."""
+    """At most `most` pieces of `length` tokens, from each file in turn; without files, from prose and code that ship with Python."""
     pieces = [_pieces(text, tokenizer, length, most) for text in (_read(files) if files else standard_texts())]
     turns = [[of[i] for of in pieces if i < len(of)] for i in range(most)]
     found = [piece for turn in turns for piece in turn][:most]
@@ -110,7 +110,7 @@ def text_pieces(files: list[Path] | None, tokenizer: Any, length: int, most: int
 
 
 def standard_texts() -> list[str]:
-    """Prose and code that every Python brings: the language's reference, and modules of the standard library."""
+    """Prose and code that ship with Python: the language reference, and modules of the standard library."""
     library = Path(sysconfig.get_path("stdlib"))
     return ["\n\n".join(topics.values()), "\n".join(_read([library / name for name in CODE if (library / name).is_file()]))]
 
@@ -126,7 +126,7 @@ def _read(files: list[Path]) -> list[str]:
 
 
 def _pieces(text: str, tokenizer: Any, length: int, most: int) -> Texts:
-    """From places all over a text."""
+    """At most `most` pieces of `length` tokens, spread over the text."""
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     n = len(ids) // length
     places = [i * n // min(n, most) * length for i in range(min(n, most))]
@@ -150,7 +150,7 @@ def _load(name: str, device: str, dtype: str | None) -> tuple[Any, Any]:
 
 
 def _named(model: str) -> str:
-    """The arguments of `from_pretrained` that load it."""
+    """The arguments of `from_pretrained` that load `model`."""
     return f"{str(Path(model).parent)!r}, gguf_file={Path(model).name!r}" if model.endswith(".gguf") else repr(model)
 
 

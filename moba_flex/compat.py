@@ -1,13 +1,13 @@
-"""The functions of other MoBA implementations, so that one import line changes.
+"""Drop-in replacements for the functions of other MoBA implementations: only the import line changes.
 
     from moba_flex.compat import moba_attn_varlen, moba_attn_varlen_naive   # MoonshotAI/MoBA, the report's own
     from moba_flex.compat import flash_moba_varlen_func                     # FlashMoBA, mit-han-lab/flash-moba
 
-Names, order, defaults and layouts of the arguments are theirs, and so is what they mean. They take what theirs do not: any device, float32,
-grouped heads, widths that differ, any block size, empty sequences. What still differs is the choice among blocks whose scores are equal,
-or equal but for rounding: see docs/how-to/migrate.md.
+Names, order, defaults, layouts and meaning of the arguments are those of the originals. In addition, any device, float32, grouped query
+heads, values with their own head dimension, any block size and empty sequences are supported. The choice among blocks whose scores are
+equal, or equal up to rounding, may differ: see docs/how-to/migrate.md.
 
-T tokens of all sequences one after another, H query heads, G key heads, D width, Dv width of the values.
+T tokens of all sequences, concatenated, Tk keys, H query heads, G key heads, D and Dv head dimensions.
 """
 
 from __future__ import annotations
@@ -27,23 +27,23 @@ from .functional import moba_attention, moba_attention_varlen
 def moba_attn_varlen(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int | Tensor, moba_chunk_size: int, moba_topk: int
 ) -> Tensor:
-    """MoonshotAI/MoBA's efficient function: causal MoBA of packed sequences.
+    """MoonshotAI/MoBA's efficient function: causal MoBA for packed sequences.
 
     Args:
         q: `[T, H, D]`.
         k: `[T, G, D]`; H a multiple of G.
         v: `[T, G, Dv]`.
-        cu_seqlens: `[n + 1]` int32, rising from 0 to T.
-        max_seqlen: the longest sequence's length. It is not needed, and not looked at.
+        cu_seqlens: `[n + 1]` int32, cumulative lengths from 0 to T.
+        max_seqlen: the maximum sequence length; ignored.
         moba_chunk_size: tokens per block.
-        moba_topk: how many blocks a query reads, its own one included. With 1, a query reads every key up to itself, not its own block
-            alone: the original leaves MoBA out when there is nothing to choose. `moba_attn_varlen_naive` does not.
+        moba_topk: number of blocks that a query reads, its own block included. With 1, a query reads all keys up to itself, not only its
+            own block: the original skips MoBA if there is nothing to choose. `moba_attn_varlen_naive` reads only the own block.
 
     Returns:
         `[T, H, Dv]` in the dtype of `q`.
 
     Raises:
-        ValueError, TypeError: the arguments do not fit; the message says which, what it was and what it must be.
+        ValueError, TypeError: an argument is invalid; the message says which, what it was and what it must be.
 
     >>> import torch
     >>> from moba_flex.compat import moba_attn_varlen
@@ -61,9 +61,9 @@ def moba_attn_varlen(
 def moba_attn_varlen_naive(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int | Tensor, moba_chunk_size: int, moba_topk: int
 ) -> Tensor:
-    """MoonshotAI/MoBA's reference function, by a dense mask: causal MoBA of packed sequences.
+    """MoonshotAI/MoBA's reference function: causal MoBA for packed sequences, with a dense mask.
 
-    The same as `moba_attn_varlen`, but that `moba_topk=1` is the own block alone. Its memory grows with the square of a sequence's length.
+    Like `moba_attn_varlen`, except that `moba_topk=1` reads only the own block. Memory grows with the square of a sequence's length.
 
     >>> import torch
     >>> from moba_flex.compat import moba_attn_varlen_naive
@@ -87,26 +87,27 @@ def flash_moba_varlen_func(
     moba_topk: int,
     causal: bool = True,
 ) -> Tensor:
-    """FlashMoBA's function: MoBA of packed sequences, whose queries may be fewer or more than their keys.
+    """FlashMoBA's function: MoBA for packed sequences, which may have fewer or more queries than keys.
 
     Args:
         q: `[T, H, D]`.
         k: `[Tk, G, D]`; H a multiple of G.
         v: `[Tk, G, Dv]`.
-        cu_seqlens_q: `[n + 1]` int32, rising from 0 to T.
-        cu_seqlens_k: `[n + 1]` int32, rising from 0 to Tk. With `causal=False`, sequences are worked through one by one where one of them
-            has more queries than keys.
-        max_seqlen_q, max_seqlen_k: the longest sequences' lengths. They are not needed, and not looked at.
+        cu_seqlens_q: `[n + 1]` int32, cumulative lengths from 0 to T.
+        cu_seqlens_k: `[n + 1]` int32, cumulative lengths from 0 to Tk. With `causal=False`, if any sequence has more queries than keys,
+            sequences are computed one by one.
+        max_seqlen_q, max_seqlen_k: the maximum sequence lengths; ignored.
         moba_chunk_size: tokens per block, counted from the sequence's first key.
-        moba_topk: how many blocks a query reads, its own one included if `causal`. With 1 that is the own block alone.
-        causal: a sequence's last query lies at its last key, and each sees the keys up to its own place; one that has no key there gets
-            0. With False, each reads the best of all blocks, the last, partial one among them, and every key in those.
+        moba_topk: number of blocks that a query reads, its own block included if `causal`. With 1, a causal query reads only its own block.
+        causal: a sequence's last query is at the position of its last key, and each query reads keys up to its own position; the output is
+            0 for a query before the first key. If False, each query reads the best of all blocks, the last, partial one included, and
+            every key in them.
 
     Returns:
         `[T, H, Dv]` in the dtype of `q`.
 
     Raises:
-        ValueError, TypeError: the arguments do not fit; the message says which, what it was and what it must be.
+        ValueError, TypeError: an argument is invalid; the message says which, what it was and what it must be.
 
     >>> import torch
     >>> from moba_flex.compat import flash_moba_varlen_func
@@ -134,14 +135,14 @@ def flash_moba_varlen_func(
     if found == "more keys":
         return _out(moba_attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, **blocks))
     if causal:
-        more = (cu_seqlens_q.diff() - cu_seqlens_k.diff()).clamp(min=0)  # queries than keys
+        more = (cu_seqlens_q.diff() - cu_seqlens_k.diff()).clamp(min=0)  # excess queries per sequence
         return _without_blind_queries(q, k, v, cu_seqlens_q, cu_seqlens_k, more, **blocks)
     parts = [_one_sequence(*qkv, **blocks) for qkv in _sequences(q, cu_seqlens_q, k, v, cu_seqlens_k)]
     return torch.cat(parts)
 
 
 def _out(result: Tensor | tuple[Tensor, Tensor]) -> Tensor:
-    """The output alone, which is all there is without `return_lse`."""
+    """Narrows the type: without `return_lse` the result is one tensor."""
     assert isinstance(result, Tensor)
     return result
 
@@ -160,7 +161,7 @@ def _sequences(q: Tensor, cu_seqlens_q: Tensor, k: Tensor, v: Tensor, cu_seqlens
 def _without_blind_queries(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, blind: Tensor, **blocks: Any
 ) -> Tensor:
-    """The first `blind [n]` queries of each sequence are before its first key, and get 0."""
+    """The first `blind [n]` queries of each sequence are before its first key, and have output 0."""
     queries, first = cu_seqlens_q.diff(), cu_seqlens_q[:-1] + blind
     token = torch.arange(q.shape[0], device=q.device)
     sees = (token >= first.repeat_interleave(queries, output_size=q.shape[0])).nonzero()[:, 0]
@@ -170,7 +171,7 @@ def _without_blind_queries(
 
 
 def _one_sequence(q: Tensor, k: Tensor, v: Tensor, **blocks: Any) -> Tensor:
-    """`[Nq, H, D]`, `[Nk, G, D]`, `[Nk, G, Dv]` -> `[Nq, H, Dv]`, not causal: `moba_attention` takes as many queries as keys at a time."""
+    """`[Nq, H, D]`, `[Nk, G, D]`, `[Nk, G, Dv]` -> `[Nq, H, Dv]`, non-causal. `moba_attention` takes at most as many queries as keys."""
     n_key = k.shape[0]
     blind = 0 if n_key else q.shape[0]
     out = [q.new_zeros(blind, q.shape[1], v.shape[2])]

@@ -14,35 +14,35 @@ from .core.messages import shown
 
 DECODING = ("full", "sparse")
 KERNEL_SIZES = (0, 3, 5)
-MOST_LAYERS = 100_000  # that can be named: an endless iterator is no list of them
+MOST_LAYERS = 100_000  # maximum that can be named, so that an endless iterator is rejected
 
 
 @dataclass(frozen=True, repr=False)
 class MobaConfig(dict[str, Any]):
-    """How a model's full-attention layers use MoBA; what `moba_flex.patch` takes in place of keywords.
+    """How a model's full-attention layers use MoBA. `moba_flex.patch` accepts it in place of keywords.
 
-    It lives in the configuration of the patched model, `model.config.moba`. It is a read-only dict of its own fields,
-    so that transformers writes it to `config.json` and reads it back like any other entry. Printed, it shows `block_size`, `top_k`
-    and what differs from the defaults.
+    It is stored in the configuration of the patched model, `model.config.moba`. It is a read-only dict of its own fields,
+    so that transformers writes it to `config.json` and reads it back like any other entry. Its repr shows `block_size`, `top_k`
+    and the settings that differ from the defaults.
 
     Args:
         block_size: tokens per block, at least 1.
-        top_k: how many blocks a query reads, its own one included.
-        sink_blocks: how many blocks at the start of the sequence are always among the `top_k`.
-        recent_blocks: how many blocks just before the own one are always among the `top_k`.
-        share_selection: whether the query heads of a key head choose together, by the sum of their scores.
-        key_conv: the kernel size, 3 or 5, of a causal convolution over keys, for training (FlashMoBA, arXiv 2511.11571); 0: none.
+        top_k: number of blocks that a query reads, its own block included.
+        sink_blocks: number of blocks at the start of the sequence that are always among the `top_k`.
+        recent_blocks: number of blocks just before the own block that are always among the `top_k`.
+        share_selection: whether the query heads of a key head choose blocks together, by the sum of their scores.
+        key_conv: kernel size, 3 or 5, of a causal convolution over keys, for training (FlashMoBA, arXiv 2511.11571); 0 means none.
         full_attention_layers: the layers that keep full attention; negative numbers count from the last.
         decode: what generated tokens read: "full", all keys, as in the report; "sparse", only their `top_k` blocks.
         implementation: "flex", "triton", "eager", "naive" or "auto", see `moba_flex.moba_attention`.
 
-    With `key_conv` a depthwise convolution over keys helps the gate. Its weights are saved with the model and begin as zeros, which
-    change nothing; `moba_flex.AutoModelForCausalLM` loads such a model. The report keeps the last three layers full (section 2.2,
-    layer-wise hybrid). Except with "eager" and "naive" a prompt of at most `top_k` blocks is read with the attention that the model had
-    before.
+    `key_conv` adds a depthwise convolution over keys that helps the gate. Its weights are saved with the model and start as zeros, which
+    leave keys unchanged; `moba_flex.AutoModelForCausalLM` loads such a model. The report keeps full attention in the last three layers
+    (section 2.2, layer-wise hybrid). Except with "eager" and "naive", a prompt of at most `top_k` blocks uses the attention that the
+    model had before.
 
     Raises:
-        ValueError: a setting is out of range; the message says which, what it was and what it must be.
+        ValueError: a setting is invalid; the message says which, what it was and what it must be.
 
     >>> from moba_flex import MobaConfig
     >>> MobaConfig(block_size=128, top_k=8, full_attention_layers=[-1])["full_attention_layers"]
@@ -69,7 +69,7 @@ class MobaConfig(dict[str, Any]):
         super().__init__({**vars(self), "full_attention_layers": list(layers)})
 
     def to_dict(self) -> dict[str, Any]:
-        """A plain dict of plain JSON values."""
+        """A plain dict of JSON values."""
         return dict(self)
 
     def __repr__(self) -> str:
@@ -78,9 +78,9 @@ class MobaConfig(dict[str, Any]):
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> MobaConfig:
-        """The inverse of `to_dict`. Settings that are left out have their defaults.
+        """The inverse of `to_dict`. Missing settings have their defaults.
 
-        Raises ValueError for a name that is no setting, and for values as the class itself does.
+        Raises ValueError for an unknown name, and for invalid values, as the class itself does.
         """
         if not isinstance(settings, Mapping):
             raise ValueError(f"settings of MoBA must be a dict of them by name, as in config.json, but are {shown(settings)}")
@@ -94,14 +94,14 @@ class MobaConfig(dict[str, Any]):
     def of(cls, config: object) -> MobaConfig:
         """The settings in a model's configuration, or the defaults if it has none.
 
-        What was read from `config.json` is a plain dict; it is replaced by a `MobaConfig` here.
+        A plain dict, as read from `config.json`, is replaced by a `MobaConfig`.
         """
         settings = getattr(config, "moba", None)
         if settings is None:
             return DEFAULT
         if not isinstance(settings, cls):
             settings = cls.from_dict(settings)
-            setattr(config, "moba", settings)  # noqa: B010  a configuration takes any attribute, which types do not say
+            setattr(config, "moba", settings)  # noqa: B010  the static type has no such attribute
         return settings
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -117,12 +117,12 @@ def _from_dict(settings: dict[str, Any]) -> MobaConfig:
     return MobaConfig.from_dict(settings)
 
 
-# So that `torch.load`, which by default calls nothing that is not named here, reads a checkpoint with `model.config.to_dict()` in it.
+# `torch.load(weights_only=True)`, the default, calls only allowlisted functions: a checkpoint may contain `model.config.to_dict()`.
 torch.serialization.add_safe_globals([_from_dict])
 
 
 def layer_indices(name: str, layers: object) -> tuple[int, ...]:
-    """`layers` as a tuple of ints; ValueError if the argument `name` is anything but several of them."""
+    """`layers` as a tuple of ints. Raises ValueError, which names the argument `name`, for anything but an iterable of ints."""
     listed: tuple[Any, ...] | None = None
     if isinstance(layers, Iterable) and not isinstance(layers, (str, bytes, Mapping, torch.Tensor)) and getattr(layers, "ndim", 1) != 0:
         listed = tuple(itertools.islice(layers, MOST_LAYERS + 1))
@@ -134,18 +134,18 @@ def layer_indices(name: str, layers: object) -> tuple[int, ...]:
 
 
 def changed_settings(settings: MobaConfig) -> dict[str, Any]:
-    """Those that differ from the defaults."""
+    """The settings that differ from the defaults."""
     values = {field.name: (getattr(settings, field.name), field.default) for field in fields(settings)}
     return {name: value for name, (value, default) in values.items() if value != default}
 
 
 def given_settings(**settings: object) -> dict[str, Any]:
-    """Those of the keywords that were given, whatever their value."""
+    """The keywords that were given, even with None."""
     return {name: value for name, value in settings.items() if value is not UNSET}
 
 
 class _Unset:
-    """The default of keywords for which None is a value too."""
+    """The default of keywords for which None is a valid value."""
 
     def __repr__(self) -> str:
         return "(not given)"

@@ -1,9 +1,9 @@
-"""The operator for decoding: a few new tokens read the means of all blocks, and then only the blocks that they choose.
+"""The operator for decoding: a few new tokens score the means of all blocks, then read only the blocks that they choose.
 
-`ops/decoding.py` says how it works, and what block means are. Keys that a server keeps in pages have no operator, as its batches are
+`ops/decoding.py` explains the algorithm and the block means. Decoding with a paged cache is not an operator, since a server's batches are
 neither differentiated nor compiled.
 
-B rows, H query heads, G key heads, N tokens the cache has room for, n new tokens, C blocks, D and Dv widths.
+B batch, H query heads, G key heads, N tokens of cache capacity, n new tokens, C blocks, D and Dv head dimensions.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from .ops.pages import Pages
 def decode(
     query: Tensor, key: Tensor, value: Tensor, means: Tensor, length: Tensor | None, start: Tensor | None, settings: AttentionSettings
 ) -> tuple[Tensor, Tensor]:
-    """`moba_attention` of the last tokens of a cache: keys and values are written, and the means of all blocks but those that end in them.
+    """`moba_attention` for the last tokens of a cache, which already holds their keys and values and the means of earlier complete blocks.
 
     Args:
-        query: `[B, H, n, D]`, the last n of the tokens.
-        key: `[B, G, N, D]`, all tokens, and behind them whatever the cache has room for.
+        query: `[B, H, n, D]`, the last n tokens.
+        key: `[B, G, N, D]`, the whole cache; entries after the last token are ignored.
         value: `[B, G, N, Dv]`.
-        means: `[B, G, C, D]`; those of the blocks that the new tokens complete are written.
-        length: int64 of no dimension, how many tokens there are with the new ones; None: N. Never read by the host.
-        start: `[B]` int64, each row's first real token; None: 0.
-        settings: "flex" stands for Triton kernels, "eager" for plain PyTorch; they mean the same.
+        means: `[B, G, C, D]`; the means of blocks that the new tokens complete are written in place.
+        length: 0-dimensional int64, the number of tokens including the new ones; None means N. It is never read on the host.
+        start: `[B]` int64, each row's first real token; None means 0.
+        settings: "flex" and "triton" run Triton kernels, other implementations plain PyTorch; both have the same semantics.
 
     Returns:
         `[B, H, n, Dv]` in the query's dtype and the log-sum-exp `[B, H, n]`; 0 and -inf for a query before its row's start.
@@ -60,7 +60,7 @@ def decode_operator(
     softcap: float | None,
     implementation: str,
 ) -> tuple[Tensor, Tensor]:
-    """`decode` for PyTorch, which knows no settings objects."""
+    """`decode` as a PyTorch operator, whose schema cannot contain a settings object."""
     settings = AttentionSettings.from_arguments(sizes, causal, share_selection, scale, softcap, implementation)
     with without_autocast(query), torch.cuda.device_of(query):
         if settings.implementation in CUDA_IMPLEMENTATIONS:
@@ -76,7 +76,7 @@ def _(query: Tensor, key: Tensor, value: Tensor, means: Tensor, *_: Any) -> tupl
 def _launched_by_rows(
     query: Tensor, key: Tensor, value: Tensor, means: Tensor, length: Tensor | None, start: Tensor | None, settings: AttentionSettings
 ) -> tuple[Tensor, Tensor]:
-    """The kernels, on as many rows at a time as one launch serves."""
+    """Launches the kernels on as many batch rows at a time as one launch supports."""
     some = launches(query.shape[0], query.shape[1] * query.shape[2])
     if len(some) == 1:
         return kernels.decode(query, key, value, means, length, start, settings)
@@ -87,12 +87,12 @@ def _launched_by_rows(
 
 
 def decode_pages(query: Tensor, pages: Pages, settings: AttentionSettings) -> tuple[Tensor, Tensor]:
-    """`decode` of keys in pages, whose means are written already. The Triton kernels give no gradients.
+    """`decode` with a paged cache, whose means are already written. The Triton kernels have no gradients.
 
     Args:
         query: `[B, H, n, D]`, the last n tokens of each row.
         pages: the keys, values and means of all rows.
-        settings: "flex" stands for Triton kernels, "eager" for plain PyTorch; they mean the same.
+        settings: "flex" and "triton" run Triton kernels, other implementations plain PyTorch; both have the same semantics.
 
     Returns:
         `[B, H, n, Dv]` in the query's dtype and the log-sum-exp `[B, H, n]`.

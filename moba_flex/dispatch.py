@@ -1,6 +1,6 @@
-"""One call of the operation on checked arguments: it takes the path that `backends/paths.py` names.
+"""Runs one call with validated arguments, on the path that `backends/paths.py` selects.
 
-Adapters for models call this for every layer. B rows, H query heads, N tokens, D and Dv widths.
+Model adapters call this for every layer. B batch, H query heads, N tokens, n new tokens, D and Dv head dimensions.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from .decoding import decode, decode_pages
 from .ops.pages import Pages
 from .reference import reference_attention
 
-_LEAST_WIDTH = {"flex": 16, "triton": 16, "eager": 1}  # of a GPU's tiles; values without a width have a log-sum-exp all the same
-_LARGE_TOP_K = 64  # a larger `top_k` is compared with the number of blocks
+_LEAST_WIDTH = {"flex": 16, "triton": 16, "eager": 1}  # of a GPU's tiles; 1, since even values of width 0 have a log-sum-exp
+_LARGE_TOP_K = 64  # a larger `top_k` is bounded by the number of blocks
 
 
 def attend(
@@ -39,10 +39,10 @@ def attend(
     sinks: Tensor | None = None,
     return_lse: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """`moba_flex.moba_attention` of `[B, H, N, D]` tensors: output, and the log-sum-exp if it is asked for.
+    """`moba_flex.moba_attention` with validated settings: the output, and the log-sum-exp with `return_lse`, else None.
 
-    `cu_seqlens [n + 1]`: the tokens of the one row are packed sequences; `longest` is the length of the longest, where it is known.
-    `cu_seqlens [2, n + 1]`: those of queries and those of keys; a sequence's queries are its last tokens.
+    With `cu_seqlens [n + 1]`, the batch size is 1 and the tokens are packed sequences; `longest` is the maximum length, if known.
+    With `cu_seqlens [2, n + 1]`, for queries and for keys, the queries of a sequence are its last tokens.
     """
     told = padding_mask if cu_seqlens is None else cu_seqlens
     if told is not None:
@@ -61,7 +61,7 @@ def attend(
             out, lse = reference_attention(query, key, value, settings, padding_mask=padding_mask, cu_seqlens=cu_seqlens, sinks=sinks)
     else:
         out, lse = _operator(query, key, value, settings, padding_mask, cu_seqlens, longest)
-    if sinks is not None and path is not Path.REFERENCE:  # where they are one more key
+    if sinks is not None and path is not Path.REFERENCE:  # the reference adds them as one more key
         out, lse = with_sinks(out, lse, sinks)
     return out, lse if return_lse else None
 
@@ -79,20 +79,20 @@ def attend_decoding(
 ) -> Tensor:
     """`attend` for the last tokens of a cache with block means, see `moba_flex.decoding.decode`: `[B, H, n, Dv]`."""
     check_not_onnx()
-    settings = with_bounded_top_k(settings, means.shape[2] + 1)  # and the own block
+    settings = with_bounded_top_k(settings, means.shape[2] + 1)  # + 1: the own block
     out, lse = decode(query, key, value, means, length, start, settings)
     return out if sinks is None else with_sinks(out, lse, sinks)[0]
 
 
 def attend_decoding_pages(query: Tensor, pages: Pages, settings: AttentionSettings, *, sinks: Tensor | None = None) -> Tensor:
-    """`attend_decoding` of keys in pages, see `moba_flex.decoding.decode_pages`: `[B, H, n, Dv]`."""
+    """`attend_decoding` with a paged cache, see `moba_flex.decoding.decode_pages`: `[B, H, n, Dv]`."""
     settings = with_bounded_top_k(settings, pages.n_blocks(settings.block_size) + 1)
     out, lse = decode_pages(query, pages, settings)
     return out if sinks is None else with_sinks(out, lse, sinks)[0]
 
 
 def _nothing(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    nothing = (query.sum() + key.sum() + value.sum()) * 0  # so that all have gradients
+    nothing = (query.sum() + key.sum() + value.sum()) * 0  # so that all inputs have gradients
     out = nothing + query.new_zeros(*query.shape[:3], value.shape[-1])
     return out, nothing + query.new_zeros(query.shape[:3], dtype=wide(query.dtype))
 
@@ -107,7 +107,7 @@ def _operator(
     longest: int | None,
 ) -> tuple[Tensor, Tensor]:
     check_not_transformed(query, key, value)
-    if longest is not None:  # short sequences are then not padded to a long block each
+    if longest is not None:  # so that short sequences are not padded to a long block each
         settings = replace(settings, block_size=one_block(settings.block_size, longest))
     block_size = one_block(settings.block_size, key.shape[2])
     settings = with_bounded_top_k(settings, -(-key.shape[2] // settings.block_size))
@@ -127,13 +127,13 @@ def _operator(
 
 
 def with_bounded_top_k(settings: AttentionSettings, n_blocks: int) -> AttentionSettings:
-    """Smaller counts that mean the same where they are far above the number of blocks: time and memory grow with them."""
+    """Equivalent settings with smaller counts if these are far above the number of blocks: time and memory grow with them."""
     if settings.top_k <= _LARGE_TOP_K:
         return settings
     enough = _LARGE_TOP_K
     while enough < n_blocks:
         enough *= 2
-    sink_blocks = min(settings.sink_blocks, enough - 1)  # that many are all past blocks, and leave nothing to the others
+    sink_blocks = min(settings.sink_blocks, enough - 1)  # that many cover all past blocks already
     recent_blocks = min(settings.recent_blocks, enough - 1 - sink_blocks)
     return replace(settings, top_k=min(settings.top_k, enough), sink_blocks=sink_blocks, recent_blocks=recent_blocks)
 
@@ -142,7 +142,7 @@ def with_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]
     """The output and its log-sum-exp with one more logit per head in the softmax's denominator."""
     sink = sinks.to(lse.dtype)[:, None]
     empty = lse == -torch.inf
-    safe = lse.masked_fill(empty, 0)  # with a sink of -inf, which is none, the difference below would have no gradient
+    safe = lse.masked_fill(empty, 0)  # otherwise, with a sink of -inf (no sink), the difference below would be NaN
     share = torch.sigmoid(safe - sink)
     out = torch.where(empty[..., None], 0, out * share[..., None]).to(out.dtype)
     return out, torch.where(empty, lse, torch.logaddexp(safe, sink))

@@ -1,4 +1,4 @@
-"""The public operation: `moba_attention` and `moba_attention_varlen`. Arguments are validated here, and become one settings object."""
+"""The public operation: `moba_attention` and `moba_attention_varlen`. Arguments are validated here and become one settings object."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ _working_memory = DEFAULT_WORKING_MEMORY
 
 
 def set_working_memory(n_bytes: int = DEFAULT_WORKING_MEMORY) -> int:
-    """Set how many bytes the routed rows of one attention call may take at a time, and return what it was before.
+    """Set the memory budget, in bytes, for the routed rows of one attention call, and return the previous budget.
 
-    A larger budget means fewer, larger chunks. One key head of one batch element with its query heads is always one chunk, however
-    small the budget: its rows take about `Nq * H / G * top_k * (D + 2 * Dv) * element_size` bytes. Only where a GPU kernel's 32-bit
-    offsets would not reach so many rows is it worked through in parts: fewer query heads at a time, or some query blocks of one.
+    A larger budget means fewer, larger chunks. The smallest chunk, whatever the budget, is one key head of one batch element with its
+    query heads: its rows take about `Nq * H / G * top_k * (D + 2 * Dv) * element_size` bytes. It is split further, by query heads or
+    query blocks, only if its rows exceed the 32-bit offsets of a GPU kernel. Large "eager" calls are always split by query head.
 
-    Raises ValueError if `n_bytes` is no int of at least 1.
+    Raises ValueError if `n_bytes` is not an int of at least 1.
 
     >>> from moba_flex import set_working_memory
     >>> before = set_working_memory(1 << 30)
@@ -34,7 +34,7 @@ def set_working_memory(n_bytes: int = DEFAULT_WORKING_MEMORY) -> int:
 
 
 def working_memory() -> int:
-    """What `set_working_memory` has set."""
+    """The current budget, in bytes, see `set_working_memory`."""
     return _working_memory
 
 
@@ -53,7 +53,7 @@ def checked_settings(
     sinks: Tensor | None = None,
     implementation: str = "auto",
 ) -> AttentionSettings:
-    """The settings of a call, validated: ValueError or TypeError names the argument that is wrong."""
+    """The validated settings of a call. Raises ValueError or TypeError, which names the invalid argument."""
     validation.check_blocks(block_size, top_k, sink_blocks, recent_blocks, causal, share_selection)
     validation.check_scores(query, n_heads, scale, softcap, sinks)
     return AttentionSettings(
@@ -95,30 +95,31 @@ def moba_attention(
         key: `[B, G, Nk, D]`; H a multiple of G, `Nq <= Nk`.
         value: `[B, G, Nk, Dv]`.
         block_size: tokens per block, at least 1.
-        top_k: how many blocks a query reads, its own one included. The others are the `top_k - 1` wholly past blocks whose mean key has
-            the highest inner product with the query (in float32; among equals the earlier one); all of them when there are fewer.
-        sink_blocks: how many blocks at the start of the sequence are always among the `top_k`.
-        recent_blocks: how many blocks just before the own one are always among the `top_k`.
-        share_selection: the query heads of a key head choose together, by the sum of their scores, so that they all read the same
-            blocks.
-        causal: with False, a query reads the `top_k` best of all blocks, none of them forced, and every key in them.
-        scale: factor on the scores, `D ** -0.5` by default. The gate's order does not depend on it.
-        padding_mask: `[B, Nk]` bool, True for real tokens; padding on the left or the right of a row. Blocks are counted from the
-            first real token. Outputs at padded queries are 0, and nothing that stands at padding has any effect. A hole between real
-            tokens is an error; in a graph of torch.compile or torch.export it is a RuntimeError when the graph runs.
+        top_k: number of blocks that a query reads, its own block included. The others are the `top_k - 1` earlier blocks whose mean
+            key has the highest inner product with the query, in float32. Ties go to the earlier block. If there are fewer earlier blocks,
+            all of them are read.
+        sink_blocks: number of blocks at the start of the sequence that are always among the `top_k`.
+        recent_blocks: number of blocks just before the own block that are always among the `top_k`.
+        share_selection: whether the query heads of a key head choose blocks together, by the sum of their scores.
+        causal: if False, a query reads the `top_k` best of all blocks and every key in them; sink_blocks and recent_blocks must be 0.
+        scale: factor applied to the scores, `D ** -0.5` by default. It does not affect the gate.
+        padding_mask: `[B, Nk]` bool, True for real tokens, which must be contiguous in each row: padding is on the left or right. Blocks
+            are counted from the first real token. Outputs at padded queries are 0, and values at padding have no effect. A graph of
+            torch.compile or torch.export checks the mask when it runs: RuntimeError on a CPU, a device-side assertion on a GPU.
         softcap: scores become `softcap * tanh(score / softcap)`. The gate is not capped.
         sinks: `[H]`, one extra logit per head in the softmax's denominator.
         return_lse: also return the log-sum-exp.
-        implementation: "flex" (compiled FlexAttention, CUDA), "triton" (CUDA, a forward pass of one kernel for blocks of up to 256 tokens
-            in half precision), "eager" (plain PyTorch, any device), "naive" (dense mask, the specification), "auto" (flex on CUDA, else
-            eager). All give the same answer and gradients; "flex" and "triton" have one backward pass.
+        implementation: "flex" (compiled FlexAttention, CUDA), "triton" (CUDA, a one-kernel forward pass for blocks of up to 256 tokens
+            in half precision), "eager" (plain PyTorch, any device), "naive" (dense mask, the specification), "auto" ("flex" on CUDA,
+            else "eager"). All compute the same outputs and gradients up to rounding; "flex" and "triton" share one backward pass.
 
     Returns:
         `[B, H, Nq, Dv]` in the query's dtype; with `return_lse` also float32 `[B, H, Nq]`, the natural logarithm of the softmax's
-        denominator (sinks included), -inf at padded queries. Both are differentiable in query, key, value and sinks.
+        denominator (sinks included), -inf at padded queries. Both are differentiable with respect to query, key, value and sinks.
 
     Raises:
-        ValueError, TypeError: the arguments do not fit; the message says which, what it was and what it must be.
+        ValueError, TypeError: an argument is invalid; the message says which, what it was and what it must be.
+        NotImplementedError: torch.func transforms, forward-mode or second derivatives without "naive"; export to ONNX.
 
     >>> import torch
     >>> from moba_flex import moba_attention
@@ -166,21 +167,21 @@ def moba_attention_varlen(
     implementation: str = "auto",
     cu_seqlens_k: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """`moba_attention` for packed sequences, which never see each other.
+    """`moba_attention` for packed sequences: tokens attend only within their own sequence.
 
     Args:
-        query: `[T, H, D]`, all tokens of all sequences one after another.
+        query: `[T, H, D]`, the concatenated tokens of all sequences.
         key: `[T, G, D]`, or `[Tk, G, D]` with `cu_seqlens_k`.
         value: `[T, G, Dv]`, or `[Tk, G, Dv]`.
-        cu_seqlens: `[n + 1]` int32, rising from 0 to T: sequence i is the tokens `cu_seqlens[i]` to `cu_seqlens[i + 1] - 1`. Empty
-            sequences are allowed. In a graph of torch.compile or torch.export wrong ones are a RuntimeError when the graph runs; on a
-            GPU that is an assertion of the device, which ends the process. While a CUDA graph is captured by hand they are not checked.
-        cu_seqlens_k: `[n + 1]` int32, rising from 0 to Tk, where sequences have more keys than queries, as chunks of prompts and generated
-            tokens do whose earlier keys are cached: the keys of sequence i are `cu_seqlens_k[i]` to `cu_seqlens_k[i + 1] - 1`, and its
-            queries are the last tokens of these. No sequence may have more queries than keys; it may have no query. Blocks are counted
-            from its first key. With `causal=False` its queries choose among all its blocks.
+        cu_seqlens: `[n + 1]` int32, cumulative lengths from 0 to T: sequence i is the tokens `cu_seqlens[i]` to `cu_seqlens[i + 1] - 1`.
+            Empty sequences are allowed. A graph of torch.compile or torch.export checks the values when it runs: RuntimeError on a CPU, a
+            device-side assertion on a GPU, after which the process cannot use CUDA. They are not checked while a CUDA graph is captured.
+        cu_seqlens_k: `[n + 1]` int32, cumulative lengths from 0 to Tk, for sequences with more keys than queries, as in chunked prefill
+            and decoding with cached keys: the keys of sequence i are `cu_seqlens_k[i]` to `cu_seqlens_k[i + 1] - 1`, and its queries are
+            the last of these tokens. A sequence may have no query, but not more queries than keys. Blocks are counted from its first
+            key. With `causal=False` its queries choose among all its blocks.
 
-    The other arguments, what is raised and the dtypes are those of `moba_attention`.
+    The other arguments, dtypes and errors are those of `moba_attention`.
 
     Returns:
         `[T, H, Dv]`, and with `return_lse` also float32 `[T, H]`.
@@ -191,7 +192,7 @@ def moba_attention_varlen(
     >>> moba_attention_varlen(x, x, x, bounds, block_size=8, top_k=2).shape
     torch.Size([50, 2, 16])
 
-    A chunk of 20 tokens of a prompt, after 30 that are cached, and one token generated after 40:
+    A prompt chunk of 20 tokens after 30 cached ones, and one generated token after 40 cached ones:
 
     >>> query, key, value = torch.randn(21, 4, 16), torch.randn(91, 2, 16), torch.randn(91, 2, 16)
     >>> bounds, bounds_k = torch.tensor([0, 20, 21], dtype=torch.int32), torch.tensor([0, 50, 91], dtype=torch.int32)
@@ -220,6 +221,6 @@ def moba_attention_varlen(
         cu_seqlens = memo_of_both(*both, "both", lambda: torch.stack([x.int() for x in both]))
     out, lse = attend(query, key, value, settings, cu_seqlens=cu_seqlens, longest=longest, sinks=sinks, return_lse=True)
     assert lse is not None
-    # `out[0]` would give the backward pass a tensor of zeros to copy the gradient into.
+    # Not `out[0]`: its backward pass would allocate zeros and copy the gradient into them.
     out, lse = out.squeeze(0).transpose(0, 1).contiguous(), lse.squeeze(0).transpose(0, 1)
     return (out, lse) if return_lse else out

@@ -1,6 +1,6 @@
 """The operators that PyTorch sees: `moba_flex::attention` and its backward pass.
 
-To autograd and torch.compile a call is one node, so that the steps in `attention.py` may compile, loop and allocate as they like.
+Autograd and torch.compile see a call as one node, so the steps in `attention.py` may compile, loop and allocate freely.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ def attention(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`[B, H, Nq, D]`, `[B, G, Nk, D]`, `[B, G, Nk, Dv]` -> output, log-sum-exp and the chosen blocks.
 
-    `cu_seqlens [n + 1]`, or `[2, n + 1]` where that of queries is not that of keys: an operator of more arguments costs every call time.
+    `cu_seqlens` is `[n + 1]`, or `[2, n + 1]` if queries and keys have different ones: one more argument would slow down every call.
     """
     settings = AttentionSettings.from_arguments(sizes, causal, share_selection, scale, softcap, implementation)
     query, key, value = query.detach(), key.detach(), value.detach()
     layout = layout_of(query, key, padding_mask, cu_seqlens, settings.block_size, backend_of(settings))
-    # The gate compares float32 scores. Triton launches on the current GPU, which need not be the one that holds this layer.
+    # The gate compares float32 scores. Triton launches on the current GPU, which may differ from the GPU of this layer.
     with without_autocast(query), torch.cuda.device_of(query), one_thread(is_small(query, key, settings)):
         out, lse, chosen = _run(forward, (query, key, value), layout, settings)
         return out, lse, chosen
@@ -70,7 +70,7 @@ def _(
 
 
 def _empty_like(x: Tensor, width: int, settings: AttentionSettings) -> Tensor:
-    """`[B, H, N, width]`, what belongs to `x [B, H, N, D]`, with the strides that the backend gives it."""
+    """An empty `[B, H, N, width]` for an output or gradient of `x [B, H, N, D]`, with the strides that the backend returns."""
     if backend_of(settings).READS_STRIDES:
         return empty_with_strides_of(x, x.shape[2], width)
     return x.new_empty(*x.shape[:3], width)
@@ -106,7 +106,7 @@ def attention_backward(
 
 @attention_backward.register_fake
 def _(grad: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    settings = AttentionSettings.from_arguments(*rest[5:])  # behind out, lse, chosen, padding_mask and cu_seqlens
+    settings = AttentionSettings.from_arguments(*rest[5:])  # after out, lse, chosen, padding_mask and cu_seqlens
     dq, dk, dv = (_empty_like(x, x.shape[3], settings) for x in (query, key, value))
     return dq, dk, dv
 

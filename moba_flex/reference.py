@@ -1,6 +1,6 @@
-"""The specification: MoBA as one dense mask, to be read beside equations 2 to 6 of the report (arXiv 2502.13189).
+"""The specification: MoBA as one dense mask, following equations 2 to 6 of the report (arXiv 2502.13189).
 
-Plain PyTorch, quadratic in tokens, differentiable, float64-exact. Every faster implementation is tested against it.
+Plain PyTorch, quadratic in the number of tokens, differentiable, exact in float64. Every faster implementation is tested against it.
 
 B batch, H query heads, G key heads, N tokens (Nq queries, Nk keys), D head dimension, C blocks.
 """
@@ -28,7 +28,7 @@ def block_of_key(key: Tensor, padding_mask: Tensor | None, block_size: int) -> T
 def gate_scores(query: Tensor, key: Tensor, of_key: Tensor, block_size: int) -> Tensor:
     """`[B, H, Nq, C]`: the inner product of each query with the mean key of each block, in float32 (equation 6).
 
-    Blocks with the same mean have the same score, however products are rounded.
+    Blocks with the same mean have the same score, independent of rounding.
     """
     repeats, n_key = query.shape[1] // key.shape[1], key.shape[2]
     mean = _block_means(key, of_key, -(-n_key // block_size), min(block_size, n_key))
@@ -36,7 +36,7 @@ def gate_scores(query: Tensor, key: Tensor, of_key: Tensor, block_size: int) -> 
 
 
 def _block_means(key: Tensor, of_key: Tensor, n_blocks: int, block_size: int) -> Tensor:
-    """`[B, G, C, D]`, in float32 at least."""
+    """The mean key of each block, `[B, G, C, D]`, in at least float32."""
     place = torch.arange(n_blocks * block_size, device=key.device) + (of_key >= 0).int().argmax(1, keepdim=True)  # [B, C * P]
     real = (place < key.shape[2]) & (of_key.gather(1, place.clamp(max=key.shape[2] - 1)) >= 0)
     index = torch.where(real, place, 0)[:, None, :, None].expand(-1, key.shape[1], -1, key.shape[3])
@@ -45,7 +45,7 @@ def _block_means(key: Tensor, of_key: Tensor, n_blocks: int, block_size: int) ->
 
 
 def best(score: Tensor, candidate: Tensor, count: int) -> Tensor:
-    """Bool like `score`: the `count` best candidates of each row; among equals the earlier block; NaN counts as infinity."""
+    """Bool mask like `score`: the `count` best candidates of each row. Ties go to the earlier block; NaN counts as infinity."""
     order = torch.where(score.isnan(), math.inf, score).argsort(dim=-1, descending=True, stable=True)
     order = order.gather(-1, candidate.gather(-1, order).int().argsort(dim=-1, descending=True, stable=True))
     return torch.zeros_like(candidate).scatter(-1, order[..., :count], True) & candidate
@@ -85,10 +85,10 @@ def reference_attention(
     cu_seqlens: Tensor | None = None,
     sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Softmax attention over the chosen blocks alone (equations 2 and 3). Returns the output and its log-sum-exp.
+    """Softmax attention over the chosen blocks only (equations 2 and 3). Returns the output and its log-sum-exp.
 
-    Shapes as in `moba_flex.moba_attention`. Outputs of queries that read nothing are 0, their log-sum-exp is -inf. Packed sequences,
-    `cu_seqlens [n + 1]`, or `[2, n + 1]` of queries and of keys, are each computed alone.
+    Shapes are those of `moba_flex.moba_attention`. A query that reads nothing has output 0 and log-sum-exp -inf. Packed sequences,
+    given by `cu_seqlens [n + 1]`, or `[2, n + 1]` for queries and keys, are computed one by one.
     """
     if cu_seqlens is not None:
         n_query, n_key = cu_seqlens.diff().expand(2, -1).tolist()
@@ -117,14 +117,14 @@ def reference_attention(
     score = score.masked_fill(~visible, -math.inf).masked_fill(~some, 0)  # finite where nothing is read, so that gradients are 0
     if sinks is not None:  # one more key for each head, with a value of 0
         score = torch.cat([score, sinks.to(dtype)[:, None, None].expand(*score.shape[:3], 1)], -1)
-    weight = score.softmax(-1)[..., :n_key].masked_fill(~visible, 0)  # which a row of NaN is not there
+    weight = score.softmax(-1)[..., :n_key].masked_fill(~visible, 0)  # a row with NaN is NaN at hidden keys too
     out = weight @ v if all_finite(v) else visible_product(weight, visible, v)
     lse = torch.where(some[..., 0], _log_sum_exp(score), -math.inf)
     return torch.where(some, out, 0).to(query.dtype), lse
 
 
 def _inner_products(query: Tensor, key: Tensor) -> Tensor:
-    """`query @ key.mT`, whose gradients keep NaN and infinity from the rows that do not see them: 0 times NaN is NaN."""
+    """`query @ key.mT`. Its gradients do not spread NaN and infinity to rows that cannot see them: 0 * NaN would be NaN."""
     if all_finite(query, key):
         return query @ key.mT
     product = query.detach() @ key.detach().mT
@@ -132,7 +132,7 @@ def _inner_products(query: Tensor, key: Tensor) -> Tensor:
 
 
 def _log_sum_exp(score: Tensor) -> Tensor:
-    """`score.logsumexp(-1)`, with a gradient that sums to 1 for large scores too: PyTorch's is `exp(score - lse)`, of a rounded `lse`."""
+    """`score.logsumexp(-1)`, whose gradient sums to 1 for large scores too. PyTorch's is `exp(score - lse)` with a rounded `lse`."""
     most = score.detach().amax(-1, keepdim=True)
     most = torch.where(most.isfinite(), most, 0)
     return (score - most).exp().sum(-1).log() + most[..., 0]

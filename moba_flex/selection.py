@@ -1,4 +1,4 @@
-"""Which blocks each query reads, as a value to look at, keep and use: `select_blocks`."""
+"""The gate as a public function: `select_blocks` returns the blocks that each query reads."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ class Selection:
     """The blocks that each query reads.
 
     Attributes:
-        indices: `[B, H, Nq, top_k - 1]` int32, the chosen past blocks in rising order, -1 at the end where there are fewer. The own
-            block is not among them. With `causal=False` no block is a query's own, and the shape is `[B, H, Nq, top_k]`.
+        indices: `[B, H, Nq, top_k - 1]` int32, the chosen past blocks in ascending order, padded with -1 at the end. The own block is
+            not among them. With `causal=False` there is no own block, and the shape is `[B, H, Nq, top_k]`.
         block_of_key: `[B, Nk]` int64, the block of each key, -1 for padding. The queries are the last Nq of these positions.
-        n_blocks: how many blocks a row has at most.
+        n_blocks: maximum number of blocks of a batch row.
         causal: whether queries see only the keys up to their own position.
 
     >>> import torch
@@ -46,7 +46,7 @@ class Selection:
     causal: bool
 
     def to_dense(self) -> Tensor:
-        """`[B, H, Nq, n_blocks]` bool: True for the blocks that a query reads, its own one included. All False at padded queries."""
+        """`[B, H, Nq, n_blocks]` bool: True for the blocks that a query reads, its own block included. All False at padded queries."""
         picked = torch.where(self.indices < 0, self.n_blocks, self.indices).long()
         dense = torch.zeros(*self.indices.shape[:3], self.n_blocks + 1, dtype=torch.bool, device=self.indices.device)
         dense.scatter_(-1, picked, True)
@@ -56,10 +56,10 @@ class Selection:
         return dense[..., : self.n_blocks].contiguous()
 
     def to_block_mask(self) -> BlockMask:
-        """A BlockMask for a call of one's own: `flex_attention(query, key, value, block_mask=selection.to_block_mask())`.
+        """A BlockMask for your own calls: `flex_attention(query, key, value, block_mask=selection.to_block_mask())`.
 
-        Its `mask_mod` is exact to the token. Its tiles hold 128 queries, so they list the union of what these read, which on random
-        data is nearly everything: for speed use `moba_attention`, which never takes that union.
+        Its `mask_mod` is exact per token. Its tiles hold 128 queries and list the union of the blocks that these read, which on random
+        data is nearly all blocks. `moba_attention` does not compute this union and is faster.
         """
         dense, of_key, causal = self.to_dense(), self.block_of_key, self.causal
         rows, _, n_query, n_blocks = dense.shape
@@ -101,7 +101,8 @@ def select_blocks(
 ) -> Selection:
     """The gate alone (report, equations 5 and 6): the blocks that `moba_attention` reads with the same arguments.
 
-    Arguments, dtypes and errors are those of `moba_attention`. The choice itself has no gradient.
+    Arguments, dtypes and errors are those of `moba_attention`; tensors without values (meta, FakeTensor) raise ValueError, and
+    torch.func.vmap raises NotImplementedError. The selection has no gradient.
 
     >>> import torch
     >>> from moba_flex import select_blocks
@@ -125,7 +126,7 @@ def select_blocks(
         causal=causal,
     )
     backend = backend_of(settings)
-    with without_autocast(query), torch.no_grad(), torch.cuda.device_of(query):  # which the operation does too
+    with without_autocast(query), torch.no_grad(), torch.cuda.device_of(query):  # as in the operator
         layout = layout_of(query, key, padding_mask, None, block_size, backend)
         if query.numel():
             placed = placed_queries(query, layout, backend, False), placed_keys(key, layout, backend, False)

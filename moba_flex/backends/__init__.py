@@ -1,6 +1,6 @@
 """Implementations of the steps in `moba_flex/attention.py`: `eager` for any device, `flex` and `triton` for CUDA.
 
-`protocol.py` says what they have in common.
+`protocol.py` defines their common interface.
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
-"""BlockMasks from their constructor: what tells FlexAttention which key block each tile of queries meets.
+"""Builds BlockMasks, which tell FlexAttention which key block each query tile reads, directly from index lists.
 
 `create_block_mask` and `BlockMask.from_kv_blocks` build tensors of (query tiles x key tiles), many gigabytes at long lengths.
-Here whatever a tile meets is one run of tiles, so lists one index wide are enough: `BLOCKS_ARE_CONTIGUOUS` lets the kernel
-step through the rest. The partial and the full list of a mask have the same width, because kernels of PyTorch 2.11 read both
+Here the tiles that a tile reads are contiguous, so lists of one index are enough: with `BLOCKS_ARE_CONTIGUOUS` the kernel
+steps through the rest. The partial and the full list of a mask have the same width, because kernels of PyTorch 2.11 read both
 with the strides of one.
 
-The lists rule on the GPU. `rule`, the `mask_mod` apart from the tensors that it reads (`buffers`), is evaluated on partial tiles
-alone, yet says the whole truth, since uncompiled FlexAttention asks nothing else.
+On a GPU the lists decide: `rule`, the `mask_mod` without the tensors that it reads (`buffers`), is evaluated only on partial
+tiles. On a CPU it is the complete mask, since uncompiled FlexAttention reads nothing else.
 
-B rows, H query heads, G key heads, Q query blocks, C key blocks, P slots per block, T tiles of queries.
+B batch, H query heads, G key heads, Q query blocks, C key blocks, P slots per block, T tiles of queries.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from ..core.chunking import QUERY_TILE
 from ..core.layout import BlockLayout
 from ..ops.routing import Routes
 
-# Counts and indices of: partial key tiles, full key tiles, partial query tiles, full query tiles. None where no tile is full.
+# Counts and indices of: partial key tiles, full key tiles, partial query tiles, full query tiles. None if no tile is full.
 Lists: TypeAlias = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor, Tensor, Tensor | None, Tensor | None]
 
 
 @dataclass(frozen=True, eq=False)
 class Mask:
-    """What a BlockMask is made from. `kernel_key` is all that its kernels are compiled for; equal keys share one `rule`."""
+    """The parts of a BlockMask. `kernel_key` is everything that its kernels are compiled for; equal keys share one `rule`."""
 
     kernel_key: tuple[Hashable, ...]
     tiles: tuple[int, int]  # BLOCK_SIZE: slots of queries, slots of keys
@@ -43,7 +43,7 @@ class Mask:
 
 
 def _listed(counts: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
-    """Counts `[b, n]` and first indices `[b, n]` as a BlockMask has them."""
+    """Counts `[b, n]` and first indices `[b, n]` in the shapes of a BlockMask."""
     return counts[:, None].contiguous(), indices[:, None, :, None].contiguous()
 
 
@@ -53,13 +53,13 @@ def block_mask(tiles: tuple[int, int], mask_mod: Callable[..., Tensor], lists: L
 
 
 def query_tile(width: int) -> int:
-    """How many queries of a block of `width` slots the local call takes at a time."""
+    """Number of queries per tile of the local call, for blocks of `width` slots."""
     return math.gcd(width, QUERY_TILE)
 
 
 @cache
 def _local_rule(width: int) -> Callable[..., Tensor]:
-    def rule(b, h, q, kv, own):  # type: ignore[no-untyped-def]  # with types a backward pass's graph cannot be kept on disk
+    def rule(b, h, q, kv, own):  # type: ignore[no-untyped-def]  # with annotations the backward graph cannot be cached on disk
         return (own[b, q // width] == kv // width) & (kv % width <= q % width)
 
     return rule
@@ -76,8 +76,8 @@ def _tiles_rule(width: int, tile: int) -> Callable[..., Tensor]:
 def local_mask(layout: BlockLayout, heads: int, groups: int, in_line: bool = False) -> Mask:
     """Causal attention within blocks: queries `[B * G, H / G, Q * P, D]`, keys `[B * G, 1, C * P, D]`.
 
-    A tile of queries meets the same tile of its own block in part, and the earlier tiles of it in full. With `in_line` the rows are one
-    behind the other, `[G, H / G, B * Q * P, D]` and `[G, 1, B * C * P, D]`; not where queries lie in tiles, which are of one row.
+    A query tile reads the same tile of its own block partially, and the earlier tiles of that block fully. With `in_line`, batch rows are
+    concatenated, `[G, H / G, B * Q * P, D]` and `[G, 1, B * C * P, D]`; not for layouts with query tiles, which have one batch row.
     """
     return layout.cached(("local mask", heads, groups, in_line), lambda: _local_mask(layout, heads, groups, in_line))
 
@@ -87,7 +87,7 @@ def _local_mask(layout: BlockLayout, heads: int, groups: int, in_line: bool) -> 
         return _local_mask_of_tiles(layout, layout.offset, heads, groups)
     own, tile = layout.own, query_tile(layout.width)
     per, (rows, n_query_blocks) = layout.width // tile, own.shape
-    # Backward: the queries whose own block a block of keys is, if there are any.
+    # Backward: the query block whose own block a key block is, if any.
     query_block = torch.arange(layout.n_key_blocks, device=own.device, dtype=torch.int32) - own[:, :1]
     met = ((query_block >= 0) & (query_block < n_query_blocks)).int()
     query_block = query_block.clamp(0, n_query_blocks - 1)
@@ -98,7 +98,7 @@ def _local_mask(layout: BlockLayout, heads: int, groups: int, in_line: bool) -> 
     own, query_block, met = (x.repeat_interleave(groups, 0) for x in (own, query_block, met))
     step = torch.arange(per, device=own.device, dtype=torch.int32)
     start = (own * per)[..., None].expand(-1, -1, per)
-    # A tile of keys is met in part by the same tile of its query block, and in full by the later ones.
+    # A key tile is read partially by the same tile of its query block, and fully by the later ones.
     same, met = query_block[..., None] * per + step, met[..., None]
     later = (same + 1).clamp(max=n_query_blocks * per - 1)
 
@@ -110,13 +110,13 @@ def _local_mask(layout: BlockLayout, heads: int, groups: int, in_line: bool) -> 
 
 
 def _local_mask_of_tiles(layout: BlockLayout, offset: Tensor, heads: int, groups: int) -> Mask:
-    """The same where a query block is one tile, and a block has those tiles alone that hold queries."""
+    """`_local_mask` for query blocks of one tile, where a block has only those tiles that hold queries."""
     tile, per = layout.query_width, layout.width // layout.query_width
     own, offset = (x.repeat_interleave(groups, 0) for x in (layout.own, offset))
-    place = offset // tile  # in the own block
+    place = offset // tile  # index of the tile within its own block
     start = own * per
 
-    # Backward: the tiles of a key block are a run of query tiles, the first of which need not be the block's first.
+    # Backward: the tiles of a key block are contiguous query tiles, the first of which need not be the block's first.
     used = torch.where(layout.query_stop > layout.query_start, layout.own, layout.n_key_blocks).repeat_interleave(groups, 0)
     block = torch.arange(layout.n_key_blocks, device=own.device, dtype=torch.int32).expand(len(own), -1).contiguous()
     first, after = (torch.searchsorted(used, block, right=right, out_int32=True)[..., None] for right in (False, True))
@@ -148,7 +148,7 @@ def _past_rule(width: int, block_size: int) -> Callable[..., Tensor]:
 
 
 def _line(counts: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
-    """`_listed` of `[n]` that are contiguous: there is one row, and these are made for every call."""
+    """`_listed` for contiguous `[n]`: views only, since every call builds these."""
     return counts.view(1, 1, -1), indices.view(1, 1, -1, 1)
 
 
@@ -158,16 +158,16 @@ def _no_tiles(like: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def routed_mask(routes: Routes, layout: BlockLayout, groups: int, causal: bool) -> Mask:
-    """Each tile of routed rows `[1, 1, T * tile, D]` meets one whole block of the keys `[1, 1, B * G * C * P, D]`."""
+    """Each tile of routed rows `[1, 1, T * tile, D]` reads one whole block of the keys `[1, 1, B * G * C * P, D]`."""
     tile, width, block, first = routes.tile, layout.width, routes.block_of_tile, routes.first_tile
     n_keys = layout.cached(("block keys", groups), lambda: layout.block_keys.repeat_interleave(groups, 0).flatten())
     listed = _line(routes.tile_in_use, block), _line(routes.tiles_of_block, first)
     empty = layout.cached(("no tiles", len(block), len(first)), lambda: (_no_tiles(block), _no_tiles(first)))
-    # Past blocks are full of keys, so that nothing of a tile is masked, unless a block has more slots than tokens.
+    # Past blocks are full of keys, so nothing in a tile is masked unless a block has more slots than tokens.
     full = causal and layout.whole
     (kv, q), (full_kv, full_q) = (empty, listed) if full else (listed, empty)
     lists = *kv, *full_kv, *q, *full_q
-    if causal and block.is_cuda:  # lists rule there, and a past block has all its tokens: kernels need look nothing up
+    if causal and block.is_cuda:  # the lists decide, and past blocks are complete: kernels need no lookup
         key = ("routed", tile, width, full, layout.block_size)
         return Mask(key, (tile, width), _past_rule(width, layout.block_size), (), lists)
     return Mask(("routed", tile, width, full), (tile, width), _routed_rule(tile, width), (block, n_keys), lists)

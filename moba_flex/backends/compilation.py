@@ -1,4 +1,4 @@
-"""torch.compile for FlexAttention calls: one compilation for each combination of settings, whatever the lengths."""
+"""torch.compile for FlexAttention calls: one compilation per combination of settings, for all lengths."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ T = TypeVar("T")
 
 @cache
 def _marks(dim: int) -> dict[str, Any]:
-    """What `maybe_mark_dynamic` leaves on a tensor of so many dimensions.
+    """The attributes that `maybe_mark_dynamic` sets on a tensor of `dim` dimensions.
 
-    It is copied, since the function would be called for every tensor of every call, on the host's way to the GPU, and takes four times as
-    long. Tensors need it only where something is compiled, but lengths are not all that can make torch.compile do so.
+    They are copied to every tensor of every call, before the launch: calling the function takes four times as long. Only a compilation
+    reads them, but new lengths are not the only cause of one.
     """
     x = torch.empty([2] * dim, device="meta")
     mark_dynamic(x, ([], [0], [0, 1], [0, 2], [0, 2])[dim])
@@ -28,7 +28,7 @@ def _marks(dim: int) -> dict[str, Any]:
 
 
 def any_length(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The tensors, marked so that a compilation serves other lengths and batches. Heads and widths stay constants."""
+    """The tensors, marked so that one compilation serves all lengths and batch sizes. Heads and head dimensions stay constants."""
     for x in tensors:
         if x is not None:
             vars(x).update(_marks(x.dim()))
@@ -36,10 +36,10 @@ def any_length(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
 
 
 def compiled(call: Callable[..., T], settings: tuple[Hashable, ...]) -> Callable[..., T]:
-    """`call`, compiled from a function, and so from a code object, whose name says the settings.
+    """`call`, compiled from a copy with its own code object, whose name contains the settings.
 
-    torch.compile keeps what it learns by code object and name: shared, a second block size or scale would turn from a constant into a
-    variable of the kernel, and eight combinations would exhaust the limit on recompilations.
+    torch.compile keeps its state by code object and name. If shared, a second block size or scale would turn a constant of the kernel
+    into a variable, and eight combinations would exhaust the recompilation limit.
     """
     code = call.__code__.replace(co_name=f"{call.__name__}_{settings}")
     function = torch.compile(FunctionType(code, call.__globals__, None, None, call.__closure__), fullgraph=True)
@@ -47,7 +47,7 @@ def compiled(call: Callable[..., T], settings: tuple[Hashable, ...]) -> Callable
 
     @wraps(call)
     def unlimited(*tensors: Tensor | None) -> T:
-        """Sizes of 1 are constants of a compilation, and so is whether there are 128 queries: together these can be more than eight."""
+        """A compilation specializes on sizes of 1, and on whether there are at least 128 queries: together more than eight cases."""
         nonlocal limit_hit
         if not limit_hit:
             try:

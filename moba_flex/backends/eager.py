@@ -1,9 +1,9 @@
 """The implementation for any device: plain matrix products on the rows of one block after another.
 
-Cost and memory follow the number of chosen pairs. Forward and backward are written out, because the backward pass wants one thing
-that autograd would not do: use the log-sum-exp over *all* blocks of a query, so that no partial output has to be kept.
+Time and memory grow with the number of chosen pairs. The backward pass is explicit because autograd would not use the log-sum-exp over
+*all* blocks of a query, with which no partial output has to be stored.
 
-B rows, H query heads, G key heads, Q query blocks, C key blocks, P slots a block, R routed rows, D width.
+B batch, H query heads, G key heads, Q query blocks, C key blocks, P slots per block, D and Dv head dimensions.
 """
 
 from __future__ import annotations
@@ -40,39 +40,39 @@ HEAD_BY_HEAD = True
 
 
 def slots_per_block(block_size: int) -> int:
-    """As many as it has tokens: nothing here is cut into tiles."""
+    """One slot per token: nothing here is tiled."""
     return block_size
 
 
 def reads_tokens(query: Tensor, value: Tensor, layout: BlockLayout, backward: bool) -> bool:
-    """Never: blocks are an axis of their own here."""
+    """Never: blocks are a dimension of their own here."""
     return False
 
 
 def row_numbers(query: Tensor, value: Tensor, layout: BlockLayout, backward: bool) -> int:
-    """Query, output and the output's gradient."""
+    """Elements per row of query, output and output gradient."""
     return query.shape[-1] + 2 * value.shape[-1]
 
 
 def slots_per_query_tile(width: int, n_query: int, sequences: int) -> int:
-    """Half of the queries that a sequence has on average, so that there are not many more slots than queries.
+    """Half of the mean number of queries per sequence, so that there are not many more slots than queries.
 
-    One where each sequence has one query, and 8 at least as soon as some have more: a tile copies its own block's keys.
+    At least `min(8, n_query - sequences + 1)`, since each tile copies the keys of its own block, and at most `width`.
     """
     few = torch.sym_max(1, torch.sym_min(8, n_query - sequences + 1))
     return torch.sym_min(width, torch.sym_max(few, n_query // (2 * sequences)))
 
 
-_SCORES_AT_ONCE = 1 << 20  # they and their exponentials stay in a core's cache
-_ROUNDED = 2.0**-16  # a larger relative error of weights, from a rounded log-sum-exp, is worth its recomputation
+_SCORES_AT_ONCE = 1 << 20  # scores and their exponentials stay in a core's cache
+_ROUNDED = 2.0**-16  # a rounded log-sum-exp is recomputed if the relative error of weights is larger
 
 
 def _local_heads(
     layout: BlockLayout, per_query: tuple[Tensor, ...], per_key: tuple[Tensor, ...]
 ) -> Iterator[tuple[Tensor | slice, Diagonal, list[Tensor], list[Tensor]]]:
-    """Each query head with its key head, some query blocks at a time: their own blocks, and all that there is of them.
+    """Yields some query blocks of one query head at a time: their own blocks, their causal mask, their tensors and those of the key head.
 
-    `per_query [B, H, Q * P, ...]` comes as `[q, P, ...]`, `per_key [B, G, C * P, ...]` as `[C, P, ...]`. Query blocks may be narrower.
+    `per_query [B, H, Q * P, ...]` become `[q, P, ...]`, `per_key [B, G, C * P, ...]` become `[C, P, ...]`. Query blocks may be narrower.
     """
     rows, heads, repeats = per_query[0].shape[0], per_query[0].shape[1], per_query[0].shape[1] // per_key[0].shape[1]
     tiles, whole = layout.offset, Diagonal(layout.width, layout.own.device)
@@ -82,7 +82,7 @@ def _local_heads(
     for b in range(rows):
         own = layout.own[b].long()
         first, last = int(own[0]), int(own[-1])
-        follow = tiles is None and last - first == layout.n_query_blocks - 1  # one after another: then keys need not be copied
+        follow = tiles is None and last - first == layout.n_query_blocks - 1  # own blocks are consecutive, so keys are not copied
         for h in range(heads):
             of_query = [x[b, h] for x in by_block[: len(per_query)]]
             of_key = [x[b, h // repeats] for x in by_block[len(per_query) :]]
@@ -102,7 +102,7 @@ def attend(
     settings: AttentionSettings,
     into: tuple[Tensor, Tensor],
 ) -> None:
-    """Attention to the own block and along `routes`, merged by log-sum-exps; output and log-sum-exp go to `into`."""
+    """Attention to the own block and along `routes`, merged by log-sum-exps. Writes output and log-sum-exp to `into`."""
     known = range_of(query, key, value, settings)
     out, lse = local(query, key, value, layout, settings, known, into) if settings.causal else over_no_keys(query, value)
     if routes is None:
@@ -120,9 +120,9 @@ def local(
     known: NumberRange,
     into: tuple[Tensor, Tensor],
 ) -> tuple[Tensor, Tensor]:
-    """Causal attention of each query to its own block: `[B, H, Q * P, Dv]`, float32 at least, and the log-sum-exp `[B, H, Q * P]`, float64.
+    """Causal attention of each query to its own block: `[B, H, Q * P, Dv]`, at least float32, and the log-sum-exp `[B, H, Q * P]`, float64.
 
-    The output is that of `into` where it can hold it, so that no other memory need be taken for it.
+    The output reuses the memory of `into` if its dtype and strides fit.
     """
     dtype = wide(query.dtype)
     out = into[0] if into[0].dtype == dtype and into[0].is_contiguous() else into[0].new_empty(into[0].shape, dtype=dtype)
@@ -178,7 +178,7 @@ def backward(
     settings: AttentionSettings,
     into: tuple[Tensor, Tensor, Tensor],
 ) -> None:
-    """Gradients of query, key and value, through the own block and along `routes`."""
+    """Writes the gradients of query, key and value, through the own block and along `routes`, to `into`."""
     safe = backward_is_safe(*(largest(x) for x in (query, key, value, grad, delta)), query.shape[-1], value.shape[-1], settings)
     rest = None
     if not safe or largest(torch.where(lse.isfinite(), lse, 0)) * torch.finfo(lse.dtype).eps > _ROUNDED:
@@ -204,7 +204,7 @@ def backward(
 
 
 def _slots_without_a_query(layout: BlockLayout) -> Tensor:
-    """`[B, 1, Q * P]`. Their gradients are 0, which times NaN is NaN."""
+    """`[B, 1, Q * P]` bool. The gradients of these slots are 0, but 0 * NaN is NaN."""
     slot = torch.arange(layout.query_width, device=layout.own.device)
     return ((slot < layout.query_start[..., None]) | (slot >= layout.query_stop[..., None])).flatten(1)[:, None]
 
@@ -212,7 +212,7 @@ def _slots_without_a_query(layout: BlockLayout) -> Tensor:
 def _log_sum_exp(
     query: Tensor, key: Tensor, routes: Routes | None, layout: BlockLayout, settings: AttentionSettings, safe: bool
 ) -> tuple[Tensor, Tensor]:
-    """The log-sum-exp `[B, H, N]` over all blocks of a query as a large and a small number, of the very scores that backward computes."""
+    """The log-sum-exp `[B, H, N]` over all blocks of a query as a large and a small value, from the same scores that backward computes."""
     known = NumberRange(False, safe)
     most = torch.full(query.shape[:3], -torch.inf, dtype=widened(query[:0]).dtype, device=query.device)
     rest = torch.zeros_like(most)

@@ -1,6 +1,6 @@
-"""The routed rows of the eager backend: which queries read which block, and what they read there, added to what they have.
+"""The routed rows of the eager backend: which queries read which block, and the merge of what they read there with the local output.
 
-B rows, H query heads, G key heads, N queries, C key blocks, P slots a block, S chosen blocks, D width.
+B batch, H query heads, G key heads, N queries, C key blocks, P slots per block, S chosen blocks, D and Dv head dimensions.
 """
 
 from __future__ import annotations
@@ -21,31 +21,31 @@ from ..ops.rows import write
 from .eager_softmax import NumberRange, softmax_attention, widened
 
 _ROWS_AT_ONCE = 8192
-_TILES = 8  # of a block's rows: products of a batch keep cores busier than one large product does
+_TILES = 8  # per block: a batched product uses cores better than one large product
 
 
 @dataclass(frozen=True, eq=False)
 class Routes:
-    """The queries of each block: those of block i are `queries[first[i] : first[i + 1]]`, none of them twice."""
+    """The queries of each block: those of block i are `queries[first[i] : first[i + 1]]`, without duplicates."""
 
     queries: Tensor  # [pairs] int64, `(b * H + h) * N + n`
     first: list[int]
 
     @property
     def most_rows(self) -> int:
-        """The most queries that are worked on at a time."""
+        """The maximum number of queries that are processed at a time."""
         return min(_ROWS_AT_ONCE, max((stop - start for start, stop in itertools.pairwise(self.first)), default=0))
 
 
 def route(chosen: Tensor, groups: int, n_blocks: int, max_pairs: int) -> Routes:
-    """The pairs of `chosen [B, H, N, S]`, ordered by block. How many they are is read from the device, so no bound is needed."""
+    """The pairs of `chosen [B, H, N, S]`, sorted by block. Their number is read from the device, so no bound is needed."""
     _, order, starts = order_pairs(chosen, groups, n_blocks)
     first = starts.tolist()
     return Routes(order[: first[-1]] // chosen.shape[-1], first)
 
 
 def _routed_parts(routes: Routes) -> Iterator[tuple[int, Tensor]]:
-    """Each block that was chosen, with its queries, some of them at a time."""
+    """Yields each chosen block with its queries, at most `_ROWS_AT_ONCE` at a time."""
     sizes = [stop - start for start, stop in itertools.pairwise(routes.first)]
     for block, queries in enumerate(routes.queries.split(sizes)):
         for part in queries.split(_ROWS_AT_ONCE) if len(queries) else ():
@@ -53,7 +53,7 @@ def _routed_parts(routes: Routes) -> Iterator[tuple[int, Tensor]]:
 
 
 def routed_keys(routes: Routes, layout: BlockLayout, groups: int) -> Iterator[tuple[Tensor, slice]]:
-    """The queries of each block that was chosen, and its real keys among all keys `[B * G * C * P]`."""
+    """Yields the queries of each chosen block, and the slice of its real keys in `[B * G * C * P]`."""
     keys = layout.block_keys[:, None].expand(-1, groups, -1).flatten().tolist()
     for block, queries in _routed_parts(routes):
         yield queries, slice(block * layout.width, block * layout.width + keys[block])
@@ -71,9 +71,9 @@ def merge_routed(
     known: NumberRange,
     into: tuple[Tensor, Tensor],
 ) -> None:
-    """What queries read along `routes`, added to an output `[B, H, N, Dv]` and its log-sum-exp `[B, H, N]`, written `into` such.
+    """Merges what queries read along `routes` with `out [B, H, N, Dv]` and `lse [B, H, N]`. Writes the result to `into`.
 
-    Merging block after block keeps no partial output: they would be `top_k` times the size of the output.
+    Merging block by block stores no partial outputs, which would be `top_k` times the size of the output.
     """
     operands = (out, lse, query, key, value, routes, layout, settings, known, into)
     if not (settings.causal and _sum_routed(*operands)):
@@ -92,11 +92,11 @@ def _sum_routed(
     known: NumberRange,
     into: tuple[Tensor, Tensor],
 ) -> bool:
-    """Softmax weights relative to one number a query, so that blocks add up and nothing has to be rescaled.
+    """`merge_routed` with softmax weights relative to one reference per query, so that blocks are summed without rescaling.
 
-    That number is 0 if no score can be large, and else the local call's log-sum-exp. False, and nothing done, if something is too large
-    even so: a score some 80 above it (float32), infinity or NaN. A score far below is no matter, since its weight is nothing beside
-    the local call's 1.
+    The reference is 0 if no score can be large, else the local call's log-sum-exp. Returns False and writes nothing if a value is too
+    large even so: a score some 80 above the reference (float32), infinity or NaN. A score far below it does no harm: its weight is
+    negligible next to the local call's 1.
     """
     if not known.safe:
         return False
@@ -104,19 +104,19 @@ def _sum_routed(
     q = widened(query).flatten(0, 2)
     k, v = (x.unflatten(2, (-1, layout.width)).flatten(0, 2) for x in (key, value))
     relative = None if known.small else lse.to(dtype).flatten()
-    total = (lse if relative is None else lse - relative.view(lse.shape)).to(dtype).exp().flatten()  # 1, but for rounding
+    total = (lse if relative is None else lse - relative.view(lse.shape)).to(dtype).exp().flatten()  # 1 up to rounding
     share = total.view(lse.shape)[..., None]
     whole = out.mul_(share) if known.small else out * share
     sums = whole.flatten(0, 2)
-    # The same memory for every block, so that it stays in the cache.
+    # All blocks use the same memory, so that it stays in the cache.
     most_rows = -(-routes.most_rows // _TILES) * _TILES
     kept = [total.new_zeros(most_rows, n) for n in (q.shape[1], layout.width, value.shape[-1])]
     for block, queries in _routed_parts(routes):
         n, tile = len(queries), -(-len(queries) // _TILES)
-        row_query, weight, part = (x[: tile * _TILES] for x in kept)  # rows after n: of an earlier block, for nothing
+        row_query, weight, part = (x[: tile * _TILES] for x in kept)  # rows after n: stale, and not used
         in_tiles = [x.view(_TILES, tile, -1) for x in (row_query, weight, part)]
         torch.index_select(q, 0, queries, out=row_query[:n])
-        block_key, block_value = widened(k[block]) * settings.scale, widened(v[block])  # only of blocks that are read
+        block_key, block_value = widened(k[block]) * settings.scale, widened(v[block])  # only for blocks that are read
         torch.bmm(in_tiles[0], block_key.mT.expand(_TILES, -1, -1), out=in_tiles[1])
         settings.cap_(weight)
         if relative is not None:
@@ -144,14 +144,14 @@ def _merge_one_by_one(
     known: NumberRange,
     into: tuple[Tensor, Tensor],
 ) -> None:
-    """The same for any scores: each block's output is a softmax of its own, merged with what came before it."""
+    """`merge_routed` for any scores: each block's output has its own softmax, and is merged with the result so far."""
     lse = lse.double()
     q, total, sums = query.flatten(0, 2), lse.flatten(), out.flatten(0, 2)
     k, v, known = key.flatten(0, 2), value.flatten(0, 2), NumberRange(False, known.safe)
     for queries, keys in routed_keys(routes, layout, key.shape[1]):
         part, part_lse = softmax_attention(widened(q.index_select(0, queries)), widened(k[keys]), widened(v[keys]), None, settings, known)
         before, part_lse = total.index_select(0, queries), part_lse.to(total.dtype)
-        share = torch.sigmoid(part_lse - before)[:, None].to(part.dtype)  # of the block in the sum of both
+        share = torch.sigmoid(part_lse - before)[:, None].to(part.dtype)  # of the block in the merged softmax
         old = sums.index_select(0, queries)
         merged = torch.where(before[:, None] == -torch.inf, part, torch.lerp(old, part, share))
         sums.index_copy_(0, queries, torch.where((part_lse == -torch.inf)[:, None], old, merged))

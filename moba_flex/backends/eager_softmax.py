@@ -1,12 +1,13 @@
-"""Softmax attention of queries to the keys of one block, forward and backward, in plain products: what the eager backend is made of.
+"""Softmax attention of queries to the keys of one block, forward and backward, in plain PyTorch: the core of the eager backend.
 
-A log-sum-exp is rounded, and `exp(score - lse)` is off by as much: by 0.8 % for a score of 133,120 in float32. So forward keeps those of
-large scores in float64, and backward, which is given a rounded one, computes it again in two numbers where that matters.
+A log-sum-exp is rounded, and `exp(score - lse)` is off by as much: by 0.8 % for a score of 133,120 in float32. The forward pass keeps
+log-sum-exps of large scores in float64 for that reason. The backward pass gets a rounded one, and recomputes it as a sum of two values
+where that matters.
 
-Inputs that are not `safe`, with NaN, infinity or numbers near the end of their range, take slower products in which a weight of 0 hides
-anything: see `moba_flex/core/hidden.py`. Only the own block hides pairs; along a route a query reads all of a block.
+Inputs that are not `safe` (NaN, infinity, or values near the end of their range) use slower products, in which a weight of 0 hides any
+value: see `moba_flex/core/hidden.py`. Only the own block has hidden pairs; along a route a query reads a whole block.
 
-M queries and K keys of one block, P slots a block, D width.
+M queries and K keys of one block, P slots per block, D head dimension.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ from ..core.dtypes import wide
 from ..core.hidden import visible_product
 from ..core.settings import AttentionSettings
 
-# e^30 * 1e10 is far below float32's largest number, and e^-30 (1e-13) far above its smallest, with values down to 1e-24 too.
+# e^30 * 1e10 is far below float32's maximum, and e^-30 (1e-13) far above its minimum, even times values down to 1e-24.
 _SMALL_SCORE, _SMALL_SUM = 30.0, 1e10
-_SAFE = 1e36  # intermediate results below it stay finite in float32, and a factor below float32's largest number
+_SAFE = 1e36  # bound on intermediate results, well below float32's maximum
 
 
 def widened(x: Tensor) -> Tensor:
@@ -31,14 +32,14 @@ def widened(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class NumberRange:
-    """What is known of all numbers of a call. `small`: no score can be large, so that nothing need be subtracted from it."""
+    """What is known of the values of a call. `small`: no score is large, so none needs a subtraction. `safe`: nothing overflows."""
 
     small: bool
     safe: bool
 
 
 def range_of(query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings) -> NumberRange:
-    """`small`: sums of values weighted with `exp(score)` stay far from float32's limits too. A product is at most that of the lengths."""
+    """`small` also means that sums of values weighted by `exp(score)` are far from float32's limits. Scores are bounded by norms."""
     lengths = [float(torch.linalg.vector_norm(x, dim=-1, dtype=wide(x.dtype)).max()) for x in (query, key)]
     score, values = lengths[0] * lengths[1] * abs(settings.scale), largest(value) * key.shape[2]
     safe = max(score, lengths[0] * lengths[1], lengths[1] * abs(settings.scale)) < _SAFE and values < _SAFE  # False for NaN
@@ -48,7 +49,7 @@ def range_of(query: Tensor, key: Tensor, value: Tensor, settings: AttentionSetti
 def backward_is_safe(
     query: float, key: float, value: float, grad: float, delta: float, width: int, value_width: int, settings: AttentionSettings
 ) -> bool:
-    """Whether nothing overflows, given the largest of all numbers. False for NaN."""
+    """Whether nothing overflows, given the largest absolute value of each operand. False for NaN."""
     products = query * key * width, query * key * width * abs(settings.scale), key * abs(settings.scale), grad * value * value_width + delta
     return all(x < _SAFE for x in products)
 
@@ -59,11 +60,11 @@ def largest(x: Tensor) -> float:
 
 @dataclass(frozen=True, eq=False)
 class Diagonal:
-    """Which keys of its own block a query sees: those up to its own place. They hide a last block's missing keys too."""
+    """The causal mask of a query's own block: keys up to its own position. It also hides the missing keys of a partial last block."""
 
     width: int
     device: torch.device
-    tile: int | None = None  # queries `[q, tile]` of a part of a block, which begins at `offset [q]`; None: of a whole block
+    tile: int | None = None  # queries `[q, tile]` are parts of blocks, which begin at slots `offset [q]`; None: whole blocks
     offset: Tensor | None = None
 
     def later(self) -> Tensor:
@@ -74,7 +75,7 @@ class Diagonal:
         return slot > (self.offset[:, None] + slot[: self.tile])[..., None]
 
     def hide(self, weight: Tensor) -> Tensor:
-        """`weight`, 0 at later keys. In place."""
+        """Sets `weight` to 0 at later keys, in place."""
         return weight.tril_() if self.tile is None else weight.masked_fill_(self.later(), 0)
 
 
@@ -99,9 +100,9 @@ def softmax_attention(
     known: NumberRange,
     into: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Softmax attention of `[..., M, D]` to `[..., K, D]` and its log-sum-exp; `causal`: to keys up to the query's own.
+    """Softmax attention of `[..., M, D]` to `[..., K, D]` and its log-sum-exp. With `causal`, to keys up to the query's own.
 
-    The output is written `into` a tensor if there is one. The log-sum-exp is float64, but for small scores.
+    The output is written to `into`, if given. The log-sum-exp is float64, except for small scores.
     """
     weight, total, most = exponentials(query, key, causal, settings, known)
     lse = (total.log() if most is None else total.double().log().add_(most)).squeeze(-1)
@@ -115,7 +116,7 @@ def softmax_attention(
 def exponentials(
     query: Tensor, key: Tensor, causal: Diagonal | None, settings: AttentionSettings, known: NumberRange
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Exponentials of scores `[..., M, K]`, their sums `[..., M, 1]`, and what was subtracted from a query's scores, if anything."""
+    """Exponentials of scores `[..., M, K]`, their sums `[..., M, 1]`, and what was subtracted from the scores, or None."""
     weight, most = _scores(query, key, settings, known.safe), None
     if not known.small:
         later = causal.later() if causal else None
@@ -143,10 +144,10 @@ def softmax_backward(
     settings: AttentionSettings,
     safe: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of a block's share in an output, whose log-sum-exp over all blocks is `lse` plus `rest`; `delta` is `out . grad`."""
+    """Gradients through one block, given the log-sum-exp over all blocks (`lse` plus `rest`) and `delta`, `out . grad - grad_lse`."""
     score = _scores(query, key, settings, safe)
     nothing = (lse == -torch.inf)[..., None]
-    lse = lse[..., None].masked_fill(nothing, torch.inf)  # a query that reads nothing gives nothing back
+    lse = lse[..., None].masked_fill(nothing, torch.inf)  # a query that reads nothing has no gradient
     weight = score - lse
     weight = (weight if rest is None else weight.sub_(rest[..., None])).exp_()
     if hidden is not None:
@@ -165,5 +166,5 @@ def softmax_backward(
 
 
 def _product(weight: Tensor, x: Tensor, visible: Tensor | None) -> Tensor:
-    """`weight @ x`, of the pairs that are visible if not all are."""
+    """`weight @ x`, restricted to `visible` pairs, if given."""
     return weight @ x if visible is None else visible_product(weight, visible, x)

@@ -1,10 +1,10 @@
-"""FlexAttention's `BACKEND: "FLASH"` (flash-attn-4) for the forward pass of routed rows to large blocks, for those who ask for it.
+"""FlexAttention's `BACKEND: "FLASH"` (flash-attn-4) for the forward pass of routed rows to large blocks, opt-in.
 
-The package is young: versions differ in what they accept, in the unit of the log-sum-exp, and one gave wrong outputs. So before its
-first use with a width, dtype and block size, output and log-sum-exp are held against plain PyTorch on the same GPU; where they differ,
-or anything is raised, a warning says so once and Triton's kernel is used. The backward pass is always Triton's.
+The package is young: versions differ in what they accept and in the unit of the log-sum-exp, and one gave wrong outputs. Before its first
+use with a head dimension, dtype and block size, output and log-sum-exp are therefore compared with plain PyTorch on the same GPU. If they
+differ, or anything is raised, a warning is issued once and Triton's kernel is used. The backward pass is always Triton's.
 
-R routed rows, T tiles of rows, C blocks, P slots per block, D and Dv widths.
+R routed rows, T tiles of rows, P slots per block, D and Dv head dimensions.
 """
 
 from __future__ import annotations
@@ -33,28 +33,28 @@ Kernel = Callable[[Tensor, Tensor, Tensor, Routes], tuple[Tensor, Tensor]]
 
 BACKENDS = ("triton", "flash")
 _OLDEST = "4.0.0b26"  # older ones could give wrong gradients on Hopper: Dao-AILab/flash-attention, pull request 2756
-_LEAST_BLOCK = 1024  # with smaller ones, loading rows is what takes the time, in either kernel
-_MOST_WIDTH = 128  # up to here the kernel's tiles hold 128 keys, which its lists have to be written in
+_LEAST_BLOCK = 1024  # with smaller blocks, both kernels are bound by loading rows
+_MOST_WIDTH = 128  # up to this head dimension the kernel's tiles hold 128 keys, which is the unit of its lists
 _KEY_TILE = 128
 _DEVICE = "cuda"
 _OUTPUT_TOLERANCE, _LSE_TOLERANCE = 0.02, 0.01
 _DTYPES = (torch.bfloat16, torch.float16)
 
 _backend = "triton"
-_kernels: dict[tuple[Hashable, ...], Kernel | None] = {}  # by all that a kernel is compiled for; None: not to be used
+_kernels: dict[tuple[Hashable, ...], Kernel | None] = {}  # by everything that a kernel is compiled for; None: not usable
 
 
 def set_flex_backend(name: str = "triton") -> str:
-    """Set which kernels compute routed rows on a GPU, and return what was set before.
+    """Set which kernels compute routed rows on a GPU, and return the previous setting.
 
     Args:
-        name: "triton", FlexAttention's own; or "flash", those of the package flash-attn-4, an option for Hopper GPUs. The latter are used
-            for forward passes in bfloat16 or float16, blocks of at least 1,024 tokens (a multiple of 128) and widths up to 128, without
-            `softcap`, once they have agreed with plain PyTorch in that process: the first call of each kind takes some seconds more and
-            waits for the GPU. Elsewhere it is "triton" as before.
+        name: "triton", FlexAttention's own kernels; or "flash", the kernels of the package flash-attn-4, for Hopper GPUs. "flash" applies
+            to causal forward passes in bfloat16 or float16 with blocks of at least 1,024 tokens (a multiple of 128), head dimensions up to
+            128 (multiples of 8) and no `softcap`. The first call of each kind compares it with plain PyTorch, which takes some seconds and
+            synchronizes the GPU. All other calls, and calls for which the comparison fails, use "triton".
 
     Raises:
-        ValueError: another name.
+        ValueError: an unknown name.
         ImportError: "flash" without the package, or with a version before 4.0.0b26.
 
     >>> from moba_flex import set_flex_backend
@@ -72,12 +72,12 @@ def set_flex_backend(name: str = "triton") -> str:
 
 
 def enabled() -> bool:
-    """Whether `set_flex_backend("flash")` is in force."""
+    """Whether `set_flex_backend("flash")` is active."""
     return _backend == "flash"
 
 
 def _missing() -> str | None:
-    """What keeps flash-attn-4 from being used, as the end of a sentence."""
+    """Why flash-attn-4 cannot be used, as the end of a sentence, or None."""
     try:
         if importlib.util.find_spec("flash_attn.cute") is None:
             return "which is not here"
@@ -88,7 +88,7 @@ def _missing() -> str | None:
 
 
 def kernel_for(query: Tensor, value: Tensor, layout: BlockLayout, settings: AttentionSettings) -> Kernel | None:
-    """What computes rows like `query [R, D]`, or None where that is Triton's kernel."""
+    """The kernel for rows like `query [R, D]`, or None for Triton's."""
     if not enabled() or not _suits(query, value, layout, settings):
         return None
     compiled_for = layout.width, query.shape[-1], value.shape[-1], query.dtype, settings.scale, query.device
@@ -100,14 +100,14 @@ def kernel_for(query: Tensor, value: Tensor, layout: BlockLayout, settings: Atte
 
 
 def _suits(query: Tensor, value: Tensor, layout: BlockLayout, settings: AttentionSettings) -> bool:
-    """Every tile in use meets a whole block without a mask, in tiles of keys that the kernel has."""
+    """Whether every tile in use reads a whole block without a mask, in key tiles that the kernel supports."""
     whole = settings.causal and layout.whole and layout.width % _KEY_TILE == 0 and layout.width >= _LEAST_BLOCK
     widths = max(query.shape[-1], value.shape[-1]) <= _MOST_WIDTH and query.shape[-1] % 8 == value.shape[-1] % 8 == 0
     return whole and widths and settings.softcap is None and query.dtype in _DTYPES and query.device.type == _DEVICE
 
 
 def _checked(width: int, query_width: int, value_width: int, dtype: torch.dtype, scale: float, device: torch.device) -> Kernel | None:
-    """The kernel, if it agrees with plain PyTorch; else a warning and None."""
+    """The kernel, if it agrees with plain PyTorch. Otherwise warns and returns None."""
     try:
         call = _compiled((width, query_width, value_width, dtype, scale))
         unit = _unit_of_lse(call, width, query_width, value_width, dtype, scale, device)
@@ -133,12 +133,12 @@ def _compiled(settings: tuple[int, int, int, torch.dtype, float]) -> Call:
     def moba_flex_flash(
         query: Tensor, key: Tensor, value: Tensor, counts: Tensor, indices: Tensor, full_counts: Tensor, full_indices: Tensor
     ) -> Any:
-        # Never evaluated, since no tile is listed as partial; without one the lists would be ignored.
+        # Never evaluated, since no tile is listed as partial; without a `mask_mod` the lists would be ignored.
         def mask_mod(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
             return kv >= 0
 
         lists = counts, indices, full_counts, full_indices
-        no_lists = (None, None, None, None)  # by key tile: they are for a backward pass
+        no_lists = (None, None, None, None)  # per key tile, for a backward pass only
         mask = BlockMask((query.shape[2], key.shape[2]), *lists, *no_lists, BLOCK_SIZE=(QUERY_TILE, _KEY_TILE), mask_mod=mask_mod)
         options: FlexKernelOptions = {"BACKEND": "FLASH"}
         out, aux = flex_attention(query, key, value, None, mask, scale, kernel_options=options, return_aux=AuxRequest(lse=True))
@@ -148,7 +148,7 @@ def _compiled(settings: tuple[int, int, int, torch.dtype, float]) -> Call:
 
 
 def _lists(block_of_tile: Tensor, tile_in_use: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of partial and of full key tiles, for each tile `[1, 1, T]` how many it meets and `[1, 1, T, P / 128]` which, written out."""
+    """Counts `[1, 1, T]` and indices `[1, 1, T, P / 128]` of the partial, then of the full key tiles that each tile of rows reads."""
     per = width // _KEY_TILE
     index = block_of_tile[:, None] * per + torch.arange(per, device=block_of_tile.device, dtype=torch.int32)
     count = tile_in_use * per
@@ -158,10 +158,10 @@ def _lists(block_of_tile: Tensor, tile_in_use: Tensor, width: int) -> tuple[Tens
 def _unit_of_lse(
     call: Call, width: int, query_width: int, value_width: int, dtype: torch.dtype, scale: float, device: torch.device
 ) -> float:
-    """What the kernel's log-sum-exp is a multiple of: 1, or ln 2 where PyTorch takes it for a logarithm to base 2.
+    """The unit of the kernel's log-sum-exp: 1, or ln 2 if PyTorch treats it as a base-2 logarithm.
 
-    Raises ArithmeticError if it, or the output, is not that of plain PyTorch: with more tiles than an H100 has multiprocessors, of blocks
-    with many, one and no tiles, spare tiles behind them, three times.
+    Raises ArithmeticError if the log-sum-exp or the output differs from plain PyTorch. The test has more tiles than an H100 has
+    multiprocessors, blocks with many, one and no tiles, and spare tiles at the end. It runs three times.
     """
     block_of_tile = torch.tensor([0] * 80 + [1] + [3] * 59 + [0] * 9, device=device, dtype=torch.int32)
     used, total = 140, block_of_tile.numel()

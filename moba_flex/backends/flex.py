@@ -1,9 +1,9 @@
 """The implementation for CUDA: compiled FlexAttention on block-sparse tiles.
 
-The local call has the query heads of one key head as the heads of one element of the batch; the routed call has all rows and all blocks
-in one line. So one compilation of each serves any length and any batch.
+In the local call, a batch element is one key head with its query heads. In the routed call, all rows and all blocks are concatenated. One
+compilation of each serves any length and batch size.
 
-B rows, H query heads, G key heads, Q query blocks, C key blocks, P slots per block, R routed rows, D width.
+B batch, H query heads, G key heads, Q query blocks, C key blocks, P slots per block, R routed rows, D and Dv head dimensions.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from . import flash, paths
 from .block_masks import local_mask, query_tile, routed_mask
 from .flex_calls import by_group, flex_backward, flex_forward
 
-# FlexAttention's kernels take the number of a key, and backward that of a row, times the width in 32 bits.
+# FlexAttention's kernels compute key index times head dimension, and in backward also row index times head dimension, in 32 bits.
 MAX_TENSOR_ELEMENTS = 2**31 - 1
 READS_STRIDES = True
 HEAD_BY_HEAD = False
@@ -36,15 +36,15 @@ def slots_per_query_tile(width: int, n_query: int, sequences: int) -> int:
 
 
 def reads_tokens(query: Tensor, value: Tensor, layout: BlockLayout, backward: bool) -> bool:
-    """Whether tokens are taken where they lie: by the backward pass of one kernel. A BlockMask wants them in slots."""
+    """Whether tokens are read in place: by the one-kernel backward pass. A BlockMask needs slots."""
     return backward and paths.one_pass_backward_obstacle(query, value, layout.width, layout.tile is not None) is None
 
 
 def row_numbers(query: Tensor, value: Tensor, layout: BlockLayout, backward: bool) -> int:
-    """Query, output and the output's gradient.
+    """Elements per row of query, output and output gradient.
 
-    A backward pass of one kernel holds the query's gradient from each sub-block alone. Twice that is counted: what else it holds at that
-    time is more than in a forward pass, and larger chunks took more memory in all than copied rows did.
+    The one-kernel backward pass holds only query gradients, one per sub-block. Twice that is counted: its other buffers are larger than
+    in a forward pass, and larger chunks took more memory in total than copied rows.
     """
     if reads_tokens(query, value, layout, backward):
         return 2 * query.shape[-1] * kernels.backward.sub_blocks(query, value, layout.width)
@@ -52,7 +52,7 @@ def row_numbers(query: Tensor, value: Tensor, layout: BlockLayout, backward: boo
 
 
 def route(chosen: Tensor, groups: int, n_blocks: int, max_pairs: int) -> Routes:
-    """Rows for all pairs, ordered by block in whole tiles: see `moba_flex.ops.routing.route`."""
+    """One row per pair, sorted by block in whole tiles: see `moba_flex.ops.routing.route`."""
     return steps_for(chosen).route(chosen, groups, n_blocks, QUERY_TILE, max_pairs)
 
 
@@ -70,7 +70,7 @@ def attend(
     settings: AttentionSettings,
     into: tuple[Tensor, Tensor],
 ) -> None:
-    """Attention to the own block and along `routes`, merged by log-sum-exps; output and log-sum-exp go to `into`."""
+    """Attention to the own block and along `routes`, merged by log-sum-exps. Writes output and log-sum-exp to `into`."""
     out, lse = local(query, key, value, layout, settings) if settings.causal else over_no_keys(query, value)
     if routes is None:
         write((out, lse), into)
@@ -83,8 +83,8 @@ def attend(
 def local(query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, settings: AttentionSettings) -> tuple[Tensor, Tensor]:
     """Causal attention of each query to its own block. Returns `[B, H, Q * P, Dv]` and the log-sum-exp `[B, H, Q * P]`."""
     (rows, heads, slots), groups = query.shape[:3], key.shape[1]
-    # One key head of one row is an element of the batch. Several rows whose heads are together for each token have no such view; taken as
-    # one row, they have.
+    # One key head of one batch row becomes a batch element. Several batch rows of a transposed `[B, N, H, D]` have no such view, unless
+    # they are concatenated first.
     lined = [rows_in_line(x) for x in (query, key, value)] if rows > 1 and tokens_first(query) else []
     line = [x for x in lined if x is not None]
     in_line = len(line) == 3 and all(_in_reach(x) for x in line[1:])
@@ -126,7 +126,7 @@ def backward(
     settings: AttentionSettings,
     into: tuple[Tensor, Tensor, Tensor],
 ) -> None:
-    """Gradients of query, key and value, through the own block and along `routes`."""
+    """Writes the gradients of query, key and value, through the own block and along `routes`, to `into`."""
     if paths.one_pass_backward_obstacle(query, value, layout.width, layout.tile is not None) is None:
         kernels.one_pass_backward(query, key, value, grad, lse, delta, routes, layout, settings, into)
         return
@@ -177,10 +177,10 @@ def routed_backward(
 
 
 def _in_reach(x: Tensor) -> bool:
-    """Whether FlexAttention's kernel finds each token of `[b, h, N, D]` keys or values: it takes their number times their stride."""
+    """Whether FlexAttention's 32-bit offsets, token index times stride, reach each token of `[b, h, N, D]` keys or values."""
     return x.shape[2] * x.stride(2) <= MAX_TENSOR_ELEMENTS
 
 
 def _in_line(x: Tensor) -> Tensor:
-    """`[B, G, N, D]` -> `[1, 1, B * G * N, D]`: all blocks of all heads one after another."""
+    """`[B, G, N, D]` -> `[1, 1, B * G * N, D]`: all blocks of all heads, concatenated."""
     return x.reshape(1, 1, -1, x.shape[-1])

@@ -1,6 +1,6 @@
-"""Compiled FlexAttention under a `Mask`, forward and backward: one compilation for each combination of settings.
+"""Compiled FlexAttention under a `Mask`, forward and backward: one compilation per combination of settings.
 
-`[b, h, q, D]` queries, `[b, 1, k, D]` keys and `[b, 1, k, Dv]` values; what these axes mean is the caller's business.
+Queries are `[b, h, q, D]`, keys `[b, 1, k, D]` and values `[b, 1, k, Dv]`; the caller defines the meaning of these axes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 
 def by_group(x: Tensor, groups: int) -> Tensor:
-    """`[B, H, ...]` -> `[B * G, H / G, ...]`: one key head is one element of the batch."""
+    """`[B, H, ...]` -> `[B * G, H / G, ...]`: one key head becomes one batch element."""
     return x.reshape(x.shape[0] * groups, x.shape[1] // groups, *x.shape[2:])
 
 
@@ -38,23 +38,23 @@ def flex_forward(query: Tensor, key: Tensor, value: Tensor, mask: Mask, settings
 def flex_backward(
     query: Tensor, key: Tensor, value: Tensor, grad: Tensor, lse: Tensor, delta: Tensor, mask: Mask, settings: AttentionSettings
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of `flex_forward`'s share in an output whose log-sum-exp over all blocks is `lse`.
+    """The gradients through `flex_forward`, given `lse`, the log-sum-exp over all blocks of the merged output.
 
-    FlexAttention's backward operator takes any log-sum-exp, so it is given that of the whole output and not the partial one, and
-    `delta` (`out . grad`) as a gradient of it. Nothing of the partial outputs has to be known, neither kept nor computed again.
+    FlexAttention's backward operator accepts any log-sum-exp. It gets that of the merged output instead of the partial one, and
+    `delta` (`out . grad - grad_lse`) as a gradient of it. Partial outputs need neither be stored nor recomputed.
     """
     call: Callable[..., tuple[Tensor, Tensor, Tensor]] = _backward_call(*_kernel_key(query, value, mask, settings))
     return call(*any_length(query, key, value, grad, lse, delta, *mask.lists, *mask.buffers))
 
 
 def _kernel_key(query: Tensor, value: Tensor, mask: Mask, settings: AttentionSettings) -> tuple[Any, ...]:
-    """All that a kernel is compiled for. Only lengths and data vary between calls that share it."""
+    """Everything that a kernel is compiled for. Only lengths and data vary between calls that share it."""
     widths = query.shape[-1], value.shape[-1]
     return mask.kernel_key, mask.tiles, mask.rule, widths, query.dtype, settings.scale, settings.softcap, query.is_cuda
 
 
 def _compile(call: Callable[..., T], key: tuple[Any, ...], is_cuda: bool) -> Callable[..., T]:
-    if not is_cuda:  # there only tests come here: they hold the masks against the specification, on dense scores
+    if not is_cuda:  # only tests run this on a CPU: they compare the masks with the specification, on dense scores
         return call
     return compiled(call, key)
 
@@ -80,19 +80,19 @@ def _forward_call(mask_key, tiles, rule, widths, dtype, scale, softcap, is_cuda)
 
 @cache
 def _backward_call(mask_key, tiles, rule, widths, dtype, scale, softcap, is_cuda) -> Callable[..., Any]:
-    # The lowering drops a configuration whose default tiles do not divide these, before it reads our smaller tiles from the
-    # options. So the options carry the true sizes.
+    # The lowering drops a configuration whose default tiles do not divide these sizes, before it reads our smaller tiles from the
+    # options. The mask therefore gets larger sizes, and the options have the true ones.
     sizes = tuple(math.lcm(tile, QUERY_TILE) for tile in tiles)
     options = kernel_options(mask_key[0] == "routed", tiles, widths, dtype) | OPERATOR_OPTIONS
     options |= {"SPARSE_Q_BLOCK_SIZE": tiles[0], "SPARSE_KV_BLOCK_SIZE": tiles[1]}
     score_mod = _same if softcap is None else _softcap(softcap)
     joint = _same_joint if softcap is None else _softcap_joint(softcap)
 
-    @torch.compiler.allow_in_graph  # the operator takes functions, which torch.compile cannot pass on from a traced call
+    @torch.compiler.allow_in_graph  # the operator takes functions, which torch.compile cannot pass from a traced call
     def operator(query, key, value, grad, lse, delta, *tensors):
         lists, buffers = tensors[:8], tensors[8:]
         mask = block_mask(sizes, rule, lists, query.shape[2], key.shape[2])
-        # In the operator's units: base-2 logarithms, and for its own delta, `out . grad - grad_lse / ln 2`, no `out` at all.
+        # In the operator's units, `lse` is base 2. Its delta, `out . grad - grad_lse / ln 2`, equals ours with these operands.
         lse, grad_lse, out = lse / math.log(2), delta * -math.log(2), torch.zeros_like(grad)
         operands = (query, key, value, out, lse, grad, grad_lse, score_mod, joint, mask.as_tuple(), scale, options, (), buffers)
         return flex_attention_backward(*operands)[:3]
@@ -119,7 +119,7 @@ def _softcap(softcap: float) -> Callable[..., Any]:
 
 
 def _softcap_joint(softcap: float) -> Callable[..., Any]:
-    """The derivative of `_softcap`: that of the score, and none for the indices."""
+    """The backward function of `_softcap`: the gradient of the score, and none of the indices."""
 
     def joint(score, b, h, q, kv, grad):
         return [grad * (1 - torch.tanh(score / softcap) ** 2), None, None, None, None]

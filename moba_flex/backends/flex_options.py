@@ -1,4 +1,4 @@
-"""Kernel options of FlexAttention calls: the sizes of tiles, by blocks, widths and dtype."""
+"""Kernel options of FlexAttention calls: tile sizes by block size, head dimension and dtype."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ OPERATOR_OPTIONS: Options = {
 
 
 def kernel_options(routed: bool, tiles: tuple[int, int], widths: tuple[int, int], dtype: torch.dtype) -> Options:
-    """PyTorch's own choice where its tile sizes, which divide 128, divide ours; smaller blocks need smaller ones."""
+    """PyTorch's defaults if its tile sizes, which divide 128, divide ours. Smaller blocks need smaller tiles."""
     options: Options = {"BACKEND": "TRITON", "IS_DIVISIBLE": True, "BLOCKS_ARE_CONTIGUOUS": True}
     if dtype == torch.float32 and torch.version.hip is None:
-        # Three products of TensorFloat32 halves are as exact as float32's own, which the matrix units do not have: on an H200 forward
-        # passes of 32,768 tokens are 12 times as fast, 5e-7 from float64 like PyTorch's dense attention.
+        # Three TF32 products are as exact as a float32 product, which tensor cores do not have. On an H200, forward passes of 32,768
+        # tokens are 12 times as fast, with an error of 5e-7 against float64, like PyTorch's dense attention.
         options["FLOAT32_PRECISION"] = "'tf32x3'"
     q, kv = (math.gcd(tile, QUERY_TILE) for tile in tiles)
     half, narrow = dtype != torch.float32, max(widths) <= 64
-    # A tile of rows meets so few keys that loading dominates: with four warps two tiles share a multiprocessor. On an H100 23 % faster at
-    # block 128 than the default of eight warps, 13 % at 512; at width 64 14 % at block 128 (larger ones were not tried), and 20 % at 64
-    # than with 64 rows.
+    # A tile of rows reads so few keys that loading dominates: with four warps, two tiles share a multiprocessor. Gains on an H100 over the
+    # default of eight warps: 23 % at block size 128, 13 % at 512; with head dimension 64, 14 % at block size 128 (larger ones were not
+    # tried), and at block size 64, 20 % over tiles of 64 rows.
     few_keys = routed and half and max(widths) <= 128 and tiles[1] <= (128 if narrow else 1024)
     if min(q, kv) < QUERY_TILE:
         most = (64 if half else 32) // (1 if max(widths) <= 128 else 2)
@@ -41,15 +41,15 @@ def kernel_options(routed: bool, tiles: tuple[int, int], widths: tuple[int, int]
         options |= {"fwd_BLOCK_M": q, "fwd_BLOCK_N": kv, "num_warps": 4, "num_stages": 2}
         if not half:
             q, kv = 16, 16
-        less = min(q, kv)  # the kernel wants N1 to be a multiple of M1, and M2 of N2
+        less = min(q, kv)  # the kernel requires N1 to be a multiple of M1, and M2 of N2
         options |= {"bwd_BLOCK_M1": less, "bwd_BLOCK_N1": kv, "bwd_BLOCK_M2": q, "bwd_BLOCK_N2": less}
     elif widths[1] > max(widths[0], QUERY_TILE):
-        # PyTorch chooses by the width of keys alone; with values this wide its tiles would not fit into shared memory.
+        # PyTorch chooses by the head dimension of keys alone; with values this wide its tiles would not fit into shared memory.
         options |= {"fwd_BLOCK_M": 64 if half else 32, "fwd_BLOCK_N": 32, "fwd_num_warps": 4, "fwd_num_stages": 2}
         options |= _square_backward(64 if half else 16, 2 if half else 1)
     elif few_keys:
         options |= {"fwd_BLOCK_M": 128, "fwd_BLOCK_N": 64, "fwd_num_warps": 4, "fwd_num_stages": 2}
-        if narrow:  # 7 % faster than the default at block 128; at width 128 they are equal
+        if narrow:  # 7 % faster than the default at block size 128; equal at head dimension 128
             options |= _square_backward(64, 2)
     return options
 

@@ -1,15 +1,15 @@
-"""Which path a call takes, and why. Every such decision is made here, from shapes and settings alone.
+"""Which path a call takes, and why. Every such decision is made here.
 
 | path | when |
 |---|---|
 | empty | there is no query |
 | reference | `implementation="naive"` |
-| dense | every query reads all keys, so that PyTorch's fused attention computes the same, on a GPU in half precision |
+| dense | every query reads all keys up to itself: PyTorch's fused attention computes the same, on a GPU in half precision |
 | routed | all others: the four steps of `moba_flex/attention.py` |
 
-Each `..._obstacle` returns what speaks against a path, or None. These are constants, since they are asked for with every call.
+Each `..._obstacle` returns why a path cannot be taken, or None. The reasons are constants, since every call asks for them.
 
-B rows, H query heads, N tokens (Nq queries, Nk keys), D and Dv widths.
+B batch, H query heads, N tokens (Nq queries, Nk keys), D and Dv head dimensions.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ class Path(Enum):
     ROUTED = "routed"
 
 
-# Of one tensor of a captured forward pass: 8,192 tokens of 32 heads of width 128. Copies of larger ones cost the GPU more than launches the
-# host. Of a backward pass half of it: it copies twice as many tensors, and the graphs of both passes would not fit into the working memory.
+# Per tensor of a captured forward pass: 8,192 tokens, 32 heads, head dimension 128. Copying larger tensors costs the GPU more than launches
+# cost the host. Half of it in a backward pass, which copies twice as many tensors: graphs of both would not fit into the working memory.
 MAX_CAPTURED_ELEMENTS = 1 << 25
 MAX_ONE_PASS_BLOCK, MAX_ONE_PASS_WIDTH = 256, 256
-_HALF = (torch.bfloat16, torch.float16)  # what float32 means on a GPU follows from settings that may change
+_HALF = (torch.bfloat16, torch.float16)  # the precision of float32 on a GPU depends on settings that may change
 
 
 def path_of(
@@ -51,7 +51,7 @@ def path_of(
     sinks: bool = False,
     return_lse: bool = False,
 ) -> Path:
-    """The path of a call. `sequences`: it has padding or packed sequences."""
+    """The path of a call. `sequences`: whether it has padding or packed sequences."""
     if query.numel() == 0:
         return Path.EMPTY
     if settings.implementation == "naive":
@@ -69,7 +69,7 @@ def reads_all_keys(n_key: int, settings: AttentionSettings) -> bool:
 def dense_obstacle(
     query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings, sequences: bool, sinks: bool, return_lse: bool
 ) -> str | None:
-    """What keeps a call from PyTorch's fused attention."""
+    """Why a call cannot use PyTorch's fused attention, or None."""
     if settings.implementation not in CUDA_IMPLEMENTATIONS:
         return 'only "flex" takes it, the implementation for CUDA'
     if return_lse:
@@ -87,30 +87,30 @@ def dense_obstacle(
 
 
 def one_pass_obstacle(query: Tensor, value: Tensor, slots: int, last_queries: bool = False) -> str | None:
-    """What keeps blocks of `slots` slots from a forward pass of one kernel, `implementation="triton"`."""
+    """Why blocks of `slots` slots cannot use the one-kernel forward pass, `implementation="triton"`, or None."""
     if (obstacle := _one_kernel_obstacle(query, value, slots, last_queries)) is not None:
         return obstacle
-    assert kernels is not None  # which is part of that
+    assert kernels is not None  # checked above
     fits = kernels.forward.fits(query, value, slots)
     return None if fits else "it needs an NVIDIA GPU whose shared memory holds a block's keys and values"
 
 
 def one_pass_backward_obstacle(query: Tensor, value: Tensor, slots: int, last_queries: bool = False) -> str | None:
-    """What keeps blocks of `slots` slots from a backward pass of one kernel, which is else FlexAttention's.
+    """Why blocks of `slots` slots cannot use the one-kernel backward pass, or None. The alternative is FlexAttention's.
 
     `last_queries`: queries are the last tokens of packed sequences, in tiles.
 
-    A block of many keys is cut into sub-blocks, each of which writes rows of its own: up to three need no more memory than the copied
-    rows of FlexAttention's would.
+    A block of many keys is split into sub-blocks, each of which writes gradient rows of its own. Up to three need no more memory than the
+    copied rows of FlexAttention's.
     """
     if (obstacle := _one_kernel_obstacle(query, value, slots, last_queries)) is not None:
         return obstacle
-    assert kernels is not None  # which is part of that
+    assert kernels is not None  # checked above
     return None if kernels.backward.sub_blocks(query, value, slots) <= 3 else "it would need more than three sub-blocks"
 
 
 def _one_kernel_obstacle(query: Tensor, value: Tensor, slots: int, last_queries: bool) -> str | None:
-    """What keeps blocks from any kernel of this package that takes all rows of a block."""
+    """Why blocks cannot use either of the one-kernel passes, or None."""
     if not query.is_cuda or kernels is None:
         return "it is for CUDA"
     if last_queries:
@@ -123,7 +123,7 @@ def _one_kernel_obstacle(query: Tensor, value: Tensor, slots: int, last_queries:
 
 
 def capture_obstacle(tensors: tuple[Tensor | None, ...], settings: AttentionSettings) -> str | None:
-    """What keeps a call from a CUDA graph. `tensors` are its operands: query, key and value, or the many of a backward pass."""
+    """Why a call cannot run as a CUDA graph, or None. `tensors`: query, key and value, or the operands of a backward pass."""
     first, most = tensors[0], MAX_CAPTURED_ELEMENTS if len(tensors) <= 3 else MAX_CAPTURED_ELEMENTS // 2
     assert first is not None
     if settings.implementation not in CUDA_IMPLEMENTATIONS or not first.is_cuda:

@@ -1,4 +1,4 @@
-"""Memory that outlives the call that it was made in."""
+"""Memory that outlives the call that allocates it."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ T = TypeVar("T")
 
 
 def may_be_kept(device: torch.device) -> bool:
-    """Whether what is made now on `device` may serve later calls.
+    """Whether tensors created now on `device` may be cached for later calls.
 
-    Under a dispatch mode, that of fake tensors say, it is for the mode alone; in a CUDA graph it has no contents before a replay, which may
-    then follow from other values.
+    Under a dispatch mode, for example FakeTensorMode, they belong to that mode. While a CUDA graph is captured, they have no contents
+    before a replay, which may compute them from other values.
     """
     return not is_under_dispatch_mode() and not (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
 
 
 def stream_of(device: torch.device) -> int | None:
-    """The stream that what is kept is for: another may read it before it is written, or still when its memory has a new use."""
+    """The stream that cached tensors are valid on: another one could read them before they are written or after their memory is reused."""
     return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else None
 
 
 class _Worker(Thread):
-    """Runs what it is given, one after another. It begins outside of inference mode and of every memory pool, and stays there."""
+    """Runs jobs one after another, outside of inference mode and of any memory pool."""
 
     def __init__(self) -> None:
-        super().__init__(name="moba_flex-allocation", daemon=True)  # an executor takes nothing once the main thread has ended
+        super().__init__(name="moba_flex-allocation", daemon=True)  # an executor accepts no job once the main thread has ended
         self.process, self._jobs = os.getpid(), SimpleQueue[Callable[[], None]]()
         self.start()
 
@@ -41,10 +41,10 @@ class _Worker(Thread):
         while True:
             job = self._jobs.get()
             job()
-            del job  # which holds what it has made
+            del job  # it references its results
 
     def __call__(self, job: Callable[[], None]) -> None:
-        """Run it and wait for it. It must raise nothing."""
+        """Run `job` and wait for it. It must not raise."""
         if current_thread() is self:
             return job()
         done = Event()
@@ -64,17 +64,17 @@ _lock = Lock()
 def _the_worker() -> _Worker:
     global _worker
     with _lock:
-        if _worker is None or _worker.process != os.getpid():  # threads do not come along when a process forks
+        if _worker is None or _worker.process != os.getpid():  # a forked child process has no threads
             _worker = _Worker()
         return _worker
 
 
 def allocate_persistent(make: Callable[[], T], device: torch.device) -> T:
-    """What `make` returns: tensors on `device` that are kept for later calls, for use in inference mode and out of it.
+    """The result of `make`: tensors on `device` that are cached for later calls, usable inside and outside of inference mode.
 
-    On a GPU a thread of its own makes them. Within `torch.cuda.use_mem_pool`, and while PyTorch warms up for CUDA graphs of its own
-    (`torch.compile(mode="reduce-overhead")`), the memory that the calling thread asks for belongs to somebody else, who gives it to others
-    afterwards, or finds what is still there and raises.
+    On a GPU a dedicated thread allocates them. Within `torch.cuda.use_mem_pool`, and while PyTorch warms up its own CUDA graphs
+    (`torch.compile(mode="reduce-overhead")`), memory that the calling thread allocates belongs to a pool whose owner reuses it later, or
+    raises because it is still in use.
     """
     if device.type != "cuda":
         with torch.inference_mode(False):
@@ -93,5 +93,5 @@ def allocate_persistent(make: Callable[[], T], device: torch.device) -> T:
 
     _the_worker()(on_the_same_stream)
     if errors:
-        raise errors.pop()  # kept here, it would keep itself, and the memory that its frames hold
+        raise errors.pop()  # popped, since the traceback's frames would otherwise form a reference cycle that holds memory
     return made.pop()

@@ -1,4 +1,4 @@
-"""Autocast, and how it is kept out: what it would compute in half precision, the gate compares in float32."""
+"""Disables autocast, which would compute in half precision what the gate compares in float32."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager[object]:
-    """A context without autocast on the device of `x`; where there is none, as in most calls, it costs nothing."""
+    """A context that disables autocast on the device of `x`. It costs nothing if autocast is off, as in most calls."""
     kind = x.device.type
-    on = kind != "meta" and torch.is_autocast_enabled(kind)  # which meta tensors have none of
+    on = kind != "meta" and torch.is_autocast_enabled(kind)  # meta has no autocast
     return torch.autocast(kind, enabled=False) if on else nullcontext()

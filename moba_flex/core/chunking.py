@@ -1,6 +1,6 @@
-"""Chunks: the slices in which a call is worked through, so that its routed rows fit into the working memory and a kernel's reach.
+"""Splits a call into chunks whose routed rows fit into the working memory and into a kernel's offset range.
 
-B rows, H query heads, G key heads, Q query blocks, C key blocks, P slots per block, D and Dv widths.
+B batch rows, H query heads, G key heads, Q query blocks, C key blocks, P slots per block, D and Dv head dimensions.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from torch import Tensor
 from .layout import BlockLayout
 from .settings import AttentionSettings
 
-QUERY_TILE = 128  # routed rows that one tile of queries holds; a tile meets exactly one block
-# Rows times query heads that a kernel can be launched for: CUDA's bound on all but the first axis of a grid.
+QUERY_TILE = 128  # routed rows per tile; a tile reads exactly one block
+# Maximum batch rows times query heads per launch: CUDA's limit on all but the first grid dimension.
 MAX_HEADS = 65_535
 
 Parts = list[tuple[slice, slice]]
@@ -23,12 +23,12 @@ Chunk = tuple[slice, slice, Parts]
 
 
 class Piece(NamedTuple):
-    """What is computed at a time: the part of a chunk, and which of its parts it is."""
+    """The unit of work: one part of a chunk, and its index among the parts."""
 
     rows: slice
     groups: slice
     heads: slice
-    blocks: slice  # of queries
+    blocks: slice  # query blocks
     number: int
     n_parts: int
 
@@ -61,13 +61,13 @@ def chunks(
     row_numbers: int,
     head_by_head: bool = False,
 ) -> Iterator[Chunk]:
-    """Slices of rows and key heads whose routed rows, of `row_numbers` numbers each, fit into the working memory, all of one shape, each in
-    parts by its queries.
+    """Slices of batch rows and key heads, all of one shape, whose routed rows of `row_numbers` elements each fit into the working memory.
+    Each slice comes with its parts: slices of query heads and query blocks.
 
-    A part, slices of query heads and of query blocks, has no tensor of more than `reach` elements. One key head of one row with its query
-    heads is the least that a budget asks for; more of them share a chunk when they fit. Only beyond `reach` a chunk is a key head in
-    several parts, and else it is one part. No chunk of several key heads has more than `MAX_HEADS` query heads, those of all its rows.
-    With `head_by_head` each query head of each row is a part.
+    A part has no tensor of more than `reach` elements. The smallest chunk, whatever the budget, is one key head of one batch row with its
+    query heads; several share a chunk if they fit. A chunk has more than one part only if one key head exceeds `reach`. A chunk of
+    several key heads has at most `MAX_HEADS` query heads, over all its batch rows. With `head_by_head`, each query head of each batch row
+    is a part.
 
     Raises ValueError if one head's keys, or the routed rows of one query block, are more than `reach` elements.
     """
@@ -93,13 +93,13 @@ def chunks(
 
 
 def launches(n_rows: int, heads: int) -> list[slice]:
-    """Slices of rows with `heads` heads each, as many together as one launch serves, and one at least."""
+    """Slices of batch rows with `heads` heads each: as many rows as one launch supports, and at least one."""
     step = max(1, MAX_HEADS // heads)
     return [slice(row, min(row + step, n_rows)) for row in range(0, n_rows, step)]
 
 
 def _parts(repeats: int, width: int, layout: BlockLayout, settings: AttentionSettings, reach: int, most_heads: int) -> Parts:
-    """The query heads of one key head and their query blocks: `most_heads` at once, or fewer heads, or some blocks of one head."""
+    """The parts of one key head: `most_heads` query heads with all query blocks, or fewer heads, or some blocks of one head."""
 
     def elements(heads: int, blocks: int) -> int:
         return max_elements(heads, blocks, width, layout, settings)
@@ -117,12 +117,12 @@ def _parts(repeats: int, width: int, layout: BlockLayout, settings: AttentionSet
 
 
 def max_elements(heads: int, blocks: int, width: int, layout: BlockLayout, settings: AttentionSettings) -> int:
-    """How many elements the largest tensor of one key head can have, for so many of its query heads and of their query blocks."""
+    """Upper bound on the elements of any tensor of one key head, for `heads` of its query heads and `blocks` of their query blocks."""
     pairs = heads * blocks * min(layout.block_size, layout.query_width) * min(settings.n_routed, layout.n_key_blocks)
     routed = tiles_needed(pairs, layout.n_key_blocks, QUERY_TILE) * QUERY_TILE
     return max(routed, heads * blocks * layout.query_width, layout.n_key_blocks * layout.width) * width
 
 
 def tiles_needed(max_pairs: int, n_blocks: int, tile: int) -> int:
-    """T: enough tiles for `max_pairs` pairs however they spread over `n_blocks` blocks."""
+    """T: enough tiles for `max_pairs` pairs, however they are distributed over `n_blocks` blocks."""
     return -(-max_pairs // tile) + min(n_blocks, max_pairs)

@@ -1,4 +1,4 @@
-"""What torch.compile shall not trace. PyTorch's own decorators have no types, and would take those of what they decorate."""
+"""Decorators for functions that torch.compile must not trace. PyTorch's own are untyped and would erase the function's type."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def outside_graphs(function: F) -> F:
-    """A function that is a break in a graph, and runs as it is."""
+    """Makes calls of `function` graph breaks that run eagerly."""
     return torch.compiler.disable(function)
 
 
 def constant_in_graphs(function: F) -> F:
-    """A function that is called while a graph is traced; what it returns is a constant of the graph."""
+    """Calls `function` during tracing and makes its result a constant of the graph."""
     return torch.compiler.assume_constant_result(function)

@@ -6,5 +6,5 @@ import torch
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
-    """float32 at least: what sums, log-sum-exps and the gate's scores are computed in."""
+    """The dtype of sums, log-sum-exps and gate scores: `dtype`, but at least float32."""
     return torch.promote_types(dtype, torch.float32)

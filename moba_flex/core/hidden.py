@@ -1,4 +1,4 @@
-"""Matrix products in which what is hidden does not count. To IEEE arithmetic 0 times NaN is NaN, so a weight of 0 alone hides nothing."""
+"""Matrix products that ignore hidden elements. In IEEE arithmetic 0 * NaN is NaN, so a weight of 0 alone hides nothing."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from .validation import readable
 
 
 def all_finite(*tensors: Tensor) -> bool:
-    """Whether there is no NaN and no infinity. False where values may not be looked at."""
+    """Whether all elements are finite. False if values must not be read."""
     if not readable(*tensors) or functorch_transform() is not None:
         return False
     return all(bool(x.isfinite().all()) for x in tensors)
 
 
 def finite(x: Tensor) -> Tensor:
-    """`x` with 0 in place of NaN and infinity."""
+    """`x` with NaN and infinity replaced by 0."""
     return torch.where(x.isfinite(), x, 0)
 
 
 def visible_product(weight: Tensor, visible: Tensor, x: Tensor) -> Tensor:
-    """`weight [..., M, K] @ x [..., K, D]`, in which only the pairs that are `visible [..., M, K]` count. Other weights must be 0.
+    """`weight [..., M, K] @ x [..., K, D]`, restricted to pairs that are `visible [..., M, K]`. Other weights must be 0.
 
-    NaN and infinity in `x` reach the rows of `weight` that can see them, with the sign that they have beside positive weights.
+    NaN and infinity in `x` reach the rows of `weight` that can see them, with the sign that a positive weight gives.
     """
     kinds = torch.cat([x == math.inf, x == -math.inf, x.isnan()], -1)
     above, below, nan = ((visible.to(weight.dtype) @ kinds.to(weight.dtype)) > 0).chunk(3, -1)
     reached = torch.zeros_like(above, dtype=weight.dtype)
     reached = reached.masked_fill(above, math.inf).masked_fill(below, -math.inf).masked_fill(nan | (above & below), math.nan)
-    return weight @ finite(x) + reached * weight.sum(-1, keepdim=True)  # the sum, so that the gradient of `weight` is spoilt too
+    return weight @ finite(x) + reached * weight.sum(-1, keepdim=True)  # the sum makes the gradient of `weight` non-finite too

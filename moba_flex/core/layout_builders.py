@@ -1,6 +1,6 @@
-"""How a `BlockLayout` is made: of rows of equal length, of padded rows, and of packed sequences.
+"""Builds a `BlockLayout` for rows of equal length, padded rows or packed sequences.
 
-B rows, C key blocks per row, Q query blocks per row, P slots per block (`width`), N tokens.
+B batch rows, C key blocks per row, Q query blocks per row, P slots per block (`width`), N tokens.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 def layout_of(
     query: Tensor, key: Tensor, padding_mask: Tensor | None, cu_seqlens: Tensor | None, block_size: int, backend: Backend
 ) -> BlockLayout:
-    """The layout of a call, in blocks and tiles as wide as the backend wants them.
+    """The layout of a call, with the backend's block widths and query tiles.
 
-    `cu_seqlens [n + 1]`, or `[2, n + 1]`: those of queries and those of keys.
+    `cu_seqlens` is `[n + 1]`, or `[2, n + 1]` for queries and keys.
     """
     n_query, n_key = query.shape[2], key.shape[2]
     block_size, width = block_sizes(block_size, n_key, backend.slots_per_block)
@@ -47,7 +47,7 @@ def layout_of(
 
 
 def _layout_told(told: Tensor, n_query: int, n_key: int, block_size: int, width: int, tile: int | None) -> BlockLayout:
-    """The layout that a padding mask `[B, Nk]` bool says, or `cu_seqlens`."""
+    """The layout given by `told`: a padding mask `[B, Nk]` bool, or `cu_seqlens`."""
     if told.dtype == torch.bool:
         return padded_layout(told, n_query, block_size, width)
     if tile is None:
@@ -58,7 +58,7 @@ def _layout_told(told: Tensor, n_query: int, n_key: int, block_size: int, width:
 def n_query_slots(
     query: Tensor, key: Tensor, padding_mask: Tensor | None, cu_seqlens: Tensor | None, block_size: int, backend: Backend
 ) -> int:
-    """How many slots `layout_of` gives to the queries of a row, from shapes alone."""
+    """The number of query slots per row in `layout_of`, from shapes alone."""
     n_query, n_key = query.shape[2], key.shape[2]
     block_size, width = block_sizes(block_size, n_key, backend.slots_per_block)
     if cu_seqlens is not None and cu_seqlens.dim() == 2:
@@ -70,13 +70,13 @@ def n_query_slots(
 
 
 def block_sizes(block_size: int, n_key: int, slots: Callable[[int], int]) -> tuple[int, int]:
-    """Tokens and slots of a block."""
+    """Tokens per block and slots per block."""
     block_size = one_block(block_size, n_key)
     return block_size, slots(block_size)
 
 
 def n_query_blocks(n_query: int, n_key: int, block_size: int, padded: bool, sequences: int | None) -> int:
-    """How many query blocks that are as wide as key blocks `layout_of` makes per row, from shapes alone."""
+    """The number of query blocks per row in `layout_of`, if they are as wide as key blocks, from shapes alone."""
     if sequences is not None:
         return n_key // block_size + sequences
     if padded and n_query != n_key:
@@ -85,10 +85,10 @@ def n_query_blocks(n_query: int, n_key: int, block_size: int, padded: bool, sequ
 
 
 def n_query_tiles(n_query: int, sequences: int, block_size: int, tile: int) -> int:
-    """A bound on the tiles of `n_query` queries, which are the last of `sequences` packed sequences, from shapes alone.
+    """An upper bound on the query tiles if `n_query` queries are the last tokens of `sequences` packed sequences, from shapes alone.
 
-    A sequence's queries have one tile, and one more for each border between tiles or blocks that they cross: at most one in `tile`
-    steps from one query to the next, and one in `block_size` steps where tiles do not fill blocks. No tile is empty.
+    A sequence's queries have one tile, and one more for each tile or block boundary that they cross: at most one in `tile` steps from
+    one query to the next, and one in `block_size` steps if tiles do not divide blocks. No tile is empty.
     """
 
     def crossed(size: int) -> int:
@@ -99,7 +99,7 @@ def n_query_tiles(n_query: int, sequences: int, block_size: int, tile: int) -> i
 
 
 def dense_layout(rows: int, n_query: int, n_key: int, block_size: int, width: int, device: torch.device) -> BlockLayout:
-    """Rows of equal length without padding; the queries are the last `n_query` of `n_key` positions. The next call uses it again."""
+    """Rows of equal length without padding; the queries are the last `n_query` of `n_key` positions. Cached for later calls."""
     settings = rows, n_query, n_key, block_size, width, device
     if not may_be_kept(device):
         return _dense_layout(*settings)
@@ -134,7 +134,7 @@ def _dense_layout(rows: int, n_query: int, n_key: int, block_size: int, width: i
 
 
 def padded_layout(padding_mask: Tensor, n_query: int, block_size: int, width: int) -> BlockLayout:
-    """Rows whose real tokens are one run each (`padding_mask [B, Nk]`), blocks counted from the first real token."""
+    """Rows with padding (`padding_mask [B, Nk]`) around contiguous real tokens. Blocks are counted from the first real token."""
     rows, n_key = padding_mask.shape
     length = padding_mask.sum(1, keepdim=True)
     start = padding_mask.int().argmax(1, keepdim=True)
@@ -169,9 +169,9 @@ def padded_layout(padding_mask: Tensor, n_query: int, block_size: int, width: in
 
 
 def packed_layout(cu_seqlens: Tensor, n_tokens: int, block_size: int, width: int) -> BlockLayout:
-    """One row that holds all packed sequences, each starting a block of its own. No value is read back to the host."""
+    """One row with all packed sequences, each of which starts a new block. No value is read back to the host."""
     bounds, n_sequences, device = cu_seqlens.int(), cu_seqlens.numel() - 1, cu_seqlens.device
-    n_blocks = n_query_blocks(n_tokens, n_tokens, block_size, False, n_sequences)  # a bound: data decides how many of them are in use
+    n_blocks = n_query_blocks(n_tokens, n_tokens, block_size, False, n_sequences)  # an upper bound: how many are in use depends on data
     lengths = bounds.diff()
     blocks = (lengths + (block_size - 1)) // block_size
     after = blocks.cumsum(0, dtype=torch.int32)  # one past each sequence's last block
@@ -179,7 +179,7 @@ def packed_layout(cu_seqlens: Tensor, n_tokens: int, block_size: int, width: int
     block = torch.arange(n_blocks, device=device, dtype=torch.int32)
     sequence = torch.searchsorted(after, block, right=True).clamp_(max=n_sequences - 1)
     first, end, length, token = torch.stack([after - blocks, after, lengths, bounds[:-1]])[:, sequence].unsqueeze(1)
-    before = (block - first) * block_size  # keys of the sequence
+    before = (block - first) * block_size  # keys of the sequence before the block
     keys, token = (length - before).clamp_(0, block_size), token + before
     return BlockLayout(
         block_size,
@@ -201,15 +201,16 @@ def packed_layout(cu_seqlens: Tensor, n_tokens: int, block_size: int, width: int
 
 
 def with_last_queries(layout: BlockLayout, cu_seqlens: Tensor, n_query: int, tile: int) -> BlockLayout:
-    """`layout`, that of packed keys, for queries that are each sequence's last tokens: `cu_seqlens [2, n + 1]`, of queries and of keys.
+    """`layout` of packed keys, for queries that are each sequence's last tokens: `cu_seqlens [2, n + 1]` for queries and keys.
 
-    Tiles begin at every multiple of `tile` slots of a block, and there are those alone that hold queries. No value is read back.
+    Tiles begin at multiples of `tile` slots of a block. Tiles without queries are left out; spare ones follow at the end. No value is
+    read back to the host.
     """
     size, per_block, n_sequences = layout.block_size, -(-layout.block_size // tile), cu_seqlens.shape[1] - 1
     n_tiles = n_query_tiles(n_query, n_sequences, size, tile)
     bounds, device = cu_seqlens[0].long(), cu_seqlens.device
     queries, keys = cu_seqlens.long().diff()
-    skipped = keys - queries  # before the first query
+    skipped = keys - queries  # keys before the first query
 
     def tile_at(position: Tensor) -> Tensor:  # counted from its sequence's first key
         return position // size * per_block + position % size // tile
@@ -221,7 +222,7 @@ def with_last_queries(layout: BlockLayout, cu_seqlens: Tensor, n_query: int, til
 
     number = torch.arange(n_tiles, device=device)
     of_tile = torch.searchsorted(after, number, right=True).clamp(max=n_sequences - 1)
-    number = number - before[of_tile] + first_tile[of_tile]  # of spare tiles: beyond the last sequence's keys
+    number = number - before[of_tile] + first_tile[of_tile]  # spare tiles are beyond the last sequence's keys
     offset = number % per_block * tile
     begin = number // per_block * size + offset
     room = (size - offset).clamp(max=tile)
@@ -248,7 +249,7 @@ def with_last_queries(layout: BlockLayout, cu_seqlens: Tensor, n_query: int, til
 
 
 def _query_range(block: Tensor, first: Tensor | int, end: Tensor | int, block_size: int) -> tuple[Tensor, Tensor]:
-    """The slots of each block that hold positions from `first` to `end`."""
+    """The first slot of each block and one past the last that hold positions from `first` to before `end`."""
     start = (first - block * block_size).clamp(0, block_size)
     stop = torch.maximum((end - block * block_size).clamp(0, block_size), start)
     return start.int().contiguous(), stop.int().contiguous()

@@ -1,12 +1,11 @@
-"""What follows from the values of a tensor, worked out once for all calls that are given that tensor.
+"""Caches results that depend on the values of a tensor, for all calls with that tensor.
 
-Padding and packed sequences come as a tensor on the GPU. To check its values the host waits for the GPU, and the layout of blocks that
-follows from them is dozens of small launches. But all layers of a model, and their backward passes, are given the same tensor.
+A padding mask or `cu_seqlens` is on the GPU. Checking its values synchronizes the host with the GPU, and computing the block layout takes
+dozens of small launches. All layers of a model, and their backward passes, get the same tensor.
 
-What is kept lives as long as the tensor, and until PyTorch's version counter tells of a write: what autograd relies on too. The counter
-does not see what a kernel of the user's own writes or an exchange between processes (`dist.broadcast`), nor code that torch.compile made,
-which gives one tensor several contents. So only those are remembered that come from outside of compiled graphs, where code of that kind
-writes no tensor that it has handed out.
+A result is cached until the tensor is freed or PyTorch's version counter, on which autograd relies too, reports a write. The counter misses
+writes of custom kernels, of collectives (`dist.broadcast`), and of code compiled by torch.compile, which reuses one tensor for different
+contents. Only tensors from outside compiled graphs are remembered, since compiled code does not write to a tensor that it has returned.
 """
 
 from __future__ import annotations
@@ -22,11 +21,11 @@ from .allocation import allocate_persistent, may_be_kept, stream_of
 from .upstream import version_of
 
 T = TypeVar("T")
-MOST = 16  # things that are kept for one tensor: calls of many settings may share it
+MOST = 16  # results cached per tensor: calls with different settings may share it
 
 
 class _Entry:
-    """What is known of one tensor as of one of its versions."""
+    """Results cached for one version of a tensor."""
 
     def __init__(self, x: Tensor) -> None:
         number = id(x)
@@ -38,27 +37,27 @@ class _Entry:
         self.tensor, self.version, self.known = weakref.ref(x, forget), version_of(x), dict[Hashable, Any]()
 
 
-_entries: dict[int, _Entry] = {}  # by id: tensors compare element by element, so that they are no keys
+_entries: dict[int, _Entry] = {}  # by id: tensors compare elementwise, so they cannot be keys
 
 
 def remember(x: Tensor) -> None:
-    """From now on keep what follows from the values of `x`. Within a graph that is traced or captured nothing happens."""
+    """Starts caching results for `x`. Does nothing while a graph is traced or captured."""
     if not torch.compiler.is_compiling() and may_be_remembered(x) and may_be_kept(x.device) and _entry(x) is None:
         _entries[id(x)] = _Entry(x)
 
 
 def may_be_remembered(x: Tensor) -> bool:
-    """On a CPU there is nothing to wait for, and NumPy may write unseen. What inference mode makes has no version."""
+    """Only CUDA tensors with a version: a CPU needs no synchronization, NumPy writes are not counted, inference tensors have no version."""
     return x.is_cuda and type(x) is Tensor and not x.is_inference()
 
 
 def is_remembered(x: Tensor) -> bool:
-    """Whether `memo` keeps what follows from `x`."""
+    """Whether `memo` caches results for `x`."""
     return _entry(x) is not None and may_be_kept(x.device)
 
 
 def memo(x: Tensor, name: Hashable, make: Callable[[], T]) -> T:
-    """What `make` returns, which must follow from the values of `x` and `name` alone. Kept with `x` if that is remembered."""
+    """The result of `make`, which must depend on the values of `x` and on `name` only. Cached if `x` is remembered."""
     entry = _entry(x)
     if entry is None or not may_be_kept(x.device):
         return make()
@@ -71,9 +70,9 @@ def memo(x: Tensor, name: Hashable, make: Callable[[], T]) -> T:
 
 
 def memo_of_both(x: Tensor, y: Tensor, name: Hashable, make: Callable[[], T]) -> T:
-    """What `make` returns, which must follow from the values of both and `name` alone.
+    """The result of `make`, which must depend on the values of `x` and `y` and on `name` only.
 
-    Kept for the `y` that came last with this `x`, and for one stream: another would have to wait until it is written.
+    Cached for the last `y` used with this `x`, per stream: another stream would have to wait until the result is written.
     """
     if torch.compiler.is_compiling() or not (is_remembered(x) and is_remembered(y)):
         return make()
@@ -81,7 +80,7 @@ def memo_of_both(x: Tensor, y: Tensor, name: Hashable, make: Callable[[], T]) ->
     found = last.get("last")
     if found is None or found[0]() is not y or found[1] != version_of(y):
         found = last["last"] = weakref.ref(y), version_of(y), allocate_persistent(make, x.device)
-    return found[2]  # not of `last`, where another thread may have put its own
+    return found[2]  # not from `last`, which another thread may have overwritten
 
 
 def _entry(x: Tensor) -> _Entry | None:

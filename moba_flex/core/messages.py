@@ -1,4 +1,4 @@
-"""How a value that was given is shown in an error: on one line, short, and never cut in a way that makes another value of it."""
+"""How error messages show a value: on one line, short, and never truncated to something that reads as another value."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ _LONGEST = 80  # characters
 
 
 def shown(value: object) -> str:
-    """`value` as Python writes it, or what it is where that would be too long: "an int of 5001 digits", "a list of 5000 elements"."""
+    """The repr of `value`, or a description if that is too long: "an int of 5001 digits", "a list of 5000 elements"."""
     if isinstance(value, int) and abs(value) >= 10**40:
         return f"{'a negative' if value < 0 else 'an'} int of {_digits(abs(value))} digits"
-    if isinstance(value, Tensor) and value.is_nested:  # which has no shape
+    if isinstance(value, Tensor) and value.is_nested:  # it has no shape
         return f"a nested {type(value).__name__}"
     if isinstance(value, Tensor) and value.dim():
         return f"a {type(value).__name__} of shape {tuple(value.shape)} and dtype {value.dtype}"
@@ -33,11 +33,11 @@ def shown(value: object) -> str:
 
 
 def to_int(value: object) -> str:
-    """How to mend a value that should be an int, if that is plain: the end of a message."""
+    """The end of a message: how to convert a value that should be an int, or "" if that is unclear."""
     if isinstance(value, float):
         return ": convert it with int()" if value.is_integer() else ""
     try:
-        operator.index(value)  # type: ignore[arg-type]  # it raises for what is no int
+        operator.index(value)  # type: ignore[arg-type]  # raises for non-integers
     except Exception:
         return ""
     return "" if isinstance(value, int) else ": convert it with int()"
@@ -51,17 +51,17 @@ def _a(value: object) -> str:
 def _repr(value: object) -> str | None:
     try:
         return repr(value)
-    except Exception:  # of an int of very many digits, say
+    except Exception:  # for example an int with very many digits
         return None
 
 
 def _length(value: Sized) -> int:
     try:
         return len(value)
-    except Exception:  # an array without dimensions
+    except Exception:  # for example a 0-dimensional array
         return 0
 
 
 def _digits(value: int) -> int:
-    digits = int(math.log10(value)) + 1  # near a power of 10 that may be one too many or too few
+    digits = int(math.log10(value)) + 1  # may be off by one near a power of 10
     return digits + (value >= 10**digits) - (value < 10 ** (digits - 1))

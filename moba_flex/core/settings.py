@@ -1,4 +1,4 @@
-"""The settings of one attention call: built once by the public function, and handed down whole."""
+"""The settings of one attention call: built once by the public function and passed down as a whole."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ DEFAULT_WORKING_MEMORY = 2 << 30
 
 @dataclass(frozen=True)
 class AttentionSettings:
-    """What a call asks for apart from its tensors, validated already. Its fields are the arguments of `moba_flex.moba_attention`."""
+    """The validated arguments of `moba_flex.moba_attention` other than tensors, and the memory budget."""
 
     block_size: int
     top_k: int
@@ -23,21 +23,21 @@ class AttentionSettings:
     scale: float = 1.0
     softcap: float | None = None
     implementation: str = "eager"  # "eager", "flex", "triton" or "naive": "auto" is resolved
-    working_memory: int = DEFAULT_WORKING_MEMORY  # bytes that routed rows may take at a time
+    working_memory: int = DEFAULT_WORKING_MEMORY  # bytes for routed rows, see `set_working_memory`
 
     @property
     def n_routed(self) -> int:
-        """S: how many blocks a query is routed to. With causal attention its own block is not one of them."""
+        """S: number of blocks that a query is routed to. In causal attention its own block is not one of them."""
         return self.top_k - 1 if self.causal else self.top_k
 
     def cap_(self, score: Tensor) -> Tensor:
-        """`score` after the softcap, if there is one. In place."""
+        """Applies the softcap, if any, to `score` in place."""
         return score if self.softcap is None else score.div_(self.softcap).tanh_().mul_(self.softcap)
 
     def to_arguments(self) -> tuple[tuple[int, ...], bool, bool, float, float | None, str]:
-        """As arguments of an operator: `sizes`, `causal`, `share_selection`, `scale`, `softcap`, `implementation`.
+        """The settings as operator arguments: `sizes`, `causal`, `share_selection`, `scale`, `softcap`, `implementation`.
 
-        What PyTorch does around an operator grows with the square of the number of its arguments, so all whole numbers are one.
+        PyTorch's overhead per operator call grows with the square of the number of arguments, so all ints are one argument.
         """
         sizes = self.block_size, self.top_k, self.sink_blocks, self.recent_blocks, self.working_memory
         return sizes, self.causal, self.share_selection, self.scale, self.softcap, self.implementation
@@ -53,5 +53,5 @@ class AttentionSettings:
 
     @property
     def n_free(self) -> int:
-        """How many of these the gate chooses by their scores. The others are sink and recent blocks."""
+        """Number of routed blocks that the gate chooses by score. The others are sink and recent blocks."""
         return self.n_routed - self.sink_blocks - self.recent_blocks

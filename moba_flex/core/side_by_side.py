@@ -1,8 +1,8 @@
-"""Pieces of work on a CPU, side by side in a few threads, each of which computes with its share of PyTorch's threads.
+"""Runs pieces of CPU work in parallel in a few threads, each with its share of PyTorch's intra-op threads.
 
-PyTorch cuts every operation up among all threads and waits for the last of them. Thousands of small operations then wait for a core that
-has something else to do, a time slice of the system each. A piece that one thread computes from start to end waits for nobody, and nor
-does a small call that one thread computes alone.
+PyTorch splits every operation among all threads and waits for the last of them. On a busy machine, each of thousands of small operations
+can then wait for an occupied core, up to a time slice of the scheduler. A piece, or a small call, that one thread computes from start to
+end does not wait.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .upstream import is_under_dispatch_mode
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-MOST_WORKERS = 8  # between operations only one thread runs Python, so that more of them would wait for each other
+MOST_WORKERS = 8  # with more, threads would wait for the GIL between operations
 
 _lock = threading.Lock()
 _workers: ThreadPoolExecutor | None = None
@@ -29,9 +29,9 @@ _of_worker = threading.local()
 
 
 def side_by_side(function: Callable[[Item], Result], items: Sequence[Item], device: torch.device) -> Iterator[Result]:
-    """`function(item)` of each, in order. Results wait for those before them, twice as many as there are threads at most.
+    """Yields `function(item)` for each item, in order. Workers run ahead by at most twice as many items as there are workers.
 
-    On a GPU, with one thread, and where a dispatch mode watches this thread, one comes after the other in this thread.
+    Items run one after another in the calling thread on a GPU, with one thread, within a worker, and under a dispatch mode.
     """
     n_threads = torch.get_num_threads() if device.type == "cpu" else 1
     n_workers = min(n_threads, len(items), MOST_WORKERS)
@@ -44,7 +44,7 @@ def side_by_side(function: Callable[[Item], Result], items: Sequence[Item], devi
 
     def work() -> None:
         _of_worker.is_one = True
-        if torch.get_num_threads() != share:  # asked for first, since a thread takes what was set last when it first needs to know
+        if torch.get_num_threads() != share:  # the getter must come first: a thread's first use resets its number to the last one set
             torch.set_num_threads(share)
         with torch.inference_mode(inference), torch.no_grad():
             while ahead.acquire() and not stopped and (number := next(numbers, None)) is not None:
@@ -57,18 +57,18 @@ def side_by_side(function: Callable[[Item], Result], items: Sequence[Item], devi
     try:
         for number, result in enumerate(results):
             yield result.result()
-            results[number] = Future()  # whose result is nobody's now
+            results[number] = Future()  # releases the result
             ahead.release()
-    finally:  # after an error or Ctrl-C too nothing goes on in the background
+    finally:  # nothing continues in the background, even after an error or Ctrl-C
         stopped = True
         ahead.release(n_workers)
         wait(workers)
-        torch.set_num_threads(n_threads)  # PyTorch gives what was set last to threads that are yet to come
+        torch.set_num_threads(n_threads)  # new threads start with the last number set
 
 
 @contextmanager
 def one_thread(wanted: bool) -> Iterator[None]:
-    """Within it no operation of this thread is cut up among PyTorch's threads, if that is wanted."""
+    """If `wanted`, operations of this thread run on one thread within the context."""
     n_threads = torch.get_num_threads() if wanted else 1
     if n_threads > 1:
         torch.set_num_threads(1)
@@ -88,7 +88,7 @@ def _pool() -> ThreadPoolExecutor:
 
 
 def _forget() -> None:
-    """In a child process, which has none of the threads."""
+    """Resets the pool in a forked child process, which has none of its threads."""
     global _workers, _lock
     _workers, _lock = None, threading.Lock()
 

@@ -1,9 +1,9 @@
-"""Strides: heads one after another, or together for each token, as a model's projections make them.
+"""Strides of attention tensors: contiguous `[B, H, N, D]`, or a transposed view of `[B, N, H, D]`, as a model's projections return.
 
-A tensor `[B, H, N, D]` that a projection made is a view of `[B, N, H, D]`. It is not copied: kernels read and write any strides. Outputs
-and gradients lie as what they belong to, so that a model need not copy them to join heads again.
+These views are not copied: kernels read and write any strides, last dimension contiguous. Outputs and gradients have the strides of the
+tensors that they belong to, so a model can merge heads without a copy.
 
-B rows, H heads, N tokens, D width.
+B batch, H heads, N tokens, D head dimension.
 """
 
 from __future__ import annotations
@@ -12,26 +12,26 @@ from torch import Tensor
 
 
 def tokens_first(x: Tensor) -> bool:
-    """Whether the heads of `x [B, H, N, ...]` are together for each token."""
+    """Whether `x [B, H, N, ...]` is a transposed view of a contiguous `[B, N, H, ...]`, and not contiguous itself."""
     return not x.is_contiguous() and x.transpose(1, 2).is_contiguous()
 
 
 def keep_strides(x: Tensor) -> Tensor:
-    """`x [B, H, N, ...]`, copied only if its heads are neither together for each token nor one after another."""
+    """`x [B, H, N, ...]`, copied only if it is neither contiguous nor `tokens_first`."""
     return x if tokens_first(x) else x.contiguous()
 
 
 def readable(x: Tensor) -> Tensor:
-    """`x [B, H, N, D]`, copied only if a token's numbers do not lie together: a kernel reads it with any other strides."""
+    """`x [B, H, N, D]`, copied only if its last dimension is not contiguous: kernels read any other strides."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def empty_with_strides_of(x: Tensor, n: int, width: int) -> Tensor:
-    """`[B, H, n, width]` for the rows and heads of `x [B, H, N, D]`, with the strides of `keep_strides(x)`."""
+    """An empty `[B, H, n, width]` with batch and heads of `x [B, H, N, D]` and the stride order of `keep_strides(x)`."""
     rows, heads = x.shape[:2]
     return x.new_empty(rows, n, heads, width).transpose(1, 2) if tokens_first(x) else x.new_empty(rows, heads, n, width)
 
 
 def rows_in_line(x: Tensor) -> Tensor | None:
-    """`[1, H, B * N, D]`: the rows of `x [B, H, N, D]` one behind the other, if they lie so."""
+    """`x [B, H, N, D]` as a view `[1, H, B * N, D]`, or None if its strides do not allow that."""
     return x.transpose(1, 2).flatten(0, 1).transpose(0, 1)[None] if x.stride(0) == x.shape[2] * x.stride(2) else None

@@ -1,6 +1,6 @@
-"""Tokens moved to the places that an index gives them, and `fill` where it gives none: on a GPU each is read once and written once.
+"""Gathers tokens by index, with `fill` where the index is -1. On a GPU each token is read once and written once.
 
-B rows, H heads, N tokens, M places, D width.
+B batch, H heads, N tokens, M output tokens, D head dimension.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ try:
 except ImportError:  # no Triton, so no CUDA either
     triton = None
 
-_TILE = 4096  # elements that one program copies, or one token of more
+_TILE = 4096  # elements per program, or one token if it has more
 
 
 def take(x: Tensor, index: Tensor, fill: float = 0, into: Tensor | None = None) -> Tensor:
     """`[B, H, N, ...]`, `[B, M]` int64 -> `[B, H, M, ...]`: `out[b, h, i] = x[b, h, index[b, i]]`, `fill` where the index is -1.
 
-    The result is `into`, if given, which may have any strides.
+    The result is written to `into`, if given, which may have any strides.
     """
     if x.is_cuda and triton is not None:
         return take_by_kernel(x, index, fill, into)
@@ -34,7 +34,7 @@ def _take(x: Tensor, index: Tensor, fill: float) -> Tensor:
     if x.shape[2] == 0:
         return x.new_full((*x.shape[:2], index.shape[1], *x.shape[3:]), fill)
     index = index.view(index.shape[0], 1, index.shape[1], *(1,) * (x.dim() - 3))
-    if index.shape[0] == 1 and x.shape[0] == 1:  # copies whole tokens, where `gather` looks up each number
+    if index.shape[0] == 1 and x.shape[0] == 1:  # copies whole tokens; `gather` looks up each element
         out = x.index_select(2, index.clamp(min=0).flatten())
     else:
         out = x.gather(2, index.clamp(min=0).expand(*x.shape[:2], -1, *x.shape[3:]))
@@ -58,7 +58,7 @@ def take_by_kernel(x: Tensor, index: Tensor, fill: float = 0, into: Tensor | Non
 
 
 def _strides(x: Tensor) -> tuple[int, int, int, int]:
-    """Those of `[B, H, N, D]`, or of `[B, H, N]` and its missing one."""
+    """The strides of `[B, H, N, D]`, or of `[B, H, N]` followed by 1."""
     b, h, n, d = (*x.stride(), 1)[:4]
     return b, h, n, d
 
@@ -71,9 +71,9 @@ if triton is not None:
         X, INDEX, OUT, stride_b, stride_h, stride_n, stride_d, to_stride_b, to_stride_h, to_stride_n, to_stride_d,
         H, N, PARTS, fill, D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr,
     ):  # fmt: skip
-        # One program: M places of one head.
+        # One program: M output tokens of one head.
         head, part = (tl.program_id(0) // PARTS).to(tl.int64), tl.program_id(0) % PARTS
-        i, d = part * M + tl.arange(0, M), tl.arange(0, DP)[None, :].to(tl.int64)  # strides of a width can be large too
+        i, d = part * M + tl.arange(0, M), tl.arange(0, DP)[None, :].to(tl.int64)  # stride_d can be large too
         at = tl.load(INDEX + head // H * N + i, mask=i < N, other=-1)
         token = (head // H) * stride_b + (head % H) * stride_h + at * stride_n
         x = tl.load(X + token[:, None] + d * stride_d, mask=(at >= 0)[:, None] & (d < D), other=fill)

@@ -1,4 +1,4 @@
-"""Validation of what users pass in: one exception, raised before any work, that says what was given and what is needed."""
+"""Validation of user arguments: one exception, raised before any work, that says what was given and what is expected."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _FLOAT32 = torch.finfo(torch.float32)
 
 
 def check_count(name: str, value: object, least: int) -> None:
-    """`value` must be a plain int (bool is none) that is at least `least`."""
+    """`value` must be an int, not a bool, of at least `least` and below 2**63."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"{name} must be an int of at least {least}, but is {shown(value)}{to_int(value)}")
     if value >= 1 << 63:
@@ -28,7 +28,7 @@ def check_count(name: str, value: object, least: int) -> None:
 
 
 def check_flag(name: str, value: object) -> None:
-    """`value` must be True or False, and nothing that only passes for one."""
+    """`value` must be a bool; other truthy or falsy values are rejected."""
     if not isinstance(value, bool):
         raise ValueError(f"{name} must be True or False, but is {shown(value)}")
 
@@ -42,7 +42,7 @@ def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
 def check_blocks(
     block_size: int, top_k: int, sink_blocks: int, recent_blocks: int, causal: bool = True, share_selection: bool = False
 ) -> None:
-    """What defines a selection: the four counts and that they fit together, and whether the heads of a group share it."""
+    """Checks what defines a selection: the four counts, that they fit together, and the two flags."""
     check_count("block_size", block_size, 1)
     check_count("top_k", top_k, 1)
     check_count("sink_blocks", sink_blocks, 0)
@@ -72,7 +72,7 @@ def _check_tensor(name: str, value: object) -> None:
 
 
 def _check_operands(**tensors: Tensor) -> None:
-    """Tensors of one floating dtype on one device."""
+    """Tensors must have one floating-point dtype and be on one device."""
     for name, t in tensors.items():
         _check_tensor(name, t)
         if t.dtype not in _DTYPES:
@@ -99,14 +99,14 @@ def _check_heads(heads: int, groups: int) -> None:
 
 
 def readable(*tensors: Tensor) -> bool:
-    """Whether values may be looked at: not while a graph is traced or captured."""
+    """Whether values may be read: not those of meta or fake tensors, nor while a graph is traced or captured."""
     if torch.compiler.is_compiling() or any(t.is_meta or isinstance(t, FakeTensor) for t in tensors):
         return False
     return not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
 
 
 def check_not_mapped(call: str, **tensors: Tensor) -> None:
-    """What is to be read must not be hidden by torch.func.vmap, whose own errors name PyTorch's inside alone."""
+    """Tensors whose values are read must not be hidden by torch.func.vmap, whose own errors name only PyTorch's internals."""
     if torch.compiler.is_compiling() or functorch_transform() is None:
         return
     for name, t in tensors.items():
@@ -115,7 +115,7 @@ def check_not_mapped(call: str, **tensors: Tensor) -> None:
 
 
 def check_values(call: str, **tensors: Tensor) -> None:
-    """What is to be read must be there: not on the meta device, and no FakeTensor."""
+    """Tensors whose values are read must have values: neither meta tensors nor FakeTensors."""
     for name, t in tensors.items():
         if t.is_meta or isinstance(t, FakeTensor):
             where = "on the meta device" if t.is_meta else "a FakeTensor"
@@ -123,7 +123,7 @@ def check_values(call: str, **tensors: Tensor) -> None:
 
 
 def check_not_transformed(*tensors: Tensor, but: str = 'need implementation="naive"') -> None:
-    """A custom operator silently drops forward-mode tangents; other transforms would raise PyTorch's internal errors."""
+    """Rejects torch.func transforms and forward mode: an operator silently drops tangents, and transforms raise internal errors."""
     if torch.compiler.is_compiling():
         return
     if functorch_transform() in ("Grad", "Vmap"):
@@ -132,13 +132,13 @@ def check_not_transformed(*tensors: Tensor, but: str = 'need implementation="nai
         raise NotImplementedError(f"forward-mode derivatives (torch.func.jvp and the like) {but}")
 
 
-@constant_in_graphs  # where torch.compile would take it to be False
+@constant_in_graphs  # otherwise torch.compile assumes False
 def _in_onnx_export() -> bool:
     return torch.onnx.is_in_onnx_export()
 
 
 def check_not_onnx() -> None:
-    """ONNX has neither custom operators nor a sort that keeps the order of equals: the exporter's own error names one of the two."""
+    """Rejects ONNX export: ONNX has neither custom operators nor a stable sort, and the exporter's own error names only one of these."""
     if (torch.compiler.is_exporting() or torch.jit.is_tracing()) and _in_onnx_export():
         raise NotImplementedError(
             "MoBA cannot be exported to ONNX, which has no operator for its gate: export the model with full attention, "
@@ -147,7 +147,7 @@ def check_not_onnx() -> None:
 
 
 def check_query_key(**tensors: Tensor) -> None:
-    """`query [B, H, Nq, D]`, `key [B, G, Nk, D]` and, where there is one, a `value [B, G, Nk, Dv]` that belong together."""
+    """`query [B, H, Nq, D]`, `key [B, G, Nk, D]` and, if given, `value [B, G, Nk, Dv]` must have matching shapes."""
     _check_operands(**tensors)
     for name, t in tensors.items():
         if t.dim() != 4:
@@ -169,7 +169,7 @@ def check_query_key(**tensors: Tensor) -> None:
 
 
 def check_padding_mask(padding_mask: Tensor | None, query: Tensor, key: Tensor) -> None:
-    """`[B, Nk]` bool, True in one run at most in each row."""
+    """`[B, Nk]` bool, with at most one contiguous run of True per row."""
     if padding_mask is None:
         return
     _check_tensor("padding_mask", padding_mask)
@@ -193,13 +193,14 @@ def check_padding_mask(padding_mask: Tensor | None, query: Tensor, key: Tensor) 
 
 
 def _runs(padding_mask: Tensor) -> Tensor:
-    """`[B]`: how many runs of real tokens each row has."""
+    """`[B]`: number of runs of real tokens in each row."""
     return (padding_mask[:, 1:] & ~padding_mask[:, :-1]).sum(1) + padding_mask[:, 0]
 
 
 def check_packed(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor | None = None) -> int | None:
-    """`[T, H, D]`, `[Tk, G, D]`, `[Tk, G, Dv]` and rising `cu_seqlens [n + 1]` from 0 to T; `Tk = T` and one key a query unless there
-    is a `cu_seqlens_k`. Returns the length of the longest sequence, of keys, or None where values may not be looked at.
+    """`[T, H, D]`, `[Tk, G, D]`, `[Tk, G, Dv]` and cumulative `cu_seqlens [n + 1]` from 0 to T; `Tk = T` without `cu_seqlens_k`.
+
+    Returns the maximum number of keys of a sequence, or None if values must not be read.
     """
     check_packed_operands(query, key, value)
     if cu_seqlens_k is None:
@@ -217,7 +218,7 @@ def check_packed(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, 
 
 
 def check_same_count(name: str, cu_seqlens: Tensor, name_k: str, cu_seqlens_k: Tensor) -> None:
-    """The two arguments must be of equally many sequences."""
+    """Both arguments must have the same number of sequences."""
     if cu_seqlens.shape != cu_seqlens_k.shape:
         count = f"{cu_seqlens.shape[0] - 1} and {cu_seqlens_k.shape[0] - 1}"
         raise ValueError(f"{name} and {name_k} must be of equally many sequences, but are of {count}")
@@ -236,7 +237,7 @@ def check_no_more_queries(name: str, cu_seqlens: Tensor, name_k: str, cu_seqlens
 
 
 def check_packed_operands(query: Tensor, key: Tensor, value: Tensor) -> None:
-    """`[T, H, D]`, `[Tk, G, D]`, `[Tk, G, Dv]` that belong together."""
+    """`[T, H, D]`, `[Tk, G, D]`, `[Tk, G, Dv]` must have matching shapes."""
     _check_operands(query=query, key=key, value=value)
     for name, t in (("query", query), ("key", key), ("value", value)):
         if t.dim() != 3:
@@ -252,10 +253,10 @@ def check_packed_operands(query: Tensor, key: Tensor, value: Tensor) -> None:
 
 
 def check_cu_seqlens(name: str, cu_seqlens: Tensor, query: Tensor, tokens: int) -> int | None:
-    """The argument `name`: whole numbers that rise from 0 to `tokens`, on the query's device.
+    """The argument `name`: non-decreasing int32 or int64 values from 0 to `tokens`, on the query's device.
 
-    Returns the length of the longest sequence, or None where values may not be looked at. A traced graph checks them when it runs; while
-    a CUDA graph is captured they go unchecked.
+    Returns the maximum sequence length, or None if values must not be read. A traced graph checks them when it runs; while a CUDA graph
+    is captured they are not checked.
     """
     _check_tensor(name, cu_seqlens)
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
@@ -278,7 +279,7 @@ def check_cu_seqlens(name: str, cu_seqlens: Tensor, query: Tensor, tokens: int) 
 
 
 def _bounds(cu_seqlens: Tensor) -> tuple[list[int], list[int]]:
-    """Where sequences begin and the last one ends, and their lengths."""
+    """The values of `cu_seqlens`, and the sequence lengths."""
 
     def read() -> tuple[list[int], list[int]]:
         bounds = cu_seqlens.tolist()
@@ -288,7 +289,7 @@ def _bounds(cu_seqlens: Tensor) -> tuple[list[int], list[int]]:
 
 
 def _bounds_shown(bounds: list[int], lengths: list[int]) -> str:
-    """All of them, or the first wrong one if they are many."""
+    """All bounds, or the first invalid one if there are more than 8."""
     if len(bounds) <= 8:
         return f"is {bounds}"
     if bounds[0] != 0:
@@ -298,7 +299,7 @@ def _bounds_shown(bounds: list[int], lengths: list[int]) -> str:
 
 
 def check_scores(query: Tensor, heads: int, scale: float | None, softcap: float | None, sinks: Tensor | None) -> None:
-    """What changes the scores, as float32 holds it: `scale`, `softcap > 0`, `sinks [H]`."""
+    """Checks what modifies the scores: `scale` and `softcap > 0`, both within float32's range, and `sinks [H]`."""
     if scale is not None and not is_number(scale):
         mend = ": convert it with float()" if hasattr(scale, "__float__") else ""
         raise TypeError(f"scale must be a float or None, but is a {type(scale).__name__}{mend}")
@@ -317,12 +318,12 @@ def check_scores(query: Tensor, heads: int, scale: float | None, softcap: float 
 
 
 def is_number(value: object) -> TypeGuard[float]:
-    """Whether it is an int or a float, which True and False are not here."""
+    """Whether `value` is an int or a float, but not a bool."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def resolve_implementation(implementation: str, query: Tensor) -> str:
-    """ "auto" becomes "flex" on CUDA and "eager" elsewhere; float64, which only checks use, is always "eager"."""
+    """ "auto" becomes "flex" on CUDA and "eager" elsewhere, and always "eager" for float64, which only tests use."""
     check_choice("implementation", implementation, IMPLEMENTATIONS)
     if implementation == "auto":
         return "flex" if query.is_cuda and query.dtype != torch.float64 else "eager"

@@ -1,4 +1,4 @@
-"""Where a graph reads its inputs: buffers that outlive a call, and copies of a call's tensors to them and back."""
+"""Input buffers of a graph, which outlive a call, and copies of a call's tensors to and from buffers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..core.upstream import copy_all
 
 
 def copy(tensors: tuple[Tensor | None, ...], into: tuple[Tensor | None, ...]) -> None:
-    """Copy each of `tensors` into its place: those of one dtype and of the strides of their places in one launch."""
+    """Copy each of `tensors` to its counterpart in `into`. Tensors of one dtype with matching strides are copied in one launch."""
     of_dtype: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
     for x, to in zip(tensors, into):
         if x is None or to is None:
@@ -30,15 +30,15 @@ def copy(tensors: tuple[Tensor | None, ...], into: tuple[Tensor | None, ...]) ->
 
 
 def buffer_like(x: Tensor | None) -> Tensor | None:
-    """A buffer for `x` with the strides that the call would give it, so that copying into it is all that moves `x`."""
+    """A buffer for `x` with strides that the call reads without another copy."""
     if x is None:
         return None
     return empty_with_strides_of(x, *x.shape[2:]) if x.dim() == 4 else torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def buffers_like(tensors: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-    """Where a graph reads `tensors`, which outlives this call."""
-    inference = torch.is_inference_mode_enabled()  # compiled kernels tell its tensors from others
+    """Input buffers for `tensors` that outlive this call."""
+    inference = torch.is_inference_mode_enabled()  # compiled kernels distinguish inference tensors
 
     def make() -> tuple[Tensor | None, ...]:
         with torch.inference_mode(inference):
@@ -48,6 +48,6 @@ def buffers_like(tensors: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...
 
 
 def first_of(tensors: tuple[Tensor | None, ...]) -> Tensor:
-    """The query of a call, or its gradient: there always is one."""
+    """The first operand, which is never None: the query in a forward pass, the output's gradient in a backward pass."""
     assert tensors[0] is not None
     return tensors[0]

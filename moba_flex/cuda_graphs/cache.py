@@ -1,18 +1,18 @@
-"""CUDA graphs: a small call whose shape keeps coming is launched once as a whole instead of kernel by kernel.
+"""CUDA graph cache: a small call whose shape recurs is launched as one graph instead of kernel by kernel.
 
-A call is a dozen kernels or more, and up to some thousands of tokens a GPU is done with each before the host has launched the next. So a
-call of the third time is captured, and from then on its inputs are copied to where the graph reads them, the graph is replayed, and its
-outputs are copied out: a handful of launches. Nothing is read back to the host, and results are those of the same kernels, to the bit.
-Only where the copies are large, and the GPU so far behind that the host has time, a call of a graph's shape is launched kernel by kernel.
+A call is a dozen kernels or more, and up to some thousands of tokens the GPU finishes each before the host has launched the next. The third
+call of a shape is therefore captured. From then on, inputs are copied to the graph's buffers, the graph is replayed, and outputs are copied
+out: a handful of launches. Nothing is read back to the host, and results are bitwise identical to those of the same kernels without a
+graph. A large call is still launched kernel by kernel while the GPU is far behind: launches then cost no time, and the copies are saved.
 
-What makes that safe:
-- All that a graph reads or writes is held by it: its inputs, its outputs and, through its function, the layout of blocks. A layout that
-  follows from padding or packed sequences is an input: its tensors are copied, and what follows from them is computed in the graph.
-- Before a capture the function runs on the graph's own inputs. So whatever is compiled, loaded or kept for later calls is there by then,
+Why this is safe:
+- A graph owns all that it reads or writes: its inputs, its outputs and, through its function, the block layout. A layout that depends on
+  padding or packed sequences is an input: its tensors are copied, and values derived from them are computed in the graph.
+- Before a capture the function runs on the graph's own inputs. Everything that is compiled, loaded or cached for later calls then exists,
   and the call has its result whether or not the capture succeeds.
-- After a capture its memory pool must hold the outputs and nothing more: a tensor kept from within a capture would have no contents.
-- Graphs are used under one lock, and a graph only on the stream that it was made for. Work on a stream is done in order, so that memory
-  may be used again as soon as the host has launched what needed it: by the next graph in the pool, or by anyone once a graph is dropped.
+- After a capture its memory pool must hold the outputs and nothing more: a tensor cached during the capture would have no contents.
+- Graphs are used under one lock, and each graph only on the stream that it was captured for. Work on a stream runs in order, so memory
+  may be reused as soon as the host has launched its last use: by the next graph in the pool, or by anyone once a graph is dropped.
 """
 
 from __future__ import annotations
@@ -36,34 +36,34 @@ from .buffers import buffers_like, copy, first_of
 from .capture import CudaGraph, CudaMarks, Function
 
 EAGER_CALLS = 2  # of a shape, before it is captured
-# Calls with one mask that no model has layers for. Where each step brings sequences of other lengths, a shape that is new with its mask may
-# never come again: it is captured once it comes with another mask, or so often with one.
+# Calls with one mask: more than any model has layers. If every step has other sequence lengths, a new shape may never recur. It is
+# captured only once it recurs with another mask, or has had more calls than this with one.
 MANY_CALLS = 128
-MAX_GRAPHS = 16  # of a GPU
-MAX_SHAPES = 256  # whose calls are counted
-# A query of 2,048 tokens of 32 heads of width 128 is copied in some 27 us with its key, value and output, 1 % of a layer of such a model.
-# Four calls of this size and what is between them keep a GPU busy for longer than the host needs to launch one kernel by kernel.
+MAX_GRAPHS = 16  # per GPU
+MAX_SHAPES = 256  # shapes whose calls are counted
+# Copying a query of 2,048 tokens, 32 heads and head dimension 128 with key, value and output takes about 27 us, 1 % of a layer of such a
+# model. Four calls of this size, with the work between them, keep a GPU busy for longer than the host needs to launch one kernel by kernel.
 LARGE, CALLS_AHEAD = 1 << 23, 4
 
 
 def set_cuda_graphs(enabled: bool = True) -> bool:
-    """Set whether small calls are captured in CUDA graphs, and return what was set before. It is on by default; off frees all graphs.
+    """Set whether small calls are captured in CUDA graphs, and return the previous setting.
 
-    On a GPU the host takes longer to launch a short call than the GPU to do it. So from the third call of the same shapes, strides, dtype
-    and settings on the same stream, forward and backward passes are replayed from a CUDA graph, with the same results to the bit. That is
-    for bfloat16 and float16, for tensors of at most 2**25 elements (8,192 tokens of 32 heads of width 128; half of it in backward passes),
-    and neither within a capture of one's own nor with `set_flex_backend("flash")`; all other calls are as without graphs. So are those of
-    2**23 elements or more while the GPU is some calls behind: then the host has the time, and a graph's copies are saved. Packed batches
-    share a graph if they have as many tokens and as many sequences, padded ones if they have as many rows and tokens; it is captured once
-    such a batch comes with another mask.
+    Graphs are on by default; turning them off frees all graphs. They pay off because the host takes longer to launch a short call than the
+    GPU to run it. From the third call with the same shapes, strides, dtype and settings on the same stream, forward and backward passes are
+    replayed from a CUDA graph, with bitwise identical results. This applies to bfloat16 and float16 and to tensors of at most 2**25
+    elements (8,192 tokens, 32 heads, head dimension 128; half of that in backward passes). It does not apply while you capture a CUDA graph
+    yourself, or with `set_flex_backend("flash")`. Calls of 2**23 elements or more run without a graph while the GPU is some calls behind:
+    launches then cost no time, and the graph's copies are saved. Packed batches share a graph if they have the same numbers of tokens and
+    sequences, padded batches if they have the same numbers of rows and tokens. It is captured once such a batch recurs with another mask,
+    or after 128 calls with one mask.
 
-    It costs memory: on each GPU up to as many bytes as `set_working_memory` says, for inputs, outputs and working memory of at most 16
-    graphs, those used last. A call of ours that has too little memory takes it back. What turning graphs off frees goes back to PyTorch's
-    cache, and from there, with `torch.cuda.empty_cache()`, to the GPU. Turn them off where threads of a program wait for the whole GPU, or
-    draw random numbers on it, while others compute attention: CUDA forbids the former, and PyTorch 2.11 the latter, for the milliseconds in
-    which a graph is captured.
+    Graphs cost memory. Each GPU keeps at most the 16 graphs used last, whose inputs, outputs and working memory take at most
+    `set_working_memory` bytes in all. An attention call that runs out of memory frees them. Turning graphs off returns their memory to
+    PyTorch's cache, from which `torch.cuda.empty_cache()` returns it to the GPU. Turn graphs off if other threads synchronize the GPU, or
+    draw random numbers on it, during attention: in the milliseconds of a capture CUDA forbids the former, and PyTorch 2.11 the latter.
 
-    Raises ValueError if `enabled` is neither True nor False.
+    Raises ValueError if `enabled` is not a bool.
 
     >>> from moba_flex import set_cuda_graphs
     >>> before = set_cuda_graphs(False)
@@ -75,9 +75,9 @@ def set_cuda_graphs(enabled: bool = True) -> bool:
 
 
 def run(function: Function, tensors: tuple[Tensor | None, ...], layout: BlockLayout, settings: AttentionSettings) -> tuple[Tensor, ...]:
-    """`function(*tensors, layout, settings)`, from a graph once the shape has come often enough. The current GPU is that of `tensors`.
+    """`function(*tensors, layout, settings)`, from a graph once the shape has recurred often enough. `tensors` must be on the current GPU.
 
-    The caller has found that the call can be captured: `moba_flex.backends.paths.capture_obstacle`.
+    The caller must have checked that the call can be captured: `moba_flex.backends.paths.capture_obstacle`.
     """
     if not _graphs.enabled:
         return function(*tensors, layout, settings)
@@ -90,7 +90,7 @@ def run(function: Function, tensors: tuple[Tensor | None, ...], layout: BlockLay
 
         return _graphs(place, (*name, *signature(tensors)), call, tensors, settings.working_memory)
 
-    # A layout that follows from data is an input too. Of a graph, what follows from it is part of the graph, which holds no other.
+    # A data-dependent layout is an input too. A graph computes what is derived from it, and holds no other layout than `bare`.
     form, of_layout, bare = layout.cached(("taken apart",), layout.taken_apart)
     n, whole = len(tensors), weakref.ref(layout)
 
@@ -104,12 +104,12 @@ def run(function: Function, tensors: tuple[Tensor | None, ...], layout: BlockLay
 
 
 def cuda_graphs_enabled() -> bool:
-    """What `set_cuda_graphs` has set."""
+    """The current setting, see `set_cuda_graphs`."""
     return _graphs.enabled
 
 
 def signature(tensors: tuple[Tensor | None, ...]) -> tuple[Hashable, ...]:
-    """All that a graph depends on but settings of the call."""
+    """Everything that a graph depends on, except the settings of the call."""
     modes = torch.is_inference_mode_enabled(), torch.are_deterministic_algorithms_enabled()
     return *modes, *(None if x is None else (x.shape, x.stride(), x.dtype) for x in tensors)
 
@@ -122,7 +122,7 @@ class Place(NamedTuple):
 
 
 class Pool(Protocol):
-    """Memory of graphs that are replayed on one stream."""
+    """The memory pool of graphs that are replayed on one stream."""
 
     @property
     def usable(self) -> bool:
@@ -144,13 +144,13 @@ class Graph(Protocol):
     def replay(self) -> None: ...
 
     def used(self) -> None:
-        """What was launched by now is all that reads the outputs of the last replay."""
+        """Says that all reads of the last replay's outputs have been launched."""
 
     def release(self) -> None: ...
 
 
-# A function, its inputs, and the pool of other graphs of that stream if there is one -> the graph, which has not been replayed.
-# A pool is one that it made itself.
+# A function, its inputs, and the pool of other graphs of that stream, if any -> the graph, not yet replayed.
+# The pool comes from an earlier graph of the same kind.
 Capture = Callable[[Function, tuple[Tensor | None, ...], Any], Graph]
 
 
@@ -159,7 +159,7 @@ class Captured:
 
     def __init__(self, capture: Capture, function: Function, inputs: tuple[Tensor | None, ...], pool: Pool | None) -> None:
         self.graph = capture(function, inputs, pool)
-        self.function, self.inputs = function, inputs  # they hold the layout
+        self.function, self.inputs = function, inputs  # these keep the layout alive
         self.n_bytes = sum(x.nbytes for x in inputs if x is not None)
 
     def __call__(self, tensors: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
@@ -175,16 +175,16 @@ class Captured:
 
 @dataclass
 class Shape:
-    """What is known of calls that a graph could serve."""
+    """The state of one call shape: its counts, and its graph if captured."""
 
-    calls: int = 0  # eager ones, since the beginning or since its graph was dropped
+    calls: int = 0  # without a graph, since the start or since its graph was dropped
     wait: float = EAGER_CALLS
     captured: Captured | None = None
-    mask: weakref.ref[Tensor] | None = None  # what stands for the mask of its first call, if it has one
-    came_again: bool = True  # with another mask
+    mask: weakref.ref[Tensor] | None = None  # identifies the mask of its first call, if any
+    came_again: bool = True  # whether it recurred with another mask; True without masks
 
     def is_due(self, mask: Tensor | None) -> bool:
-        """Count a call; whether its shape is to be captured."""
+        """Counts a call. Returns whether its shape should be captured now."""
         self.calls += 1
         if mask is not None:
             if self.mask is None:
@@ -198,29 +198,29 @@ class Shape:
             self.captured = None
 
     def back_off(self) -> None:
-        """No graph for twice as many calls as last time: to capture over and over, where room is short, would cost more than it saves."""
+        """Drops the graph and waits twice as many calls as last time: if memory is short, repeated captures cost more than they save."""
         self.release()
         self.calls, self.wait = 0, 2 * self.wait
 
 
 class Marks(Protocol):
-    """Marks on the stream that was current when this was made."""
+    """Markers on one stream."""
 
     @property
     def behind(self) -> int:
-        """How many of them the GPU has not come to."""
+        """Number of markers that the GPU has not reached."""
 
     def mark(self) -> None: ...
 
 
 class GraphCache:
-    """The graphs of a process, of each GPU those that were used last."""
+    """The graphs of a process: for each GPU, those used last."""
 
     def __init__(self, capture: Capture, marks: Callable[[], Marks] = CudaMarks) -> None:
         self.enabled = True
         self._capture, self._new_marks = capture, marks
-        self._marks: dict[Place, Marks] = {}  # where large calls began
-        self._shapes: OrderedDict[tuple[Place, Hashable], Shape] = OrderedDict()  # by place and key; the one used last is last
+        self._marks: dict[Place, Marks] = {}  # at the start of large calls
+        self._shapes: OrderedDict[tuple[Place, Hashable], Shape] = OrderedDict()  # by place and key, least recently used first
         self._lock = threading.Lock()
         self._warned = False
 
@@ -229,11 +229,11 @@ class GraphCache:
 
     @property
     def n_bytes(self) -> int:
-        """What all graphs hold."""
+        """Bytes held by all graphs."""
         return _n_bytes(list(self._captured()))
 
     def enable(self, enabled: bool) -> bool:
-        """Allow or forbid graphs, and return what held before. Forbidden, they are freed."""
+        """Enable or disable graphs, and return the previous setting. Disabling frees them."""
         with self._lock:
             before, self.enabled = self.enabled, enabled
             if not enabled:
@@ -253,9 +253,9 @@ class GraphCache:
         most_bytes: int,
         mask: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
-        """`function(*tensors)`; all graphs of a GPU together keep to `most_bytes`, and give it back if there is no memory for a call.
+        """`function(*tensors)`. All graphs of a GPU together hold at most `most_bytes`, and are freed if a call runs out of memory.
 
-        `mask`: one of the tensors, another one in calls with another mask.
+        `mask`: one of the tensors, which identifies the mask: calls with another mask have another tensor here.
         """
         try:
             with self._lock:
@@ -282,7 +282,7 @@ class GraphCache:
         return shape
 
     def _gpu_is_behind(self, place: Place, tensors: tuple[Tensor | None, ...]) -> bool:
-        """Whether this is a large call, and the GPU has not come to where some large calls before it began."""
+        """Whether this is a large call, and the GPU has not reached the start of the last `CALLS_AHEAD` large calls."""
         if first_of(tensors).numel() < LARGE:
             return False
         if place not in self._marks:
@@ -292,7 +292,7 @@ class GraphCache:
         return behind
 
     def _captures(self, shape: Shape, place: Place, function: Function, tensors: tuple[Tensor | None, ...]) -> tuple[Tensor, ...] | None:
-        """Run the function where a graph will, and capture it. None if there is no memory for a second set of inputs."""
+        """Run the function on a graph's inputs, then capture it. Returns its outputs, or None if the run is out of memory."""
         try:
             inputs = buffers_like(tensors)
             copy(tensors, inputs)
@@ -303,15 +303,15 @@ class GraphCache:
         pools = (other.captured.graph.pool for (where, _), other in self._shapes.items() if where == place and other.captured is not None)
         try:
             shape.captured = Captured(self._capture, function, inputs, next((pool for pool in pools if pool.usable), None))
-        except torch.OutOfMemoryError:  # PyTorch does not empty its cache for a capture, as it does for the call itself
+        except torch.OutOfMemoryError:  # unlike for the call itself, PyTorch does not empty its cache and retry
             shape.back_off()
-        except Exception as error:  # whatever a driver or a library may forbid within a capture
+        except Exception as error:  # whatever a driver or library forbids during a capture
             shape.wait = math.inf
             self._warn(error)
         return outputs
 
     def _give_back(self, gpu: int) -> bool:
-        """Drop all graphs of a GPU. Whether there were any."""
+        """Drop all graphs of a GPU. Returns whether there were any."""
         with self._lock:
             held = list(self._captured(gpu))
             for shape in held:
@@ -323,7 +323,7 @@ class GraphCache:
             held[0].back_off()
 
     def _captured(self, gpu: int | None = None) -> Iterator[Shape]:
-        """Shapes with a graph, of one GPU or of all, the one used last at the end."""
+        """Shapes with a graph, of one GPU or of all, least recently used first."""
         return (shape for (place, _), shape in self._shapes.items() if shape.captured is not None and gpu in (None, place.gpu))
 
     def _warn(self, error: Exception) -> None:
@@ -338,7 +338,7 @@ class GraphCache:
 
 
 def _n_bytes(shapes: list[Shape]) -> int:
-    """What their graphs hold. Several may share a pool."""
+    """Bytes held by the graphs of `shapes`. A shared pool counts once."""
     held = [shape.captured for shape in shapes if shape.captured is not None]
     pools = {id(captured.graph.pool): captured.graph.pool.n_bytes for captured in held}
     return sum(pools.values()) + sum(captured.n_bytes for captured in held)

@@ -1,8 +1,8 @@
-"""One CUDA graph: a function captured on a stream of its own, into a pool of memory that other graphs of the caller's stream may share;
-and how far a GPU is behind its host.
+"""One CUDA graph, captured on a dedicated stream into a memory pool that other graphs of the caller's stream may share. Also measures how
+far a GPU is behind its host.
 
-`torch.cuda.graph` would wait for the GPU, collect garbage and empty PyTorch's cache, which nobody expects of a call of attention. Here
-nothing waits, and whatever happens within a capture, PyTorch and CUDA are in order afterwards.
+`torch.cuda.graph` would synchronize the GPU, collect garbage and empty PyTorch's cache, which nobody expects of an attention call. Here
+nothing synchronizes, and PyTorch and CUDA are in a valid state after any failure during a capture.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Function = Callable[..., tuple[Tensor, ...]]
 
 
 class CudaPool:
-    """A private pool of PyTorch's allocator. It lives as long as its graphs: no handle may be used again when the last of them is gone."""
+    """A private pool of PyTorch's allocator. It lives as long as its graphs: a handle must not be reused once the last of them is gone."""
 
     def __init__(self) -> None:
         if "PYTORCH_NO_CUDA_MEMORY_CACHING" in os.environ:
@@ -31,7 +31,7 @@ class CudaPool:
         self.handle, self.usable, self.n_bytes = torch.cuda.graph_pool_handle(), True, 0
 
     def look(self) -> set[int]:
-        """The addresses that are in use; `n_bytes` becomes what the pool has of the GPU's memory."""
+        """The addresses in use. Sets `n_bytes` to the GPU memory that the pool holds."""
         self.n_bytes, in_use = 0, set()
         for segment in torch.cuda.memory_snapshot(self.handle, include_traces=False):
             self.n_bytes += segment["total_size"]
@@ -48,15 +48,15 @@ def _capture_stream(device: int) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-# Captures that CUDA ended: PyTorch's allocator of pinned memory keeps pointers to them.
+# Captures that CUDA invalidated, kept alive since PyTorch's pinned-memory allocator keeps pointers to them.
 _broken: list[torch.cuda.CUDAGraph] = []
 
 
 class CudaGraph:
-    """A function of tensors on the current GPU, captured: `replay` computes `outputs` from the contents of `inputs`, on the current stream.
+    """A captured function of tensors on the current GPU: `replay` computes `outputs` from the contents of `inputs`, on the current stream.
 
-    Whatever the function compiles, loads or keeps for later has to be there before. Raises RuntimeError, or what the function raises, if
-    there is no graph.
+    Everything that the function compiles, loads or caches must exist before. Raises RuntimeError, or what the function raises, if the
+    capture fails.
     """
 
     def __init__(self, function: Function, inputs: tuple[Tensor | None, ...], pool: CudaPool | None) -> None:
@@ -65,15 +65,15 @@ class CudaGraph:
         self._graph, self._used = torch.cuda.CUDAGraph(), torch.cuda.Event()
         before = self.pool.look()
         caller, stream = torch.cuda.current_stream(), _capture_stream(self._device)
-        stream.wait_stream(caller)  # PyTorch 2.11 resets what its graphs with random numbers read: between those of the caller
+        stream.wait_stream(caller)  # PyTorch 2.11 resets RNG state that other graphs of the caller read: keep it in order
         with torch.cuda.stream(stream), _without_collection():
             try:
-                with torch.inference_mode(False):  # what PyTorch makes for its random numbers serves all graphs to come
-                    # Other threads may allocate meanwhile or ask for an event, as NCCL's watchdog does; only wait for the GPU they may not.
+                with torch.inference_mode(False):  # RNG state that PyTorch allocates here is shared by all later graphs
+                    # Other threads may allocate or query events meanwhile, as NCCL's watchdog does, but not synchronize the GPU.
                     self._graph.capture_begin(pool=self.pool.handle, capture_error_mode="thread_local")
                 self.outputs = function(*inputs)
                 self._graph.capture_end()
-            except BaseException:  # an interrupt too must not leave a capture open
+            except BaseException:  # even an interrupt must not leave a capture open
                 self._abandon()
                 raise
         caller.wait_stream(stream)
@@ -88,21 +88,21 @@ class CudaGraph:
         self._used.record()
 
     def release(self) -> None:
-        """Give everything back, even while the GPU is at it."""
-        # Blocks of the pool count as used on the stream of the capture alone, and expandable segments wait for no other when they are
-        # unmapped. Let it come after the last replay.
+        """Free the graph and its memory, even while the GPU runs it."""
+        # PyTorch knows the pool's blocks as used on the capture stream only, and unmapping expandable segments waits for no other stream.
+        # The capture stream must therefore wait for the last replay.
         _capture_stream(self._device).wait_event(self._used)
         self._graph.reset()
 
     def _abandon(self) -> None:
         try:
             self._graph.capture_end()
-        except RuntimeError:  # CUDA had ended it, and PyTorch stops before it has put its own things in order
+        except RuntimeError:  # CUDA had invalidated it, and PyTorch raises before its own cleanup
             self.pool.usable = False
             _broken.append(self._graph)
-            with suppress(RuntimeError):  # nothing is left to do if this raises
+            with suppress(RuntimeError):  # nothing else can be done if this raises
                 release_broken_pool(self._device, self.pool.handle)
-            with suppress(RuntimeError):  # the random numbers of PyTorch 2.11 stay within a capture until another one has ended well
+            with suppress(RuntimeError):  # RNG state of PyTorch 2.11 stays in capture mode until another capture succeeds
                 well, number = torch.cuda.CUDAGraph(), torch.empty(1, device=self._device)
                 well.capture_begin(capture_error_mode="thread_local")
                 number.zero_()
@@ -112,7 +112,7 @@ class CudaGraph:
 
 @contextmanager
 def _without_collection() -> Iterator[None]:
-    """No garbage is collected meanwhile: whatever a finalizer launched would become part of the graph."""
+    """Disables garbage collection: work launched by a finalizer would become part of the graph."""
     collecting = gc.isenabled()
     gc.disable()
     try:
@@ -123,13 +123,13 @@ def _without_collection() -> Iterator[None]:
 
 
 class CudaMarks:
-    """Marks on the current stream: numbers that the GPU copies to the host's memory as it comes to them. To read one asks CUDA for nothing.
+    """Markers on the current stream: numbers that the GPU copies to host memory when it reaches them. Reading one needs no CUDA call.
 
-    An event would tell as much. But while another thread captures a graph in PyTorch's default mode, to ask for one is an error, which
-    also ends that capture.
+    An event would give the same information, but while another thread captures a graph in PyTorch's default mode, querying an event is an
+    error, which also invalidates that capture.
     """
 
-    _COUNT = 256  # then numbers begin again: a host that is as many marks ahead looks as if it were not
+    _COUNT = 256  # numbers wrap around: a host exactly this many markers ahead looks in sync
 
     def __init__(self) -> None:
         device = torch.device("cuda", torch.cuda.current_device())

@@ -1,6 +1,6 @@
-"""What is done to tensors around attention: the gate, routing, and moving between queries and rows.
+"""The operations around attention: gate, routing, dispatch and merge of rows, decoding.
 
-Each step exists twice with one meaning: in plain PyTorch here, and as a Triton kernel in `triton/`, in a file of the same name.
+Each exists twice with the same semantics: in plain PyTorch here, and as a Triton kernel in `triton/`, in a file of the same name.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from . import plain
 try:
     from . import triton as kernels
 except ImportError:  # no Triton, so no CUDA either
-    kernels = None  # type: ignore[assignment]  # nobody asks for it then
+    kernels = None  # type: ignore[assignment]  # not used then
 
 
 def steps_for(x: Tensor) -> ModuleType:
-    """The steps for tensors like `x`: Triton kernels on a GPU, plain PyTorch elsewhere."""
+    """The operations for tensors like `x`: Triton kernels on a GPU, plain PyTorch elsewhere."""
     return kernels if x.is_cuda else plain

@@ -1,11 +1,11 @@
-"""Decoding in plain PyTorch: a few new tokens read the means of all blocks, and then only the blocks that they choose.
+"""Decoding in plain PyTorch: a few new tokens score the means of all blocks, then read only the blocks that they choose.
 
-The means are kept beside the key cache. A block's mean is computed when its last token is written, from the keys that the cache then
-holds, and never changed by anything but another token written into the block. So cutting a cache back needs no care: what lies beyond
-the cut is computed again before it can be chosen. Means of blocks that are not complete are not defined, and never read.
+The means are stored next to the key cache. A block's mean is computed from the cached keys whenever the block's last token is written, and
+does not change otherwise. Cropping a cache therefore needs no update: means beyond the crop are recomputed before they can be chosen.
+Means of incomplete blocks are undefined, and never read.
 
-B rows, H query heads, G key heads, R = H / G, N tokens the cache has room for, n new tokens, C blocks, P tokens a block (`block_size`),
-K blocks read, D width. F: how many heads of a group choose for themselves, R, or 1 if they choose together. L readers: see `decode_plain`.
+B batch rows, H query heads, G key heads, R = H / G, N tokens of cache capacity, n new tokens, C blocks, P tokens per block (`block_size`),
+K blocks read, D and Dv head dimensions, F selections per group (R, or 1 if its heads choose together), L readers (see `attend_to_blocks`).
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from torch import Tensor
 from ..core.settings import AttentionSettings
 from .gate import best_blocks, means_of, some_are_equal, with_ties
 
-FEW = 32  # new tokens that are decoding: more of them are faster as a prefill
-_TOKENS_AT_ONCE = 1 << 16  # whose keys are copied to compute means
-_ELEMENTS_AT_ONCE = 1 << 24  # of keys and values that are copied to be read
+FEW = 32  # maximum number of new tokens for decoding: more are faster as a prefill
+_TOKENS_AT_ONCE = 1 << 16  # tokens whose keys are copied to compute means
+_ELEMENTS_AT_ONCE = 1 << 24  # elements of keys and values that are gathered
 
 Take = Callable[[Tensor, Tensor, Tensor], Tensor]  # rows `[L, 1]`, key heads `[L, 1]`, tokens `[L, T]` -> a copy of their keys `[L, T, D]`
 
 
 @dataclass(frozen=True)
 class Stored:
-    """Keys and values, wherever they lie."""
+    """Accessors to keys and values, independent of their storage."""
 
     take_key: Take
     take_value: Take
-    n_tokens: int  # which are all below it
-    width: int  # of a key and a value together
+    n_tokens: int  # an upper bound on token indices
+    width: int  # elements of a key and a value together
 
     @classmethod
     def of(cls, key: Tensor, value: Tensor) -> Stored:
@@ -43,12 +43,12 @@ class Stored:
 
 
 def mean_dtype(key: Tensor) -> torch.dtype:
-    """float32 at least. That is not asked of PyTorch, to which it is a call of an operator."""
+    """At least float32. Computed without `torch.promote_types`, which is an operator call."""
     return torch.float64 if key.dtype == torch.float64 else torch.float32
 
 
 def means_for(key: Tensor, n_blocks: int) -> Tensor:
-    """A place for the means of `n_blocks` blocks of `key [B, G, N, D]`: `[B, G, n_blocks, D]` in float32 at least."""
+    """A zeroed buffer for the means of `n_blocks` blocks of `key [B, G, N, D]`: `[B, G, n_blocks, D]` in at least float32."""
     return key.new_zeros(*key.shape[:2], n_blocks, key.shape[3], dtype=mean_dtype(key))
 
 
@@ -63,7 +63,7 @@ def write_means(means: Tensor, key: Tensor, start: Tensor | None, block_size: in
         end = min(c + step, stop)
         if start is None:
             part = key[:, :, c * block_size : end * block_size]
-        else:  # a row that starts late has fewer blocks: what is read in place of the others is never chosen
+        else:  # a row that starts late has fewer blocks: the means computed for the others are never chosen
             token = (start[:, None] + torch.arange(c * block_size, end * block_size, device=key.device)).clamp(max=key.shape[2] - 1)
             part = key.gather(2, token[:, None, :, None].expand(-1, key.shape[1], -1, key.shape[3]))
         means[:, :, c:end] = means_of(part.unflatten(2, (end - c, block_size)), block_size)
@@ -73,7 +73,7 @@ def write_means(means: Tensor, key: Tensor, start: Tensor | None, block_size: in
 def decode_plain(
     query: Tensor, key: Tensor, value: Tensor, means: Tensor, length: Tensor | None, start: Tensor | None, settings: AttentionSettings
 ) -> tuple[Tensor, Tensor]:
-    """`decode` in plain PyTorch."""
+    """`moba_flex.decoding.decode` in plain PyTorch."""
     new, device = query.shape[2], query.device
     start = torch.zeros(query.shape[0], 1, dtype=torch.int64, device=device) if start is None else start[:, None]
     token = torch.arange(new, device=device) + ((key.shape[2] if length is None else length) - new)
@@ -84,10 +84,10 @@ def decode_plain(
 def decode_blocks(
     query: Tensor, stored: Stored, means: Tensor, token: Tensor, start: Tensor, settings: AttentionSettings
 ) -> tuple[Tensor, Tensor]:
-    """`decode_plain` of keys that lie anywhere, all of whose means `[B, G, C, D]` are written.
+    """`decode_plain` for keys in any storage, all of whose means `[B, G, C, D]` are written.
 
-    `query [B, H, n, D]` at `token [n]` or `[B, n]`, `start [B, 1]`. Blocks of all rows, heads and tokens are gathered at once, or as many
-    as `_ELEMENTS_AT_ONCE` allows.
+    `query [B, H, n, D]` is at positions `token [n]` or `[B, n]` of rows that begin at `start [B, 1]`. The blocks of all rows, heads and
+    tokens are gathered at once, or as many as `_ELEMENTS_AT_ONCE` allows.
     """
     groups = means.shape[1]
     position = token - start  # [B, n], below 0 for padding
@@ -100,23 +100,23 @@ def decode_blocks(
 def attend_to_blocks(
     query: Tensor, stored: Stored, blocks: Tensor, start: Tensor, token: Tensor, settings: AttentionSettings
 ) -> tuple[Tensor, Tensor]:
-    """`query [B, G, R, n, D]` attends to the `blocks [B, G, F, n, K]` of what is stored, -1 for none, and there to no later token.
+    """Causal attention of `query [B, G, R, n, D]` to the stored `blocks [B, G, F, n, K]`; -1 means no block.
 
-    `start [B, 1]` is where each row's blocks begin, `token [n]` or `[B, n]` the place of each query. `[B, H, n, Dv]` in the query's dtype,
-    `[B, H, n]`.
+    `start [B, 1]` is the token at which each row's blocks begin, `token [n]` or `[B, n]` that of each query. Returns `[B, H, n, Dv]` in
+    the query's dtype, and the log-sum-exp `[B, H, n]`.
     """
     groups, device = query.shape[1], query.device
     token = token.expand(query.shape[0], -1)
     together = query.unflatten(2, (blocks.shape[2], -1)).movedim(3, 4)  # [B, G, F, n, R / F, D]
 
-    # From here on a reader is a token of heads that read together, [B * G * F * n], wherever it belongs.
+    # From here on, a reader is one token of the heads that read the same blocks: [B * G * F * n].
     shape, each = together.shape, torch.arange(blocks[..., 0].numel(), device=device)
     group = each // (shape[2] * shape[3])
     row, group, last = group // groups, group % groups, each % shape[3]
     at_once = max(1, _ELEMENTS_AT_ONCE // (blocks.shape[-1] * settings.block_size * stored.width))
     parts = zip(*(x.split(at_once) for x in (together.flatten(0, 3), blocks.flatten(0, 3), row, group, token[row, last])))
     out, lse = zip(*(_attend(q, stored, chosen, b, g, start[b], t, settings) for q, chosen, b, g, t in parts))
-    # Of one key head it is a view as yet, and lies as its heads read.
+    # `flatten` may return a view that is not contiguous, for example with one key head.
     whole, total = (torch.cat(x).view(*shape[:-1], *x[0].shape[2:]).movedim(4, 3).flatten(1, 3).contiguous() for x in (out, lse))
     return whole, total
 
@@ -131,7 +131,7 @@ def _attend(
     token: Tensor,
     settings: AttentionSettings,
 ) -> tuple[Tensor, Tensor]:
-    """Readers `[L, M, D]`, each of M heads at `token [L]`, attend to their `blocks [L, K]`: `[L, M, Dv]` and `[L, M]`."""
+    """Readers `[L, M, D]`, each of M heads at `token [L]`, attend to their `blocks [L, K]`: `[L, M, Dv]` and lse `[L, M]`."""
     offset = torch.arange(min(settings.block_size, stored.n_tokens), device=query.device)
     at = (start + blocks * settings.block_size)[..., None] + offset  # [L, K, P]
     seen = ((blocks >= 0)[..., None] & (at <= token[:, None, None])).flatten(1)  # [L, K * P]
@@ -152,7 +152,7 @@ def _take(x: Tensor, row: Tensor, group: Tensor, at: Tensor) -> Tensor:
 
 
 def _complete(means: Tensor, key: Tensor, position: Tensor, start: Tensor, block_size: int) -> None:
-    """Write the means of the blocks whose last token is among the new ones, at `position [B, n]` in rows from `start [B, 1]`."""
+    """Write the means of the blocks whose last token is among the new ones, at `position [B, n]` from their row's `start [B, 1]`."""
     row, last = ((position >= 0) & (position % block_size == block_size - 1)).nonzero(as_tuple=True)
     block = position[row, last] // block_size
     token = start[row] + block[:, None] * block_size + torch.arange(block_size, device=key.device)
@@ -160,7 +160,7 @@ def _complete(means: Tensor, key: Tensor, position: Tensor, start: Tensor, block
 
 
 def blocks_to_read(query: Tensor, means: Tensor, position: Tensor, settings: AttentionSettings) -> Tensor:
-    """`[B, G, R, n, D]`, `[B, G, C, D]`, `[B, n]` -> `[B, G, F, n, K]` int64, -1 where there are fewer."""
+    """`[B, G, R, n, D]`, `[B, G, C, D]`, `[B, n]` -> the blocks to read `[B, G, F, n, K]` int64, padded with -1."""
     own = position.div(settings.block_size, rounding_mode="floor")[:, None, None, :, None]  # [B, 1, 1, n, 1]
     if settings.share_selection:  # the sum of scores is the score of the sum
         query = query.sum(2, keepdim=True)

@@ -1,6 +1,6 @@
 """The gate: which past blocks each query reads (report, equations 5 and 6), in plain PyTorch.
 
-B rows, H query heads, G key heads, Q query blocks, C key blocks, P slots a block, S blocks to choose, D head dimension.
+B batch, H query heads, G key heads, Q query blocks, C key blocks, P slots per block, S blocks to choose, D head dimension.
 """
 
 from __future__ import annotations
@@ -12,27 +12,27 @@ from ..core.dtypes import wide
 from ..core.layout import BlockLayout
 from ..core.settings import AttentionSettings
 
-# How many scores are held at a time. Scores are queries x blocks: all of them at once would grow with the square of the tokens.
+# Scores that are held at a time: all of them (queries x blocks) would grow with the square of the number of tokens.
 _SCORES_AT_ONCE = 1 << 19
-_FACTOR = -7046029254386353131  # odd, without a pattern in its bits: products overflow, and spread over all int64
+_FACTOR = -7046029254386353131  # odd, without a pattern in its bits: products wrap around and spread over all int64
 
 
 def block_means(key: Tensor, layout: BlockLayout) -> Tensor:
-    """`[B, G, C * P, D]` -> `[B, G, C, D]`: the mean of each block's real keys, in float32 at least (equation 6)."""
+    """`[B, G, C * P, D]` -> `[B, G, C, D]`: the mean of each block's real keys, in at least float32 (equation 6)."""
     blocks = key.unflatten(2, (layout.n_key_blocks, layout.width))
     return means_of(blocks, layout.block_keys.clamp(min=1)[:, None, :, None])
 
 
 def means_of(blocks: Tensor, count: Tensor | int) -> Tensor:
-    """`[..., P, D]`, 0 where no key is -> the means `[..., D]` of `count` keys each, in float32 at least.
+    """`[..., P, D]`, 0 in empty slots -> the means `[..., D]` of `count` keys each, in at least float32.
 
-    Equal blocks have equal means bit for bit, whoever asks: the order of a sum follows from strides, so these are always the same.
+    Equal blocks have bitwise equal means in all callers: the order of a sum depends on strides, so the input is made contiguous.
     """
     return blocks.contiguous().sum(-2, dtype=wide(blocks.dtype)) / count
 
 
 def some_are_equal(mean: Tensor, exists: Tensor) -> bool:
-    """Whether two of the means `[B, G, C, D]` of blocks that `exists [B, C]` may be equal. Asked of two numbers of each, to cost little."""
+    """Whether two of the means `[B, G, C, D]` of blocks that `exists [B, C]` may be equal. Cheap: it compares two elements of each."""
     two = (mean[..., :2] + 0.0).contiguous()
     key = (two.view(torch.int64) if two.shape[-1] == 2 else two)[..., 0]
     key = torch.where(exists[:, None], key, torch.arange(mean.shape[2], device=mean.device)).sort(-1).values
@@ -40,13 +40,13 @@ def some_are_equal(mean: Tensor, exists: Tensor) -> bool:
 
 
 def first_of_equals(mean: Tensor) -> Tensor:
-    """`[B, G, C, D]` -> `[B, G, C]` int64: the first block with the same mean, bit for bit; the block itself if it is that.
+    """`[B, G, C, D]` -> `[B, G, C]` int64: the first block with the same mean, bit for bit, which may be the block itself.
 
-    Scores of equal blocks are rounded alike only by chance, so all of them take that of the first, and are a tie.
+    Scores of equal blocks may be rounded differently, so all of them get the score of the first, and tie.
     """
     block = torch.arange(mean.shape[2], device=mean.device)
     place = _mixed(torch.arange(mean.shape[3], device=mean.device))
-    key, order = _mixed(_bits(mean) ^ place).sum(-1).sort(dim=-1, stable=True)  # equal means stand together, the first one in front
+    key, order = _mixed(_bits(mean) ^ place).sum(-1).sort(dim=-1, stable=True)  # equal means become adjacent, the first block in front
     new = torch.nn.functional.pad(key[..., 1:] != key[..., :-1], (1, 0), value=True)
     first = order.gather(-1, torch.where(new, block, 0).cummax(-1).values)
     first = torch.zeros_like(order).scatter(-1, order, first)
@@ -61,7 +61,7 @@ def with_ties(score: Tensor, mean: Tensor) -> Tensor:
 
 
 def _mixed(x: Tensor) -> Tensor:
-    """Int64 that look random, different for different `x`."""
+    """An int64 hash of `x`. Collisions are possible."""
     for _ in range(2):
         x = (x ^ (x >> 32)) * _FACTOR
     return x ^ (x >> 32)
@@ -73,18 +73,18 @@ def _bits(x: Tensor) -> Tensor:
 
 
 def candidates(layout: BlockLayout, settings: AttentionSettings) -> tuple[Tensor, Tensor]:
-    """`[B, Q]` int32 twice: a query block may be routed to the blocks from the first to before the second."""
+    """Two `[B, Q]` int32: a query block may be routed to the blocks from the first to before the second."""
     return layout.first, layout.own if settings.causal else layout.end
 
 
 def best_blocks(score: Tensor, candidate: Tensor, count: int, finite: bool) -> Tensor:
-    """`[..., C]` scores -> `[..., count]` int32: the best candidate blocks in no particular order, -1 where there are fewer.
+    """`[..., C]` scores -> `[..., count]` int32: the best candidate blocks in no particular order, padded with -1.
 
-    Among equals the earlier block is better. NaN counts as infinity, so that it reaches the outputs that can see it. `finite` says
-    that there are no such scores. `score` is changed.
+    Ties go to the earlier block. NaN counts as infinity, so that it reaches the outputs that can see it. `finite` says that all scores
+    are finite. `score` is modified.
     """
     kept = min(count, score.shape[-1])
-    if not finite:  # afterwards -inf means one thing only: no candidate
+    if not finite:  # after this, -inf means only: no candidate
         score.nan_to_num_(nan=torch.inf, posinf=torch.inf, neginf=torch.finfo(score.dtype).min)
     if not candidate.all():
         score.masked_fill_(~candidate, -torch.inf)
@@ -92,14 +92,14 @@ def best_blocks(score: Tensor, candidate: Tensor, count: int, finite: bool) -> T
     tied = (value[..., kept - 1] == value[..., -1]) & (value[..., -1] > -torch.inf) if value.shape[-1] > kept else None
     value, block = value[..., :kept], block[..., :kept]
     block = block.int().masked_fill_(value == -torch.inf, -1)
-    if tied is not None and tied.any():  # topk takes any of the equals
+    if tied is not None and tied.any():  # topk breaks ties arbitrarily
         order = score[tied].argsort(dim=-1, descending=True, stable=True)
         block[tied] = order[..., :kept].int()
     return torch.nn.functional.pad(block, (0, count - kept), value=-1)
 
 
 def forced_blocks(layout: BlockLayout, settings: AttentionSettings) -> Tensor:
-    """`[B, Q, sink_blocks + recent_blocks]` int32: the blocks that a query block reads whatever the scores, -1 for none."""
+    """`[B, Q, sink_blocks + recent_blocks]` int32: the blocks that a query block reads regardless of scores, -1 for none."""
     first, own = layout.first[..., None], layout.own[..., None]
     step = torch.arange(settings.sink_blocks + settings.recent_blocks, device=own.device, dtype=torch.int32)
     sink, recent = first + step[: settings.sink_blocks], own - 1 - step[: settings.recent_blocks]
@@ -111,9 +111,9 @@ def _largest(x: Tensor) -> float:
 
 
 def choose(query: Tensor, key: Tensor, layout: BlockLayout, settings: AttentionSettings) -> Tensor:
-    """`[B, H, Q * P, D]`, `[B, G, C * P, D]` -> `[B, H, Q * P, S]` int32, the chosen blocks, -1 where there are fewer.
+    """`[B, H, Q * P, D]`, `[B, G, C * P, D]` -> `[B, H, Q * P, S]` int32, the chosen blocks, -1 if there are fewer.
 
-    Sink and recent blocks are the last of them; the scores choose among the others.
+    Sink and recent blocks come last; the others are chosen by score.
     """
     rows, heads, slots = query.shape[:3]
     groups, n_blocks = key.shape[1], layout.n_key_blocks
@@ -121,7 +121,7 @@ def choose(query: Tensor, key: Tensor, layout: BlockLayout, settings: AttentionS
     if settings.n_routed == 0:
         return chosen
     free = settings.n_free
-    query, key = query.contiguous(), key.contiguous()  # else products are rounded in other orders, and near-ties fall otherwise
+    query, key = query.contiguous(), key.contiguous()  # otherwise products may round differently, which changes near-ties
     mean = block_means(key, layout)
     first, last = candidates(layout, settings)
     begin, stop = first[..., None] + settings.sink_blocks, last[..., None] - settings.recent_blocks
@@ -154,7 +154,7 @@ def choose(query: Tensor, key: Tensor, layout: BlockLayout, settings: AttentionS
 
 
 def _blocks_of_sequences(layout: BlockLayout, settings: AttentionSettings) -> tuple[list[int], list[int]]:
-    """The first block and one past the last that a query block of any row may be routed to: those of other sequences are not scored."""
+    """Per query block, the first block and one past the last that it may be routed to in any row. Others are not scored."""
     if layout.dense:
         query_blocks = range(layout.n_query_blocks)
         return [0] * len(query_blocks), [layout.last_own(i) if settings.causal else layout.n_key_blocks for i in query_blocks]

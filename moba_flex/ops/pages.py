@@ -1,8 +1,8 @@
-"""Decoding of keys in pages, as a server keeps them: plain PyTorch. The kernels of `triton/decoding.py` read the pages where they are.
+"""Decoding with a paged KV cache, as in a server, in plain PyTorch. The kernels of `triton/decoding.py` read the pages in place.
 
-A page holds some tokens of one sequence, one after another, and a table says which pages a sequence has.
+A page holds consecutive tokens of one sequence, and a page table lists the pages of each sequence.
 
-B rows, H query heads, G key heads, n new tokens, C blocks, P tokens a block, W pages of the longest row, D and Dv widths.
+B batch rows, H query heads, G key heads, n new tokens, C blocks, P tokens per block, W pages of the longest row, D and Dv head dimensions.
 """
 
 from __future__ import annotations
@@ -19,37 +19,37 @@ from .gate import means_of
 
 @dataclass(frozen=True, eq=False)
 class Pages:
-    """Keys and values of B rows in pages, and the means of their blocks."""
+    """Keys and values of B rows in pages, and the mean keys of runs of tokens, from which block means are computed."""
 
     key: Tensor  # [slots, G, D]
     value: Tensor  # [slots, G, Dv]
-    means: Tensor  # [runs, G, D]: the mean key of each run of tokens, page by page, in float32 at least
-    table: Tensor  # [B, W] int64: each row's pages in order, behind its last any that there are
-    length: Tensor  # [B] int64: tokens of each row, the new ones among them
-    longest: int  # a bound on these
-    size: int  # tokens of a page
-    stride: int  # slots from the beginning of a page to that of the next
-    run: int  # tokens of a run, which divides pages and blocks
+    means: Tensor  # [runs, G, D]: the mean key of each run of tokens, page by page, in at least float32
+    table: Tensor  # [B, W] int64: each row's pages in order, then any valid pages
+    length: Tensor  # [B] int64: tokens of each row, new ones included
+    longest: int  # an upper bound on `length`
+    size: int  # tokens per page
+    stride: int  # slots from the start of a page to the start of the next
+    run: int  # tokens per run; divides the sizes of pages and blocks
 
     def rows(self, some: slice) -> Pages:
-        """The same for some rows."""
+        """The pages of some rows."""
         return replace(self, table=self.table[some], length=self.length[some])
 
     def slots(self, row: Tensor, token: Tensor) -> Tensor:
-        """Where tokens of rows lie."""
+        """The slots of tokens of rows."""
         return self.table[row, token // self.size] * self.stride + token % self.size
 
     def stored(self) -> Stored:
-        """For `decode_blocks`."""
+        """Accessors for `decode_blocks`."""
         width = self.key.shape[-1] + self.value.shape[-1]
         return Stored(self._taker(self.key), self._taker(self.value), self.longest, width)
 
     def n_blocks(self, block_size: int) -> int:
-        """C: the complete blocks of the longest row, and one at least."""
+        """C: number of complete blocks of the longest row, at least 1."""
         return max(1, self.longest // block_size)
 
     def block_means(self, block_size: int) -> Tensor:
-        """`[B, G, C, D]`: the means of blocks; what stands behind a row's last complete block is undefined."""
+        """`[B, G, C, D]`: the block means, undefined after a row's last complete block."""
         n_blocks, per_block, per_page = self.n_blocks(block_size), block_size // self.run, self.size // self.run
         run = torch.arange(n_blocks * per_block, device=self.table.device)
         page = self.table[:, (run // per_page).clamp(max=self.table.shape[1] - 1)]
@@ -67,7 +67,7 @@ class Pages:
 
 
 def decode_pages(query: Tensor, pages: Pages, settings: AttentionSettings) -> tuple[Tensor, Tensor]:
-    """`query [B, H, n, D]`, the last n tokens of each row, attend to the blocks that they choose: `[B, H, n, Dv]` and `[B, H, n]`."""
+    """`query [B, H, n, D]`, the last n tokens of each row, attends to the blocks that it chooses: `[B, H, n, Dv]`, lse `[B, H, n]`."""
     new = query.shape[2]
     token = pages.length[:, None] - new + torch.arange(new, device=query.device)
     return decode_blocks(query, pages.stored(), pages.block_means(settings.block_size), token, torch.zeros_like(token[:, :1]), settings)

@@ -1,4 +1,4 @@
-"""The steps in plain PyTorch, under the names that `moba_flex.ops.triton` has too."""
+"""The operations in plain PyTorch, under the same names as in `moba_flex.ops.triton`."""
 
 from .gate import choose
 from .routing import route

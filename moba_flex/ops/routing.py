@@ -1,9 +1,9 @@
-"""Routing: every (query, chosen block) pair becomes one row, ordered by block, as a mixture of experts sends tokens to experts.
+"""Routing: every (query, chosen block) pair becomes one row, sorted by block, as a mixture of experts sends tokens to experts.
 
-Each block's rows are padded to whole tiles, so that a tile of queries meets exactly one block and all of it. How many rows there
-can be is known before the data is, so nothing is read back to the host.
+Each block's rows are padded to whole tiles, so each tile of rows reads exactly one whole block. The number of rows is bounded by
+shapes alone, so nothing is read back to the host.
 
-B rows of the batch, H query heads, G key heads, C key blocks, N query slots, S chosen blocks per query, R routed rows, T tiles.
+B batch, H query heads, G key heads, C key blocks, N query slots, S chosen blocks per query, R routed rows, T tiles.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from ..core.chunking import tiles_needed
 
 
 def order_pairs(chosen: Tensor, groups: int, n_blocks: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The (query, block) pairs of `chosen [B, H, N, S]` (-1: none) by block, and for one block by query, the same in every run.
+    """The (query, block) pairs of `chosen [B, H, N, S]` (-1: none), sorted by block, and within a block by query. Deterministic.
 
-    Blocks are numbered through all (batch, key head): `(b * G + g) * C + c`. Returns the sorted blocks `[pairs]` (`B * G * C` for
-    none), the pairs in that order `[pairs]` int64, and where each block's pairs begin `[B * G * C + 1]`.
+    Blocks are numbered across batch and key heads: `(b * G + g) * C + c`. Returns the sorted blocks `[pairs]` (`B * G * C` for none),
+    the indices of the pairs in that order `[pairs]` int64, and where each block's pairs begin `[B * G * C + 1]`.
     """
     rows, heads = chosen.shape[:2]
     device, total = chosen.device, rows * groups * n_blocks
     group = torch.arange(rows * heads, device=device, dtype=torch.int32) // (heads // groups)
     block = torch.where(chosen < 0, total, chosen + (group * n_blocks).view(rows, heads, 1, 1)).flatten()
-    small = torch.int16 if total <= torch.iinfo(torch.int16).max else torch.int32  # takes half the time to sort
+    small = torch.int16 if total <= torch.iinfo(torch.int16).max else torch.int32  # int16 sorts in half the time
     ordered, order = torch.sort(block.to(small), stable=True)
     first = torch.searchsorted(ordered, torch.arange(total + 1, device=device, dtype=small), out_int32=True)
     return ordered.int(), order, first
@@ -34,15 +34,15 @@ def order_pairs(chosen: Tensor, groups: int, n_blocks: int) -> tuple[Tensor, Ten
 
 @dataclass(frozen=True, eq=False)
 class Routes:
-    """Where each pair went. Blocks are numbered as in `order_pairs`. All int32."""
+    """The row of each pair. Blocks are numbered as in `order_pairs`. All tensors are int32."""
 
     tile: int
-    row_of_pair: Tensor  # [B, H, N, S] the row of each pair, -1 where the query chose fewer blocks
-    block_of_tile: Tensor  # [T] the block that each tile of rows meets; some valid block for spare tiles
+    row_of_pair: Tensor  # [B, H, N, S] the row of each pair, -1 if the query chose fewer blocks
+    block_of_tile: Tensor  # [T] the block that each tile of rows reads; any valid block for spare tiles
     tile_in_use: Tensor  # [T] 1 or 0
-    first_tile: Tensor  # [B * G * C] the first tile of each block; some valid tile where it has none
-    tiles_of_block: Tensor  # [B * G * C] how many tiles it has
-    rows_of_block: Tensor  # [B * G * C] how many rows it has; what is left of its last tile is spare
+    first_tile: Tensor  # [B * G * C] the first tile of each block; any valid tile if it has none
+    tiles_of_block: Tensor  # [B * G * C] number of tiles
+    rows_of_block: Tensor  # [B * G * C] number of rows; the rest of the last tile is spare
 
     @property
     def n_rows(self) -> int:
@@ -55,7 +55,7 @@ class Routes:
 
 
 def route(chosen: Tensor, groups: int, n_blocks: int, tile: int, max_pairs: int) -> Routes:
-    """A row for each pair of `chosen [B, H, N, S]`, of which at most `max_pairs` are real; each block's rows in whole tiles."""
+    """One row per pair of `chosen [B, H, N, S]`, at most `max_pairs` of which are real. Each block's rows are padded to whole tiles."""
     device = chosen.device
     ordered, order, first = order_pairs(chosen, groups, n_blocks)
     total = first.numel() - 1

@@ -1,8 +1,8 @@
 """Moving between queries and routed rows, in plain PyTorch: dispatch, merge, and the sum of gradients.
 
-Nothing here adds with atomics: what comes back to a query is gathered through `row_of_pair`, so two runs give the same bits.
+There are no atomics: results for a query are gathered through `row_of_pair`, so two runs give the same bits.
 
-H query heads, N query slots, S chosen blocks per query, R routed rows, D width. Rows of the batch and heads are one leading axis here.
+B batch, H query heads, N query slots, S chosen blocks per query, R routed rows, D and Dv head dimensions.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def dispatch(x: Tensor, routes: Routes, spare: float = 0.0) -> Tensor:
 
 
 def dispatch_backward(query: Tensor, grad: Tensor, lse: Tensor, delta: Tensor, routes: Routes) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Rows of all that the backward pass reads. Spare rows get a log-sum-exp of infinity, so that their weights are 0."""
+    """Rows of all tensors that the backward pass reads. Spare rows get a log-sum-exp of infinity, so that their weights are 0."""
     return dispatch(query, routes), dispatch(grad, routes), dispatch(lse, routes, torch.inf), dispatch(delta, routes)
 
 
@@ -36,8 +36,8 @@ def merge(
 ) -> None:
     """The softmax-weighted sum of a query's partial outputs.
 
-    `out [B, H, N, Dv]` and `lse [B, H, N]` of the local call and `row_out [R, Dv]`, `row_lse [R]` of the routed call give the output
-    over all blocks and its log-sum-exp, written `into` two tensors of these shapes. They are in the slots of `layout`.
+    Merges `out [B, H, N, Dv]` and `lse [B, H, N]` of the local call with `row_out [R, Dv]` and `row_lse [R]` of the routed call, and
+    writes the output over all blocks and its log-sum-exp to `into`. `out`, `lse` and `into` are in the slots of `layout`.
     """
     pairs = routes.row_of_pair.flatten(0, 2)
     whole_out, whole_lse = (x if x.is_contiguous() else torch.empty_like(x, memory_format=torch.contiguous_format) for x in into)
@@ -55,14 +55,14 @@ def merge(
 
 
 def weights_of_parts(lse: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """Shares of partial outputs by their log-sum-exps along `dim`, -inf for a part that read nothing; and that of their sum."""
+    """Weights of partial outputs from their log-sum-exps along `dim` (-inf for a part that read nothing), and the total log-sum-exp."""
     whole = lse.logsumexp(dim)
     some = lse.masked_fill((whole == -torch.inf).unsqueeze(dim), 0)
     return some.softmax(dim).masked_fill(lse == -torch.inf, 0), whole
 
 
 def sum_rows(grad: Tensor, row_grad: Tensor, routes: Routes, into: Tensor) -> None:
-    """`grad [B, H, N, D]` plus the gradients `row_grad [R, D]` of the rows that each query sent, written `into` the first's like."""
+    """`grad [B, H, N, D]` plus the gradients `row_grad [R, D]` of the rows of each query, written to `into`, of the shape of `grad`."""
     whole = into if into.is_contiguous() else torch.empty_like(into, memory_format=torch.contiguous_format)
     pairs, total = routes.row_of_pair.flatten(0, 2), whole.flatten(0, 2)
     for start in range(0, pairs.shape[0], _QUERIES_AT_ONCE):
@@ -72,13 +72,13 @@ def sum_rows(grad: Tensor, row_grad: Tensor, routes: Routes, into: Tensor) -> No
 
 
 def delta(out: Tensor, grad: Tensor, grad_lse: Tensor | None) -> Tensor:
-    """`out . grad - grad_lse` `[B, H, N]`, in float32 at least: what every score's gradient has subtracted."""
+    """`out . grad - grad_lse` `[B, H, N]`, in at least float32: `grad_score = weight * (grad_weight - delta)`."""
     total = (out.to(wide(out.dtype)) * grad).sum(-1)
     return total if grad_lse is None else total - grad_lse
 
 
 def write(tensors: tuple[Tensor, ...], into: tuple[Tensor, ...]) -> None:
-    """Copy each of `tensors` into its place, in the place's dtype."""
+    """Copy each of `tensors` to its counterpart in `into`, converted to its dtype."""
     for x, to in zip(tensors, into):
         to.copy_(x)
 
@@ -88,12 +88,12 @@ def _take_rows(rows: Tensor, pair: Tensor) -> Tensor:
 
 
 def _sum_of_rows(rows: Tensor, pair: Tensor, weight: Tensor | None = None) -> Tensor:
-    """`[R, D]`, rows of each query `[n, S]`, -1 for none -> their sum `[n, D]`, weighted by `weight [n, S]`, in float32 at least."""
+    """`[R, D]`, rows of each query `[n, S]`, -1 for none -> their sum `[n, D]`, weighted by `weight [n, S]`, in at least float32."""
     taken = _take_rows(rows, pair).to(wide(rows.dtype)).masked_fill((pair < 0)[..., None], 0)
     return taken.sum(1) if weight is None else torch.bmm(weight[:, None], taken)[:, 0]
 
 
 def over_no_keys(query: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention of queries that have no own block (`causal=False`) before they are routed: zeros, and a log-sum-exp of -inf."""
+    """The local result of queries without an own block (`causal=False`): zeros, and a log-sum-exp of -inf."""
     out = query.new_zeros(*query.shape[:3], value.shape[-1], dtype=wide(query.dtype))
     return out, torch.full_like(out[..., 0], -torch.inf)

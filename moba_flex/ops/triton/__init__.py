@@ -1,7 +1,7 @@
 """Triton kernels: the gate, routing, rows, decoding; and attention forward and backward, each in one pass.
 
-Those of a file that `moba_flex.ops` has too are held against it by tests; `forward.py` and `backward.py` against the specification.
-Importing this needs Triton, which comes with PyTorch for CUDA.
+Tests compare the kernels with the file of the same name in `moba_flex.ops`, and `forward.py` and `backward.py` with the specification.
+Importing this package needs Triton, which comes with PyTorch for CUDA.
 """
 
 from .backward import one_pass_backward

@@ -1,14 +1,15 @@
-"""The backward pass in one kernel: the own block and all routed rows, five products, nothing copied and no atomics.
+"""The one-pass backward: one kernel for the own block and all routed rows, with five products, no copied rows and no atomics.
 
-A row meets one block and all of it, so the program of a block makes the whole query gradient of its rows beside the gradients of
-its keys and values. FlexAttention's backward makes them apart, in seven products, from rows that were copied before.
-Three kernels: gradients of rows, keys and values; then the sum of a query's rows; and the sum over the parts of blocks that many
-queries chose. All sums have a fixed order, so two runs give the same bits.
+A row reads exactly one whole block, so the program of a block computes the complete query gradient of its rows together with the
+gradients of its keys and values. FlexAttention's backward computes these separately, in seven products, from rows that are copied first.
+Two more kernels sum a query's rows, and the parts of blocks that many queries chose. All sums have a fixed order, so two runs give
+the same bits.
 
-A block of more than `K` keys is several sub-blocks, with a program each; a query then gets a row from each of them.
+A block of more than `K` keys is split into sub-blocks, with a program each; a query then gets a gradient row from each of them.
 
-B rows of the batch, H query heads, G key heads, Q query blocks, C key blocks, P slots per block, K keys of a program, M queries of
-a turn, N query slots (Q * P), R routed rows, S chosen blocks per query, D and Dv widths; Nq queries and Nk keys, tokens or slots.
+B batch, H query heads, G key heads, Q query blocks, C key blocks, P slots per block, K keys per program, M queries per turn (loop
+iteration), N query slots (Q * P), R routed rows, S chosen blocks per query, D and Dv head dimensions; Nq queries and Nk keys, tokens or
+slots.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from .block_programs import columns, own_queries, part_of_program, place_of_turn
 from .sizes import cdiv, gpu_memory, next_power_of_2
 
 _LOG2E = tl.constexpr(1.4426950408889634)
-_LENGTHS = ["N", "N_ROWS", "N_QUERIES", "N_WINDOWS", "WINDOW", "C", "Q"]  # a new length compiles nothing
+_LENGTHS = ["N", "N_ROWS", "N_QUERIES", "N_WINDOWS", "WINDOW", "C", "Q"]  # a new length must not cause a compilation
 
 
 @triton.jit(do_not_specialize=_LENGTHS)
@@ -42,8 +43,8 @@ def _backward_kernel(
     TRANSPOSED: tl.constexpr,
     D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
 ):  # fmt: skip
-    # One program: K keys of a block, and a part of the queries that read it. Sub-blocks are next to each other, so that they read the
-    # same queries from the cache.
+    # One program: K keys of a block, and a part of the queries that read it. Sub-blocks have adjacent program ids, so that they read
+    # the same queries from the cache.
     sub = tl.program_id(0) % SUBS
     block, begin, stop, window = tl.program_id(0) // SUBS, 0, 0, -1
     if ROUTED:
@@ -80,7 +81,7 @@ def _backward_kernel(
 
     m = tl.arange(0, M)
     routed = rows_of_turn(0, own_turns, ROW_QUERY, first_row, begin, stop, M, ROUTED)
-    late = 0  # The same as `turn`. Loads run ahead of products; a variable of their own keeps these from holding what loads computed.
+    late = 0  # Equals `turn`. Loads run ahead of products, which recompute indices from their own variable instead of holding registers.
     for turn in tl.range(0, turns, num_stages=STAGES):
         own, repeat, slot0, i = place_of_turn(turn, own_turns, turns_left, first_slot, begin, M, REPEATS)
         real = (m >= tl.where(own, query_start - slot0, 0)) & (m < tl.where(own, query_stop - slot0, stop - i))
@@ -92,7 +93,7 @@ def _backward_kernel(
         do = tl.load(grads + at[:, None] + dv[None, :], mask=columns(real, dv, DV, DVP), other=0.0)
         row = tl.where(own, N_ROWS + (heads + repeat) * N + first_query + slot0, first_row + i)
         row = tl.multiple_of(row, 16) + m
-        if P % M == 0 and (TILE % M == 0 or not ROUTED):  # then all rows of a turn have numbers, spare ones too
+        if P % M == 0 and (TILE % M == 0 or not ROUTED):  # then all rows of a turn have values, spare ones too
             lse, delta = tl.load(ROW_LSE + row), tl.load(ROW_DELTA + row)
         else:
             lse, delta = tl.load(ROW_LSE + row, mask=real, other=float("inf")), tl.load(ROW_DELTA + row, mask=real, other=0.0)
@@ -181,7 +182,7 @@ def _sum_rows_kernel(
     total = tl.zeros([M, DP], tl.float32)
     for sub in tl.static_range(SUBS):
         part = ROW_GRAD + sub * rows * D
-        if CAUSAL:  # a sub-block wrote for the queries from its first key on
+        if CAUSAL:  # a sub-block wrote rows only for queries from its first key on
             own = here & (i % P >= sub * K)
             total += tl.load(part + (N_ROWS + query)[:, None] * D + d[None, :], mask=columns(own, d, D, DP), other=0.0).to(tl.float32)
         for s in range(0, S, UNROLLED):
@@ -207,9 +208,9 @@ def one_pass_backward(
 ) -> None:
     """Writes the gradients of query, key and value through the own block and along `routes` to `into`.
 
-    `query [B, H, Nq, D]`, `key [B, G, Nk, D]`, `value [B, G, Nk, Dv]`, `grad [B, H, Nq, Dv]`: any strides, last dimension
-    contiguous, and so are those of `into`. `lse` (of all that a query reads) and `delta` (`out . grad`): float32 `[B, H, Nq]`,
-    contiguous. `routes` is None where no query is routed. What lies between the tokens of `layout` is neither read nor written.
+    `query [B, H, Nq, D]`, `key [B, G, Nk, D]`, `value [B, G, Nk, Dv]`, `grad [B, H, Nq, Dv]` and `into`: any strides, last dimension
+    contiguous. `lse` (over all blocks of a query) and `delta` (`out . grad - grad_lse`): float32 `[B, H, Nq]`, contiguous. `routes` is
+    None if no query is routed. Memory between the tokens of `layout` is neither read nor written.
     """
     (rows, heads, _, width), groups, value_width = query.shape, key.shape[1], value.shape[-1]
     slots = layout.n_query_blocks * layout.width
@@ -254,22 +255,22 @@ def one_pass_backward(
 
 
 def sub_blocks(query: Tensor, value: Tensor, slots: int) -> int:
-    """How many programs a block of `slots` slots is cut into."""
+    """The number of sub-blocks, one program each, of a block of `slots` slots."""
     keys = program(query.dtype, slots, query.shape[-1], value.shape[-1], *gpu_memory(query.device))[0]
     return cdiv(slots, keys)
 
 
 def dot_precision(dtype: torch.dtype) -> str:
-    """How `tl.dot` multiplies: float32 in full precision."""
+    """The `input_precision` of `tl.dot`: full precision for float32."""
     return "ieee" if dtype == torch.float32 else "tf32"
 
 
 @lru_cache(maxsize=256)
 def program(dtype: torch.dtype, slots: int, width: int, value_width: int, room: int, major: int) -> tuple[int, int, int, int, bool]:
-    """Keys of a program, queries of a turn, warps, pipeline stages, and whether a query gradient is made transposed.
+    """Keys per program, queries per turn, warps, pipeline stages, and whether query gradients are computed transposed.
 
     For blocks of `slots` slots, programs of at most `room` bytes of shared memory and GPUs of compute capability `major`. The sizes are
-    the largest with which Triton's compiler spills no register within the loop: the gradients of keys and values fill half of them.
+    the largest for which Triton spills no registers in the loop: the gradients of keys and values take half of the registers.
     """
     both, size = sum(max(16, next_power_of_2(x)) for x in (width, value_width)), dtype.itemsize
     most, wgmma = next_power_of_2(slots), major in (9, 10)
@@ -287,10 +288,10 @@ def program(dtype: torch.dtype, slots: int, width: int, value_width: int, room: 
     keys = min(keys, most)
 
     def shared(stages: int) -> int:
-        buffers = stages if wgmma else stages - 1  # before Hopper products read registers
+        buffers = stages if wgmma else stages - 1  # before Hopper, products read from registers
         return size * (both * (keys + max(1, buffers) * queries) + keys * queries) + (2 << 10)
 
     while stages > 1 and shared(stages) > room:
         stages -= 1
-    # Transposed, the product has at least 64 rows where a turn has fewer queries, and on Blackwell all sums fit into tensor memory.
+    # Transposed, the product has at least 64 rows even if a turn has fewer queries. On Blackwell all accumulators fit into tensor memory.
     return keys, queries, warps, stages, wgmma and size == 2 and keys >= 64 and (queries < 64 or major == 10)

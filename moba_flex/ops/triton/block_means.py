@@ -1,4 +1,4 @@
-"""Means of blocks of keys in one kernel, and the parts of them that queries in half precision multiply on the matrix units."""
+"""Means of key blocks in one kernel, and their half-precision parts, which tensor cores multiply with half-precision queries."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from .sizes import next_power_of_2
 
 @triton.constexpr_function
 def rest_scale(dtype) -> float:
-    """A power of 2 that keeps what two halves leave of a mean within the range of `dtype`: float16 has few numbers below 1e-7."""
+    """A power of 2 that scales what `high` and `low` leave of a mean into the range of `dtype`: float16 has few values below 1e-7."""
     return 2.0**23 if dtype == tl.float16 else 1.0
 
 
 @triton.jit
 def norm(x, axis: tl.constexpr, width: tl.constexpr):
-    # An upper bound of the euclidean norm: sums are rounded, and squares below 2^-126 may be 0.
+    # An upper bound on the Euclidean norm: sums are rounded, and squares below 2^-126 may be 0.
     return tl.sqrt(1.001 * tl.sum(x * x, axis) + width * 1.2e-38)
 
 
@@ -69,15 +69,15 @@ def _means_kernel(
         tl.store(LOW + out, low, mask=mask)
         tl.store(REST + out, (rest * rest_scale(REST.dtype.element_ty)).to(REST.dtype.element_ty), mask=mask)
         error = norm(rest, 0, DP)
-        tl.store(ERROR + block, tl.where(error < float("inf"), error, float("inf")))  # NaN would be no bound
+        tl.store(ERROR + block, tl.where(error < float("inf"), error, float("inf")))  # NaN is not a bound
 
 
 @dataclass(frozen=True)
 class BlockMeans:
-    """The mean of each block's real keys, `[B, G, C, D]`, and what queries in half precision multiply. float32 queries need no parts.
+    """The mean of each block's real keys, `[B, G, C, D]`, and its parts for half-precision queries; None for float32.
 
-    `high`, `low` and `rest` are in the queries' dtype and add up to `mean`; `rest` is multiplied by `rest_scale`. `error [B, G, C]` is
-    the euclidean norm of what the first two leave out, or a little more.
+    `high`, `low` and `rest` are in the query's dtype and add up to `mean`; `rest` is multiplied by `rest_scale`. `error [B, G, C]` is an
+    upper bound on the Euclidean norm of `mean - high - low`.
     """
 
     mean: Tensor
@@ -88,7 +88,7 @@ class BlockMeans:
 
 
 def block_means(key: Tensor, layout: BlockLayout, dtype: torch.dtype) -> BlockMeans:
-    """Of keys `[B, G, Nk, D]`, for queries of `dtype`."""
+    """The means of keys `[B, G, Nk, D]`, for queries of `dtype`."""
     rows, groups, _, width = key.shape
     means = BlockMeans(key.new_empty(rows, groups, layout.n_key_blocks, width, dtype=torch.float32))
     if dtype != torch.float32:

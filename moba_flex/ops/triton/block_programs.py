@@ -1,14 +1,13 @@
-"""What the one-pass kernels share: the part of a block that a program works on, and the queries that it meets in one turn.
+"""What the one-pass kernels share: the part of a block that a program computes, and the queries of one turn (loop iteration).
 
-A routed row meets exactly one block. So one program holds a block's keys (or `K` of them) and reads the queries where they are:
-first those of the block itself, then those that were routed to it.
+A routed row reads exactly one block. One program holds a block's keys (or `K` of them) and reads the queries in place: first those of the
+block itself, then those that were routed to it.
 
-A block that many queries chose would keep one program busy long after the others. So the axis of tiles is cut at every multiple of
-`WINDOW` tiles, and a block that goes on after a cut is continued by another program. A block's first part has at least `WINDOW`
-tiles, so that only blocks of more than `WINDOW` tiles are cut. The cuts depend on `Routes` alone: no list is made for them, and the
-number of programs is known before the data is.
+A block that many queries chose would keep one program busy long after the others. The list of tiles is therefore cut at every multiple of
+`WINDOW` tiles, and another program continues a block after a cut. A block's first part has at least `WINDOW` tiles, so only blocks of more
+than `WINDOW` tiles are cut. The cuts follow from `Routes`: they need no list, and the number of programs does not depend on data.
 
-B rows of the batch, H query heads, G key heads, Q query blocks, C key blocks, P slots per block, N query slots, T tiles.
+B batch, H query heads, G key heads, Q query blocks, C key blocks, P slots per block, N query slots, T tiles.
 """
 
 from __future__ import annotations
@@ -22,11 +21,11 @@ from ...core.layout import BlockLayout
 from ..routing import Routes
 from .sizes import cdiv
 
-_LEAST_WINDOW, _MOST_WINDOWS = 16, 1024  # tiles; windows: enough that one of them is a small part of what a multiprocessor does
+_LEAST_WINDOW, _MOST_WINDOWS = 16, 1024  # tiles; windows: so many that one is a small part of a multiprocessor's work
 
 
 def windows(n_tiles: int) -> tuple[int, int]:
-    """How many windows `n_tiles` tiles have, and how many tiles one has. No windows where no block can be cut."""
+    """The number of windows of `n_tiles` tiles (0 if no block can be cut), and the tiles per window."""
     window = max(_LEAST_WINDOW, cdiv(n_tiles, _MOST_WINDOWS))
     return (cdiv(n_tiles, window) if n_tiles > window else 0), window
 
@@ -35,7 +34,7 @@ def windows(n_tiles: int) -> tuple[int, int]:
 def part_of_program(item, FIRST, TILES, ROWS, BLOCK_OF_TILE, N_WINDOWS, WINDOW, TILE: tl.constexpr):
     """The block of program `item`, its rows from `begin` to `stop` (counted from the block's first) and the window of this part.
 
-    The first `N_WINDOWS` programs continue a block after a cut; `begin` is -1 where there is none. The others start a block each.
+    The first `N_WINDOWS` programs continue a block after a cut; `begin` is -1 if no block is cut there. The others start a block each.
     The window is -1 for a block that is not cut.
     """
     continues = item < N_WINDOWS
@@ -52,8 +51,8 @@ def part_of_program(item, FIRST, TILES, ROWS, BLOCK_OF_TILE, N_WINDOWS, WINDOW, 
 
 @triton.jit
 def own_queries(OWN, QUERY_START, QUERY_STOP, QUERY_TOKEN, b, c, Q):
-    """The query block whose own block is key block `c` of row `b`, the slots of its real queries and the query of the first slot. No
-    slots if there is none."""
+    """The query block whose own block is key block `c` of batch row `b`, whether it exists, the slots of its real queries (none if it
+    does not exist), and the query of its first slot."""
     query_block = c - tl.load(OWN + b * Q)
     there = (query_block >= 0) & (query_block < Q)
     start = tl.load(QUERY_START + b * Q + query_block, mask=there, other=0)
@@ -64,10 +63,9 @@ def own_queries(OWN, QUERY_START, QUERY_STOP, QUERY_TOKEN, b, c, Q):
 
 @triton.jit
 def place_of_turn(turn, own_turns, turns_per_head, first_slot, begin, M: tl.constexpr, REPEATS: tl.constexpr):
-    """What the `M` queries of a turn are: whether they are the block's own, and then of which of its heads and from which slot on, or
-    else its routed rows from which on.
+    """The `M` queries of a turn: whether they are the block's own; if so, their head and first slot; if not, the first of its routed rows.
 
-    Own and routed queries share one loop, so that loads are pipelined across all of it. All that tells them apart is a number per turn.
+    Own and routed queries share one loop, so that loads are pipelined across all of it. They differ only in scalars per turn.
     """
     repeat = turn // turns_per_head if REPEATS > 1 else turn * 0
     slot = first_slot + (turn - repeat * turns_per_head) * M
@@ -76,7 +74,7 @@ def place_of_turn(turn, own_turns, turns_per_head, first_slot, begin, M: tl.cons
 
 @triton.jit
 def rows_of_turn(turn, own_turns, ROW_QUERY, first_row, begin, stop, M: tl.constexpr, ROUTED: tl.constexpr):
-    """The query of each routed row of a turn: a load that other loads depend on, so it is made a turn ahead."""
+    """The query of each routed row of a turn. Other loads depend on this load, so it is issued one turn ahead."""
     if ROUTED:
         i = begin + (turn - own_turns) * M + tl.arange(0, M)
         return tl.load(ROW_QUERY + first_row + i, mask=(turn >= own_turns) & (i < stop), other=0)
@@ -86,7 +84,7 @@ def rows_of_turn(turn, own_turns, ROW_QUERY, first_row, begin, stop, M: tl.const
 
 @triton.jit
 def columns(real, d, D: tl.constexpr, DP: tl.constexpr):
-    """The mask of `DP` columns, of which `D` exist, of real rows."""
+    """The mask of real rows and of the first `D` of `DP` columns."""
     if D == DP:
         return real[:, None]
     else:
@@ -111,7 +109,7 @@ def _row_numbers_kernel(
     LSE, DELTA, ROW_QUERY, BLOCK_OF_TILE, FIRST, ROWS, QUERY_START, QUERY_STOP, QUERY_TOKEN, ROW_LSE, ROW_DELTA,
     H, N, N_TOKENS, N_QUERIES, N_TILES, C, Q, REPEATS: tl.constexpr, P: tl.constexpr, M: tl.constexpr,
 ):  # fmt: skip
-    # One program: the M rows of a tile, or M slots of queries. Rows look their numbers up, since writes to scattered rows take longer.
+    # One program: the M rows of a tile, or M query slots. Rows gather their values, since scattered writes are slower.
     tile, m = tl.program_id(0), tl.arange(0, M)
     to = tile.to(tl.int64) * M + m
     if tile < N_TILES:
@@ -134,9 +132,9 @@ def _row_numbers_kernel(
 
 
 def row_queries(routes: Routes | None, layout: BlockLayout, shape: torch.Size, groups: int) -> Tensor:
-    """Of each routed row its query, `n * (H / G) + h % (H / G)`, int32 `[R]`: `shape` is that of the query. Spare rows hold anything."""
+    """The query of each routed row, `n * (H / G) + h % (H / G)`, int32 `[R]`. `shape` is the query's. Spare rows are uninitialized."""
     if routes is None:
-        return layout.own  # is not read
+        return layout.own  # not read
     rows, heads = shape[:2]
     slots, step = layout.n_query_blocks * layout.width, 256
     n_queries, row_query = rows * heads * slots, routes.row_of_pair.new_empty(routes.n_rows)
@@ -150,11 +148,11 @@ def row_queries(routes: Routes | None, layout: BlockLayout, shape: torch.Size, g
 def row_numbers(
     routes: Routes | None, layout: BlockLayout, row_query: Tensor, lse: Tensor, delta: Tensor, groups: int
 ) -> tuple[Tensor, Tensor]:
-    """Of each routed row its query's `lse` and `delta [B, H, N]`, float32 `[R + B * H * Q * P]`: one for each slot follows the routed ones.
+    """The values of `lse` and `delta [B, H, N]` for each routed row, then for each query slot: float32 `[R + B * H * Q * P]`.
 
-    `row_query` is that of `row_queries`. `lse` is in base 2, and infinite where a row is spare or its query reads nothing, so that its
-    weights are 0; `delta` is then 0 where the row is spare. A block's program loads these numbers in order, so that it looks up only what
-    is as wide as a head.
+    `row_query` is from `row_queries`. The returned `lse` is in base 2, and infinite for spare rows and for queries that read nothing, so
+    that their weights are 0. `delta` is 0 for spare rows. A block's program loads these values contiguously, so it gathers only tensors
+    with a head dimension.
     """
     rows, heads, n_tokens = lse.shape
     slots = layout.n_query_blocks * layout.width

@@ -1,12 +1,12 @@
-"""Decoding in three kernels: scores and a top-k of each part of the means, attention to the chosen blocks in parts, their sum.
+"""Decoding in three kernels: scores and a top-k per part of the means, attention to the chosen blocks in parts, sum of the parts.
 
-All of it is spread over blocks, because the few new tokens alone would leave a GPU idle. Nothing depends on the number of tokens but
-numbers that the kernels read themselves, so a CUDA graph of a call serves all tokens to come.
+Work is spread over blocks, because a few new tokens alone would leave a GPU idle. The kernels read the number of tokens from device
+memory, so one CUDA graph serves all later tokens.
 
-Keys lie in a cache, row by row, or in pages: all that differs is where a token is (`_slot`), and where the mean of a block (`_means`).
+Keys are in a contiguous cache or in pages: only the slot of a token (`_slot`) and the mean of a block (`_means`) differ.
 
-B rows, H query heads, G key heads, R = H / G, F heads a group that choose for themselves (R, or 1 if they share a selection), n new
-tokens, C blocks, P tokens per block, W pages of a row, D and Dv widths.
+B batch, H query heads, G key heads, R = H / G, F selections per group (R, or 1 if its heads share one), n new tokens, C blocks, P tokens
+per block, W pages of a row, D and Dv head dimensions.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from ..pages import Pages
 from .sizes import cdiv, gpu_memory, next_power_of_2
 
 _NONE = tl.constexpr(-(1 << 63))  # below every score
-_TILE = 64  # means that one program scores, keys that one reads at a time: 16 of them where heads are wide
+_TILE = 64  # means that a program scores, keys that it reads at a time; fewer for large head dimensions
 _PROGRAMS = 1024  # enough to fill a GPU several times
-_SHARED_BYTES = 150_000  # of keys and values on their way, at most
+_SHARED_BYTES = 150_000  # maximum for keys and values in flight
 
 
 @triton.jit
 def _place(LENGTH, START, N, b, length_b):
-    """How many tokens there are with the new ones, and the row's first real one."""
+    """The number of tokens including the new ones, and the row's first real token."""
     length = tl.full([], N, tl.int64) if LENGTH is None else tl.load(LENGTH + b * length_b)
     start = tl.full([], 0, tl.int64) if START is None else tl.load(START + b)
     return length, start
@@ -36,7 +36,7 @@ def _place(LENGTH, START, N, b, length_b):
 
 @triton.jit
 def _slot(TABLE, b, W, token, there, page_stride, PAGE: tl.constexpr):
-    """The slots of tokens of a row, which are `there`: its pages say where. In a cache of rows a token's slot is its number."""
+    """The slots of those tokens of a row that are `there`, from its page table. In a contiguous cache, a token's slot is its index."""
     if TABLE is None:
         return token
     else:
@@ -48,7 +48,7 @@ def _means(
     MEANS, TABLE, bg, b, g, G, C, W, block, length,
     P: tl.constexpr, PAGE: tl.constexpr, RUN: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
 ):  # fmt: skip
-    """The means of `block [T]` as columns; of blocks that are not complete any numbers. By page there are those of runs of tokens."""
+    """The means of `block [T]` as columns, undefined for incomplete blocks. Pages store the means of runs of tokens."""
     d = tl.arange(0, DP)
     if TABLE is None:
         mask = (block < C)[None, :] & (d < D)[:, None]
@@ -66,7 +66,7 @@ def _means(
 
 @triton.jit
 def _rank(score, block):
-    """Scores and blocks as integers in the order of preference: NaN is infinity, the earlier of equals is better."""
+    """Scores and blocks packed into integers that sort by preference: NaN counts as infinity, ties go to the earlier block."""
     score = tl.where(score != score, float("inf"), tl.maximum(score, -3.4028234e38))
     bits = tl.where(score == 0, 0.0, score).to(tl.int32, bitcast=True)
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
@@ -79,8 +79,8 @@ def _choose_kernel(
     NEW: tl.constexpr, R: tl.constexpr, F: tl.constexpr, P: tl.constexpr, SINK: tl.constexpr, RECENT: tl.constexpr, PAGE: tl.constexpr,
     RUN: tl.constexpr, KEEP: tl.constexpr, T: tl.constexpr, S: tl.constexpr, M: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
 ):  # fmt: skip
-    # One program: T blocks of one row and key head, and M queries. First the means that the new tokens complete, of which most programs
-    # have none; programs of other queries write the same. Means of pages are all there.
+    # One program: T blocks of one row and key head, and M queries. It first writes the means of blocks that the new tokens complete; most
+    # programs have none, and programs of other queries write the same values. The means of pages are already written.
     part, bg = tl.program_id(0), tl.program_id(1)
     b, g = (bg // G).to(tl.int64), (bg % G).to(tl.int64)
     length, start = _place(LENGTH, START, N, b, length_b)
@@ -220,7 +220,7 @@ def decode(
 
 
 def decode_pages(query: Tensor, pages: Pages, settings: AttentionSettings) -> tuple[Tensor, Tensor]:
-    """See `moba_flex.ops.pages.decode_pages`. Keys, values and means are read where they lie."""
+    """See `moba_flex.ops.pages.decode_pages`. Keys, values and means are read in place."""
     key, value, n_blocks = pages.key, pages.value, pages.n_blocks(settings.block_size)
     assert key.stride(-1) == value.stride(-1) == 1 and pages.means.is_contiguous() and pages.table.is_contiguous()
     strides = 0, key.stride(1), key.stride(0), 0, value.stride(1), value.stride(0)
@@ -240,7 +240,7 @@ def _decode(
     pages: Pages | None,
     settings: AttentionSettings,
 ) -> tuple[Tensor, Tensor]:
-    """Of keys in rows or in pages. `strides`: how far rows, heads and tokens of keys are apart, and those of values."""
+    """Decoding with a contiguous or paged cache. `strides`: those of rows, heads and tokens of keys, then of values."""
     (rows, heads, new, width), groups, value_width = query.shape, means.shape[1], value.shape[-1]
     query = query if query.stride(-1) == 1 else query.contiguous()
     repeats = heads // groups
@@ -265,7 +265,7 @@ def _decode(
     while tile > 16 and tile * token_bytes > room:
         tile //= 2
     per = max(1, min(_PROGRAMS // (blocks * readers), cdiv(settings.block_size, tile)))
-    if pages is not None:  # how many rows there are changes: powers of two alone keep kernels few
+    if pages is not None:  # the number of rows changes: powers of two limit the number of compiled kernels
         per = next_power_of_2(per + 1) // 2
     part = cdiv(cdiv(settings.block_size, per), tile) * tile
     part_out = torch.empty(rows, heads, new, blocks * per, value_width, dtype=torch.float32, device=query.device)

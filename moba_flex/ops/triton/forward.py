@@ -1,10 +1,10 @@
-"""The forward pass in one kernel: the own block and all routed rows, queries read where they are in memory.
+"""The forward pass in one kernel: the own block and all routed rows, queries read in place.
 
-The program of a block holds its keys and values and makes the partial output of every query that reads it, with its log-sum-exp.
-A query reads a block whole, so that no running softmax is needed. `merge` then adds up the partial outputs of each query.
+The program of a block holds its keys and values and computes the partial output of every query that reads it, with its log-sum-exp.
+A query reads the whole block at once, so no running softmax is needed. `merge` then combines the partial outputs of each query.
 
-B rows of the batch, H query heads, G key heads, Q query blocks, C key blocks, P slots per block, K keys of a program, M queries of
-a turn, R routed rows, D and Dv widths; Nq queries and Nk keys, tokens or slots.
+B batch, H query heads, G key heads, Q query blocks, C key blocks, P slots per block, K keys per program, M queries per turn (loop
+iteration), R routed rows, D and Dv head dimensions; Nq queries and Nk keys, tokens or slots.
 """
 
 from __future__ import annotations
@@ -110,11 +110,11 @@ def one_pass_forward(
     settings: AttentionSettings,
     into: tuple[Tensor, Tensor],
 ) -> tuple[Tensor, Tensor] | None:
-    """Partial outputs: of own blocks `into` `[B, H, Nq, Dv]` and the log-sum-exp `[B, H, Nq]`, of routed rows returned, for `merge`.
+    """Computes partial outputs for `merge`. Writes those of own blocks to `into`, if causal, and returns those of routed rows.
 
-    `query [B, H, Nq, D]`, `key [B, G, Nk, D]`, `value [B, G, Nk, Dv]`: any strides, last dimension contiguous, and so is the
-    output. Returns `[R, Dv]` and float32 `[R]`, or None where there are no `routes`. Nothing is written `into` unless attention is
-    causal. What lies between the tokens of `layout` is neither read nor written.
+    `query [B, H, Nq, D]`, `key [B, G, Nk, D]`, `value [B, G, Nk, Dv]` and the output in `into`, `[B, H, Nq, Dv]`: any strides, last
+    dimension contiguous. The log-sum-exp in `into` is float32 `[B, H, Nq]`. Returns output `[R, Dv]` and log-sum-exp, float32 `[R]`, or
+    None without `routes`. Memory between the tokens of `layout` is neither read nor written.
     """
     (rows, heads, n_tokens, width), groups, value_width = query.shape, key.shape[1], value.shape[-1]
     keys, queries, warps, stages = program(query.dtype, layout.width, width, value_width, *gpu_memory(query.device))
@@ -137,7 +137,7 @@ def one_pass_forward(
 
 
 def fits(query: Tensor, value: Tensor, slots: int) -> bool:
-    """Whether the keys and values of a block of `slots` slots fit into shared memory. AMD's GPUs: Triton cannot compile it."""
+    """Whether the keys and values of a block of `slots` slots fit into shared memory. AMD GPUs: False, Triton cannot compile it."""
     room, major = gpu_memory(query.device)
     padded = sum(max(16, next_power_of_2(x.shape[-1])) for x in (query, value))
     return major > 0 and padded * 2 * (next_power_of_2(slots) + 64) + (4 << 10) <= room
@@ -145,7 +145,7 @@ def fits(query: Tensor, value: Tensor, slots: int) -> bool:
 
 @lru_cache(maxsize=256)
 def program(dtype: torch.dtype, slots: int, width: int, value_width: int, room: int, major: int) -> tuple[int, int, int, int]:
-    """Keys of a program, queries of a turn, warps and pipeline stages: see `backward.program`."""
+    """Keys per program, queries per turn, warps and pipeline stages: see `backward.program`."""
     padded, value_padded = (max(16, next_power_of_2(x)) for x in (width, value_width))
     keys, size = next_power_of_2(slots), dtype.itemsize
     queries = 64 if slots >= 64 else 32

@@ -1,12 +1,13 @@
-"""The gate in one kernel: scores of a tile of queries against the block means and a running top-k; no score matrix in memory.
+"""The gate without a score matrix in memory: scores of a tile of queries against the block means, and a running top-k.
 
-Precision: means are float32, and choices are those of float32 scores. Only scores that are equal to within float32's rounding may be
-ordered otherwise. float32 queries use float32 products. Scores of bfloat16 or float16 queries are sums of products on the matrix units:
+Precision: means are float32, and choices are those of float32 scores. Only scores that are equal up to float32 rounding may be ordered
+differently. float32 queries use float32 products. Scores of bfloat16 or float16 queries are sums of tensor-core products:
 
-- The search by lanes multiplies a mean's high and low half in the queries' dtype. These have 17 bits or more, in float16 fewer where means
-  are far below 0.01. The norms of a query and of what halves leave of a mean bound the error. Where it could change the choice between two
-  blocks, their float32 means decide.
-- The exact search serves where more blocks are in doubt, or too many are wanted. It multiplies three parts of a mean, all of float32.
+- The lane search multiplies the high and the low part of a mean in the query's dtype. Together these have at least 17 bits, fewer in
+  float16 if means are far below 0.01. The norms of the query and of the rest of the mean bound the error. If it could change the choice
+  between two blocks, their float32 means decide.
+- The exact search runs if more blocks are in doubt, or if too many are to be chosen. It multiplies three parts of a mean, which hold all
+  bits of float32.
 """
 
 from __future__ import annotations
@@ -25,13 +26,13 @@ from ..gate import candidates
 from .block_means import BlockMeans, block_means, norm, rest_scale
 from .sizes import cdiv, gpu_memory, next_power_of_2
 
-# With more blocks to choose five of them too often share a lane, and with fewer bits too many scores look equal.
+# With more blocks to choose, five of them too often share a lane. With more bits for the index, too many scores look equal.
 _MOST_IN_LANES, _MOST_BITS = 16, 8
 
 
 @triton.jit
 def _scores(q, MEAN, HIGH, LOW, REST, at, mask):
-    # Those of halves alone if REST is None.
+    # From the high and low parts only if REST is None.
     if HIGH is None:
         score = tl.dot(q, tl.load(MEAN + at, mask=mask, other=0.0), input_precision="ieee")
     else:
@@ -45,16 +46,16 @@ def _scores(q, MEAN, HIGH, LOW, REST, at, mask):
 
 @triton.jit
 def _bound(x, bits: tl.constexpr, upper: tl.constexpr):
-    """The least or the largest float32 that differs from `x` in its last bits alone."""
+    """The smallest or largest float32 that differs from `x` only in its last bits."""
     x_bits = x.to(tl.int32, bitcast=True)
     return tl.where((x < 0) != upper, x_bits | bits, x_bits & ~bits).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def _lead(queries, MEAN, chosen, rival, wanted, D: tl.constexpr):
-    # By how much the query at each of these addresses scores one mean higher than another; 0 where it is not wanted.
+    # By how much the query at each address scores `chosen` higher than `rival`; 0 if not `wanted`.
     lead = tl.zeros_like(wanted.to(tl.float32))
-    at_once: tl.constexpr = 16 if D <= 256 else 64  # so that not many copies are compiled
+    at_once: tl.constexpr = 16 if D <= 256 else 64  # limits the number of unrolled copies
     for start in tl.static_range(0, D, at_once):
         d = start + tl.arange(0, at_once)[None, :]
         mask = wanted[:, None] & (d < D)
@@ -66,7 +67,7 @@ def _lead(queries, MEAN, chosen, rival, wanted, D: tl.constexpr):
 
 @triton.jit
 def _turn(q, MEAN, HIGH, LOW, base, c, end, turn, bits: tl.constexpr, since, until, R: tl.constexpr, D: tl.constexpr, d):
-    # The scores of blocks c, one a lane, with the number of the turn as their last bits; the lowest number where a query may not choose.
+    # The scores of blocks c, one per lane, with the index of the turn in their last bits; the lowest float if not a candidate.
     at = (base + c.to(tl.int64))[None, :] * D + d[:, None]
     score = _scores(q, MEAN, HIGH, LOW, None, at, (c[None, :] < end) & (d[:, None] < D))
     score = ((score.to(tl.int32, bitcast=True) & ~bits) | turn).to(tl.float32, bitcast=True)
@@ -93,16 +94,15 @@ def _lanes_kernel(
     M: tl.constexpr, R: tl.constexpr, T: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     BITS: tl.constexpr, TURNS: tl.constexpr, REDO_M: tl.constexpr,
 ):  # fmt: skip
-    # One program: M queries. Block c belongs to lane c mod T, and each lane keeps its best four, so that nothing is compared across
-    # lanes until the end. A lane needs no second number for the block: which of its blocks it was replaces the score's last BITS bits.
-    # So the choice is certain if neither these bits nor what halves of a mean leave out decide what is chosen, and no lane had to drop
-    # what might have been. Where they decide between two blocks, these are compared once more. Where more are in doubt, and at infinity
-    # or NaN, REDO asks for an exact search.
+    # One program: M queries. Lane i gets the blocks begin + i, begin + i + T, and so on, and keeps its best four, so nothing is compared
+    # across lanes until the end. The index of a block within its lane replaces the last BITS bits of its score. The choice is certain
+    # if neither these bits nor the rest of a mean can change it, and no lane dropped a block that might have been chosen. If two blocks
+    # are in doubt, they are compared once more. If more are, or a score is infinite or NaN, REDO requests an exact search.
     tile, bh = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)
     b, h = bh // H, bh % H
     group = (b * G + h // (H // G)).to(tl.int64)
     slot = tile * M + tl.arange(0, M)
-    block = (tile * M + tl.arange(0, R)) // P  # R is 1 where all queries share a block: what follows from it is then one number
+    block = (tile * M + tl.arange(0, R)) // P  # R is 1 if all queries share a block: derived values are then scalars
     meta, exists = b * N_BLOCKS + block, block < N_BLOCKS
     first, last = tl.load(FIRST + meta, mask=exists, other=C), tl.load(LAST + meta, mask=exists, other=0)
     start, stop = tl.load(START + meta, mask=exists, other=0), tl.load(STOP + meta, mask=exists, other=0)
@@ -114,15 +114,15 @@ def _lanes_kernel(
 
     none: tl.constexpr = -3.4028234e38
     turn_bits: tl.constexpr = (1 << BITS) - 1
-    nan: tl.constexpr = tl.PropagateNan.ALL  # NaN stays in the lanes, and so does infinity, which takes last bits to be NaN
+    nan: tl.constexpr = tl.PropagateNan.ALL  # NaN stays in the lanes, and so does infinity, which the index bits turn into NaN
     best1 = tl.full([M, T], none, tl.float32)
     best2, best3, best4, left = best1, best1, best1, best1
     begin, end = tl.min(first, 0) + SINK, tl.max(last, 0) - RECENT
     since, until = first[:, None] + SINK, last[:, None] - RECENT
-    doubt = tl.zeros([M], tl.float32)  # two scores that differ by more are in the right order
+    doubt = tl.zeros([M], tl.float32)  # two scores that differ by more are ordered correctly
     if ERROR is not None:
         doubt = 2.001 * norm(q.to(tl.float32), 1, DP)
-        if TURNS == 1:  # else after the loop, which then needs fewer registers
+        if TURNS == 1:  # otherwise after the loop, which then needs fewer registers
             doubt *= _largest(ERROR + group * C, begin, end)
     for turn in tl.range(0, tl.cdiv(end - begin, T), TURNS):
         score = _turn(q, MEAN, HIGH, LOW, group * C, begin + turn * T + lane, end, turn, turn_bits, since, until, R, D, d)
@@ -133,8 +133,8 @@ def _lanes_kernel(
             best4, score = tl.maximum(best4, score, nan), tl.minimum(best4, score, nan)
             left = tl.maximum(left, score, nan)
         else:
-            # 16 comparisons for two scores instead of 18: the better one contends with the fourth, the other with the third; what stays
-            # is the best four of six, and is put in order again.
+            # 16 comparisons for two scores instead of 18: the better one competes with the fourth, the other with the third. The best
+            # four of six remain, and are sorted again.
             turn += 1
             other = _turn(q, MEAN, HIGH, LOW, group * C, begin + turn * T + lane, end, turn, turn_bits, since, until, R, D, d)
             score, other = tl.maximum(score, other, nan), tl.minimum(score, other, nan)
@@ -159,7 +159,7 @@ def _lanes_kernel(
         if j < FREE - 1:
             tl.store(out + j, chosen, mask=here)
         found += some.to(tl.int32)
-        normal &= (tl.abs(most) > 1.2e-38).to(tl.int32)  # smaller numbers may lose their last bits
+        normal &= (tl.abs(most) > 1.2e-38).to(tl.int32)  # subnormal values may lose their last bits
         taken = lane[None, :] == of_lane[:, None]
         best1 = tl.where(taken, best2, best1)
         best2 = tl.where(taken, best3, best2)
@@ -203,7 +203,7 @@ def _search_kernel(
 ):  # fmt: skip
     # One program: M queries of one query block and head, which all choose from the same blocks. Longest searches start first.
     tile, bh = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)
-    if REDO is not None:  # noqa: SIM102 -- a kernel's `and` would load all the same
+    if REDO is not None:  # noqa: SIM102 -- `and` in a kernel does not skip the load
         if tl.load(REDO + bh * TILES + tile * M // M_OF_TILE) == 0:
             return
     b, h = bh // H, bh % H
@@ -221,7 +221,7 @@ def _search_kernel(
         other=0.0,
     )
 
-    # Places beyond FREE hold infinity, so nothing ever takes them. Empty places have block numbers of their own below 0.
+    # Entries beyond FREE hold infinity, so they are never replaced. Empty entries have distinct negative block indices.
     j, column = tl.arange(0, K), tl.arange(0, T)
     best = tl.zeros([M, K], tl.float32) + tl.where(j < FREE, float("-inf"), float("inf"))[None, :]
     chosen = tl.zeros([M, K], tl.int32) - 1 - j[None, :]
@@ -234,8 +234,8 @@ def _search_kernel(
         score = _scores(q, MEAN, HIGH, LOW, REST, at, mask)
         score = tl.where(score != score, float("inf"), tl.maximum(score, -3.4028234e38))
         score = tl.where(ok[None, :], score, float("-inf"))
-        # Most tiles hold nothing better than what a query has: take the best of the tile out as long as any query wants it. Blocks come
-        # in rising order and only a higher score displaces, the latest block first, so that among equals the earlier one stays.
+        # Most tiles hold nothing better than what a query has: extract the best of the tile as long as any query takes it. Blocks come in
+        # ascending order, and only a higher score displaces an entry, the latest block first, so ties go to the earlier block.
         most, place = tl.max(score, 1, return_indices=True)
         while tl.max((most > least).to(tl.int32), 0) > 0:
             latest = tl.max(tl.where(best == least[:, None], chosen, -K - 1), 1)
@@ -257,10 +257,10 @@ def _search_kernel(
 
 @lru_cache(maxsize=256)
 def _program(dtype: torch.dtype, free: int, slots: int, width: int, room: int, in_registers: int) -> tuple[int, int, int, dict[str, int]]:
-    """Queries and lanes of a program, turns of its loop at once, and how it is compiled, to choose `free` blocks of `slots` slots.
+    """Queries and lanes per program, turns per loop iteration, and compile options, to choose `free` blocks per query.
 
-    The fastest of those that need at most `room` bytes of shared memory for queries and means that are `width` wide. Of the loop's stages
-    so many have their means `in_registers`.
+    The fastest configuration that needs at most `room` bytes of shared memory for queries and means of head dimension `width`.
+    `slots`: slots per query block. `in_registers`: how many of the loop's pipeline stages hold their means in registers.
     """
     halves, fastest = (1 if dtype == torch.float32 else 2), []
     if dtype != torch.float32 and free <= 8:
@@ -272,7 +272,7 @@ def _program(dtype: torch.dtype, free: int, slots: int, width: int, room: int, i
     for queries, lanes, turns, warps in (*fastest, (32, 32, 1, 4), (16, 16, 1, 4)):
         stages = min(3, (room // (width * dtype.itemsize) - queries) // (halves * lanes * turns) + in_registers)
         options = {"num_warps": warps, "num_stages": max(stages, 1)}
-        if stages > turns:  # one more than a turn reads, so that loads go on during products
+        if stages > turns:  # one more than an iteration reads, so that loads overlap products
             break
     if (queries, lanes) == (128, 32):  # two programs share a multiprocessor, and the loop spills nothing
         options["maxnreg"] = 128
@@ -280,9 +280,9 @@ def _program(dtype: torch.dtype, free: int, slots: int, width: int, room: int, i
 
 
 def choose(query: Tensor, key: Tensor, layout: BlockLayout, settings: AttentionSettings) -> Tensor:
-    """`[B, H, Nq, D]`, `[B, G, Nk, D]` -> `[B, H, Q * P, S]` int32, the chosen blocks, -1 where there are fewer.
+    """`[B, H, Nq, D]`, `[B, G, Nk, D]` -> `[B, H, Q * P, S]` int32, the chosen blocks, -1 if there are fewer.
 
-    Queries and keys are tokens or slots: `layout` says where they lie.
+    Queries and keys are tokens or slots: `layout` says where blocks begin.
     """
     (rows, heads, _, width), slots = query.shape, layout.n_query_blocks * layout.query_width
     chosen = torch.empty(rows, heads, slots, settings.n_routed, dtype=torch.int32, device=query.device)
@@ -292,22 +292,22 @@ def choose(query: Tensor, key: Tensor, layout: BlockLayout, settings: AttentionS
     shape = heads, key.shape[1], layout.n_key_blocks, layout.n_query_blocks
     sizes = {"D": width, "DP": max(16, next_power_of_2(width)), "P": layout.query_width}
     forced = {"SINK": settings.sink_blocks, "RECENT": settings.recent_blocks, "FREE": free}
-    means = block_means(key, layout, query.dtype) if free else BlockMeans(query)  # nothing is chosen by a score then
+    means = block_means(key, layout, query.dtype) if free else BlockMeans(query)  # no block is chosen by score then
     halves = query, means.mean, means.high, means.low
     places = *candidates(layout, settings), layout.query_start, layout.query_stop, layout.query_token, *query.stride()[:3], *shape
 
     room, major = gpu_memory(query.device)
-    in_registers = 0 if major >= 9 else 1  # stages of a loop whose means are in registers: Hopper multiplies out of shared memory
+    in_registers = 0 if major >= 9 else 1  # pipeline stages with means in registers: Hopper multiplies from shared memory
     tile, lanes, turns, options = _program(query.dtype, free, layout.query_width, sizes["DP"], room, in_registers)
-    if not major:  # an option of NVIDIA's compiler alone
+    if not major:  # supported only by NVIDIA's compiler
         options = {name: value for name, value in options.items() if name != "maxnreg"}
     searched = min(tile, 64)
     bits = (cdiv(layout.n_key_blocks, lanes) - 1).bit_length()
     tiles, redo, searches = cdiv(slots, tile), None, {"num_warps": 4, "num_stages": 3}
     if 0 < free <= _MOST_IN_LANES and bits <= _MOST_BITS:
         redo = chosen.new_empty(rows * heads * tiles * tile // searched)
-        if major in (9, 10) and query.dtype != torch.float32 and sizes["DP"] <= 128:  # others multiply out of registers
-            searches["maxnreg"] = 128  # most programs end at once, and four share a multiprocessor
+        if major in (9, 10) and query.dtype != torch.float32 and sizes["DP"] <= 128:  # others multiply from registers
+            searches["maxnreg"] = 128  # most programs exit at once, and four share a multiprocessor
         spans = 1 if layout.query_width % tile == 0 else tile
         forms = {"M": tile, "R": spans, "T": lanes, "BITS": bits, "TURNS": turns, "REDO_M": searched}
         _lanes_kernel[(tiles, rows * heads)](*halves, means.error, chosen, redo, *places, **sizes, **forced, **forms, **options)

@@ -1,7 +1,7 @@
-"""Routing as a counting sort of (query, block) pairs: count, add up, place. No atomics, so two runs give the same order.
+"""Routing as a counting sort of (query, block) pairs: count, prefix sum, place. No atomics, so two runs give the same order.
 
-The pairs of a head are cut into columns. A column's program ranks its pairs among those of the column that chose the same block,
-and counts them; running sums over the columns of a block, and over blocks in whole tiles, turn ranks into rows.
+The pairs of a head are split into columns. A column's program ranks its pairs among those of the column that chose the same block,
+and counts them. Prefix sums over the columns of a block, and over blocks in whole tiles, turn ranks into rows.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from ...core.chunking import tiles_needed
 from ..routing import Routes
 from .sizes import cdiv, next_power_of_2
 
-_PAIRS = 256  # sorted at a time by one program of one warp: sorts of more take more instructions a pair, and more warps wait for each other
-_MOST_COLUMNS, _LEAST_COLUMNS, _MOST_COUNTS = 512, 32, 1 << 24  # columns a head; counts of one key head
+_PAIRS = 256  # sorted at a time by one program of one warp: larger sorts take more instructions per pair, and more warps synchronize
+_MOST_COLUMNS, _LEAST_COLUMNS, _MOST_COUNTS = 512, 32, 1 << 24  # columns per head; counts per key head
 
 
 @triton.jit
@@ -41,15 +41,15 @@ def _rank_kernel(CHOSEN, RANK, COUNT, N_PAIRS, C, STEPS, P: tl.constexpr, WIDE: 
         rank = j - tl.associative_scan(tl.where(begins, j, 0), 0, _larger)
         rank += tl.load(counts + block, mask=real, other=0)
         tl.store(RANK + at + pair, rank, mask=real)
-        tl.debug_barrier()  # all have read a count before one of them raises it, and the next step reads what was written
+        tl.debug_barrier()  # all threads read a count before one updates it, and the next step reads the update
         tl.store(counts + block, rank + 1, mask=real & ends)
         tl.debug_barrier()
 
 
 @triton.jit
 def _sum_columns_kernel(COUNT, ROWS, COLUMNS, C, STEP: tl.constexpr, M: tl.constexpr):
-    # One program: the counts of M blocks of a key head, in the order of heads and columns, become the number of rows before each; and
-    # their sums.
+    # One program: replaces the counts of M blocks of a key head, ordered by head and column, by exclusive prefix sums, and stores their
+    # totals.
     group, block = tl.program_id(1).to(tl.int64), tl.program_id(0) * M + tl.arange(0, M)
     total = tl.zeros([M], tl.int32)
     for start in range(0, COLUMNS, STEP):
@@ -64,7 +64,7 @@ def _sum_columns_kernel(COUNT, ROWS, COLUMNS, C, STEP: tl.constexpr, M: tl.const
 
 @triton.jit
 def _sum_blocks_kernel(ROWS, FIRST, TILES, USED, N_BLOCKS, N_TILES, TILE: tl.constexpr, STEP: tl.constexpr):
-    # One program: running sum of the blocks' whole tiles.
+    # One program: exclusive prefix sum of the blocks' numbers of tiles.
     used = 0
     for start in range(0, N_BLOCKS, STEP):
         i = start + tl.arange(0, STEP)
@@ -77,7 +77,7 @@ def _sum_blocks_kernel(ROWS, FIRST, TILES, USED, N_BLOCKS, N_TILES, TILE: tl.con
 
 @triton.jit
 def _list_tiles_kernel(FIRST, TILES, USED, BLOCK_OF_TILE, IN_USE, N_TILES, STEP: tl.constexpr):
-    # One program: the tiles of one block, and a share of the spare ones behind all.
+    # One program: the tiles of one block, and a share of the spare tiles at the end.
     block, i = tl.program_id(0), tl.arange(0, STEP)
     first, tiles, used = tl.load(FIRST + block), tl.load(TILES + block), tl.load(USED)
     for start in range(0, tiles, STEP):
@@ -102,7 +102,7 @@ def _place_kernel(CHOSEN, ROW, COUNT, FIRST, N_PAIRS, REPEATS, C, COLUMNS, PAIRS
 
 
 def route(chosen: Tensor, groups: int, n_blocks: int, tile: int, max_pairs: int) -> Routes:
-    """A row for each pair of `chosen [B, H, N, S]`: see `moba_flex.ops.routing.route`."""
+    """One row per pair of `chosen [B, H, N, S]`: see `moba_flex.ops.routing.route`."""
     chosen = chosen.contiguous()
     rows, heads, n_query, count = chosen.shape
     n_pairs, total, repeats = n_query * count, rows * groups * n_blocks, heads // groups
@@ -113,7 +113,7 @@ def route(chosen: Tensor, groups: int, n_blocks: int, tile: int, max_pairs: int)
 
     row_of_pair = torch.empty_like(chosen)
     counts = chosen.new_zeros(total * repeats * columns)
-    rows_of_block, first_tile, tiles_of_block, used = chosen.new_empty(4, total).unbind()  # `used` is one number
+    rows_of_block, first_tile, tiles_of_block, used = chosen.new_empty(4, total).unbind()  # only the first element of `used` is used
     block_of_tile, in_use = chosen.new_empty(2, n_tiles).unbind()
     wide = n_blocks * _PAIRS >= 1 << 30
     _rank_kernel[(columns, rows * heads)](chosen, row_of_pair, counts, n_pairs, n_blocks, steps, _PAIRS, wide, num_warps=1)

@@ -1,4 +1,4 @@
-"""Dispatch, merge and sum over routed rows: each reads what it needs once and writes its result once."""
+"""Dispatch, merge and sum over routed rows: one kernel each, without intermediate tensors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .sizes import cdiv, next_power_of_2
 
 @triton.jit
 def _offset(head, i, H, stride_b, stride_h, stride_n):
-    """The offset of query i of a head: heads are numbered through all rows, `b * H + h`."""
+    """The offset of query i of a head; heads are numbered across the batch, `b * H + h`."""
     return (head // H) * stride_b + (head % H) * stride_h + i * stride_n
 
 
@@ -31,7 +31,7 @@ def _dispatch_kernel(X, PAIR, OUT, H, N, S, stride_b, stride_h, stride_n, D: tl.
 
 
 def dispatch(x: Tensor, routes: Routes) -> Tensor:
-    """`[B, H, N, D]` -> `[R, D]`: the query of each row. Spare rows hold anything: no output of theirs is ever read."""
+    """`[B, H, N, D]` -> `[R, D]`: the query of each row. Spare rows are uninitialized: their outputs are never read."""
     (rows, heads, slots, width), count, tile = x.shape, routes.row_of_pair.shape[-1], 32
     out = x.new_empty(routes.n_rows, width)
     _dispatch_kernel[(cdiv(slots, tile), rows * heads)](
@@ -74,7 +74,7 @@ def _dispatch_backward_kernel(
 
 
 def dispatch_backward(query: Tensor, grad: Tensor, lse: Tensor, delta: Tensor, routes: Routes) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Rows of all that the backward pass reads. Spare rows get a log-sum-exp of infinity, so that their weights are 0."""
+    """Rows of all tensors that the backward pass reads. Spare rows get a log-sum-exp of infinity, so that their weights are 0."""
     n_query, count, tile = lse.numel(), routes.row_of_pair.shape[-1], 32
     width, value_width = query.shape[-1], grad.shape[-1]
     rows = [x.new_empty(routes.n_rows, *x.shape[3:]) for x in (query, grad, lse, delta)]
@@ -102,7 +102,7 @@ def dispatch_backward(query: Tensor, grad: Tensor, lse: Tensor, delta: Tensor, r
 
 
 def _unrolled(slots: int) -> int:
-    """How many slots of a query are summed without a loop. All of 63 compiled in 43 s, and 47 ran a third longer than in a loop."""
+    """How many slots of a query are unrolled. Unrolling 63 took 43 s to compile, and unrolling 47 ran a third longer than a loop."""
     return slots if slots <= 16 else 8
 
 
@@ -117,7 +117,7 @@ def _merge_kernel(
     block = (head // H) * Q + tl.program_id(0) * M // P
     here = (i % P >= tl.load(QUERY_START + block)) & (i % P < tl.load(QUERY_STOP + block))
     n, token, seen = head * N + i, tl.load(QUERY_TOKEN + block) + i % P, d[None, :] < D
-    inside = i < N  # a slot without a query has no pairs: they need not wait until it is known which slots these are
+    inside = i < N  # a slot without a query has no pairs, so loading pairs need not wait for `here`
     most = tl.load(LSE + head * N_TOKENS + token, mask=here, other=float("-inf"))
     for s in range(0, S, UNROLLED):
         for u in tl.static_range(UNROLLED):
@@ -146,8 +146,8 @@ def merge(
 ) -> None:
     """The softmax-weighted sum of a query's partial outputs: see `moba_flex.ops.rows.merge`.
 
-    `out [B, H, Nq, Dv]` may have any strides, and so may that in `into`; the log-sum-exps are contiguous. Only queries of `layout` are
-    written.
+    `out [B, H, Nq, Dv]` and that in `into` may have any strides, last dimension contiguous; the log-sum-exps are contiguous. Only queries
+    of `layout` are written.
     """
     (rows, heads, n_tokens, width), count, tile, slots = out.shape, routes.row_of_pair.shape[-1], 16, routes.row_of_pair.shape[2]
     of_queries = layout.query_start, layout.query_stop, layout.query_token
@@ -178,7 +178,7 @@ def _sum_kernel(
 
 
 def sum_rows(grad: Tensor, row_grad: Tensor, routes: Routes, into: Tensor) -> None:
-    """`grad [B, H, N, D]`, contiguous, plus the gradients `row_grad [R, D]` of the rows that each query sent. `into`: any strides."""
+    """See `moba_flex.ops.rows.sum_rows`. `grad [B, H, N, D]` is contiguous; `into` has any strides, last dimension contiguous."""
     (rows, heads, n_query, width), count, tile = grad.shape, routes.row_of_pair.shape[-1], 16
     _sum_kernel[(cdiv(n_query, tile), rows * heads)](
         grad, row_grad, routes.row_of_pair, into, heads, n_query, *into.stride()[:3],

@@ -1,4 +1,4 @@
-"""Triton's `cdiv` and `next_power_of_2` for the host: its own also serve within kernels, and take thirty times as long."""
+"""`cdiv` and `next_power_of_2` for the host: Triton's versions also work within kernels, and take thirty times as long."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ def cdiv(x: int, y: int) -> int:
 
 
 def next_power_of_2(n: int) -> int:
-    """The least power of two that is at least `n`, which is 1 or more."""
+    """The smallest power of two that is at least `n`, for `n >= 1`."""
     return 1 << (n - 1).bit_length()
 
 
 @lru_cache(maxsize=16)
 def gpu_memory(device: torch.device) -> tuple[int, int]:
-    """The bytes of shared memory that one program may have, and the major compute capability of an NVIDIA GPU, 0 for others."""
-    if device.type != "cuda":  # Triton's interpreter, which has no bound
+    """The maximum shared memory per program in bytes, and the major compute capability of an NVIDIA GPU, 0 for others."""
+    if device.type != "cuda":  # Triton's interpreter has no limit
         return 1 << 20, 0
     properties = torch.cuda.get_device_properties(device)
-    if torch.version.hip:  # which does not say the first
+    if torch.version.hip:  # ROCm does not report the former
         return 64 << 10, 0
-    return properties.shared_memory_per_block_optin, properties.major  # type: ignore[attr-defined]  # which PyTorch's types leave out
+    return properties.shared_memory_per_block_optin, properties.major  # type: ignore[attr-defined]  # missing from PyTorch's types
