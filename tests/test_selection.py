@@ -342,6 +342,15 @@ def test_the_first_of_equal_means_is_found(dtype: torch.dtype):
     assert torch.equal(first_of_equals(torch.full((1, 1, 3, 2), torch.nan, dtype=dtype))[0, 0], torch.arange(3)), "NaN equals nothing"
 
 
+@pytest.mark.parametrize(("dtype", "of_bits"), [(torch.float32, torch.int32), (torch.float64, torch.int64)], ids=str)
+def test_means_of_opposite_bits_do_not_hide_equal_ones(dtype: torch.dtype, of_bits: torch.dtype):
+    """A hash that repeats the sign gives both the same number."""
+    mean = torch.tensor([1.5, 1.5, 1.5], dtype=dtype)
+    opposite = (~mean[:1].view(of_bits)).view(dtype)
+    assert opposite.isfinite().all()
+    assert first_of_equals(torch.cat([opposite, mean])[None, None, :, None]).tolist() == [[[0, 1, 1, 1]]]
+
+
 def test_the_gate_is_given_tensors_whose_last_dimension_is_contiguous(monkeypatch):
     """Kernels take any other strides. Whole blocks need no copy otherwise, so that they once got the caller's strides."""
     seen, choose = [], eager.choose

@@ -61,10 +61,15 @@ def with_ties(score: Tensor, mean: Tensor) -> Tensor:
 
 
 def _mixed(x: Tensor) -> Tensor:
-    """An int64 hash of `x`. Collisions are possible."""
+    """An int64 hash of each element: different elements have different ones."""
     for _ in range(2):
-        x = (x ^ (x >> 32)) * _FACTOR
-    return x ^ (x >> 32)
+        x = (x ^ _high_half(x)) * _FACTOR
+    return x ^ _high_half(x)
+
+
+def _high_half(x: Tensor) -> Tensor:
+    """The upper 32 bits of int64. A shift alone would repeat the sign."""
+    return (x >> 32) & 0xFFFFFFFF
 
 
 def _bits(x: Tensor) -> Tensor:
