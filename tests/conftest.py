@@ -26,6 +26,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "examples/benchmarks"))
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples/experiments"))
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
+pytest.register_assert_rewrite("support")  # so that what helpers assert says what it compared, as in test files
+
 settings.register_profile("same cases in every run", derandomize=True, deadline=None)
 settings.load_profile("same cases in every run")
 

@@ -1,6 +1,6 @@
 """What only a GPU can show: the compiled kernels against the specification, and how they behave there.
 
-Here the operation alone; `test_gpu_decoding.py` and `test_gpu_graphs.py` hold what is around it.
+Here the operation alone; `test_gpu_decoding.py` and `test_gpu_graph*.py` hold what is around it.
 """
 
 from __future__ import annotations

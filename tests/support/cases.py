@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+import pytest
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -20,6 +21,12 @@ from moba_flex import dispatch, moba_attention, moba_attention_varlen
 from moba_flex.core.settings import AttentionSettings
 
 IMPLEMENTATIONS = ("eager", "naive")
+each_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+HALF = {
+    torch.float32: 1e-5,
+    torch.bfloat16: 2**-7,
+    torch.float16: 2**-10,
+}  # relative errors that are a dtype's own rounding
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from support import small_models
 from support.cases import Case, assert_same, attend, operands
-from support.distributed_checks import context_mesh, mesh, says, sharded, tiny, tokens
+from support.distributed_checks.models import context_mesh, mesh, says, sharded, tiny, tokens
 from support.stuck import here
 from torch import nn
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, DynamicCache, LlamaForCausalLM
