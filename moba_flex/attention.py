@@ -25,13 +25,13 @@ from torch import Tensor
 from .backends import backend_of
 from .backends.protocol import Backend
 from .core.chunking import Piece, chunks, launches, pieces
-from .core.dtypes import wide
+from .core.dtypes import accumulation_dtype
 from .core.layout import BlockLayout
+from .core.parallel import parallel_map
 from .core.settings import AttentionSettings
-from .core.side_by_side import side_by_side
-from .core.strides import empty_with_strides_of, keep_strides, readable
+from .core.strides import empty_with_strides_of, keep_strides, last_dim_contiguous
 from .ops.routing import Routes
-from .ops.rows import write
+from .ops.rows import copy_into
 
 HEAD_BY_HEAD_FROM = 1 << 18  # elements of the query tensor
 _ONE_THREAD_BELOW = 1 << 27  # multiply-adds of query @ key.mT; next to a busy program two threads took up to 90 times as long
@@ -41,26 +41,26 @@ _ONE_THREAD_BELOW = 1 << 27  # multiply-adds of query @ key.mT; next to a busy p
 def forward(query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, settings: AttentionSettings) -> tuple[Tensor, Tensor, Tensor]:
     """Output `[B, H, Nq, Dv]`, log-sum-exp `[B, H, Nq]` and the chosen blocks `[B, H, Q * P, S]`."""
     backend = backend_of(settings)
-    plan, in_place, places = planned(query, key, value, layout, settings, backend, False)
+    plan, in_place, operand_layout = planned(query, key, value, layout, settings, backend, backward=False)
     q = placed_queries(query, layout, backend, in_place)
     k, v = (placed_keys(x, layout, backend, in_place) for x in (key, value))
 
-    chosen = gate(q, k, places, settings, backend)
+    chosen = gate(q, k, operand_layout, settings, backend)
     out = empty_with_strides_of(q, q.shape[2], v.shape[-1])
-    lse = q.new_empty(q.shape[:3], dtype=wide(q.dtype))
+    lse = q.new_empty(q.shape[:3], dtype=accumulation_dtype(q.dtype))
     if in_place and not layout.covers:
         out.zero_()
         lse.fill_(-torch.inf)
 
-    def attend(piece: Piece) -> None:
+    def compute(piece: Piece) -> None:
         rows, groups, heads, blocks = piece[:4]
-        part, slots = places.part(rows, blocks), layout.slots(blocks)
+        part, slots = operand_layout.part(rows, blocks), layout.slots(blocks)
         at = rows, heads, slice(None) if in_place else slots
         operands, into = (q[at], k[rows, groups], v[rows, groups]), (out[at], lse[at])
         routes = route(chosen[rows, heads, slots], operands[1], blocks, layout, settings, backend)
         backend.attend(*operands, routes, part, settings, into)
 
-    for _ in side_by_side(attend, plan, q.device):
+    for _ in parallel_map(compute, plan, q.device):
         pass
     if in_place:
         return out, lse, chosen
@@ -83,9 +83,9 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value. Routes are recomputed from `chosen`, piece by piece."""
     backend = backend_of(settings)
-    grad = readable(grad)
+    grad = last_dim_contiguous(grad)
     delta = backend.delta(out, grad, grad_lse)
-    plan, in_place, places = planned(query, key, value, layout, settings, backend, True)
+    plan, in_place, operand_layout = planned(query, key, value, layout, settings, backend, backward=True)
     q, grad = (placed_queries(x, layout, backend, in_place) for x in (query, grad))
     k, v = (placed_keys(x, layout, backend, in_place) for x in (key, value))
     lse, delta = (x.contiguous() if in_place else layout.query_slots(x).contiguous() for x in (lse, delta))
@@ -96,7 +96,7 @@ def backward(
 
     def differentiate(piece: Piece) -> tuple[Tensor, Tensor]:
         rows, groups, heads, blocks = piece[:4]
-        part, slots = places.part(rows, blocks), layout.slots(blocks)
+        part, slots = operand_layout.part(rows, blocks), layout.slots(blocks)
         at = rows, heads, slice(None) if in_place else slots
         operands = (q[at], k[rows, groups], v[rows, groups], grad[at], lse[at], delta[at])
         into = grad_k[rows, groups], grad_v[rows, groups]
@@ -107,19 +107,19 @@ def backward(
         return into
 
     def empty(x: Tensor) -> Tensor:
-        return torch.empty_like(x, dtype=wide(x.dtype) if backend.HEAD_BY_HEAD else x.dtype)
+        return torch.empty_like(x, dtype=accumulation_dtype(x.dtype) if backend.HEAD_BY_HEAD else x.dtype)
 
     totals: tuple[Tensor, ...] = ()
-    for of_keys, piece in zip(side_by_side(differentiate, plan, q.device), plan):
+    for of_keys, piece in zip(parallel_map(differentiate, plan, q.device), plan):
         if piece.alone:
             continue
         sums = (grad_k[piece.rows, piece.groups], grad_v[piece.rows, piece.groups])
         if piece.is_first:  # a key's gradient is then a sum over pieces, always in this order, in at least float32
-            totals = tuple(torch.zeros_like(x, dtype=wide(x.dtype)) for x in sums)
+            totals = tuple(torch.zeros_like(x, dtype=accumulation_dtype(x.dtype)) for x in sums)
         for total, x in zip(totals, of_keys):
             total += x
         if piece.is_last:
-            write(totals, sums)
+            copy_into(totals, sums)
     if in_place:
         return grad_q, grad_k, grad_v
     of_query, of_key, of_value = (query, key, value) if backend.READS_STRIDES else (None, None, None)
@@ -128,12 +128,12 @@ def backward(
 
 def placed_queries(x: Tensor, layout: BlockLayout, backend: Backend, in_place: bool) -> Tensor:
     """`[B, H, Nq, D]` in its original layout, or in slots `[B, H, Q * P, D]`. Copied only if the backend cannot read its strides."""
-    return readable(x) if in_place else _slots_read(layout.query_slots, x, backend)
+    return last_dim_contiguous(x) if in_place else _slots_read(layout.query_slots, x, backend)
 
 
 def placed_keys(x: Tensor, layout: BlockLayout, backend: Backend, in_place: bool) -> Tensor:
     """`[B, G, Nk, D]` in its original layout, or in slots `[B, G, C * P, D]`. Copied as in `placed_queries`."""
-    return readable(x) if in_place else _slots_read(layout.key_slots, x, backend)
+    return last_dim_contiguous(x) if in_place else _slots_read(layout.key_slots, x, backend)
 
 
 def _slots_read(slots: Callable[[Tensor, bool], Tensor], x: Tensor, backend: Backend) -> Tensor:
@@ -148,7 +148,7 @@ def gate(query: Tensor, key: Tensor, layout: BlockLayout, settings: AttentionSet
     """
     repeats = query.shape[1] // key.shape[1] if settings.share_selection else 1
     if settings.share_selection:
-        query = query.unflatten(1, (-1, repeats)).sum(2, dtype=wide(query.dtype))
+        query = query.unflatten(1, (-1, repeats)).sum(2, dtype=accumulation_dtype(query.dtype))
     every = slice(0, layout.n_query_blocks)
     if _head_by_head(query, layout, backend):
         ratio = query.shape[1] // key.shape[1]
@@ -160,7 +160,7 @@ def gate(query: Tensor, key: Tensor, layout: BlockLayout, settings: AttentionSet
         rows, heads, groups = piece
         return backend.choose(query[rows, heads], key[rows, groups], layout.part(rows, every), settings)
 
-    parts = list(side_by_side(choose, some, query.device))
+    parts = list(parallel_map(choose, some, query.device))
     chosen = parts[0] if len(parts) == 1 else torch.cat(parts).view(*query.shape[:3], -1)
     return chosen.repeat_interleave(repeats, 1) if settings.share_selection else chosen
 
@@ -185,7 +185,7 @@ def planned_pieces(
     query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, settings: AttentionSettings, backend: Backend, backward: bool
 ) -> list[Piece]:
     """The pieces of a pass, computed once per layout, shapes and settings."""
-    numbers = backend.row_numbers(query, value, layout, backward)
+    numbers = backend.elements_per_row(query, value, layout, backward)
     how = backend.MAX_TENSOR_ELEMENTS, numbers, _head_by_head(query, layout, backend)
     name = ("pieces", query.shape, key.shape[1], value.shape[-1], query.dtype, settings.n_routed, settings.working_memory, *how)
     return layout.cached(name, lambda: pieces(chunks(query, key, value, layout, settings, *how)))

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .core.autocast import without_autocast
 from .core.chunking import launches
-from .core.dtypes import wide
+from .core.dtypes import accumulation_dtype
 from .core.settings import AttentionSettings
 from .core.validation import CUDA_IMPLEMENTATIONS
 from .ops import kernels
@@ -70,7 +70,7 @@ def decode_operator(
 
 @decode_operator.register_fake
 def _(query: Tensor, key: Tensor, value: Tensor, means: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return query.new_empty(*query.shape[:3], value.shape[-1]), query.new_empty(query.shape[:3], dtype=wide(query.dtype))
+    return query.new_empty(*query.shape[:3], value.shape[-1]), query.new_empty(query.shape[:3], dtype=accumulation_dtype(query.dtype))
 
 
 def _launched_by_rows(

@@ -14,8 +14,8 @@ from torch import Tensor
 from . import operator
 from .backends.paths import Path, one_pass_obstacle, path_of
 from .core.autocast import without_autocast
-from .core.dtypes import wide
-from .core.layout import one_block, slots_per_block
+from .core.dtypes import accumulation_dtype
+from .core.layout import clamp_block_size, slots_per_block
 from .core.memo import remember
 from .core.settings import AttentionSettings
 from .core.validation import check_not_onnx, check_not_transformed
@@ -44,10 +44,10 @@ def attend(
     With `cu_seqlens [n + 1]`, the batch size is 1 and the tokens are packed sequences; `longest` is the maximum length, if known.
     With `cu_seqlens [2, n + 1]`, for queries and for keys, the queries of a sequence are its last tokens.
     """
-    told = padding_mask if cu_seqlens is None else cu_seqlens
-    if told is not None:
-        remember(told)
-    sequences = told is not None
+    mask_or_bounds = padding_mask if cu_seqlens is None else cu_seqlens
+    if mask_or_bounds is not None:
+        remember(mask_or_bounds)
+    sequences = mask_or_bounds is not None
     path = path_of(query, key, value, settings, sequences=sequences, sinks=sinks is not None, return_lse=return_lse)
     if path is Path.DENSE:
         grouped = query.shape[1] != key.shape[1]
@@ -94,7 +94,7 @@ def attend_decoding_pages(query: Tensor, pages: Pages, settings: AttentionSettin
 def _nothing(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     nothing = (query.sum() + key.sum() + value.sum()) * 0  # so that all inputs have gradients
     out = nothing + query.new_zeros(*query.shape[:3], value.shape[-1])
-    return out, nothing + query.new_zeros(query.shape[:3], dtype=wide(query.dtype))
+    return out, nothing + query.new_zeros(query.shape[:3], dtype=accumulation_dtype(query.dtype))
 
 
 def _operator(
@@ -108,8 +108,8 @@ def _operator(
 ) -> tuple[Tensor, Tensor]:
     check_not_transformed(query, key, value)
     if longest is not None:  # so that short sequences are not padded to a long block each
-        settings = replace(settings, block_size=one_block(settings.block_size, longest))
-    block_size = one_block(settings.block_size, key.shape[2])
+        settings = replace(settings, block_size=clamp_block_size(settings.block_size, longest))
+    block_size = clamp_block_size(settings.block_size, key.shape[2])
     settings = with_bounded_top_k(settings, -(-key.shape[2] // settings.block_size))
     width, least = value.shape[-1], _LEAST_WIDTH[settings.implementation]
     narrow = min(query.shape[-1], width) < least

@@ -14,11 +14,11 @@ from torch import Tensor
 from .attention import backward, forward, is_small
 from .backends import backend_of, paths
 from .core.autocast import without_autocast
-from .core.dtypes import wide
+from .core.dtypes import accumulation_dtype
 from .core.layout import BlockLayout
 from .core.layout_builders import layout_of, n_query_slots
+from .core.parallel import one_thread
 from .core.settings import AttentionSettings
-from .core.side_by_side import one_thread
 from .core.strides import empty_with_strides_of
 from .cuda_graphs import cache
 from .cuda_graphs.capture import Function
@@ -64,7 +64,7 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor]:
     settings = AttentionSettings.from_arguments(*arguments)
     slots = n_query_slots(query, key, padding_mask, cu_seqlens, settings.block_size, backend_of(settings))
-    lse = query.new_empty(query.shape[:3], dtype=wide(query.dtype))
+    lse = query.new_empty(query.shape[:3], dtype=accumulation_dtype(query.dtype))
     chosen = query.new_empty(*query.shape[:2], slots, settings.n_routed, dtype=torch.int32)
     return _empty_like(query, value.shape[-1], settings), lse, chosen
 

@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from .core.dtypes import wide
+from .core.dtypes import accumulation_dtype
 from .core.hidden import all_finite, finite, visible_product
 from .core.settings import AttentionSettings
 from .ops.gate import means_of, with_ties
@@ -107,7 +107,7 @@ def reference_attention(
         key, value = (x.masked_fill(~real[:, None, :, None], 0) for x in (key, value))
         query = query.masked_fill(~real[:, None, n_key - n_query :, None], 0)
 
-    dtype, repeats = wide(query.dtype), query.shape[1] // key.shape[1]
+    dtype, repeats = accumulation_dtype(query.dtype), query.shape[1] // key.shape[1]
     q, k, v = query.to(dtype), key.to(dtype).repeat_interleave(repeats, 1), value.to(dtype).repeat_interleave(repeats, 1)
     score = _inner_products(q, k) * settings.scale
     if settings.softcap is not None:

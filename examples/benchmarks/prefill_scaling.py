@@ -34,7 +34,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from moba_flex.core.settings import AttentionSettings
 from moba_flex.distributed import moba_attention_cp
 from moba_flex.distributed.collectives import gathered
-from moba_flex.ops.decoding import Stored, attend_to_blocks, blocks_to_read, means_for, write_means
+from moba_flex.ops.decoding import KeyValueReader, attend_to_blocks, blocks_to_read, means_for, write_means
 
 APART = 0.05  # larger errors come from the gate: another block was equally good within rounding; bfloat16 rounds to 0.004
 
@@ -106,7 +106,7 @@ def check(
         heads = slice(g * ratio, (g + 1) * ratio)
         q = query[:, heads, place][:, None].double()  # [1, 1, R, n, D]
         blocks = blocks_to_read(q, means, token[None], settings)
-        wanted, _ = attend_to_blocks(q, Stored.of(k, v), blocks, token.new_zeros(1, 1), token, settings)
+        wanted, _ = attend_to_blocks(q, KeyValueReader.of(k, v), blocks, token.new_zeros(1, 1), token, settings)
         errors.append(((out[:, heads] - wanted).norm(dim=-1) / wanted.norm(dim=-1)).flatten())
     every = gathered(torch.cat(errors), mesh.get_group())
     apart = every > APART

@@ -12,7 +12,7 @@ from torch import nn
 from ..config import MobaConfig, changed_settings
 from ..core.messages import shown
 from ..models.by_name import settings_to_come
-from ..models.layers import MOBA, attention_layers, attention_of, check_served, keeps_full, takes_moba
+from ..models.layers import MOBA, attention_layers, attention_of, check_served, is_replaceable, keeps_full
 from ..models.patch import find_layers
 from ..models.sizes import without_effect
 from ..models.state import choice_of, context_of
@@ -163,7 +163,7 @@ def _describe(layer: AttentionLayer, name: str, length: int | None, refusal: str
 
 def _used(layer: AttentionLayer, name: str, refusal: str | None) -> tuple[str, str, MobaConfig | None]:
     """A layer's attention, the reason, and the settings if it is MoBA."""
-    if not takes_moba(layer):
+    if not is_replaceable(layer):
         return *_own_kind(layer, name), None
     config, choice = layer.config, choice_of(layer)
     named = implementation_of(config)

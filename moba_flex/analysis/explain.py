@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..backends import paths
 from ..core import validation
-from ..core.layout import one_block
+from ..core.layout import clamp_block_size
 from ..cuda_graphs.cache import EAGER_CALLS, cuda_graphs_enabled
 from ..functional import checked_settings
 
@@ -134,7 +134,7 @@ def explain(
     n_key = key.shape[2] if longest is None else longest
     what = f"{query.shape[2]:,} tokens" if query.shape[2] == key.shape[2] else f"{query.shape[2]:,} queries on {key.shape[2]:,} tokens"
     return Explanation(
-        f"{what}, block {one_block(settings.block_size, n_key)}, top-{settings.top_k}",
+        f"{what}, block {clamp_block_size(settings.block_size, n_key)}, top-{settings.top_k}",
         path.value,
         settings.implementation,
         routed and obstacles["CUDA graph"] is None,

@@ -26,7 +26,7 @@ from ..models.layers import MOBA, attention_layers, attention_of, configs_of, is
 from ..models.masks import Visible
 from ..models.patch import find_layers, patch
 from ..models.state import choice_of, context_of, key_conv_hooks_of, set_choice, set_watcher
-from ..models.upstream import holds_config, prefixes_of_peft
+from ..models.upstream import holds_config, is_peft_model
 from ..selection import Selection, select_blocks
 from . import figures
 from .tables import table
@@ -188,7 +188,7 @@ def trace(
             watcher = Watcher(keep, bar.update)
             for layer in layers:
                 set_watcher(layer, watcher)
-            inner = model if prefixes_of_peft(model) else getattr(model, "base_model", model)
+            inner = model if is_peft_model(model) else getattr(model, "base_model", model)
             _read(inner, input_ids, attention_mask)
     return watcher.trace()
 
@@ -211,7 +211,7 @@ class Watcher:
     def __init__(self, keep: list[int], seen: Callable[[], object]) -> None:
         self._keep, self._seen = keep, seen
         self._layers: list[int] = []
-        self._numbers: list[tuple[Tensor, ...]] = []
+        self._statistics: list[tuple[Tensor, ...]] = []
         self._selections: dict[int, Selection] = {}
 
     @outside_graphs  # a graph break: compiled layers must not trace it
@@ -222,18 +222,18 @@ class Watcher:
         blocks["top_k"] = min(settings.top_k, max(n_blocks, forced))  # a larger top_k changes nothing, but takes memory
         selection = select_blocks(query, key, **blocks, causal=visible.causal, padding_mask=visible.padding_mask)
         self._layers.append(layer.layer_idx)
-        self._numbers.append(tuple(x.cpu() for x in numbers(selection)))
+        self._statistics.append(tuple(x.cpu() for x in layer_statistics(selection)))
         if layer.layer_idx in self._keep:
             here = {name: getattr(selection, name).cpu() for name in ("indices", "block_of_key")}
             self._selections[layer.layer_idx] = replace(selection, **here)
         self._seen()
 
     def trace(self) -> Trace:
-        share, overlap, chosen, candidates = (torch.stack(x) for x in zip(*self._numbers))
+        share, overlap, chosen, candidates = (torch.stack(x) for x in zip(*self._statistics))
         return Trace(tuple(self._layers), share, overlap, chosen, candidates[0], self._selections)
 
 
-def numbers(selection: Selection) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def layer_statistics(selection: Selection) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Share of keys `[H]`, overlap `[H]`, chosen `[H, C]` and candidates `[C]` of one layer, see `Trace`."""
     of_key, n_blocks = selection.block_of_key, selection.n_blocks
     heads, n_query, n_chosen = selection.indices.shape[1:]

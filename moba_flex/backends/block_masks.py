@@ -73,16 +73,16 @@ def _tiles_rule(width: int, tile: int) -> Callable[..., Tensor]:
     return rule
 
 
-def local_mask(layout: BlockLayout, heads: int, groups: int, in_line: bool = False) -> Mask:
+def local_mask(layout: BlockLayout, heads: int, groups: int, batch_merged: bool = False) -> Mask:
     """Causal attention within blocks: queries `[B * G, H / G, Q * P, D]`, keys `[B * G, 1, C * P, D]`.
 
-    A query tile reads the same tile of its own block partially, and the earlier tiles of that block fully. With `in_line`, batch rows are
-    concatenated, `[G, H / G, B * Q * P, D]` and `[G, 1, B * C * P, D]`; not for layouts with query tiles, which have one batch row.
+    A query tile reads the same tile of its own block partially, and the earlier tiles of that block fully. With `batch_merged`, batch rows
+    are concatenated, `[G, H / G, B * Q * P, D]` and `[G, 1, B * C * P, D]`; not for layouts with query tiles, which have one batch row.
     """
-    return layout.cached(("local mask", heads, groups, in_line), lambda: _local_mask(layout, heads, groups, in_line))
+    return layout.cached(("local mask", heads, groups, batch_merged), lambda: _local_mask(layout, heads, groups, batch_merged))
 
 
-def _local_mask(layout: BlockLayout, heads: int, groups: int, in_line: bool) -> Mask:
+def _local_mask(layout: BlockLayout, heads: int, groups: int, batch_merged: bool) -> Mask:
     if layout.offset is not None:
         return _local_mask_of_tiles(layout, layout.offset, heads, groups)
     own, tile = layout.own, query_tile(layout.width)
@@ -91,7 +91,7 @@ def _local_mask(layout: BlockLayout, heads: int, groups: int, in_line: bool) -> 
     query_block = torch.arange(layout.n_key_blocks, device=own.device, dtype=torch.int32) - own[:, :1]
     met = ((query_block >= 0) & (query_block < n_query_blocks)).int()
     query_block = query_block.clamp(0, n_query_blocks - 1)
-    if in_line:
+    if batch_merged:
         row = torch.arange(rows, device=own.device, dtype=torch.int32)[:, None]
         own, query_block = own + row * layout.n_key_blocks, query_block + row * n_query_blocks
         own, query_block, met, n_query_blocks = own.view(1, -1), query_block.view(1, -1), met.view(1, -1), rows * n_query_blocks

@@ -14,24 +14,24 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..core.dtypes import wide
+from ..core.dtypes import accumulation_dtype
 from ..core.layout import BlockLayout
 from ..core.settings import AttentionSettings
 from ..ops.gate import choose as choose
+from ..ops.rows import copy_into, empty_attention
 from ..ops.rows import delta as delta
-from ..ops.rows import over_no_keys, write
 from .eager_routes import Routes, merge_routed, routed_keys
 from .eager_routes import route as route
 from .eager_softmax import (
     Diagonal,
-    NumberRange,
+    ValueRange,
     backward_is_safe,
     exponentials,
     largest,
     range_of,
     softmax_attention,
     softmax_backward,
-    widened,
+    upcast,
 )
 
 MAX_TENSOR_ELEMENTS = sys.maxsize
@@ -49,7 +49,7 @@ def reads_tokens(query: Tensor, value: Tensor, layout: BlockLayout, backward: bo
     return False
 
 
-def row_numbers(query: Tensor, value: Tensor, layout: BlockLayout, backward: bool) -> int:
+def elements_per_row(query: Tensor, value: Tensor, layout: BlockLayout, backward: bool) -> int:
     """Elements per row of query, output and output gradient."""
     return query.shape[-1] + 2 * value.shape[-1]
 
@@ -104,9 +104,9 @@ def attend(
 ) -> None:
     """Attention to the own block and along `routes`, merged by log-sum-exps. Writes output and log-sum-exp to `into`."""
     known = range_of(query, key, value, settings)
-    out, lse = local(query, key, value, layout, settings, known, into) if settings.causal else over_no_keys(query, value)
+    out, lse = local(query, key, value, layout, settings, known, into) if settings.causal else empty_attention(query, value)
     if routes is None:
-        write((out, lse), into)
+        copy_into((out, lse), into)
     else:
         merge_routed(out, lse, query, key, value, routes, layout, settings, known, into)
 
@@ -117,18 +117,18 @@ def local(
     value: Tensor,
     layout: BlockLayout,
     settings: AttentionSettings,
-    known: NumberRange,
+    known: ValueRange,
     into: tuple[Tensor, Tensor],
 ) -> tuple[Tensor, Tensor]:
     """Causal attention of each query to its own block: `[B, H, Q * P, Dv]`, at least float32, and the log-sum-exp `[B, H, Q * P]`, float64.
 
     The output reuses the memory of `into` if its dtype and strides fit.
     """
-    dtype = wide(query.dtype)
+    dtype = accumulation_dtype(query.dtype)
     out = into[0] if into[0].dtype == dtype and into[0].is_contiguous() else into[0].new_empty(into[0].shape, dtype=dtype)
     lse = into[1].new_empty(into[1].shape, dtype=torch.float64)
     for own, causal, (q, o, l), (k, v) in _local_heads(layout, (query, out, lse), (key, value)):
-        l.copy_(softmax_attention(widened(q), widened(k[own]), widened(v[own]), causal, settings, known, into=o)[1])
+        l.copy_(softmax_attention(upcast(q), upcast(k[own]), upcast(v[own]), causal, settings, known, into=o)[1])
     return out, lse
 
 
@@ -152,7 +152,7 @@ def local_backward(
     per_key = (key, value, grad_key, grad_value)
     for own, causal, (q, dq, *upstream), (k, v, dk, dv) in _local_heads(layout, per_query, per_key):
         upstream, later = _upstream(*upstream), causal.later() if hidden is None else hidden
-        part, part_k, part_v = softmax_backward(widened(q), widened(k[own]), widened(v[own]), *upstream, later, settings, safe)
+        part, part_k, part_v = softmax_backward(upcast(q), upcast(k[own]), upcast(v[own]), *upstream, later, settings, safe)
         dq.copy_(part)
         for total, added in ((dk, part_k), (dv, part_v)):
             if isinstance(own, slice):
@@ -163,7 +163,7 @@ def local_backward(
 
 
 def _upstream(grad: Tensor, lse: Tensor, delta: Tensor, rest: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    return widened(grad), lse, delta, rest
+    return upcast(grad), lse, delta, rest
 
 
 def backward(
@@ -195,12 +195,12 @@ def backward(
         for queries, keys in routed_keys(routes, layout, key.shape[1]):
             q, *upstream = (x.index_select(0, queries) for x in per_query)
             part, part_k, part_v = softmax_backward(
-                widened(q), widened(k[keys]), widened(v[keys]), *_upstream(*upstream), None, settings, safe
+                upcast(q), upcast(k[keys]), upcast(v[keys]), *_upstream(*upstream), None, settings, safe
             )
             dq.index_add_(0, queries, part)
             dk[keys] += part_k
             dv[keys] += part_v
-    write(local, into)
+    copy_into(local, into)
 
 
 def _slots_without_a_query(layout: BlockLayout) -> Tensor:
@@ -213,17 +213,17 @@ def _log_sum_exp(
     query: Tensor, key: Tensor, routes: Routes | None, layout: BlockLayout, settings: AttentionSettings, safe: bool
 ) -> tuple[Tensor, Tensor]:
     """The log-sum-exp `[B, H, N]` over all blocks of a query as a large and a small value, from the same scores that backward computes."""
-    known = NumberRange(False, safe)
-    most = torch.full(query.shape[:3], -torch.inf, dtype=widened(query[:0]).dtype, device=query.device)
+    known = ValueRange(False, safe)
+    most = torch.full(query.shape[:3], -torch.inf, dtype=upcast(query[:0]).dtype, device=query.device)
     rest = torch.zeros_like(most)
     for own, causal, (q, m, r), (k,) in _local_heads(layout, (query, most, rest), (key,)) if settings.causal else ():
-        _, total, part = exponentials(widened(q), widened(k[own]), causal, settings, known)
+        _, total, part = exponentials(upcast(q), upcast(k[own]), causal, settings, known)
         m.copy_(part.squeeze(-1))
         r.copy_(total.squeeze(-1).log_())
     if routes is not None:
         q, k, all_most, all_rest = query.flatten(0, 2), key.flatten(0, 2), most.flatten(), rest.flatten()
         for queries, keys in routed_keys(routes, layout, key.shape[1]):
-            _, total, part = exponentials(widened(q.index_select(0, queries)), widened(k[keys]), None, settings, known)
+            _, total, part = exponentials(upcast(q.index_select(0, queries)), upcast(k[keys]), None, settings, known)
             before, part = all_most.index_select(0, queries), part.squeeze(-1)
             above = torch.maximum(before, part)
             sums = (before - above) + all_rest.index_select(0, queries), (part - above) + total.squeeze(-1).log_()

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..core.dtypes import wide
+from ..core.dtypes import accumulation_dtype
 from ..core.layout import BlockLayout
 from ..core.settings import AttentionSettings
 from ..ops.routing import order_pairs
-from ..ops.rows import write
-from .eager_softmax import NumberRange, softmax_attention, widened
+from ..ops.rows import copy_into
+from .eager_softmax import ValueRange, softmax_attention, upcast
 
 _ROWS_AT_ONCE = 8192
 _TILES = 8  # per block: a batched product uses cores better than one large product
@@ -68,7 +68,7 @@ def merge_routed(
     routes: Routes,
     layout: BlockLayout,
     settings: AttentionSettings,
-    known: NumberRange,
+    known: ValueRange,
     into: tuple[Tensor, Tensor],
 ) -> None:
     """Merges what queries read along `routes` with `out [B, H, N, Dv]` and `lse [B, H, N]`. Writes the result to `into`.
@@ -89,7 +89,7 @@ def _sum_routed(
     routes: Routes,
     layout: BlockLayout,
     settings: AttentionSettings,
-    known: NumberRange,
+    known: ValueRange,
     into: tuple[Tensor, Tensor],
 ) -> bool:
     """`merge_routed` with softmax weights relative to one reference per query, so that blocks are summed without rescaling.
@@ -100,8 +100,8 @@ def _sum_routed(
     """
     if not known.safe:
         return False
-    dtype = wide(query.dtype)
-    q = widened(query).flatten(0, 2)
+    dtype = accumulation_dtype(query.dtype)
+    q = upcast(query).flatten(0, 2)
     k, v = (x.unflatten(2, (-1, layout.width)).flatten(0, 2) for x in (key, value))
     relative = None if known.small else lse.to(dtype).flatten()
     total = (lse if relative is None else lse - relative.view(lse.shape)).to(dtype).exp().flatten()  # 1 up to rounding
@@ -116,7 +116,7 @@ def _sum_routed(
         row_query, weight, part = (x[: tile * _TILES] for x in kept)  # rows after n: stale, and not used
         in_tiles = [x.view(_TILES, tile, -1) for x in (row_query, weight, part)]
         torch.index_select(q, 0, queries, out=row_query[:n])
-        block_key, block_value = widened(k[block]) * settings.scale, widened(v[block])  # only for blocks that are read
+        block_key, block_value = upcast(k[block]) * settings.scale, upcast(v[block])  # only for blocks that are read
         torch.bmm(in_tiles[0], block_key.mT.expand(_TILES, -1, -1), out=in_tiles[1])
         settings.cap_(weight)
         if relative is not None:
@@ -141,19 +141,19 @@ def _merge_one_by_one(
     routes: Routes,
     layout: BlockLayout,
     settings: AttentionSettings,
-    known: NumberRange,
+    known: ValueRange,
     into: tuple[Tensor, Tensor],
 ) -> None:
     """`merge_routed` for any scores: each block's output has its own softmax, and is merged with the result so far."""
     lse = lse.double()
     q, total, sums = query.flatten(0, 2), lse.flatten(), out.flatten(0, 2)
-    k, v, known = key.flatten(0, 2), value.flatten(0, 2), NumberRange(False, known.safe)
+    k, v, known = key.flatten(0, 2), value.flatten(0, 2), ValueRange(False, known.safe)
     for queries, keys in routed_keys(routes, layout, key.shape[1]):
-        part, part_lse = softmax_attention(widened(q.index_select(0, queries)), widened(k[keys]), widened(v[keys]), None, settings, known)
+        part, part_lse = softmax_attention(upcast(q.index_select(0, queries)), upcast(k[keys]), upcast(v[keys]), None, settings, known)
         before, part_lse = total.index_select(0, queries), part_lse.to(total.dtype)
         share = torch.sigmoid(part_lse - before)[:, None].to(part.dtype)  # of the block in the merged softmax
         old = sums.index_select(0, queries)
         merged = torch.where(before[:, None] == -torch.inf, part, torch.lerp(old, part, share))
         sums.index_copy_(0, queries, torch.where((part_lse == -torch.inf)[:, None], old, merged))
         total.index_copy_(0, queries, torch.logaddexp(before, part_lse))
-    write((out, lse), into)
+    copy_into((out, lse), into)

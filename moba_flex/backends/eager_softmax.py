@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..core.dtypes import wide
+from ..core.dtypes import accumulation_dtype
 from ..core.hidden import visible_product
 from ..core.settings import AttentionSettings
 
@@ -26,24 +26,24 @@ _SMALL_SCORE, _SMALL_SUM = 30.0, 1e10
 _SAFE = 1e36  # bound on intermediate results, well below float32's maximum
 
 
-def widened(x: Tensor) -> Tensor:
-    return x.to(wide(x.dtype))
+def upcast(x: Tensor) -> Tensor:
+    return x.to(accumulation_dtype(x.dtype))
 
 
 @dataclass(frozen=True)
-class NumberRange:
+class ValueRange:
     """What is known of the values of a call. `small`: no score is large, so none needs a subtraction. `safe`: nothing overflows."""
 
     small: bool
     safe: bool
 
 
-def range_of(query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings) -> NumberRange:
+def range_of(query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings) -> ValueRange:
     """`small` also means that sums of values weighted by `exp(score)` are far from float32's limits. Scores are bounded by norms."""
-    lengths = [float(torch.linalg.vector_norm(x, dim=-1, dtype=wide(x.dtype)).max()) for x in (query, key)]
+    lengths = [float(torch.linalg.vector_norm(x, dim=-1, dtype=accumulation_dtype(x.dtype)).max()) for x in (query, key)]
     score, values = lengths[0] * lengths[1] * abs(settings.scale), largest(value) * key.shape[2]
     safe = max(score, lengths[0] * lengths[1], lengths[1] * abs(settings.scale)) < _SAFE and values < _SAFE  # False for NaN
-    return NumberRange(safe and score < _SMALL_SCORE and values < _SMALL_SUM, safe)
+    return ValueRange(safe and score < _SMALL_SCORE and values < _SMALL_SUM, safe)
 
 
 def backward_is_safe(
@@ -97,7 +97,7 @@ def softmax_attention(
     value: Tensor,
     causal: Diagonal | None,
     settings: AttentionSettings,
-    known: NumberRange,
+    known: ValueRange,
     into: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention of `[..., M, D]` to `[..., K, D]` and its log-sum-exp. With `causal`, to keys up to the query's own.
@@ -114,7 +114,7 @@ def softmax_attention(
 
 
 def exponentials(
-    query: Tensor, key: Tensor, causal: Diagonal | None, settings: AttentionSettings, known: NumberRange
+    query: Tensor, key: Tensor, causal: Diagonal | None, settings: AttentionSettings, known: ValueRange
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Exponentials of scores `[..., M, K]`, their sums `[..., M, 1]`, and what was subtracted from the scores, or None."""
     weight, most = _scores(query, key, settings, known.safe), None

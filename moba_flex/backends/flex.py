@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from ..core.chunking import QUERY_TILE
-from ..core.dtypes import wide
+from ..core.dtypes import accumulation_dtype
 from ..core.layout import BlockLayout
 from ..core.layout import slots_per_block as slots_per_block
 from ..core.settings import AttentionSettings
-from ..core.strides import readable, rows_in_line, tokens_first
-from ..ops import kernels, steps_for
+from ..core.strides import last_dim_contiguous, merge_batch, tokens_first
+from ..ops import kernels, ops_for
 from ..ops.routing import Routes
-from ..ops.rows import over_no_keys, write
+from ..ops.rows import copy_into, empty_attention
 from . import flash, paths
 from .block_masks import local_mask, query_tile, routed_mask
 from .flex_calls import by_group, flex_backward, flex_forward
@@ -40,7 +40,7 @@ def reads_tokens(query: Tensor, value: Tensor, layout: BlockLayout, backward: bo
     return backward and paths.one_pass_backward_obstacle(query, value, layout.width, layout.tile is not None) is None
 
 
-def row_numbers(query: Tensor, value: Tensor, layout: BlockLayout, backward: bool) -> int:
+def elements_per_row(query: Tensor, value: Tensor, layout: BlockLayout, backward: bool) -> int:
     """Elements per row of query, output and output gradient.
 
     The one-kernel backward pass holds only query gradients, one per sub-block. Twice that is counted: its other buffers are larger than
@@ -53,12 +53,12 @@ def row_numbers(query: Tensor, value: Tensor, layout: BlockLayout, backward: boo
 
 def route(chosen: Tensor, groups: int, n_blocks: int, max_pairs: int) -> Routes:
     """One row per pair, sorted by block in whole tiles: see `moba_flex.ops.routing.route`."""
-    return steps_for(chosen).route(chosen, groups, n_blocks, QUERY_TILE, max_pairs)
+    return ops_for(chosen).route(chosen, groups, n_blocks, QUERY_TILE, max_pairs)
 
 
 def choose(query: Tensor, key: Tensor, layout: BlockLayout, settings: AttentionSettings) -> Tensor:
     """The gate: see `moba_flex.ops.gate.choose`."""
-    return steps_for(query).choose(query, key, layout, settings)
+    return ops_for(query).choose(query, key, layout, settings)
 
 
 def attend(
@@ -71,11 +71,11 @@ def attend(
     into: tuple[Tensor, Tensor],
 ) -> None:
     """Attention to the own block and along `routes`, merged by log-sum-exps. Writes output and log-sum-exp to `into`."""
-    out, lse = local(query, key, value, layout, settings) if settings.causal else over_no_keys(query, value)
+    out, lse = local(query, key, value, layout, settings) if settings.causal else empty_attention(query, value)
     if routes is None:
-        write((out, lse), into)
+        copy_into((out, lse), into)
         return
-    steps = steps_for(query)
+    steps = ops_for(query)
     row_out, row_lse = routed(steps.dispatch(query, routes), key, value, routes, layout, settings)
     steps.merge(out, lse, row_out, row_lse, routes, layout, into)
 
@@ -85,13 +85,13 @@ def local(query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, settin
     (rows, heads, slots), groups = query.shape[:3], key.shape[1]
     # One key head of one batch row becomes a batch element. Several batch rows of a transposed `[B, N, H, D]` have no such view, unless
     # they are concatenated first.
-    lined = [rows_in_line(x) for x in (query, key, value)] if rows > 1 and tokens_first(query) else []
+    lined = [merge_batch(x) for x in (query, key, value)] if rows > 1 and tokens_first(query) else []
     line = [x for x in lined if x is not None]
-    in_line = len(line) == 3 and all(_in_reach(x) for x in line[1:])
-    query, key, value = (by_group(x, groups) for x in (line if in_line else (query, key, value)))
+    batch_merged = len(line) == 3 and all(_in_reach(x) for x in line[1:])
+    query, key, value = (by_group(x, groups) for x in (line if batch_merged else (query, key, value)))
     key, value = (x if _in_reach(x) else x.contiguous() for x in (key, value))
-    out, lse = flex_forward(query, key, value, local_mask(layout, heads, groups, in_line), settings)
-    if not in_line:
+    out, lse = flex_forward(query, key, value, local_mask(layout, heads, groups, batch_merged), settings)
+    if not batch_merged:
         return out.reshape(rows, heads, slots, -1), lse.view(rows, heads, slots)
     out, lse = out.reshape(heads, rows, slots, -1), lse.view(heads, rows, slots)
     return out.transpose(0, 1), lse.transpose(0, 1).contiguous()
@@ -101,7 +101,7 @@ def routed(
     row_query: Tensor, key: Tensor, value: Tensor, routes: Routes, layout: BlockLayout, settings: AttentionSettings
 ) -> tuple[Tensor, Tensor]:
     """Attention of each row `[R, D]` to its block of `key [B, G, C * P, D]`. Returns `[R, Dv]` and the log-sum-exp `[R]`."""
-    operands = row_query[None, None], _in_line(key), _in_line(value)
+    operands = row_query[None, None], _concatenated(key), _concatenated(value)
     if kernel := flash.kernel_for(row_query, value, layout, settings):
         out, lse = kernel(*operands, routes)
     else:
@@ -111,7 +111,7 @@ def routed(
 
 def delta(out: Tensor, grad: Tensor, grad_lse: Tensor | None) -> Tensor:
     """`out . grad - grad_lse`: see `moba_flex.ops.rows.delta`."""
-    return steps_for(out).delta(readable(out), grad, grad_lse)
+    return ops_for(out).delta(last_dim_contiguous(out), grad, grad_lse)
 
 
 def backward(
@@ -135,12 +135,12 @@ def backward(
     if settings.causal:
         partial = local_backward(*operands, layout, settings)
     else:
-        dq, dk, dv = (torch.zeros_like(x, dtype=wide(x.dtype)) for x in (query, key, value))
+        dq, dk, dv = (torch.zeros_like(x, dtype=accumulation_dtype(x.dtype)) for x in (query, key, value))
         partial = dq, dk, dv
     if routes is None:
-        write(partial, into)
+        copy_into(partial, into)
         return
-    steps = steps_for(query)
+    steps = ops_for(query)
     rows: tuple[Tensor, Tensor, Tensor, Tensor] = steps.dispatch_backward(query, grad, lse, delta, routes)
     row_dq, dk, dv = routed_backward(*rows, key, value, routes, layout, settings)
     steps.sum_rows(partial[0], row_dq, routes, into[0])
@@ -172,7 +172,7 @@ def routed_backward(
     """Gradients of the rows `[R, D]`, of key and of value that come through the routed call."""
     mask = routed_mask(routes, layout, key.shape[1], settings.causal)
     query, grad, lse, delta = (x[None, None] for x in (row_query, row_grad, row_lse, row_delta))
-    dq, dk, dv = flex_backward(query, _in_line(key), _in_line(value), grad, lse, delta, mask, settings)
+    dq, dk, dv = flex_backward(query, _concatenated(key), _concatenated(value), grad, lse, delta, mask, settings)
     return dq[0, 0], dk.view(key.shape), dv.view(value.shape)
 
 
@@ -181,6 +181,6 @@ def _in_reach(x: Tensor) -> bool:
     return x.shape[2] * x.stride(2) <= MAX_TENSOR_ELEMENTS
 
 
-def _in_line(x: Tensor) -> Tensor:
+def _concatenated(x: Tensor) -> Tensor:
     """`[B, G, N, D]` -> `[1, 1, B * G * N, D]`: all blocks of all heads, concatenated."""
     return x.reshape(1, 1, -1, x.shape[-1])

@@ -45,7 +45,7 @@ class Backend(Protocol):
         """Whether `choose` and `attend`, or `backward`, read tokens in place, `[B, H, Nq, D]`, instead of in slots."""
         ...
 
-    def row_numbers(self, query: Tensor, value: Tensor, layout: BlockLayout, backward: bool, /) -> int:
+    def elements_per_row(self, query: Tensor, value: Tensor, layout: BlockLayout, backward: bool, /) -> int:
         """Number of elements of the query's dtype that a pass holds per routed row. It determines the size of chunks."""
         ...
 

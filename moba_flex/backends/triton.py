@@ -12,7 +12,7 @@ from ..core.layout import BlockLayout
 from ..core.settings import AttentionSettings
 from ..ops import kernels
 from ..ops.routing import Routes
-from ..ops.rows import over_no_keys, write
+from ..ops.rows import copy_into, empty_attention
 from . import flex
 from .flex import (
     HEAD_BY_HEAD,
@@ -21,14 +21,14 @@ from .flex import (
     backward,
     choose,
     delta,
+    elements_per_row,
     route,
-    row_numbers,
     slots_per_block,
     slots_per_query_tile,
 )
 
 # The protocol, most of which is from `flex.py`.
-__all__ = ["HEAD_BY_HEAD", "MAX_TENSOR_ELEMENTS", "READS_STRIDES", "backward", "choose", "delta", "route", "row_numbers"]
+__all__ = ["HEAD_BY_HEAD", "MAX_TENSOR_ELEMENTS", "READS_STRIDES", "backward", "choose", "delta", "elements_per_row", "route"]
 __all__ += ["attend", "reads_tokens", "slots_per_block", "slots_per_query_tile"]
 
 
@@ -53,8 +53,8 @@ def attend(
     # Not `into` itself: when merging, a warp would read a query's log-sum-exp after another warp has overwritten it.
     apart = into[0].new_empty(into[0].shape), into[1].new_empty(into[1].shape)
     rows = kernels.one_pass_forward(query, key, value, routes, layout, settings, apart)
-    own = apart if settings.causal else over_no_keys(query, value)
+    own = apart if settings.causal else empty_attention(query, value)
     if rows is None or routes is None:
-        write(own, into)
+        copy_into(own, into)
     else:
         kernels.merge(*own, *rows, routes, layout, into)

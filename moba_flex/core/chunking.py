@@ -58,11 +58,11 @@ def chunks(
     layout: BlockLayout,
     settings: AttentionSettings,
     reach: int,
-    row_numbers: int,
+    elements_per_row: int,
     head_by_head: bool = False,
 ) -> Iterator[Chunk]:
-    """Slices of batch rows and key heads, all of one shape, whose routed rows of `row_numbers` elements each fit into the working memory.
-    Each slice comes with its parts: slices of query heads and query blocks.
+    """Slices of batch rows and key heads, all of one shape, whose routed rows, of `elements_per_row` elements each, fit into the working
+    memory. Each slice comes with its parts: slices of query heads and query blocks.
 
     A part has no tensor of more than `reach` elements. The smallest chunk, whatever the budget, is one key head of one batch row with its
     query heads; several share a chunk if they fit. A chunk has more than one part only if one key head exceeds `reach`. A chunk of
@@ -72,7 +72,7 @@ def chunks(
     Raises ValueError if one head's keys, or the routed rows of one query block, are more than `reach` elements.
     """
     n_rows, n_groups, repeats = query.shape[0], key.shape[1], query.shape[1] // key.shape[1]
-    width, row_bytes = max(query.shape[-1], value.shape[-1]), row_numbers * query.element_size() + 24
+    width, row_bytes = max(query.shape[-1], value.shape[-1]), elements_per_row * query.element_size() + 24
     parts = _parts(repeats, width, layout, settings, reach, 1 if head_by_head else repeats)
     fit = (
         1

@@ -5,6 +5,6 @@ from __future__ import annotations
 import torch
 
 
-def wide(dtype: torch.dtype) -> torch.dtype:
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of sums, log-sum-exps and gate scores: `dtype`, but at least float32."""
     return torch.promote_types(dtype, torch.float32)

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from .upstream import functorch_transform
-from .validation import readable
+from .validation import can_read_values
 
 
 def all_finite(*tensors: Tensor) -> bool:
     """Whether all elements are finite. False if values must not be read."""
-    if not readable(*tensors) or functorch_transform() is not None:
+    if not can_read_values(*tensors) or functorch_transform() is not None:
         return False
     return all(bool(x.isfinite().all()) for x in tensors)
 

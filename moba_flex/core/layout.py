@@ -39,7 +39,7 @@ def slots_per_block(block_size: int) -> int:
     return max(16, 1 << (block_size - 1).bit_length())
 
 
-def one_block(block_size: int, n_key: int) -> int:
+def clamp_block_size(block_size: int, n_key: int) -> int:
     """An equivalent smaller block size if all keys fit into one block: the next power of two, at least 128.
 
     A short prompt is then not padded to a long block, and prompts of different lengths share a few sizes.
@@ -50,7 +50,7 @@ def one_block(block_size: int, n_key: int) -> int:
     return min(size, block_size)
 
 
-class Moves(NamedTuple):
+class IndexMaps(NamedTuple):
     """Index maps between tokens and slots. All are int64; -1 means none."""
 
     token_of_key_slot: Tensor  # [B, C * P]
@@ -99,19 +99,19 @@ class BlockLayout:
         return self.width == self.block_size
 
     @property
-    def moves(self) -> Moves | None:
+    def index_maps(self) -> IndexMaps | None:
         """The index maps, or None if tokens are in order and blocks have no empty slots. Computed on first use."""
         if self.dense and self.whole:
             return None
-        return self.cached(("moves",), self._moves)
+        return self.cached(("index_maps",), self._index_maps)
 
-    def _moves(self) -> Moves:
+    def _index_maps(self) -> IndexMaps:
         keys = _tokens_of_slots(self.key_token, torch.zeros_like(self.block_keys), self.block_keys, self.width)
         of_keys = keys, _inverse(keys, self.n_key)
         if self.query_token is self.key_token:  # all keys are queries too
-            return Moves(*of_keys, *of_keys)
+            return IndexMaps(*of_keys, *of_keys)
         queries = _tokens_of_slots(self.query_token, self.query_start, self.query_stop, self.query_width)
-        return Moves(*of_keys, queries, _inverse(queries, self.n_query))
+        return IndexMaps(*of_keys, queries, _inverse(queries, self.n_query))
 
     def cached(self, name: tuple[Hashable, ...], make: Callable[[], T]) -> T:
         """The result of `make`, cached with the layout. It must depend on the layout and `name` only."""
@@ -123,7 +123,7 @@ class BlockLayout:
                     self._cache[name] = make()
         return self._cache[name]
 
-    def taken_apart(self) -> tuple[Form, tuple[Tensor, ...], BlockLayout]:
+    def flatten(self) -> tuple[Form, tuple[Tensor, ...], BlockLayout]:
         """Flattens the layout: its form (names, other fields), its distinct tensors, and a copy without cached values."""
         tensors, numbers, places = list[Tensor](), list[Hashable](), list[tuple[str, int]]()
         for name, x in vars(self).items():
@@ -135,17 +135,17 @@ class BlockLayout:
             elif name not in ("_cache", "persistent"):
                 numbers.append(x)
         form = tuple(places), tuple(numbers)
-        return form, tuple(tensors), self.put_together(form, tensors)
+        return form, tuple(tensors), self.unflatten(form, tensors)
 
-    def put_together(self, form: Form, tensors: Sequence[Tensor]) -> BlockLayout:
-        """The inverse of `taken_apart`, with other tensors. The result is not persistent."""
+    def unflatten(self, form: Form, tensors: Sequence[Tensor]) -> BlockLayout:
+        """The inverse of `flatten`, with other tensors. The result is not persistent."""
         fields: dict[str, Any] = {name: tensors[place] for name, place in form[0]}
         return replace(self, _cache={}, persistent=False, **fields)
 
     def key_slots(self, x: Tensor, like_tokens: bool = False) -> Tensor:
         """`[B, G, Nk, D]` -> `[B, G, C * P, D]`, zeros in slots without a token. Strides as in `query_slots`."""
-        if (moves := self.moves) is not None:
-            return take(x, moves.token_of_key_slot)
+        if (index_maps := self.index_maps) is not None:
+            return take(x, index_maps.token_of_key_slot)
         return self._spread(x, 0, self.n_key_blocks, like_tokens)
 
     def query_slots(self, x: Tensor, like_tokens: bool = False) -> Tensor:
@@ -153,21 +153,21 @@ class BlockLayout:
 
         A copy is contiguous; with `like_tokens`, if tokens are in order, it has the stride order of `x`.
         """
-        if (moves := self.moves) is not None:
-            return take(x, moves.token_of_query_slot)
+        if (index_maps := self.index_maps) is not None:
+            return take(x, index_maps.token_of_query_slot)
         return self._spread(x, self.lead, self.n_query_blocks, like_tokens)
 
     def key_tokens(self, x: Tensor, like: Tensor | None = None) -> Tensor:
         """The inverse of `key_slots`; zeros at padding. Strides as in `query_tokens`."""
-        if (moves := self.moves) is not None:
-            return take(x, moves.slot_of_key, into=None if like is None else empty_with_strides_of(like, self.n_key, x.shape[3]))
+        if (index_maps := self.index_maps) is not None:
+            return take(x, index_maps.slot_of_key, into=None if like is None else empty_with_strides_of(like, self.n_key, x.shape[3]))
         return self._collect(x, 0, self.n_key)
 
     def query_tokens(self, x: Tensor, fill: float = 0, like: Tensor | None = None) -> Tensor:
         """The inverse of `query_slots`; `fill` at padding. A result gathered by index has the stride order of `like`, if given."""
-        if (moves := self.moves) is not None:
+        if (index_maps := self.index_maps) is not None:
             into = None if like is None else empty_with_strides_of(like, self.n_query, x.shape[3])
-            return take(x, moves.slot_of_query, fill, into)
+            return take(x, index_maps.slot_of_query, fill, into)
         return self._collect(x, self.lead, self.n_query)
 
     def in_slots(self) -> BlockLayout:

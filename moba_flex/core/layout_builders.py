@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .allocation import allocate_persistent, may_be_kept, stream_of
-from .layout import BlockLayout, one_block
+from .layout import BlockLayout, clamp_block_size
 from .memo import is_remembered, memo
 
 if TYPE_CHECKING:
@@ -30,29 +30,29 @@ def layout_of(
     """
     n_query, n_key = query.shape[2], key.shape[2]
     block_size, width = block_sizes(block_size, n_key, backend.slots_per_block)
-    told = padding_mask if cu_seqlens is None else cu_seqlens
-    if told is None:
+    mask_or_bounds = padding_mask if cu_seqlens is None else cu_seqlens
+    if mask_or_bounds is None:
         return dense_layout(query.shape[0], n_query, n_key, block_size, width, query.device)
     tile = None
     if cu_seqlens is not None and cu_seqlens.dim() == 2:
         tile = backend.slots_per_query_tile(width, n_query, cu_seqlens.shape[1] - 1)
     sizes = n_query, n_key, block_size, width, tile
-    if not is_remembered(told):
-        return _layout_told(told, *sizes)
+    if not is_remembered(mask_or_bounds):
+        return _layout_from(mask_or_bounds, *sizes)
 
     def make() -> BlockLayout:
-        return replace(allocate_persistent(lambda: _layout_told(told, *sizes), told.device), persistent=True)
+        return replace(allocate_persistent(lambda: _layout_from(mask_or_bounds, *sizes), mask_or_bounds.device), persistent=True)
 
-    return memo(told, ("layout", *sizes, stream_of(told.device)), make)
+    return memo(mask_or_bounds, ("layout", *sizes, stream_of(mask_or_bounds.device)), make)
 
 
-def _layout_told(told: Tensor, n_query: int, n_key: int, block_size: int, width: int, tile: int | None) -> BlockLayout:
-    """The layout given by `told`: a padding mask `[B, Nk]` bool, or `cu_seqlens`."""
-    if told.dtype == torch.bool:
-        return padded_layout(told, n_query, block_size, width)
+def _layout_from(mask_or_bounds: Tensor, n_query: int, n_key: int, block_size: int, width: int, tile: int | None) -> BlockLayout:
+    """The layout given by `mask_or_bounds`: a padding mask `[B, Nk]` bool, or `cu_seqlens`."""
+    if mask_or_bounds.dtype == torch.bool:
+        return padded_layout(mask_or_bounds, n_query, block_size, width)
     if tile is None:
-        return packed_layout(told, n_key, block_size, width)
-    return with_last_queries(packed_layout(told[1], n_key, block_size, width), told, n_query, tile)
+        return packed_layout(mask_or_bounds, n_key, block_size, width)
+    return with_last_queries(packed_layout(mask_or_bounds[1], n_key, block_size, width), mask_or_bounds, n_query, tile)
 
 
 def n_query_slots(
@@ -71,7 +71,7 @@ def n_query_slots(
 
 def block_sizes(block_size: int, n_key: int, slots: Callable[[int], int]) -> tuple[int, int]:
     """Tokens per block and slots per block."""
-    block_size = one_block(block_size, n_key)
+    block_size = clamp_block_size(block_size, n_key)
     return block_size, slots(block_size)
 
 

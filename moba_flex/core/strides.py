@@ -21,7 +21,7 @@ def keep_strides(x: Tensor) -> Tensor:
     return x if tokens_first(x) else x.contiguous()
 
 
-def readable(x: Tensor) -> Tensor:
+def last_dim_contiguous(x: Tensor) -> Tensor:
     """`x [B, H, N, D]`, copied only if its last dimension is not contiguous: kernels read any other strides."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
@@ -32,6 +32,6 @@ def empty_with_strides_of(x: Tensor, n: int, width: int) -> Tensor:
     return x.new_empty(rows, n, heads, width).transpose(1, 2) if tokens_first(x) else x.new_empty(rows, heads, n, width)
 
 
-def rows_in_line(x: Tensor) -> Tensor | None:
+def merge_batch(x: Tensor) -> Tensor | None:
     """`x [B, H, N, D]` as a view `[1, H, B * N, D]`, or None if its strides do not allow that."""
     return x.transpose(1, 2).flatten(0, 1).transpose(0, 1)[None] if x.stride(0) == x.shape[2] * x.stride(2) else None

@@ -20,12 +20,12 @@ __all__ = [
     "FakeTensor",
     "any_number_of_compilations",
     "assert_in_graph",
-    "computes_gradients",
     "connection_to_store",
     "copy_all",
     "flex_attention_backward",
     "functorch_transform",
     "has_tangent",
+    "in_backward_pass",
     "is_under_dispatch_mode",
     "is_vmapped",
     "mark_dynamic",
@@ -45,7 +45,7 @@ def any_number_of_compilations() -> AbstractContextManager[None]:
     return torch._dynamo.config.patch(recompile_limit=1 << 30, accumulated_recompile_limit=1 << 30)
 
 
-def computes_gradients() -> bool:
+def in_backward_pass() -> bool:
     """Whether this thread runs a backward pass. Activation checkpointing recomputes forward passes there without marking them."""
     return torch._C._current_graph_task_id() != -1
 

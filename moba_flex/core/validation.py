@@ -98,7 +98,7 @@ def _check_heads(heads: int, groups: int) -> None:
         raise ValueError(f"query has {heads} heads, which must be a multiple of key's {groups} heads")
 
 
-def readable(*tensors: Tensor) -> bool:
+def can_read_values(*tensors: Tensor) -> bool:
     """Whether values may be read: not those of meta or fake tensors, nor while a graph is traced or captured."""
     if torch.compiler.is_compiling() or any(t.is_meta or isinstance(t, FakeTensor) for t in tensors):
         return False
@@ -182,7 +182,7 @@ def check_padding_mask(padding_mask: Tensor | None, query: Tensor, key: Tensor) 
     if not padding_mask.numel():
         return
     must = "real tokens must be one run, with padding on the left or right only"
-    if readable(padding_mask):
+    if can_read_values(padding_mask):
         check_not_mapped("moba_flex", padding_mask=padding_mask)
         remember(padding_mask)
         rows = memo(padding_mask, "rows with a hole", lambda: (_runs(padding_mask) > 1).nonzero().flatten().tolist())
@@ -265,7 +265,7 @@ def check_cu_seqlens(name: str, cu_seqlens: Tensor, query: Tensor, tokens: int) 
         raise ValueError(f"{name} must have one dimension and at least one entry, but has shape {tuple(cu_seqlens.shape)}")
     _check_devices(query=query, **{name: cu_seqlens})
     must = f"{name} must start at 0, never fall and end at"
-    if not readable(cu_seqlens):
+    if not can_read_values(cu_seqlens):
         if torch.compiler.is_compiling():
             rises = (cu_seqlens.diff() >= 0).all()
             assert_in_graph((cu_seqlens[0] == 0) & (cu_seqlens[-1] == tokens) & rises, f"{must} the number of tokens")

@@ -43,7 +43,7 @@ MAX_GRAPHS = 16  # per GPU
 MAX_SHAPES = 256  # shapes whose calls are counted
 # Copying a query of 2,048 tokens, 32 heads and head dimension 128 with key, value and output takes about 27 us, 1 % of a layer of such a
 # model. Four calls of this size, with the work between them, keep a GPU busy for longer than the host needs to launch one kernel by kernel.
-LARGE, CALLS_AHEAD = 1 << 23, 4
+LARGE_CALL, CALLS_AHEAD = 1 << 23, 4
 
 
 def set_cuda_graphs(enabled: bool = True) -> bool:
@@ -91,11 +91,11 @@ def run(function: Function, tensors: tuple[Tensor | None, ...], layout: BlockLay
         return _graphs(place, (*name, *signature(tensors)), call, tensors, settings.working_memory)
 
     # A data-dependent layout is an input too. A graph computes what is derived from it, and holds no other layout than `bare`.
-    form, of_layout, bare = layout.cached(("taken apart",), layout.taken_apart)
+    form, of_layout, bare = layout.cached(("flattened",), layout.flatten)
     n, whole = len(tensors), weakref.ref(layout)
 
     def call_with_layout(*given: Any) -> tuple[Tensor, ...]:
-        there = whole() if given[n] is of_layout[0] else bare.put_together(form, given[n:])
+        there = whole() if given[n] is of_layout[0] else bare.unflatten(form, given[n:])
         return function(*given[:n], there, settings)
 
     every = (*tensors, *of_layout)
@@ -181,16 +181,16 @@ class Shape:
     wait: float = EAGER_CALLS
     captured: Captured | None = None
     mask: weakref.ref[Tensor] | None = None  # identifies the mask of its first call, if any
-    came_again: bool = True  # whether it recurred with another mask; True without masks
+    came_with_other_mask: bool = True  # whether it recurred with another mask; True without masks
 
     def is_due(self, mask: Tensor | None) -> bool:
         """Counts a call. Returns whether its shape should be captured now."""
         self.calls += 1
         if mask is not None:
             if self.mask is None:
-                self.mask, self.came_again = weakref.ref(mask), False
-            self.came_again = self.came_again or self.mask() is not mask
-        return self.calls > self.wait and (self.came_again or self.calls > MANY_CALLS)
+                self.mask, self.came_with_other_mask = weakref.ref(mask), False
+            self.came_with_other_mask = self.came_with_other_mask or self.mask() is not mask
+        return self.calls > self.wait and (self.came_with_other_mask or self.calls > MANY_CALLS)
 
     def release(self) -> None:
         if self.captured is not None:
@@ -283,7 +283,7 @@ class GraphCache:
 
     def _gpu_is_behind(self, place: Place, tensors: tuple[Tensor | None, ...]) -> bool:
         """Whether this is a large call, and the GPU has not reached the start of the last `CALLS_AHEAD` large calls."""
-        if first_of(tensors).numel() < LARGE:
+        if first_of(tensors).numel() < LARGE_CALL:
             return False
         if place not in self._marks:
             self._marks[place] = self._new_marks()

@@ -104,7 +104,7 @@ def moba_attention_cp(
     )
     check_not_transformed(query, key, value, but="do not go through exchanges between processes: use backward() or torch.autograd.grad")
     attention = sparse(settings, sinks, return_lse)
-    out, lse = across(query, key, value, group_of(mesh), exchange, attention, share_selection)
+    out, lse = context_parallel_attention(query, key, value, group_of(mesh), exchange, attention, share_selection)
     return out if lse is None else (out, lse)
 
 
@@ -132,7 +132,7 @@ def full(scale: float | None) -> Attention:
     return attention
 
 
-def across(
+def context_parallel_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,

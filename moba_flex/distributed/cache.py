@@ -22,7 +22,7 @@ from ..models.block_means import decoder_cache, layer_of_cache
 from ..models.state import put_shared, shared_beside
 from ..ops.decoding import mean_dtype
 from ..ops.gate import means_of
-from .collectives import summed
+from .collectives import all_reduce_sum
 from .placement import Placement
 
 if TYPE_CHECKING:
@@ -128,7 +128,7 @@ class SharedLayer(DynamicLayer):
         if shared.means is None:
             shared.means = self.keys.new_zeros(*self.keys.shape[:2], 0, self.keys.shape[3], dtype=mean_dtype(self.keys))
         if wanted > known:
-            shared.means = torch.cat([shared.means, summed(self._own_means(known, wanted, placement), group)], 2)
+            shared.means = torch.cat([shared.means, all_reduce_sum(self._own_means(known, wanted, placement), group)], 2)
         return shared.means
 
     def _own_means(self, first: int, stop: int, placement: Placement) -> Tensor:

@@ -58,14 +58,14 @@ def gathered(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     return _Whole.apply(x, group)
 
 
-def summed(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+def all_reduce_sum(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """The sum of `x` over all processes (all-reduce). Not differentiable."""
     x = x.contiguous()
     _wait(dist.all_reduce(x, group=group, async_op=True), x)
     return x
 
 
-def of_first(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+def broadcast_first(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """The first process's `x` on all processes (broadcast). Not differentiable."""
     x = x.contiguous()
     _wait(dist.broadcast(x, group=group, group_src=0, async_op=True), x)

@@ -19,9 +19,9 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from ..config import MobaConfig
 from ..core.settings import AttentionSettings
-from ..models.layers import attention_layers, configs_of, is_patched, name_attention, show, takes_moba
+from ..models.layers import attention_layers, configs_of, format_layers, is_patched, is_replaceable, name_attention
 from ..models.state import context_of, set_context
-from .attention import across, check_exchange, full, group_of, sparse
+from .attention import check_exchange, context_parallel_attention, full, group_of, sparse
 from .cache import SharedLayer
 from .collectives import gathered
 from .decoding import attend_shared
@@ -99,10 +99,10 @@ def context_parallel(model: nn.Module, mesh: DeviceMesh | dist.ProcessGroup, *, 
 
 
 def _check_layers(model: nn.Module, patched: list[AttentionLayer]) -> None:
-    other = sorted({layer.layer_idx for layer in patched if not takes_moba(layer)})
+    other = sorted({layer.layer_idx for layer in patched if not is_replaceable(layer)})
     if other:
         raise ValueError(
-            f"{type(model).__name__} has layers that are not full causal self-attention: {show(other)}. "
+            f"{type(model).__name__} has layers that are not full causal self-attention: {format_layers(other)}. "
             "Context parallelism can exchange what full attention and MoBA need, not what other layers need"
         )
     types = getattr(patched[0].config, "layer_types", None) or ()
@@ -205,17 +205,19 @@ class ContextParallel:
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings, sinks: Tensor | None) -> Tensor:
         """MoBA of one layer's slices."""
-        return across(query, key, value, self.group, self.exchange, sparse(settings, sinks), settings.share_selection)[0]
+        return context_parallel_attention(query, key, value, self.group, self.exchange, sparse(settings, sinks), settings.share_selection)[
+            0
+        ]
 
     def attend_full(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
         """Full attention of one layer's slices."""
-        return across(query, key, value, self.group, self.exchange, full(scale))[0]
+        return context_parallel_attention(query, key, value, self.group, self.exchange, full(scale))[0]
 
-    def kept_keys(self, layer: AttentionLayer) -> SharedLayer | None:
+    def cached_keys(self, layer: AttentionLayer) -> SharedLayer | None:
         """This process's part of a layer's cached keys; None if the call has no cache."""
-        return self._generation.kept_keys(layer)
+        return self._generation.cached_keys(layer)
 
-    def attend_kept(self, query: Tensor, kept: SharedLayer, settings: AttentionSettings, sinks: Tensor | None, reads_all: bool) -> Tensor:
+    def attend_cached(self, query: Tensor, kept: SharedLayer, settings: AttentionSettings, sinks: Tensor | None, reads_all: bool) -> Tensor:
         """`[B, H, n, Dv]`: the last n of the cached tokens read all cached keys, or only their chosen blocks.
 
         Raises ValueError if the keys were cached under another block size.
@@ -228,7 +230,7 @@ class ContextParallel:
             )
         return attend_shared(query, kept, settings, sinks, reads_all, self.group)
 
-    def tell(self, error: Exception | None, numbers: list[int], what: str) -> list[list[int]]:
+    def gather_or_raise(self, error: Exception | None, numbers: list[int], what: str) -> list[list[int]]:
         """Gather `numbers` from all processes. A process with an `error` raises it; the others raise a ValueError with `what`."""
         backend = dist.get_backend(self.group)
         device = "cpu" if "gloo" in backend or backend == "undefined" else "cuda"  # undefined: each device type has its own backend
@@ -262,7 +264,7 @@ class ContextParallel:
             mine = [*ids.shape, *(checksum(batch.get(name)) for name in _KNOWN)]
         except Exception as wrong:  # of any kind: the other processes wait for this one's result
             error = wrong
-        every = self.tell(error, mine, "batch cannot be cut into slices")
+        every = self.gather_or_raise(error, mine, "batch cannot be cut into slices")
         if any(x != every[0] for x in every):
             batches = "; ".join(f"process {i}: {x[0]} x {x[1]}, checksums {', '.join(map(str, x[2:]))}" for i, x in enumerate(every))
             raise ValueError(

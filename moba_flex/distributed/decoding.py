@@ -15,11 +15,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..core.dtypes import wide
+from ..core.dtypes import accumulation_dtype
 from ..core.hidden import all_finite, visible_product
 from ..core.settings import AttentionSettings
 from ..dispatch import with_bounded_top_k, with_sinks
-from ..ops.decoding import Stored, attend_to_blocks, blocks_to_read
+from ..ops.decoding import KeyValueReader, attend_to_blocks, blocks_to_read
 from ..ops.rows import weights_of_parts
 from .cache import SharedLayer
 from .collectives import gathered
@@ -37,7 +37,7 @@ def attend_shared(
     shared, placement = layer.shared, layer.shared.placement
     assert placement is not None and layer.keys is not None and layer.values is not None  # after the new tokens' update
     n = query.shape[2]
-    by_group = query.unflatten(1, (layer.keys.shape[1], -1)).to(wide(query.dtype))  # [B, G, R, n, D]
+    by_group = query.unflatten(1, (layer.keys.shape[1], -1)).to(accumulation_dtype(query.dtype))  # [B, G, R, n, D]
     token = torch.arange(shared.length - n, shared.length, device=query.device)
     means = None if reads_all else layer.block_means(group)
     outs = []
@@ -100,7 +100,7 @@ def _to_chosen(
     if not most:
         return _by_head(query, *_nothing(query.flatten(2, 3), value))
     start = token.new_zeros(query.shape[0], 1)
-    return attend_to_blocks(query, Stored.of(key, value), blocks[..., :most], start, last, settings)
+    return attend_to_blocks(query, KeyValueReader.of(key, value), blocks[..., :most], start, last, settings)
 
 
 def _nothing(query: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:

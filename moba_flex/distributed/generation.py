@@ -24,11 +24,11 @@ from transformers.utils import ModelOutput
 
 from ..config import MobaConfig
 from ..models.call_hooks import heads_of, stacks_of
-from ..models.layers import n_layers, show
+from ..models.layers import format_layers, n_layers
 from ..models.state import context_of
 from ..models.upstream import DRAFTED_POSITIONS, cache_argument, cache_in
 from .cache import SharedLayer, share, shared_layer
-from .collectives import of_first, summed
+from .collectives import all_reduce_sum, broadcast_first
 from .placement import Placement
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ class Generation:
             handles.append(head.register_forward_hook(self._after_head, always_call=True))
         return handles
 
-    def kept_keys(self, layer: AttentionLayer) -> SharedLayer | None:
+    def cached_keys(self, layer: AttentionLayer) -> SharedLayer | None:
         """This process's part of a layer's cached keys; None if the current call has no cache."""
         return None if self.call is None else shared_layer(self.call.cache(), layer)
 
@@ -85,7 +85,7 @@ class Generation:
         logits = out.get("logits") if isinstance(out, ModelOutput) else None
         if self.call is None or logits is None or not self._is_of(model):
             return None
-        out["logits"] = of_first(logits, self._context.group)
+        out["logits"] = broadcast_first(logits, self._context.group)
         return out
 
     def _before_stack(self, stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Changed:
@@ -112,7 +112,7 @@ class Generation:
         wanted = hidden.new_zeros(hidden.shape[0], call.n_states, *hidden.shape[2:])
         if mine:
             wanted[:, mine.start - first : mine.stop - first] = hidden[:, mine.start - begin : mine.stop - begin]
-        out["last_hidden_state"] = summed(wanted, self._context.group)
+        out["last_hidden_state"] = all_reduce_sum(wanted, self._context.group)
         return out
 
     def _is_of(self, model: nn.Module) -> bool:
@@ -126,7 +126,7 @@ class Generation:
             return
         position, x = named.get("position_ids"), _tokens(named)
         right = position is not None and x is not None and int(position.flatten()[0]) == self._context.rank * x.shape[1]
-        if not all(told for (told,) in self._context.tell(None, [right], "")):
+        if not all(told for (told,) in self._context.gather_or_raise(None, [right], "")):
             raise ValueError(
                 "a context-parallel model without a cache is called with what `ContextParallel.shard` returns, but position_ids do not "
                 "begin where a process's slice does: to call it with whole sequences, as generate does, leave use_cache=True"
@@ -143,7 +143,7 @@ class Generation:
         device = next(stack.parameters()).device
         random = _random_numbers(device)
         what = "a call of a context-parallel model failed"
-        every = self._context.tell(error, [*read, *random], what)
+        every = self._context.gather_or_raise(error, [*read, *random], what)
         if any(x[:4] != every[0][:4] for x in every):
             calls = "; ".join(f"process {i}: {x[0]} x {x[1]} behind {x[2]}, checksum {x[3]}" for i, x in enumerate(every))
             raise ValueError(
@@ -167,8 +167,8 @@ class Generation:
         counts = Counter(layer.layer_idx for layer in self._layers)
         if several := sorted(i for i, n in counts.items() if n > 1):
             raise ValueError(
-                f"{type(stack).__name__} has several attention layers with the number {show(several)}, whose keys a cache would mix up: "
-                "it cannot be context-parallel with a cache"
+                f"{type(stack).__name__} has several attention layers with the number {format_layers(several)}, whose keys a cache would "
+                "mix up: it cannot be context-parallel with a cache"
             )
         unknown = [name for name, value in named.items() if isinstance(value, Tensor) and name not in _TENSORS]
         if unknown:

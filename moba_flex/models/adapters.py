@@ -17,7 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..config import MobaConfig
-from .layers import attention_layers, takes_moba
+from .layers import attention_layers, is_replaceable
 from .state import save_hook_of, set_save_hook
 from .upstream import ADAPTER_SAVER, adapter_configs_of, file_of_repository
 
@@ -66,7 +66,7 @@ def _prepare(module: nn.Module, prefix: str, keep_vars: bool) -> None:
     adapters = adapter_configs_of(module)
     if not adapters:
         return
-    settings = next((MobaConfig.of(layer.config) for layer in attention_layers(module) if takes_moba(layer)), None)
+    settings = next((MobaConfig.of(layer.config) for layer in attention_layers(module) if is_replaceable(layer)), None)
     if settings is None:
         return
     for adapter in adapters:

@@ -23,12 +23,12 @@ from ..dispatch import attend, attend_decoding
 from ..ops.decoding import means_for, write_means
 from .block_means import BlockMeans, means_of
 from .by_name import settings_by_name
-from .call_hooks import CACHE, DRAFTS, MASK, PASS, WHOLE
+from .call_hooks import CACHE_KEY, DRAFTS_KEY, MASK_KEY, NO_PADDING_KEY, PASS_KEY
 from .decision import Decision, LayerCall, LayerPath, check_supported, decide, decide_sparse, n_decoded
 from .key_conv import check_key_conv
 from .layer_operation import Operation, autocast, call_original, operation_of
 from .layers import MOBA, attention_of, check_served, original_implementation
-from .masks import MobaMask, Places, Visible
+from .masks import DecodingPositions, MobaMask, Visible
 from .paged_attention import attend_paged, paged_keys
 from .recomputation import check_pass_is_known
 from .sizes import note_sparse, warn_of_no_effect
@@ -56,10 +56,10 @@ def moba_attention_forward(
 
     Raises ValueError for what MoBA does not support: attention dropout or weights without "moba_naive", custom masks, biases.
     """
-    cache, drafts, paged = kwargs.pop(CACHE, None), kwargs.pop(DRAFTS, 0), paged_keys(module, kwargs)
-    if (handed := kwargs.pop(MASK, None)) is not None:
+    cache, drafts, paged = kwargs.pop(CACHE_KEY, None), kwargs.pop(DRAFTS_KEY, 0), paged_keys(module, kwargs)
+    if (handed := kwargs.pop(MASK_KEY, None)) is not None:
         attention_mask = handed.restore(attention_mask)
-    if kwargs.pop(WHOLE, False) and isinstance(attention_mask, MobaMask):
+    if kwargs.pop(NO_PADDING_KEY, False) and isinstance(attention_mask, MobaMask):
         attention_mask = attention_mask.without_padding()
     unpatched = choice_of(module) is None
     settings = settings_by_name(module.config, MOBA) if unpatched else MobaConfig.of(module.config)
@@ -68,7 +68,7 @@ def moba_attention_forward(
         check_served(module)
         if isinstance(attention_mask, MobaMask) and attention_mask.is_of_drafting_layer(module.layer_idx):
             attention = "full"
-    if (this_pass := kwargs.pop(PASS, None)) is not None:
+    if (this_pass := kwargs.pop(PASS_KEY, None)) is not None:
         attention, settings = this_pass.used(module, attention, settings)
     elif attention != "full" and not isinstance(attention_mask, MobaMask):
         check_pass_is_known(module)
@@ -124,8 +124,8 @@ def _moba(call: LayerCall, decision: Decision) -> tuple[Tensor, Tensor | None]:
     settings, cached = call.settings, call.key
     means = means_of(call.cache, call.layer, cached, call.query.shape[2]) if settings.decode == "sparse" else None
     query, key, value = autocast(call.query, cached, call.value)
-    if decision.places is not None:  # DECODING_SPARSE
-        return _decode(call, query, key, value, decision.places, means).transpose(1, 2).contiguous(), None
+    if decision.positions is not None:  # DECODING_SPARSE
+        return _decode(call, query, key, value, decision.positions, means).transpose(1, 2).contiguous(), None
 
     visible, cached = decision.visible, key
     assert visible is not None
@@ -135,7 +135,7 @@ def _moba(call: LayerCall, decision: Decision) -> tuple[Tensor, Tensor | None]:
     if (watcher := watcher_of(call.layer)) is not None:
         watcher(call.layer, query, key, visible, settings)
     if means is not None and visible.causal and not torch.compiler.is_compiling():
-        means.take_in(query.shape[2], visible.n_key, cached, settings.block_size, visible.start(key.device), visible.starts)
+        means.update_means(query.shape[2], visible.n_key, cached, settings.block_size, visible.start(key.device), visible.starts)
     if operation is None:
         if watcher is None:
             warn_of_no_effect(call.layer.config, settings, query.shape[2], visible.n_key)
@@ -151,7 +151,7 @@ def _across_processes(call: LayerCall) -> Tensor:
     """`[B, L, H, Dv]`: a layer's call in a context-parallel model, see `moba_flex.distributed`."""
     context = context_of(call.layer)
     assert context is not None
-    kept = context.kept_keys(call.layer)
+    kept = context.cached_keys(call.layer)
     if call.dropout:
         raise ValueError(
             f"{call.name} has an attention dropout of {call.dropout} in training, and works on a slice of a sequence, which has "
@@ -183,7 +183,7 @@ def _across_processes(call: LayerCall) -> Tensor:
     reads_all = call.attention == "full" or _decodes_kept(call, 0 if behind is None else behind.shared.length - query.shape[2])
     with without_autocast(query):
         if behind is not None:
-            return context.attend_kept(query, behind, settings, sinks, reads_all).transpose(1, 2).contiguous()
+            return context.attend_cached(query, behind, settings, sinks, reads_all).transpose(1, 2).contiguous()
         if reads_all:
             return context.attend_full(query, key, value, settings.scale).transpose(1, 2).contiguous()
         return context.attend(query, key, value, settings, sinks).transpose(1, 2).contiguous()
@@ -206,17 +206,17 @@ def _decodes_kept(call: LayerCall, cached: int) -> bool:
     return decoded == new
 
 
-def _decode(call: LayerCall, query: Tensor, key: Tensor, value: Tensor, places: Places, means: BlockMeans | None) -> Tensor:
+def _decode(call: LayerCall, query: Tensor, key: Tensor, value: Tensor, positions: DecodingPositions, means: BlockMeans | None) -> Tensor:
     """`[B, H, Nq, Dv]`: a few tokens at the end of a cache, which choose their blocks by the block means beside it."""
     operation = operation_of(call, query, key, value, True)
     block_size, known = operation.settings.block_size, None
     if means is not None:
         assert isinstance(call.mask, MobaMask)  # decoding requires one
         starts = None if torch.compiler.is_compiling() else call.mask.visible(query, key).starts
-        known = means.of_all_but_new(key, block_size, places.start, starts)
+        known = means.of_all_but_new(key, block_size, positions.start, starts)
     if known is None:  # no means are stored beside this cache
-        known = write_means(means_for(key, max(1, key.shape[2] // block_size)), key, places.start, block_size)
-    return attend_decoding(query, key, value, known, places.length, places.start, operation.settings, sinks=operation.sinks)
+        known = write_means(means_for(key, max(1, key.shape[2] // block_size)), key, positions.start, block_size)
+    return attend_decoding(query, key, value, known, positions.length, positions.start, operation.settings, sinks=operation.sinks)
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, visible: Visible, operation: Operation) -> Tensor:

@@ -23,7 +23,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, Encod
 from ..core.upstream import mark_static_address
 from ..ops.decoding import mean_dtype, means_for, write_means
 from .state import means_beside, put_means
-from .upstream import quantized_keys, reads_as_it_lies
+from .upstream import is_cached_tensor, quantized_keys
 
 if TYPE_CHECKING:
     from .upstream import AttentionLayer
@@ -52,7 +52,7 @@ class BlockMeans:
         if not torch.compiler.is_compiling() and (None if self._keys is None else self._keys()) is not keys:
             self.stale = True
 
-    def note(self, keys: Tensor | None) -> None:
+    def record_keys(self, keys: Tensor | None) -> None:
         """Record the cache layer's current key tensor."""
         if not torch.compiler.is_compiling():  # compiled graphs only see static caches, which write keys in place
             self._keys = None if keys is None else weakref.ref(keys)
@@ -62,7 +62,7 @@ class BlockMeans:
         self.stale = self._quantized is None or self._quantized[0] is not quantized or self._quantized[1] != length - n_new
         self._quantized = None if quantized is None else (quantized, length)
 
-    def expect(self) -> None:
+    def before_write(self) -> None:
         """To be called before new keys are written."""
         self.stale = self.stale or self._waiting
         self._waiting = True
@@ -95,7 +95,9 @@ class BlockMeans:
         return self.means
 
     @torch.no_grad()
-    def take_in(self, new: int, length: int, key: Tensor, block_size: int, start: Tensor | None, starts: tuple[int, ...] | None) -> None:
+    def update_means(
+        self, new: int, length: int, key: Tensor, block_size: int, start: Tensor | None, starts: tuple[int, ...] | None
+    ) -> None:
         """Write the means of all blocks completed by the last `new` of `length` tokens, and all stale means."""
         self._make_room(key, block_size, starts)
         assert self.means is not None
@@ -148,12 +150,12 @@ def means_of(cache: Cache | None, layer: AttentionLayer, key: Tensor, n_new: int
     if not torch.compiler.is_compiling():
         if isinstance(kept, QuantizedLayer):
             return _of_quantized(kept, key, n_new)
-        if not reads_as_it_lies(cache, kept, key):
+        if not is_cached_tensor(cache, kept, key):
             return None
         if type(kept) in _EXTENDED:
             kept.__class__ = _EXTENDED[type(kept)]
             means = BlockMeans()
-            means.note(kept.keys)
+            means.record_keys(kept.keys)
             put_means(kept, means)
     return means_beside(kept)
 
@@ -186,9 +188,9 @@ class _WithMeans(CacheLayerMixin):
     def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         means = _means(self)
         means.check(self.keys)
-        means.expect()
+        means.before_write()
         out = super().update(*args, **kwargs)  # type: ignore[safe-super]  # the next class in the MRO
-        means.note(self.keys)
+        means.record_keys(self.keys)
         return out
 
     def offload(self) -> None:
@@ -204,7 +206,7 @@ class _WithMeans(CacheLayerMixin):
         means = _means(self)
         means.check(self.keys)
         move(*args)
-        means.note(self.keys)
+        means.record_keys(self.keys)
         if rows is not None and not means.stale:
             means.select(rows)
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .layers import MOBA, attention_layers, mask_place, mask_use_of, original_implementation, takes_moba, takes_more
+from .layers import MOBA, accepts_kwargs, attention_layers, is_replaceable, mask_argument_index, mask_use_of, original_implementation
 from .masks import MobaMask, raise_switched
 from .recomputation import ForwardPass, check_not_switched
 from .state import call_hook_of, set_call_hook
@@ -28,14 +28,14 @@ _Changed = tuple[tuple[Any, ...], dict[str, Any]] | None  # a call's new argumen
 _Hook = Callable[..., _Changed]
 
 # Keyword arguments that hooks add and the attention function removes.
-CACHE, DRAFTS, WHOLE, MASK, PASS = "moba_cache", "moba_drafts", "moba_whole", "moba_mask", "moba_pass"
+CACHE_KEY, DRAFTS_KEY, NO_PADDING_KEY, MASK_KEY, PASS_KEY = "moba_cache", "moba_drafts", "moba_whole", "moba_mask", "moba_pass"
 _PACKED = ("cu_seq_lens_q", "cu_seq_lens_k")
 
 
 def pass_cache(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Changed:
     """Forward pre-hook of attention layers: pass the cache to the attention function."""
     cache = cache_in(kwargs)
-    return (args, {**kwargs, CACHE: cache}) if cache is not None else None
+    return (args, {**kwargs, CACHE_KEY: cache}) if cache is not None else None
 
 
 def pass_mask(layer: AttentionLayer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Changed:
@@ -44,9 +44,9 @@ def pass_mask(layer: AttentionLayer, args: tuple[Any, ...], kwargs: dict[str, An
     The layer gets the mask that it would have without MoBA. If `forward` takes extra keyword arguments, the attention function gets both
     masks and the cache.
     """
-    place = mask_place(type(layer))
+    place = mask_argument_index(type(layer))
     mask = args[place] if len(args) > place else kwargs.get("attention_mask")
-    more: dict[str, Any] = {CACHE: cache_in(kwargs)} if takes_more(type(layer)) else {}
+    more: dict[str, Any] = {CACHE_KEY: cache_in(kwargs)} if accepts_kwargs(type(layer)) else {}
     if not isinstance(mask, MobaMask):
         return args, {**kwargs, **more}
     if implementation_of(layer.config) not in MOBA:
@@ -58,7 +58,7 @@ def pass_mask(layer: AttentionLayer, args: tuple[Any, ...], kwargs: dict[str, An
     else:
         kwargs = {**kwargs, "attention_mask": original}
     if more:
-        more[MASK] = HandedMask(original, mask)
+        more[MASK_KEY] = HandedMask(original, mask)
     return args, {**kwargs, **more}
 
 
@@ -83,7 +83,7 @@ def pass_call_of_stack(model: PreTrainedModel, args: tuple[Any, ...], kwargs: di
     if not torch.compiler.is_compiling():
         check_not_switched(model)
         if model.training and torch.is_grad_enabled():
-            more[PASS] = ForwardPass()
+            more[PASS_KEY] = ForwardPass()
     return (args, {**kwargs, **more}) if more else None
 
 
@@ -119,7 +119,7 @@ def _drafts(model: PreTrainedModel, kwargs: dict[str, Any]) -> dict[str, Any]:
     trains = model.training and torch.is_grad_enabled()  # PEFT's prefix tuning trains prefixes as a cache
     if trains or cache_in(kwargs) is None or not isinstance(keep, int) or keep < 2:
         return {}
-    return {DRAFTS: keep - 1}
+    return {DRAFTS_KEY: keep - 1}
 
 
 def _whole(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -138,7 +138,7 @@ def _whole(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
     tokens = (args[0] if args else kwargs.get("input_ids")) if tokens is None else tokens
     if tokens is None:
         return {}
-    return {"attention_mask": torch.ones(tokens.shape[:2], dtype=torch.int64, device=tokens.device), WHOLE: True}
+    return {"attention_mask": torch.ones(tokens.shape[:2], dtype=torch.int64, device=tokens.device), NO_PADDING_KEY: True}
 
 
 def add_hooks(model: nn.Module, layers: list[AttentionLayer], with_cache: list[AttentionLayer]) -> None:
@@ -147,7 +147,7 @@ def add_hooks(model: nn.Module, layers: list[AttentionLayer], with_cache: list[A
     wanted += [(layer, pass_cache) for layer in with_cache]
     wanted += _of_models(model)
     for module, hook in wanted:
-        if call_hook_of(module) is None and (hook is pass_mask or takes_more(type(module))):
+        if call_hook_of(module) is None and (hook is pass_mask or accepts_kwargs(type(module))):
             set_call_hook(module, module.register_forward_pre_hook(hook, with_kwargs=True))
 
 
@@ -170,10 +170,13 @@ def heads_of(model: nn.Module) -> list[PreTrainedModel]:
 
 def _is_stack(model: PreTrainedModel) -> bool:
     """Whether a model calls replaceable attention layers itself, not through another model, and takes a mask for them."""
-    if not _takes(model, "attention_mask") or not any(takes_moba(layer) for layer in attention_layers(model)):
+    if not _takes(model, "attention_mask") or not any(is_replaceable(layer) for layer in attention_layers(model)):
         return False
     return not any(
-        isinstance(part, PreTrainedModel) and part is not model and attention_layers(part) and any(map(takes_moba, attention_layers(part)))
+        isinstance(part, PreTrainedModel)
+        and part is not model
+        and attention_layers(part)
+        and any(map(is_replaceable, attention_layers(part)))
         for part in model.modules()
     )
 

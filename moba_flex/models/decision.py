@@ -28,7 +28,7 @@ from ..backends.paths import reads_all_keys
 from ..config import MobaConfig
 from ..core.settings import AttentionSettings
 from .layers import UNKNOWN_TO_MOBA
-from .masks import MobaMask, Places, Visible
+from .masks import DecodingPositions, MobaMask, Visible
 from .state import context_of
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ class Decision:
     path: LayerPath
     reason: str
     n_decoded: int = 0  # of DRAFTS_FULL: how many of the last tokens are drafts
-    places: Places | None = None  # of DECODING_SPARSE
+    positions: DecodingPositions | None = None  # of DECODING_SPARSE
     visible: Visible | None = None  # of ALL_KEYS and MOBA
 
 
@@ -140,9 +140,9 @@ def decide_sparse(call: LayerCall) -> Decision:
     check_supported(call)
     settings = call.settings
     if settings.decode == "sparse" and isinstance(call.mask, MobaMask) and not _needs_other_than_decoding(call):
-        places = call.mask.places(call.query, call.key)
-        if places is not None:
-            return Decision(LayerPath.DECODING_SPARSE, _SPARSE_REASON, places=places)
+        positions = call.mask.positions(call.query, call.key)
+        if positions is not None:
+            return Decision(LayerPath.DECODING_SPARSE, _SPARSE_REASON, positions=positions)
     visible = call.visible(call.query, call.key)
     if visible.cu_seqlens is not None or not visible.causal:  # the original attention might ignore packed sequences
         return Decision(LayerPath.MOBA, _SEQUENCES_REASON, visible=visible)

@@ -32,8 +32,8 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from ..config import MobaConfig
 from ..core.compiling import outside_graphs
 from .block_means import DynamicLayerWithMeans, decoder_cache, layer_of_cache
-from .call_hooks import MASK
-from .layers import MOBA, named_full
+from .call_hooks import MASK_KEY
+from .layers import MOBA, keeps_full_by_config
 from .masks import MobaMask
 from .state import context_of, key_conv_hooks_of, last_keys_beside, put_last_keys, set_key_conv_hooks
 from .upstream import GROWING_LAYERS, cache_in, implementation_of, is_offloaded
@@ -115,7 +115,7 @@ class KeyConvHooks:
                 'moba_flex.set_attention(model, "full") in place of set_attn_implementation, or unpatch the model'
             )
         hidden, cache = args[0] if args else kwargs["hidden_states"], cache_in(kwargs)
-        position = _positions(kwargs[MASK].of_model if MASK in kwargs else kwargs.get("attention_mask"), hidden, kwargs)
+        position = _positions(kwargs[MASK_KEY].of_model if MASK_KEY in kwargs else kwargs.get("attention_mask"), hidden, kwargs)
         now = None
         if cache is not None:
             now = Pass(position, cache, *_keys_before(cache, layer))
@@ -212,7 +212,7 @@ def new_key_convs(layers: list[AttentionLayer], settings: MobaConfig) -> dict[At
 
 
 def _kernel_size(layer: AttentionLayer, settings: MobaConfig) -> int:
-    return 0 if named_full(layer, settings) else settings.key_conv
+    return 0 if keeps_full_by_config(layer, settings) else settings.key_conv
 
 
 def remove_key_convs(layers: list[AttentionLayer]) -> None:
@@ -224,7 +224,7 @@ def remove_key_convs(layers: list[AttentionLayer]) -> None:
 
 def check_key_conv(layer: AttentionLayer, settings: MobaConfig) -> None:
     """Raise ValueError if a layer lacks the convolution of its settings, which must be created before the weights are loaded."""
-    if settings.key_conv and not hasattr(layer, "key_conv") and not named_full(layer, settings):
+    if settings.key_conv and not hasattr(layer, "key_conv") and not keeps_full_by_config(layer, settings):
         raise ValueError(
             f"the model was saved with key_conv={settings.key_conv}, but {type(layer).__name__} {layer.layer_idx} has no convolution of "
             "keys, for transformers alone does not load it: use moba_flex.AutoModelForCausalLM.from_pretrained, or begin with a new one "

@@ -67,7 +67,7 @@ def configs_of(modules: Iterable[Configured]) -> list[PreTrainedConfig]:
     return list({id(module.config): module.config for module in modules}.values())
 
 
-def takes_moba(layer: AttentionLayer) -> bool:
+def is_replaceable(layer: AttentionLayer) -> bool:
     """Whether a layer is causal self-attention over all keys, which MoBA can replace."""
     index, config = getattr(layer, "layer_idx", None), layer.config
     if index is None or getattr(layer, "is_cross_attention", False) or not getattr(layer, "is_causal", True):
@@ -81,7 +81,7 @@ def takes_moba(layer: AttentionLayer) -> bool:
     return getattr(layer, "sliding_window", getattr(config, "sliding_window", None)) is None
 
 
-def plainly_full(layer: AttentionLayer) -> bool:
+def is_unmodified(layer: AttentionLayer) -> bool:
     """Whether a patched layer computes exactly what it did before the patch, so that it needs nothing of the package."""
     state = state_of(layer)
     if state is None or state.choice is None or state.context is not None or state.key_conv is not None:
@@ -95,7 +95,7 @@ def is_patched(layers: list[AttentionLayer]) -> bool:
 
 
 def _has_original_name(layer: AttentionLayer) -> bool:
-    return plainly_full(layer) and implementation_of(layer.config) == original_implementation(layer)
+    return is_unmodified(layer) and implementation_of(layer.config) == original_implementation(layer)
 
 
 def name_attention(layers: list[AttentionLayer], moba: str = "moba") -> None:
@@ -106,7 +106,7 @@ def name_attention(layers: list[AttentionLayer], moba: str = "moba") -> None:
     """
     for config in configs_of(layers):
         own = [layer for layer in layers if layer.config is config]
-        if all(map(plainly_full, own)):
+        if all(map(is_unmodified, own)):
             set_implementation(config, original_implementation(own[0]))
         elif all(choice_of(layer) is not None for layer in own) and implementation_of(config) not in MOBA:
             set_implementation(config, moba)
@@ -117,7 +117,7 @@ def attention_of(layer: AttentionLayer, settings: MobaConfig, named: str | None 
     choice = choice_of(layer)
     if choice is not None and choice.attention is not None:
         return choice.attention
-    if (choice is None and not takes_moba(layer)) or keeps_full(layer, settings):
+    if (choice is None and not is_replaceable(layer)) or keeps_full(layer, settings):
         return "full"
     return named or implementation_of(layer.config)
 
@@ -129,10 +129,10 @@ def keeps_full(layer: AttentionLayer, settings: MobaConfig) -> bool:
     layers to the number that it runs.
     """
     choice = choice_of(layer)
-    return choice.keeps_full if choice is not None else named_full(layer, settings)
+    return choice.keeps_full if choice is not None else keeps_full_by_config(layer, settings)
 
 
-def named_full(layer: AttentionLayer, settings: MobaConfig) -> bool:
+def keeps_full_by_config(layer: AttentionLayer, settings: MobaConfig) -> bool:
     """As `keeps_full`, by the configuration's number of layers. Raises ValueError if `full_attention_layers` names a missing layer."""
     named, index = full_layers(settings, n_layers(layer), layer), getattr(layer, "layer_idx", None)
     if named and index is not None and index < 0:  # Zamba2 layers get their index with each call
@@ -167,11 +167,11 @@ def resolve_layers(name: str, layers: tuple[int, ...], n_layers: int, found: ran
     resolved = [layer if layer >= 0 else n_layers + layer for layer in layers]
     for given, layer in zip(layers, resolved):
         if layer not in found:
-            raise ValueError(f"{name} has {shown(given)}, but {model_class.__name__} has the layers {show(found)}")
+            raise ValueError(f"{name} has {shown(given)}, but {model_class.__name__} has the layers {format_layers(found)}")
     return resolved
 
 
-def show(layers: range | list[int]) -> str:
+def format_layers(layers: range | list[int]) -> str:
     """Layer indices for messages: "0 to 3", "1, 3, 5"."""
     layers = list(layers)
     if len(layers) > 2 and layers == list(range(layers[0], layers[-1] + 1)):
@@ -209,7 +209,7 @@ def _is_served(layer: AttentionLayer) -> bool:
     """Whether a layer works with MoBA's masks. A layer that only inspects its mask can be given the original one."""
     if _runs_optional_code(layer):
         return False
-    return _ignores_mask(type(layer)) or (_only_looks(type(layer)) and takes_more(type(layer)))
+    return _ignores_mask(type(layer)) or (_only_looks(type(layer)) and accepts_kwargs(type(layer)))
 
 
 def _runs_optional_code(layer: AttentionLayer) -> bool:
@@ -250,13 +250,13 @@ def _only_looks(layer_class: type[nn.Module]) -> bool:
 
 
 @_of_a_class
-def mask_place(layer_class: type[nn.Module]) -> int:
+def mask_argument_index(layer_class: type[nn.Module]) -> int:
     """The position of the mask among the positional arguments of a layer."""
     return list(inspect.signature(layer_class.forward).parameters).index("attention_mask") - 1  # without self
 
 
 @_of_a_class
-def takes_more(module_class: type[nn.Module]) -> bool:
+def accepts_kwargs(module_class: type[nn.Module]) -> bool:
     """Whether a module's `forward` takes extra keyword arguments."""
     return any(p.kind is p.VAR_KEYWORD for p in inspect.signature(module_class.forward).parameters.values())
 

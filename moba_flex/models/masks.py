@@ -20,7 +20,7 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from ..core import validation
 from ..core.upstream import mark_dynamic
-from ..ops.decoding import FEW
+from ..ops.decoding import MAX_DECODE_TOKENS
 from .upstream import bidirectional_mask_function, causal_mask_function, mask_builder, mtp_offset
 
 
@@ -57,7 +57,7 @@ class Visible:
             )
         if self.padding_mask is not None:
             raise ValueError("attention_mask has padding, but cu_seq_lens_q packs sequences without padding: pass one of the two")
-        if key_cu_seqlens is not None and validation.readable(cu_seqlens) and not torch.equal(cu_seqlens, key_cu_seqlens):
+        if key_cu_seqlens is not None and validation.can_read_values(cu_seqlens) and not torch.equal(cu_seqlens, key_cu_seqlens):
             raise ValueError("cu_seq_lens_k must equal cu_seq_lens_q, since MoBA is self-attention, but does not")
         return replace(self, cu_seqlens=cu_seqlens.int(), longest=longest)
 
@@ -67,14 +67,14 @@ class Visible:
 
 
 @dataclass(frozen=True)
-class Places:
+class DecodingPositions:
     """The positions of new tokens, as `moba_flex.decoding.decode` takes them: tensors that the host never reads."""
 
     length: Tensor | None  # 0-dimensional int64: number of tokens, including the new ones; None: all keys
     start: Tensor | None  # [B] int64: first real token of each row; None: 0
 
-    def to(self, device: torch.device) -> Places:
-        return Places(_moved(self.length, device), _moved(self.start, device))
+    def to(self, device: torch.device) -> DecodingPositions:
+        return DecodingPositions(_moved(self.length, device), _moved(self.start, device))
 
 
 def _moved(x: Tensor | None, device: torch.device) -> Tensor | None:
@@ -103,7 +103,7 @@ class MobaMask(BlockMask):
         self._whole: MobaMask | None = None
         self.is_part = False  # the call has more new tokens than this mask covers
         # generate creates the mask before it calls a compiled model: the graph must not need tensors whose shapes change with each token.
-        self._places = None if torch.compiler.is_compiling() else _place(request)
+        self._positions = None if torch.compiler.is_compiling() else _decoding_positions(request)
         if isinstance(request["q_offset"], Tensor) and not torch.compiler.is_compiling() and request.get("attention_mask") is not None:
             _check_whole(request["attention_mask"])
             mark_dynamic(request["attention_mask"], 1)
@@ -158,18 +158,18 @@ class MobaMask(BlockMask):
                 self._visible = visible
         return visible if query.device == self._request["device"] else visible.to(query.device)
 
-    def places(self, query: Tensor, key: Tensor) -> Places | None:
+    def positions(self, query: Tensor, key: Tensor) -> DecodingPositions | None:
         """The mask in the form that decoding takes; None if this is not decoding: a few causal tokens after cached ones."""
         if self._request.get("mask_function", causal_mask_function) is not causal_mask_function:
             return None
         if query.shape[2] == key.shape[2] or self._lengths != (query.shape[2], key.shape[2]):
             return None
-        places = _place(self._request) if self._places is None else self._places
-        if places is None:
+        positions = _decoding_positions(self._request) if self._positions is None else self._positions
+        if positions is None:
             return None
         if not torch.compiler.is_compiling() and self.visible(query, key).padding_mask is None:
-            places = Places(places.length, None)
-        return places if query.device == self._request["device"] else places.to(query.device)
+            positions = DecodingPositions(positions.length, None)
+        return positions if query.device == self._request["device"] else positions.to(query.device)
 
     def without_padding(self) -> MobaMask:
         """The same mask for a call in which all tokens are known to be real."""
@@ -317,8 +317,8 @@ def _first_real(attention_mask: Tensor) -> Tensor:
     return (attention_mask.cumsum(1) == 0).sum(1)
 
 
-def _place(request: dict[str, Any]) -> Places | None:
-    if request["q_length"] > FEW:
+def _decoding_positions(request: dict[str, Any]) -> DecodingPositions | None:
+    if request["q_length"] > MAX_DECODE_TOKENS:
         return None
     seen, attention_mask = request["q_offset"] + request["q_length"], request.get("attention_mask")
     length = None
@@ -326,7 +326,7 @@ def _place(request: dict[str, Any]) -> Places | None:
         length = seen.to(torch.int64)
     elif seen != request["kv_length"]:
         length = torch.full((), seen, dtype=torch.int64, device=request["device"])
-    return Places(length, None if attention_mask is None else _first_real(attention_mask))
+    return DecodingPositions(length, None if attention_mask is None else _first_real(attention_mask))
 
 
 def _sequences(mask_function: Callable[..., Any], batch_size: int, n_tokens: int, device: torch.device) -> Tensor | None:

@@ -60,7 +60,7 @@ def attend_paged(call: LayerCall, keys: PagedKeys) -> Tensor:
         return _original(call, keys, batch.whole)
     check_supported(call)
     if keys.means is not None:
-        keys.means.take_in(keys)
+        keys.means.update_means(keys)
     parts = batch.parts(call.settings, call.naive, keys.means is not None)
     if parts.sparse is not None or parts.decoding is not None:
         note_sparse(call.layer.config, call.settings)

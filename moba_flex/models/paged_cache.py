@@ -80,7 +80,7 @@ class PageMeans:
         return runs
 
     @torch.no_grad()
-    def take_in(self, keys: PagedKeys) -> None:
+    def update_means(self, keys: PagedKeys) -> None:
         """Compute the means that a layer's new keys complete."""
         if keys.layer_idx not in self._means:
             with torch.inference_mode(False):

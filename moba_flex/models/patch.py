@@ -23,17 +23,17 @@ from .layers import (
     attention_layers,
     attention_of,
     configs_of,
+    format_layers,
     full_layers,
     is_patched,
+    is_replaceable,
     keeps_full,
+    keeps_full_by_config,
     mask_use_of,
     n_layers,
     name_attention,
-    named_full,
     original_implementation,
     resolve_layers,
-    show,
-    takes_moba,
 )
 from .recomputation import before_switch
 from .state import Choice, choice_of, context_of, set_choice
@@ -141,8 +141,8 @@ def patch(
 def _choice(layer: AttentionLayer, config: MobaConfig) -> Choice:
     used = implementation_of(layer.config)
     original = original_implementation(layer) if used in MOBA else used
-    is_fixed = not takes_moba(layer)
-    return Choice(original, "full" if is_fixed else None, named_full(layer, config), is_fixed)
+    is_fixed = not is_replaceable(layer)
+    return Choice(original, "full" if is_fixed else None, keeps_full_by_config(layer, config), is_fixed)
 
 
 def _with_own_cache_layer(layers: list[AttentionLayer]) -> list[AttentionLayer]:
@@ -317,9 +317,9 @@ def find_layers(model: nn.Module) -> tuple[list[AttentionLayer], list[AttentionL
     """
     _check_module(model)
     every = attention_layers(model)
-    replaceable = [layer for layer in every if takes_moba(layer)]
+    replaceable = [layer for layer in every if is_replaceable(layer)]
     if not replaceable:
-        found = show(sorted({layer.layer_idx for layer in every if getattr(layer, "layer_idx", None) is not None}))
+        found = format_layers(sorted({layer.layer_idx for layer in every if getattr(layer, "layer_idx", None) is not None}))
         kinds = ", ".join(sorted({type(layer).__name__ for layer in every}))
         layers = (
             f"its attention layers: {found} ({kinds})" if every else "none of its modules asks transformers' registry for its attention"

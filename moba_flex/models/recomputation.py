@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..config import MobaConfig
-from ..core.upstream import computes_gradients
+from ..core.upstream import in_backward_pass
 from .layers import attention_layers, attention_of
 from .state import choice_of
 
@@ -61,7 +61,7 @@ def check_not_switched(model: PreTrainedModel) -> None:
 
     The recomputed pass has a new `ForwardPass`, which does not know what the first run used.
     """
-    if not computes_gradients():
+    if not in_backward_pass():
         _SWITCHED.discard(model)
     elif model in _SWITCHED:
         raise ValueError(
@@ -71,5 +71,5 @@ def check_not_switched(model: PreTrainedModel) -> None:
 
 def check_pass_is_known(layer: AttentionLayer) -> None:
     """For a call without a MoBA mask: raise ValueError if a checkpoint recomputes a layer that was not yet patched in its forward pass."""
-    if not torch.compiler.is_compiling() and computes_gradients():
+    if not torch.compiler.is_compiling() and in_backward_pass():
         raise ValueError(f"a checkpoint computes {type(layer).__name__} again, which was patched after its forward pass: {_REMEDY}")

@@ -67,7 +67,6 @@ __all__ = [
     "RequestState",
     "adapter_configs_of",
     "adapter_file",
-    "answer_at_once",
     "attention_by_name",
     "bidirectional_mask_function",
     "cache_argument",
@@ -77,7 +76,9 @@ __all__ = [
     "fill_paged_mask",
     "holds_config",
     "implementation_of",
+    "is_cached_tensor",
     "is_offloaded",
+    "is_peft_model",
     "looks_up_attention",
     "mask_builder",
     "mask_use",
@@ -86,11 +87,10 @@ __all__ = [
     "pages_of_full_attention",
     "pages_of_layer",
     "passes_to_attention",
-    "prefixes_of_peft",
     "prompt_length",
     "quantized_keys",
-    "reads_as_it_lies",
     "set_implementation",
+    "skip_forward",
     "supports_sdpa",
     "unsuited_options",
     "use_manager",
@@ -201,7 +201,7 @@ def _use_of(node: ast.AST, tree: ast.AST) -> MaskUse:
 
 
 @contextmanager
-def answer_at_once(layers: Iterable[nn.Module], output: Any) -> Iterator[None]:
+def skip_forward(layers: Iterable[nn.Module], output: Any) -> Iterator[None]:
     """Within the block the layers return `output` and compute nothing.
 
     No hook can skip a module's `forward`. PyTorch looks it up on the instance before the class; accelerate also sets an instance attribute.
@@ -257,7 +257,7 @@ def quantized_keys(layer: QuantizedLayer) -> object | None:
     return None if as_they_were or getattr(layer, "_pending_beam_idx", None) is not None else layer._quantized_keys
 
 
-def reads_as_it_lies(cache: Cache, cache_layer: CacheLayerMixin, key: Tensor) -> bool:
+def is_cached_tensor(cache: Cache, cache_layer: CacheLayerMixin, key: Tensor) -> bool:
     """Whether `key` is the tensor that a cache layer holds. Assumed for offloaded caches, whose layers may have moved their keys."""
     return cache_layer.keys is key or cache.offloading
 
@@ -313,7 +313,7 @@ def adapter_configs_of(module: nn.Module) -> list[Any]:
     return list(configs.values()) if isinstance(configs, dict) else []
 
 
-def prefixes_of_peft(model: nn.Module) -> bool:
+def is_peft_model(model: nn.Module) -> bool:
     """Whether a model is a PEFT model: only its own `forward` adds the virtual tokens of prompt and prefix tuning."""
     return getattr(model, "active_peft_config", None) is not None
 

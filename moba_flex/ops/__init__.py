@@ -17,6 +17,6 @@ except ImportError:  # no Triton, so no CUDA either
     kernels = None  # type: ignore[assignment]  # not used then
 
 
-def steps_for(x: Tensor) -> ModuleType:
+def ops_for(x: Tensor) -> ModuleType:
     """The operations for tensors like `x`: Triton kernels on a GPU, plain PyTorch elsewhere."""
     return kernels if x.is_cuda else plain

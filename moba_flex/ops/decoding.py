@@ -20,7 +20,7 @@ from torch import Tensor
 from ..core.settings import AttentionSettings
 from .gate import best_blocks, means_of, some_are_equal, with_ties
 
-FEW = 32  # maximum number of new tokens for decoding: more are faster as a prefill
+MAX_DECODE_TOKENS = 32  # maximum number of new tokens for decoding: more are faster as a prefill
 _TOKENS_AT_ONCE = 1 << 16  # tokens whose keys are copied to compute means
 _ELEMENTS_AT_ONCE = 1 << 24  # elements of keys and values that are gathered
 
@@ -28,7 +28,7 @@ Take = Callable[[Tensor, Tensor, Tensor], Tensor]  # rows `[L, 1]`, key heads `[
 
 
 @dataclass(frozen=True)
-class Stored:
+class KeyValueReader:
     """Accessors to keys and values, independent of their storage."""
 
     take_key: Take
@@ -37,7 +37,7 @@ class Stored:
     width: int  # elements of a key and a value together
 
     @classmethod
-    def of(cls, key: Tensor, value: Tensor) -> Stored:
+    def of(cls, key: Tensor, value: Tensor) -> KeyValueReader:
         """`key [B, G, N, D]`, `value [B, G, N, Dv]`."""
         return cls(partial(_take, key), partial(_take, value), key.shape[2], key.shape[3] + value.shape[3])
 
@@ -78,11 +78,11 @@ def decode_plain(
     start = torch.zeros(query.shape[0], 1, dtype=torch.int64, device=device) if start is None else start[:, None]
     token = torch.arange(new, device=device) + ((key.shape[2] if length is None else length) - new)
     _complete(means, key, token - start, start, settings.block_size)
-    return decode_blocks(query, Stored.of(key, value), means, token, start, settings)
+    return decode_blocks(query, KeyValueReader.of(key, value), means, token, start, settings)
 
 
 def decode_blocks(
-    query: Tensor, stored: Stored, means: Tensor, token: Tensor, start: Tensor, settings: AttentionSettings
+    query: Tensor, stored: KeyValueReader, means: Tensor, token: Tensor, start: Tensor, settings: AttentionSettings
 ) -> tuple[Tensor, Tensor]:
     """`decode_plain` for keys in any storage, all of whose means `[B, G, C, D]` are written.
 
@@ -98,7 +98,7 @@ def decode_blocks(
 
 
 def attend_to_blocks(
-    query: Tensor, stored: Stored, blocks: Tensor, start: Tensor, token: Tensor, settings: AttentionSettings
+    query: Tensor, stored: KeyValueReader, blocks: Tensor, start: Tensor, token: Tensor, settings: AttentionSettings
 ) -> tuple[Tensor, Tensor]:
     """Causal attention of `query [B, G, R, n, D]` to the stored `blocks [B, G, F, n, K]`; -1 means no block.
 
@@ -123,7 +123,7 @@ def attend_to_blocks(
 
 def _attend(
     query: Tensor,
-    stored: Stored,
+    stored: KeyValueReader,
     blocks: Tensor,
     row: Tensor,
     group: Tensor,

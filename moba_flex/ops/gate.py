@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..core.dtypes import wide
+from ..core.dtypes import accumulation_dtype
 from ..core.layout import BlockLayout
 from ..core.settings import AttentionSettings
 
@@ -28,7 +28,7 @@ def means_of(blocks: Tensor, count: Tensor | int) -> Tensor:
 
     Equal blocks have bitwise equal means in all callers: the order of a sum depends on strides, so the input is made contiguous.
     """
-    return blocks.contiguous().sum(-2, dtype=wide(blocks.dtype)) / count
+    return blocks.contiguous().sum(-2, dtype=accumulation_dtype(blocks.dtype)) / count
 
 
 def some_are_equal(mean: Tensor, exists: Tensor) -> bool:

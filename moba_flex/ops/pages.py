@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..core.settings import AttentionSettings
-from .decoding import Stored, Take, decode_blocks
+from .decoding import KeyValueReader, Take, decode_blocks
 from .gate import means_of
 
 
@@ -39,10 +39,10 @@ class Pages:
         """The slots of tokens of rows."""
         return self.table[row, token // self.size] * self.stride + token % self.size
 
-    def stored(self) -> Stored:
+    def stored(self) -> KeyValueReader:
         """Accessors for `decode_blocks`."""
         width = self.key.shape[-1] + self.value.shape[-1]
-        return Stored(self._taker(self.key), self._taker(self.value), self.longest, width)
+        return KeyValueReader(self._taker(self.key), self._taker(self.value), self.longest, width)
 
     def n_blocks(self, block_size: int) -> int:
         """C: number of complete blocks of the longest row, at least 1."""

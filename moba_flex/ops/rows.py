@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..core.dtypes import wide
+from ..core.dtypes import accumulation_dtype
 from ..core.layout import BlockLayout
 from .routing import Routes
 
@@ -51,7 +51,7 @@ def merge(
         result = _sum_of_rows(row_out, pair, weight[:, : pair.shape[1]])
         merged[part] = result.addcmul_(weight[:, -1:], out.flatten(0, 2)[part].to(result.dtype))
         total[part] = whole
-    write((whole_out, whole_lse), into)
+    copy_into((whole_out, whole_lse), into)
 
 
 def weights_of_parts(lse: Tensor, dim: int) -> tuple[Tensor, Tensor]:
@@ -68,16 +68,16 @@ def sum_rows(grad: Tensor, row_grad: Tensor, routes: Routes, into: Tensor) -> No
     for start in range(0, pairs.shape[0], _QUERIES_AT_ONCE):
         part = slice(start, start + _QUERIES_AT_ONCE)
         total[part] = _sum_of_rows(row_grad, pairs[part]).add_(grad.flatten(0, 2)[part])
-    write((whole,), (into,))
+    copy_into((whole,), (into,))
 
 
 def delta(out: Tensor, grad: Tensor, grad_lse: Tensor | None) -> Tensor:
     """`out . grad - grad_lse` `[B, H, N]`, in at least float32: `grad_score = weight * (grad_weight - delta)`."""
-    total = (out.to(wide(out.dtype)) * grad).sum(-1)
+    total = (out.to(accumulation_dtype(out.dtype)) * grad).sum(-1)
     return total if grad_lse is None else total - grad_lse
 
 
-def write(tensors: tuple[Tensor, ...], into: tuple[Tensor, ...]) -> None:
+def copy_into(tensors: tuple[Tensor, ...], into: tuple[Tensor, ...]) -> None:
     """Copy each of `tensors` to its counterpart in `into`, converted to its dtype."""
     for x, to in zip(tensors, into):
         to.copy_(x)
@@ -89,11 +89,11 @@ def _take_rows(rows: Tensor, pair: Tensor) -> Tensor:
 
 def _sum_of_rows(rows: Tensor, pair: Tensor, weight: Tensor | None = None) -> Tensor:
     """`[R, D]`, rows of each query `[n, S]`, -1 for none -> their sum `[n, D]`, weighted by `weight [n, S]`, in at least float32."""
-    taken = _take_rows(rows, pair).to(wide(rows.dtype)).masked_fill((pair < 0)[..., None], 0)
+    taken = _take_rows(rows, pair).to(accumulation_dtype(rows.dtype)).masked_fill((pair < 0)[..., None], 0)
     return taken.sum(1) if weight is None else torch.bmm(weight[:, None], taken)[:, 0]
 
 
-def over_no_keys(query: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+def empty_attention(query: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     """The local result of queries without an own block (`causal=False`): zeros, and a log-sum-exp of -inf."""
-    out = query.new_zeros(*query.shape[:3], value.shape[-1], dtype=wide(query.dtype))
+    out = query.new_zeros(*query.shape[:3], value.shape[-1], dtype=accumulation_dtype(query.dtype))
     return out, torch.full_like(out[..., 0], -torch.inf)

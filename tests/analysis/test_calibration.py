@@ -16,7 +16,7 @@ from transformers import BertConfig, BertModel, LlamaModel
 import moba_flex
 from moba_flex import Calibration, MobaConfig, calibrate, patch, set_attention
 from moba_flex.analysis.calibration import measure, saved, search
-from moba_flex.analysis.calibration.space import Space, default_block_sizes, default_budgets, is_below
+from moba_flex.analysis.calibration.space import Space, default_block_sizes, default_budgets, is_dominated_by
 from moba_flex.analysis.calibration.texts import with_facts
 
 COPIES = 2  # the layer that does
@@ -147,8 +147,8 @@ def test_less_is_fewer_keys_larger_blocks_and_fewer_full_layers():
     below = [{}, {"top_k": 8}, {"block_size": 64, "top_k": 8}, {"full_attention_layers": (2,)}]
     others = [{"top_k": 17}, {"block_size": 16, "top_k": 32}, {"block_size": 64, "top_k": 9}, {"full_attention_layers": (2, 3)}]
     others += [{"sink_blocks": 0}, {"recent_blocks": 1}, {"share_selection": True}]
-    assert all(is_below(replace(config, **change), config) for change in below)
-    assert not any(is_below(replace(config, **change), config) for change in others)
+    assert all(is_dominated_by(replace(config, **change), config) for change in below)
+    assert not any(is_dominated_by(replace(config, **change), config) for change in others)
 
 
 # Warnings

@@ -54,7 +54,7 @@ def test_the_model_is_left_exactly_as_it_was(state, failure, settings, monkeypat
         def fail(selection: Selection):
             raise failure("stop")
 
-        monkeypatch.setattr(trace_module, "numbers", fail)
+        monkeypatch.setattr(trace_module, "layer_statistics", fail)
         with pytest.raises(failure):
             trace(model, **batch("left"), **settings)
     else:

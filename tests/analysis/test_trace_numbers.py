@@ -112,7 +112,7 @@ def test_without_a_causal_mask_all_blocks_are_options():
     query, key = torch.randn(2, 4, 30, 8), torch.randn(2, 2, 30, 8)
     mask = torch.arange(30) < torch.tensor([30, 17])[:, None]
     selection = select_blocks(query, key, block_size=4, top_k=3, causal=False, padding_mask=mask)
-    share, overlap, chosen, candidates = trace_module.numbers(selection)
+    share, overlap, chosen, candidates = trace_module.layer_statistics(selection)
     dense = selection.to_dense()
     assert torch.equal(chosen, dense.sum((0, 2)))
     assert torch.equal(candidates, torch.tensor([47] * 5 + [30] * 3)), "the second row has 17 queries and 5 blocks"

@@ -233,7 +233,7 @@ def test_rows_whose_tokens_lie_together_are_not_copied_for_the_local_call(case):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
     assert got[1].is_contiguous()
     ((operand, mask),) = seen
-    if layout.moves is None and case["heads"] > 1:  # else slots are filled, heads one after another, and one head lies in either way
+    if layout.index_maps is None and case["heads"] > 1:  # else slots are filled, heads one after another, and one head lies in either way
         assert operand.data_ptr() == query.data_ptr() and operand.shape[0] == case["groups"] and operand.shape[2] == 3 * query.shape[2]
         by_query, by_key = tile_maps(mask, operand.shape[2], operand.shape[2])
         assert torch.equal(by_query, by_key)
@@ -286,11 +286,11 @@ def evaluated(mask, rows: int, n_query: int, n_key: int) -> torch.Tensor:
 
 @settings(max_examples=50)
 @given(cases(), st.booleans())
-def test_the_lists_of_the_local_mask_say_what_its_rule_says(case, in_line):
+def test_the_lists_of_the_local_mask_say_what_its_rule_says(case, batch_merged):
     layout, _, _ = prepared(case | {"causal": True, "sink_blocks": 0, "recent_blocks": 0, "top_k": max(2, case["top_k"])})
-    in_line = in_line and layout.tile is None
-    mask = local_mask(layout, case["heads"], case["groups"], in_line)
-    line, rows = (layout.own.shape[0], case["groups"]) if in_line else (1, layout.own.shape[0] * case["groups"])
+    batch_merged = batch_merged and layout.tile is None
+    mask = local_mask(layout, case["heads"], case["groups"], batch_merged)
+    line, rows = (layout.own.shape[0], case["groups"]) if batch_merged else (1, layout.own.shape[0] * case["groups"])
     n_query, n_key = line * layout.n_query_blocks * layout.query_width, line * layout.n_key_blocks * layout.width
     by_query, by_key = tile_maps(mask, n_query, n_key)
     seen = evaluated(mask, rows, n_query, n_key).unflatten(1, (-1, mask.tiles[0])).unflatten(3, (-1, mask.tiles[1]))

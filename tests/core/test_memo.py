@@ -33,13 +33,13 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
 @pytest.fixture
 def built(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """The mask of each layout that is built from one."""
-    masks, build = [], layout_builders._layout_told
+    masks, build = [], layout_builders._layout_from
 
     def record(told: Tensor, *sizes: Any) -> Any:
         masks.append(told)
         return build(told, *sizes)
 
-    monkeypatch.setattr(layout_builders, "_layout_told", record)
+    monkeypatch.setattr(layout_builders, "_layout_from", record)
     return masks
 
 

@@ -189,22 +189,22 @@ def connection_to_store() -> None:
     assert found == [b"value"], f"what one connection was given is {found} by another"
 
 
-def computes_gradients() -> None:
+def in_backward_pass() -> None:
     said = []
 
     class Asks(torch.autograd.Function):
         @staticmethod
         def forward(ctx, x):
-            said.append(upstream.computes_gradients())
+            said.append(upstream.in_backward_pass())
             return x.clone()
 
         @staticmethod
         def backward(ctx, grad):
-            said.append(upstream.computes_gradients())
+            said.append(upstream.in_backward_pass())
             return grad
 
     Asks.apply(torch.ones(1, requires_grad=True)).backward()
-    assert [*said, upstream.computes_gradients()] == [False, True, False], f"in forward, in backward and after them it says {said}"
+    assert [*said, upstream.in_backward_pass()] == [False, True, False], f"in forward, in backward and after them it says {said}"
 
 
 def recompile_limit() -> None:
@@ -227,7 +227,7 @@ CANARIES: dict[str, Callable[[], None]] = {
     "any_number_of_compilations": recompile_limit,
     "FakeTensor": fake_tensor,
     "assert_in_graph": assert_in_graph,
-    "computes_gradients": computes_gradients,
+    "in_backward_pass": in_backward_pass,
     "connection_to_store": connection_to_store,
     "copy_all": copy_all,
     "flex_attention_backward": flex_attention_backward,

@@ -169,8 +169,8 @@ def test_one_mask_that_serves_more_calls_than_a_model_has_layers_is_captured(sto
 
 def test_a_graph_holds_no_layout_of_a_mask_that_is_gone(store, monkeypatch):
     remembered(monkeypatch)
-    layouts, build = [], layout_builders._layout_told
-    monkeypatch.setattr(layout_builders, "_layout_told", lambda *args: layouts.append(weakref.ref(made := build(*args))) or made)
+    layouts, build = [], layout_builders._layout_from
+    monkeypatch.setattr(layout_builders, "_layout_from", lambda *args: layouts.append(weakref.ref(made := build(*args))) or made)
     for middle in range(5, 5 + EAGER_CALLS + 1):
         packed_call(torch.tensor([0, middle, 40]))
     gc.collect()

@@ -44,7 +44,7 @@ class GpuMarks:
 
 @pytest.mark.parametrize("large", [True, False])
 def test_a_large_call_is_launched_kernel_by_kernel_while_the_gpu_is_calls_behind(monkeypatch, large):
-    monkeypatch.setattr(cache, "LARGE", 12 if large else 13)
+    monkeypatch.setattr(cache, "LARGE_CALL", 12 if large else 13)
     gpu, function = Gpu(), Doubling()
     store = GraphCache(StandIn, lambda: GpuMarks(gpu))
 

@@ -24,7 +24,7 @@ pytestmark = [
 
 def test_while_the_gpu_is_far_behind_a_large_call_is_launched_kernel_by_kernel(replays, monkeypatch):
     """Some hundred million cycles of nothing keep the GPU from where the calls before began."""
-    monkeypatch.setattr(cache, "LARGE", 0)
+    monkeypatch.setattr(cache, "LARGE_CALL", 0)
     tensors = [leaves(seed) for seed in range(16)]
     wanted = without_graphs(lambda: [results(x) for x in tensors])
     got = [results(x) for x in tensors[:4]]
@@ -95,7 +95,7 @@ def test_two_threads_may_call_at_once(replays):
 
 def test_a_capture_in_another_thread_is_not_disturbed(replays, monkeypatch):
     """In PyTorch's default mode it ends where any thread asks for an event."""
-    monkeypatch.setattr(cache, "LARGE", 0)
+    monkeypatch.setattr(cache, "LARGE_CALL", 0)
     tensors = [leaves(seed) for seed in range(EAGER_CALLS + 6)]
     wanted = without_graphs(lambda: [results(x) for x in tensors])
     got = [results(x) for x in tensors[: EAGER_CALLS + 2]]

@@ -136,8 +136,8 @@ def test_a_cache_is_among_a_layers_keyword_arguments_and_its_keys_are_the_layers
     model.model(tokens(), **{upstream.cache_argument(model.model): again})
     assert again.get_seq_length() == tokens().shape[1], changed("cache_argument", "a model takes its cache under another name")
     key = cache.layers[0].keys
-    assert upstream.reads_as_it_lies(cache, cache.layers[0], key), changed("reads_as_it_lies", "`cache.layers[i].keys` are not the keys")
-    assert not upstream.reads_as_it_lies(cache, cache.layers[0], key.clone()), changed("reads_as_it_lies", "`cache.offloading` is true")
+    assert upstream.is_cached_tensor(cache, cache.layers[0], key), changed("is_cached_tensor", "`cache.layers[i].keys` are not the keys")
+    assert not upstream.is_cached_tensor(cache, cache.layers[0], key.clone()), changed("is_cached_tensor", "`cache.offloading` is true")
     assert type(cache.layers[0]) in upstream.GROWING_LAYERS, changed("GROWING_LAYERS", "a DynamicCache has layers of another class")
 
 
@@ -154,9 +154,9 @@ def test_a_decoder_layer_can_answer_at_once_and_what_it_gives_is_the_next_ones_i
         layer.register_forward_hook(lambda _, args, output: outputs.append(output))
     whole = model(tokens(), use_cache=False).logits
     layers[0].forward = own = layers[0].forward  # as accelerate leaves it
-    with upstream.answer_at_once(layers[:1], outputs[0]):
+    with upstream.skip_forward(layers[:1], outputs[0]):
         rest = model(outputs[0].new_zeros(tokens().shape).long(), use_cache=False).logits
-    assert torch.equal(rest, whole), changed("answer_at_once", "a layer reads more of the one before it than its output")
+    assert torch.equal(rest, whole), changed("skip_forward", "a layer reads more of the one before it than its output")
     assert layers[0].__dict__["forward"] is own and "forward" not in layers[1].__dict__, "what was there before is not put back"
 
 
@@ -222,7 +222,7 @@ def test_peft_saves_an_adapter_by_its_configuration_after_the_state_dict(tmp_pat
 def test_peft_says_that_a_model_is_its_own():
     peft = pytest.importorskip("peft")
     model = peft.get_peft_model(build(), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
-    assert upstream.prefixes_of_peft(model), changed("prefixes_of_peft", "PEFT's `active_peft_config` is gone")
+    assert upstream.is_peft_model(model), changed("is_peft_model", "PEFT's `active_peft_config` is gone")
 
 
 def test_accelerate_marks_what_it_offloads():

@@ -128,14 +128,14 @@ def placed(case: Case, layout: BlockLayout, per_query: list[Tensor], per_key: li
     """Tensors as they lie, or in block slots, NaN where no token is."""
     if case.in_place:
         no_query, no_key = paddings(layout)
-        moves = torch.clone, torch.clone
+        index_maps = torch.clone, torch.clone
     else:
         offset = torch.arange(layout.width)
         no_query = ~((offset >= layout.query_start[..., None]) & (offset < layout.query_stop[..., None])).flatten(1)
         no_key = (offset >= layout.block_keys[..., None]).flatten(1)
-        moves = layout.query_slots, layout.key_slots
+        index_maps = layout.query_slots, layout.key_slots
     moved = []
-    for tensors, move, spare in ((per_query, moves[0], no_query), (per_key, moves[1], no_key)):
+    for tensors, move, spare in ((per_query, index_maps[0], no_query), (per_key, index_maps[1], no_key)):
         filled = [move(x).clone() for x in tensors]
         for x in filled:
             x[spare[:, None].expand(x.shape[:3])] = torch.nan
@@ -147,10 +147,10 @@ def placed(case: Case, layout: BlockLayout, per_query: list[Tensor], per_key: li
 
 def paddings(layout: BlockLayout) -> tuple[Tensor, Tensor]:
     """`[B, Nq]` and `[B, Nk]`: the queries and keys that are in no block."""
-    rows, moves = layout.own.shape[0], layout.moves
-    if moves is None:
+    rows, index_maps = layout.own.shape[0], layout.index_maps
+    if index_maps is None:
         return torch.zeros(rows, layout.n_query, dtype=torch.bool), torch.zeros(rows, layout.n_key, dtype=torch.bool)
-    return moves.slot_of_query < 0, moves.slot_of_key < 0
+    return index_maps.slot_of_query < 0, index_maps.slot_of_key < 0
 
 
 def in_tokens(case: Case, layout: BlockLayout, x: Tensor, of_keys: bool, fill: float = 0) -> Tensor:
@@ -307,8 +307,9 @@ def test_nan_and_infinity_reach_no_block_that_cannot_see_them(name: str, bad: fl
     for what, x in results[1].items():
         seen_by_spoilt = what in ("key", "value") and top_k > 1  # keys of earlier blocks too
         before = 0 if seen_by_spoilt else first
-        for part in (x[0], results[0][what][0]), (x[1, :, :before], results[0][what][1, :, :before]):
-            torch.testing.assert_close(*part, rtol=0, atol=0, msg=lambda m, what=what: f"{what}: {m}")
+        # The spoilt token chooses other blocks, so that rows take other places in a tile. On some CPUs NumPy rounds these differently.
+        for found, wanted in (x[0], results[0][what][0]), (x[1, :, :before], results[0][what][1, :, :before]):
+            assert (found - wanted).norm() <= (1e-6 if top_k > 1 else 0) * wanted.norm(), what
         if top_k == 1:
             torch.testing.assert_close(x[1, :, 80:], results[0][what][1, :, 80:], rtol=0, atol=0, msg=lambda m, what=what: f"{what}: {m}")
 

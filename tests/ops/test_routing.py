@@ -193,7 +193,7 @@ def test_tiles_hold_the_last_tokens_of_packed_sequences_each_once(packed: Packed
     layout, size, held = packed_layout_of(packed, wide), packed.case.block_size, {}
     every = torch.ones(1, sum(packed.lengths)).bool()
     check_round_trip(layout, torch.ones(1, sum(packed.keys)).bool(), every)
-    tokens = layout.moves.token_of_query_slot.view(-1, layout.query_width).tolist()
+    tokens = layout.index_maps.token_of_query_slot.view(-1, layout.query_width).tolist()
     for q, tile in enumerate(tokens):
         start, stop = int(layout.query_start[0, q]), int(layout.query_stop[0, q])
         assert [token >= 0 for token in tile] == [start <= slot < stop for slot in range(layout.query_width)]

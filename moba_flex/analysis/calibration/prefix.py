@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from ...config import MobaConfig
-from ...models.layers import attention_layers, takes_moba
-from ...models.upstream import DECODER_LAYER, answer_at_once
+from ...models.layers import attention_layers, is_replaceable
+from ...models.upstream import DECODER_LAYER, skip_forward
 from .space import with_full_layers
 
 MOST_BYTES = 2 << 30  # of stored outputs
@@ -86,7 +86,7 @@ def _instead(layers: list[tuple[nn.Module, nn.Module]], outputs: list[Any], n: i
     """The first `n` layers return the last of `outputs` at once; the outputs of the others are appended to it."""
     hooks = [layer.register_forward_hook(lambda _, args, output: outputs.append(output)) for layer, _ in layers[n:]]
     try:
-        with answer_at_once([layer for layer, _ in layers[:n]], outputs[n - 1] if n else None):
+        with skip_forward([layer for layer, _ in layers[:n]], outputs[n - 1] if n else None):
             yield
     finally:
         for hook in hooks:
@@ -108,7 +108,7 @@ def _decoder_layers(model: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
 
 def _kind(attention: Any, config: MobaConfig | None) -> object:
     """A key that is equal for passes that compute the same in a layer."""
-    if not takes_moba(attention):
+    if not is_replaceable(attention):
         return "its own"
     if config is None or attention.layer_idx in config.full_attention_layers:
         return "full"

@@ -17,7 +17,7 @@ from statistics import fmean, stdev
 
 from ...config import MobaConfig
 from .measure import Meter, Reading
-from .space import Space, is_below, variants, with_full_layers
+from .space import Space, is_dominated_by, variants, with_full_layers
 
 NEAR = 0.02  # relative cost difference below which costs count as equal
 MOST_RANKED = 3  # largest number of texts on which layers are ranked
@@ -104,7 +104,7 @@ class Search:
     def may_win(self, config: MobaConfig, best: MobaConfig | None, cost: Callable[[MobaConfig], float]) -> bool:
         """Whether it costs less than the best so far, and is not below settings that failed."""
         cheaper = best is None or rounded(cost(config)) < rounded(cost(best))
-        return cheaper and not any(is_below(config, other) for other in self.failed)
+        return cheaper and not any(is_dominated_by(config, other) for other in self.failed)
 
     def choose_variant(self) -> MobaConfig:
         """The reference or the variant of it (sinks, recent blocks, shared selection) that loses least on the first search text."""
@@ -124,11 +124,11 @@ class Search:
             return any(self.used(config, [text]) > most[text] for text in texts)
 
         known = [config for config, readings in self.seen.items() if fails(config, most.keys() & readings.keys())]
-        left, best = [config for config in ordered if not any(is_below(config, other) for other in known)], None
+        left, best = [config for config in ordered if not any(is_dominated_by(config, other) for other in known)], None
         while left:
             probe = left[(len(left) - 1) // 2]
             if fails(probe, most):
-                left = [config for config in left if not is_below(config, probe)]
+                left = [config for config in left if not is_dominated_by(config, probe)]
             else:
                 best, left = probe, left[: left.index(probe)]
         return best

@@ -77,7 +77,7 @@ def with_full_layers(config: MobaConfig, layers: Iterable[int] = ()) -> MobaConf
     return replace(config, full_attention_layers=tuple(sorted(layers)))
 
 
-def is_below(config: MobaConfig, other: MobaConfig) -> bool:
+def is_dominated_by(config: MobaConfig, other: MobaConfig) -> bool:
     """Whether `config` must lose at least as much as `other`: no more keys, no smaller blocks, no other full layers, else equal."""
     return (
         (config.sink_blocks, config.recent_blocks, config.share_selection)

@@ -24,7 +24,7 @@ from torch import Tensor
 from ...core.layout import BlockLayout
 from ...core.settings import AttentionSettings
 from ..routing import Routes
-from .block_programs import columns, own_queries, part_of_program, place_of_turn, row_numbers, row_queries, rows_of_turn, windows
+from .block_programs import columns, own_queries, part_of_program, place_of_turn, row_queries, row_statistics, rows_of_turn, windows
 from .sizes import cdiv, gpu_memory, next_power_of_2
 
 _LOG2E = tl.constexpr(1.4426950408889634)
@@ -225,7 +225,7 @@ def one_pass_backward(
         n_windows, window = windows(routes.block_of_tile.numel())
         lists = (routes.first_tile, routes.tiles_of_block, routes.rows_of_block, routes.block_of_tile)
     row_query = row_queries(routes, layout, query.shape, groups)
-    of_rows = row_query, *row_numbers(routes, layout, row_query, lse, delta, groups)
+    of_rows = row_query, *row_statistics(routes, layout, row_query, lse, delta, groups)
     row_grad = query.new_empty(subs, n_rows + n_queries, width)
     parts = [torch.empty(n_windows, layout.width, x.shape[-1], dtype=torch.float32, device=device) for x in (key, value)]
     of_queries, of_keys = (layout.query_start, layout.query_stop, layout.query_token), (layout.key_token, layout.block_keys)

@@ -105,7 +105,7 @@ def _row_queries_kernel(
 
 
 @triton.jit(do_not_specialize=["N", "N_TOKENS", "N_QUERIES", "N_TILES", "C", "Q"])
-def _row_numbers_kernel(
+def _row_statistics_kernel(
     LSE, DELTA, ROW_QUERY, BLOCK_OF_TILE, FIRST, ROWS, QUERY_START, QUERY_STOP, QUERY_TOKEN, ROW_LSE, ROW_DELTA,
     H, N, N_TOKENS, N_QUERIES, N_TILES, C, Q, REPEATS: tl.constexpr, P: tl.constexpr, M: tl.constexpr,
 ):  # fmt: skip
@@ -145,7 +145,7 @@ def row_queries(routes: Routes | None, layout: BlockLayout, shape: torch.Size, g
     return row_query
 
 
-def row_numbers(
+def row_statistics(
     routes: Routes | None, layout: BlockLayout, row_query: Tensor, lse: Tensor, delta: Tensor, groups: int
 ) -> tuple[Tensor, Tensor]:
     """The values of `lse` and `delta [B, H, N]` for each routed row, then for each query slot: float32 `[R + B * H * Q * P]`.
@@ -161,7 +161,7 @@ def row_numbers(
         n_tiles, tile = routes.block_of_tile.numel(), routes.tile
         lists = routes.block_of_tile, routes.first_tile, routes.rows_of_block
     row_lse, row_delta = lse.new_empty(2, n_tiles * tile + n_queries).unbind()
-    _row_numbers_kernel[(n_tiles + cdiv(n_queries, tile),)](
+    _row_statistics_kernel[(n_tiles + cdiv(n_queries, tile),)](
         lse, delta, row_query, *lists, layout.query_start, layout.query_stop, layout.query_token, row_lse, row_delta,
         heads, slots, n_tokens, n_queries, n_tiles, layout.n_key_blocks, layout.n_query_blocks, heads // groups, layout.width, tile,
         num_warps=1,

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from moba_flex.distributed import collectives, context_parallel, moba_attention_cp
-from moba_flex.distributed.attention import across
+from moba_flex.distributed.attention import context_parallel_attention
 
 
 class Sent:
@@ -79,7 +79,7 @@ def order_of_events() -> tuple[list[str], list[str]]:
     collectives._wait = wait
     try:
         q, k, v = torch.randn(3, 1, 3, 4, 2, device=here(), requires_grad=True).unbind()
-        out, _ = across(q, k, v, context_mesh(2)["cp"].get_group(), "keys", attention)
+        out, _ = context_parallel_attention(q, k, v, context_mesh(2)["cp"].get_group(), "keys", attention)
         forward = list(events)
         events.clear()
         out.sum().backward()

@@ -13,7 +13,7 @@ from support.cases import attend, cases, examples, operands
 
 from moba_flex import attention, moba_attention
 from moba_flex.backends import eager
-from moba_flex.core.side_by_side import side_by_side
+from moba_flex.core.parallel import parallel_map
 
 CPU = torch.device("cpu")
 
@@ -27,8 +27,8 @@ def n_threads(request):
 
 
 def test_results_come_in_the_order_of_items(n_threads):
-    assert list(side_by_side(lambda x: x * x, range(50), CPU)) == [x * x for x in range(50)]
-    assert list(side_by_side(lambda x: x, [], CPU)) == []
+    assert list(parallel_map(lambda x: x * x, range(50), CPU)) == [x * x for x in range(50)]
+    assert list(parallel_map(lambda x: x, [], CPU)) == []
 
 
 def test_pieces_compute_in_several_threads_with_their_share(n_threads):
@@ -38,7 +38,7 @@ def test_pieces_compute_in_several_threads_with_their_share(n_threads):
         barrier.wait(timeout=60)
         return threading.get_ident(), torch.get_num_threads()
 
-    found = list(side_by_side(piece, range(2 * n_threads), CPU))
+    found = list(parallel_map(piece, range(2 * n_threads), CPU))
     if n_threads == 1:
         assert set(found) == {(here, 1)}
     else:
@@ -49,7 +49,7 @@ def test_pieces_compute_in_several_threads_with_their_share(n_threads):
 def test_more_threads_than_pieces_are_shared_among_these():
     before = torch.get_num_threads()
     torch.set_num_threads(6)
-    assert list(side_by_side(lambda _: torch.get_num_threads(), range(2), CPU)) == [3, 3]
+    assert list(parallel_map(lambda _: torch.get_num_threads(), range(2), CPU)) == [3, 3]
     assert torch.get_num_threads() == 6
     seen = []
     new = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
@@ -69,17 +69,17 @@ def test_an_error_ends_all_pieces(n_threads):
         return x
 
     with pytest.raises(ValueError, match="the third"):
-        list(side_by_side(piece, range(100), CPU))
+        list(parallel_map(piece, range(100), CPU))
     n = len(started)
     assert n < 3 + 4 * n_threads
-    assert list(side_by_side(lambda x: x, range(5), CPU)) == list(range(5)) and len(started) == n
+    assert list(parallel_map(lambda x: x, range(5), CPU)) == list(range(5)) and len(started) == n
 
 
 def test_results_that_nobody_takes_are_not_piled_up():
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     started: list[int] = []
-    found = side_by_side(lambda x: started.append(x), range(100), CPU)
+    found = parallel_map(lambda x: started.append(x), range(100), CPU)
     next(found)
     found.close()
     assert len(started) <= 5
@@ -89,7 +89,7 @@ def test_results_that_nobody_takes_are_not_piled_up():
 def test_a_piece_may_cut_its_own_work_too():
     before = torch.get_num_threads()
     torch.set_num_threads(2)
-    found = list(side_by_side(lambda x: list(side_by_side(lambda y: x + y, range(3), CPU)), range(6), CPU))
+    found = list(parallel_map(lambda x: list(parallel_map(lambda y: x + y, range(3), CPU)), range(6), CPU))
     assert found == [[x, x + 1, x + 2] for x in range(6)]
     torch.set_num_threads(before)
 
@@ -102,8 +102,8 @@ def test_inference_mode_reaches_the_pieces(n_threads):
             total[i] += 1
             return torch.is_inference_mode_enabled()
 
-        assert all(side_by_side(piece, range(8), CPU)) and total.tolist() == [1.0] * 8
-    assert not any(side_by_side(lambda _: torch.is_inference_mode_enabled(), range(4), CPU))
+        assert all(parallel_map(piece, range(8), CPU)) and total.tolist() == [1.0] * 8
+    assert not any(parallel_map(lambda _: torch.is_inference_mode_enabled(), range(4), CPU))
 
 
 @pytest.mark.parametrize(
@@ -150,10 +150,10 @@ def test_a_small_call_is_computed_by_one_thread(n_query: int, n_key: int, top_k:
 def test_a_forked_process_has_threads_of_its_own():
     before = torch.get_num_threads()
     torch.set_num_threads(2)
-    list(side_by_side(lambda x: x, range(4), CPU))
+    list(parallel_map(lambda x: x, range(4), CPU))
     child = os.fork()
     if child == 0:
-        os._exit(0 if list(side_by_side(lambda x: x, range(4), CPU)) == [0, 1, 2, 3] else 1)
+        os._exit(0 if list(parallel_map(lambda x: x, range(4), CPU)) == [0, 1, 2, 3] else 1)
     assert os.waitpid(child, 0)[1] == 0
     torch.set_num_threads(before)
 

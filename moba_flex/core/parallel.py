@@ -28,7 +28,7 @@ _workers: ThreadPoolExecutor | None = None
 _of_worker = threading.local()
 
 
-def side_by_side(function: Callable[[Item], Result], items: Sequence[Item], device: torch.device) -> Iterator[Result]:
+def parallel_map(function: Callable[[Item], Result], items: Sequence[Item], device: torch.device) -> Iterator[Result]:
     """Yields `function(item)` for each item, in order. Workers run ahead by at most twice as many items as there are workers.
 
     Items run one after another in the calling thread on a GPU, with one thread, within a worker, and under a dispatch mode.
