@@ -79,6 +79,7 @@ def attend_decoding(
 ) -> Tensor:
     """`attend` for the last tokens of a cache with block means, see `moba_flex.decoding.decode`: `[B, H, n, Dv]`."""
     check_not_onnx()
+    check_not_transformed(query, key, value, but='need decode="full"')
     settings = with_bounded_top_k(settings, means.shape[2] + 1)  # + 1: the own block
     out, lse = decode(query, key, value, means, length, start, settings)
     return out if sinks is None else with_sinks(out, lse, sinks)[0]

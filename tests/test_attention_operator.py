@@ -1,10 +1,11 @@
-"""The operator as PyTorch sees it: opcheck, one graph of torch.compile, exported programs, and wrong bounds that these notice."""
+"""The operator as PyTorch sees it: opcheck, one graph of torch.compile, exported programs, and wrong bounds and transforms in these."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from support.cases import Case, Packed, assert_same, attend, gradients, operands, random
+from torch.autograd import forward_ad
 
 from moba_flex import moba_attention, moba_attention_varlen
 from moba_flex.operator import attention
@@ -175,6 +176,105 @@ def test_wrong_packed_bounds_and_masks_are_noticed_under_torch_compile(backend: 
     mask[1, 4] = False
     with pytest.raises(RuntimeError, match="padding_mask has a hole"):
         padded(y, mask)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_they_are_noticed_after_a_caught_error_too(backend: str):
+    """torch.compile then runs the checks outside a graph, and compiles the functions that they call one by one."""
+    torch.compiler.reset()
+    x, y = torch.randn(37, 2, 8), torch.randn(2, 2, 9, 8)
+    packed = torch.compile(lambda x, bounds: moba_attention_varlen(x, x, x, bounds, block_size=5, top_k=2), backend=backend)
+    chunked = torch.compile(
+        lambda x, bounds_k: moba_attention_varlen(
+            x[:2], x, x, torch.tensor([0, 1, 2], dtype=torch.int32), cu_seqlens_k=bounds_k, block_size=5, top_k=2
+        ),
+        backend=backend,
+    )
+    padded = torch.compile(lambda y, mask: moba_attention(y, y, y, block_size=4, top_k=2, padding_mask=mask), backend=backend)
+    for call in (packed, chunked):
+        with pytest.raises(TypeError, match=r"must be a torch\.Tensor"):
+            call(x, [0, 37])
+    with pytest.raises(TypeError, match="padding_mask must be bool"):
+        padded(y, torch.ones(2, 9))
+    for bounds in WRONG_BOUNDS:
+        for call in (packed, chunked):
+            with pytest.raises((ValueError, RuntimeError), match=r"cu_seqlens(_k)? (and|must)"):
+                call(x, torch.tensor(bounds, dtype=torch.int32))
+    with pytest.raises((ValueError, RuntimeError), match="cu_seqlens_k must give each sequence at least as many keys"):
+        chunked(x, torch.tensor([0, 0, 37], dtype=torch.int32))
+    right = torch.tensor([0, 10, 37], dtype=torch.int32)
+    assert_same(packed(x, right), moba_attention_varlen(x, x, x, right, block_size=5, top_k=2), rtol=1e-5, atol=1e-6)
+    mask = torch.ones(2, 9, dtype=torch.bool)
+    padded(y, mask)
+    mask[1, 4] = False
+    with pytest.raises((ValueError, RuntimeError), match="padding_mask has a hole"):
+        padded(y, mask)
+
+
+# Under a transform torch.compile reports what a traced function raises in an error of its own with fullgraph=True.
+TRANSFORMS = {
+    "jvp": lambda call: lambda x: torch.func.jvp(call, (x,), (x,))[1],
+    "jacfwd": lambda call: torch.func.jacfwd(lambda x: call(x)[0, 0, :2, 0]),
+    "grad": lambda call: torch.func.grad(lambda x: call(x).sum()),
+    "vjp": lambda call: lambda x: torch.func.vjp(call, x)[1](x)[0],
+    "vmap": lambda call: lambda x: torch.func.vmap(call)(x[None])[0],
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
+def test_transforms_are_refused_in_a_graph_but_by_the_specification(transform, backend: str):
+    x = torch.randn(1, 2, 20, 4)
+    plain = transform(lambda x: moba_attention(x, x, x, block_size=4, top_k=2, implementation="eager"))
+    packed = transform(lambda x: moba_attention_varlen(*[x[0]] * 3, torch.tensor([0, 2], dtype=torch.int32), block_size=4, top_k=2)[None])
+    for call in (plain, packed):
+        torch.compiler.reset()
+        with pytest.raises(NotImplementedError, match='need implementation="naive"'):
+            torch.compile(call, **BACKENDS[backend])(x)
+        with pytest.raises(Exception, match='need implementation="naive"'):
+            torch.compile(call, fullgraph=True, **BACKENDS[backend])(x)
+    if backend == "aot_eager":
+        torch.compiler.reset()
+        naive = transform(lambda x: moba_attention(x, x, x, block_size=4, top_k=2, implementation="naive"))
+        assert_same(torch.compile(naive, fullgraph=True, backend=backend)(x), naive(x), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_forward_mode_around_or_inside_a_compiled_function_is_refused(backend: str):
+    x = torch.randn(1, 2, 20, 4)
+    call = lambda x: moba_attention(x, x, x, block_size=4, top_k=2, implementation="eager")  # noqa: E731
+
+    def inside(x: torch.Tensor) -> torch.Tensor:
+        with forward_ad.dual_level():
+            return forward_ad.unpack_dual(call(forward_ad.make_dual(x, x))).tangent
+
+    torch.compiler.reset()
+    around = torch.compile(call, backend=backend)
+    expected = call(x)
+    assert_same(around(x), expected)
+    with forward_ad.dual_level():
+        assert_same(around(x), expected)  # has no tangent
+        for _ in range(2):
+            with pytest.raises(NotImplementedError, match='need implementation="naive"'):
+                around(forward_ad.make_dual(x, x))
+    with pytest.raises(NotImplementedError, match='need implementation="naive"'):
+        torch.compile(inside, backend=backend)(x)
+    assert_same(around(x), expected)
+
+
+@pytest.mark.parametrize("fullgraph", [False, True])
+def test_mapping_over_masks_and_bounds_is_refused_in_a_graph(fullgraph: bool):
+    torch.compiler.reset()
+    x = torch.randn(1, 2, 20, 4)
+    mask, bounds = torch.ones(1, 1, 20, dtype=torch.bool), torch.tensor([[0, 20]], dtype=torch.int32)
+    settings = {"block_size": 4, "top_k": 2, "implementation": "naive"}
+    padded = lambda mask: torch.vmap(lambda mask: moba_attention(x, x, x, padding_mask=mask, **settings))(mask)  # noqa: E731
+    packed = lambda bounds: torch.vmap(lambda b: moba_attention_varlen(*[x[0].transpose(0, 1)] * 3, b, **settings))(bounds)  # noqa: E731
+    for call, given, name in ((padded, mask, "padding_mask"), (packed, bounds, "cu_seqlens")):
+        with pytest.raises(Exception if fullgraph else NotImplementedError, match=f"vmap over {name} hides its values"):
+            torch.compile(call, backend="aot_eager", fullgraph=fullgraph)(given)
+    beside = lambda x: torch.vmap(lambda x: moba_attention(x, x, x, padding_mask=mask[0], **settings))(x[None])[0]  # noqa: E731
+    assert_same(torch.compile(beside, backend="aot_eager", fullgraph=True)(x), moba_attention(x, x, x, **settings), rtol=1e-5, atol=1e-6)
 
 
 def test_an_exported_program_notices_wrong_packed_bounds():

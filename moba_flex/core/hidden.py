@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from .upstream import functorch_transform
-from .validation import can_read_values
+from .validation import have_values
 
 
 def all_finite(*tensors: Tensor) -> bool:
     """Whether all elements are finite. False if values must not be read."""
-    if not can_read_values(*tensors) or functorch_transform() is not None:
+    if torch.compiler.is_compiling() or functorch_transform() is not None or not have_values(*tensors):
         return False
     return all(bool(x.isfinite().all()) for x in tensors)
 

@@ -15,6 +15,8 @@ from torch._dynamo.exc import FailOnRecompileLimitHit  # the only way to tell a 
 from torch._higher_order_ops.flex_attention import flex_attention_backward  # gradients for any log-sum-exp, which autograd does not offer
 from torch._subclasses.fake_tensor import FakeTensor  # has no values to check
 
+from .compiling import constant_in_graphs, outside_graphs
+
 __all__ = [
     "FailOnRecompileLimitHit",
     "FakeTensor",
@@ -23,6 +25,7 @@ __all__ = [
     "connection_to_store",
     "copy_all",
     "flex_attention_backward",
+    "forward_mode_is_on",
     "functorch_transform",
     "has_tangent",
     "in_backward_pass",
@@ -50,6 +53,7 @@ def in_backward_pass() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
+@constant_in_graphs  # torch.compile enters transforms while it traces, and traces anew under others
 def functorch_transform() -> str | None:
     """The active torch.func transform, for example "Grad" or "Vmap", or None. A custom operator would not see it."""
     interpreter = torch._C._functorch.peek_interpreter_stack()
@@ -57,18 +61,25 @@ def functorch_transform() -> str | None:
 
 
 def is_vmapped(x: Tensor) -> bool:
-    """Whether torch.func.vmap hides the values of `x`, at any nesting level: reading them would raise an internal error of PyTorch."""
-    while torch._C._functorch.is_functorch_wrapped_tensor(x):
-        if torch._C._functorch.is_batchedtensor(x):
-            return True
+    """Whether torch.func.vmap hides the values of `x`, at any nesting level: reading them would raise an internal error of PyTorch.
+
+    A traced graph sees the innermost transform only, since torch.compile cannot trace the unwrapping of tensors.
+    """
+    while not torch._C._functorch.is_batchedtensor(x):
+        if torch.compiler.is_compiling() or not torch._C._functorch.is_functorch_wrapped_tensor(x):
+            return False
         x = torch._C._functorch.get_unwrapped(x)
-    return False
+    return True
 
 
+def forward_mode_is_on() -> bool:
+    """Whether tensors may have forward-mode tangents. torch.compile traces a function anew when this changes."""
+    return torch.autograd.forward_ad._current_level >= 0
+
+
+@outside_graphs  # torch.compile does not see the tangents of a graph's inputs
 def has_tangent(*tensors: Tensor) -> bool:
-    """Whether any tensor has a forward-mode tangent, which a custom operator would silently drop."""
-    if torch.autograd.forward_ad._current_level < 0:  # checked first, since unpacking would slow down every call
-        return False
+    """Whether any tensor has a forward-mode tangent, which a custom operator would silently drop. Needs `forward_mode_is_on`."""
     return any(torch.autograd.forward_ad.unpack_dual(x).tangent is not None for x in tensors)
 
 

@@ -8,10 +8,10 @@ from typing import TypeGuard
 import torch
 from torch import Tensor
 
-from .compiling import constant_in_graphs
+from .compiling import constant_in_graphs, outside_graphs
 from .memo import memo, remember
 from .messages import shown, to_int
-from .upstream import FakeTensor, assert_in_graph, functorch_transform, has_tangent, is_vmapped
+from .upstream import FakeTensor, assert_in_graph, forward_mode_is_on, functorch_transform, has_tangent, is_vmapped
 
 CUDA_IMPLEMENTATIONS = ("flex", "triton")
 IMPLEMENTATIONS = ("auto", *CUDA_IMPLEMENTATIONS, "eager", "naive")
@@ -98,16 +98,22 @@ def _check_heads(heads: int, groups: int) -> None:
         raise ValueError(f"query has {heads} heads, which must be a multiple of key's {groups} heads")
 
 
-def can_read_values(*tensors: Tensor) -> bool:
-    """Whether values may be read: not those of meta or fake tensors, nor while a graph is traced or captured."""
-    if torch.compiler.is_compiling() or any(t.is_meta or isinstance(t, FakeTensor) for t in tensors):
+@outside_graphs
+def have_values(*tensors: Tensor) -> bool:
+    """Whether values may be read: not those of meta or fake tensors, nor while a CUDA graph is captured.
+
+    Code that torch.compile traces must not ask: it asks `torch.compiler.is_compiling()` first, in the function that acts on the answer.
+    After a graph break torch.compile compiles functions one by one, and only those that it compiles are told that it is compiling: of two
+    functions that ask, one may be told so and the other not, and neither would check values.
+    """
+    if any(t.is_meta or isinstance(t, FakeTensor) for t in tensors):
         return False
     return not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
 
 
 def check_not_mapped(call: str, **tensors: Tensor) -> None:
     """Tensors whose values are read must not be hidden by torch.func.vmap, whose own errors name only PyTorch's internals."""
-    if torch.compiler.is_compiling() or functorch_transform() is None:
+    if functorch_transform() is None:
         return
     for name, t in tensors.items():
         if is_vmapped(t):
@@ -123,12 +129,13 @@ def check_values(call: str, **tensors: Tensor) -> None:
 
 
 def check_not_transformed(*tensors: Tensor, but: str = 'need implementation="naive"') -> None:
-    """Rejects torch.func transforms and forward mode: an operator silently drops tangents, and transforms raise internal errors."""
-    if torch.compiler.is_compiling():
-        return
+    """Rejects torch.func transforms and forward mode: an operator silently drops tangents, and transforms raise internal errors.
+
+    A traced graph rejects forward mode whether or not these tensors have tangents, which it cannot see.
+    """
     if functorch_transform() in ("Grad", "Vmap"):
         raise NotImplementedError(f"the transforms of torch.func (grad, vmap and the like) {but}")
-    if has_tangent(*tensors):
+    if forward_mode_is_on() and (torch.compiler.is_compiling() or has_tangent(*tensors)):
         raise NotImplementedError(f"forward-mode derivatives (torch.func.jvp and the like) {but}")
 
 
@@ -181,15 +188,15 @@ def check_padding_mask(padding_mask: Tensor | None, query: Tensor, key: Tensor) 
     _check_devices(query=query, padding_mask=padding_mask)
     if not padding_mask.numel():
         return
+    check_not_mapped("moba_flex", padding_mask=padding_mask)
     must = "real tokens must be one run, with padding on the left or right only"
-    if can_read_values(padding_mask):
-        check_not_mapped("moba_flex", padding_mask=padding_mask)
+    if torch.compiler.is_compiling():
+        assert_in_graph((_runs(padding_mask) <= 1).all(), f"padding_mask has a hole: {must}")
+    elif have_values(padding_mask):
         remember(padding_mask)
         rows = memo(padding_mask, "rows with a hole", lambda: (_runs(padding_mask) > 1).nonzero().flatten().tolist())
         if rows:
             raise ValueError(f"padding_mask has a hole in row {rows[0]}: {must}")
-    elif torch.compiler.is_compiling():
-        assert_in_graph((_runs(padding_mask) <= 1).all(), f"padding_mask has a hole: {must}")
 
 
 def _runs(padding_mask: Tensor) -> Tensor:
@@ -210,10 +217,10 @@ def check_packed(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, 
                 "where sequences have more keys than queries, pass cu_seqlens_k"
             )
         return check_cu_seqlens("cu_seqlens", cu_seqlens, query, query.shape[0])
-    longest = check_cu_seqlens("cu_seqlens", cu_seqlens, query, query.shape[0])
+    check_cu_seqlens("cu_seqlens", cu_seqlens, query, query.shape[0])
     longest_k = check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, query, key.shape[0])
     check_same_count("cu_seqlens", cu_seqlens, "cu_seqlens_k", cu_seqlens_k)
-    check_no_more_queries("cu_seqlens", cu_seqlens, "cu_seqlens_k", cu_seqlens_k, longest is not None and longest_k is not None)
+    check_no_more_queries("cu_seqlens", cu_seqlens, "cu_seqlens_k", cu_seqlens_k)
     return longest_k
 
 
@@ -224,16 +231,16 @@ def check_same_count(name: str, cu_seqlens: Tensor, name_k: str, cu_seqlens_k: T
         raise ValueError(f"{name} and {name_k} must be of equally many sequences, but are of {count}")
 
 
-def check_no_more_queries(name: str, cu_seqlens: Tensor, name_k: str, cu_seqlens_k: Tensor, may_read: bool) -> None:
+def check_no_more_queries(name: str, cu_seqlens: Tensor, name_k: str, cu_seqlens_k: Tensor) -> None:
     """No sequence may have more queries than keys. A traced graph checks it when it runs."""
     must = f"{name_k} must give each sequence at least as many keys as {name} gives it queries"
-    if may_read:
+    if torch.compiler.is_compiling():
+        assert_in_graph(((cu_seqlens_k - cu_seqlens).diff() >= 0).all(), must)
+    elif have_values(cu_seqlens, cu_seqlens_k):
         (_, queries), (_, keys) = _bounds(cu_seqlens), _bounds(cu_seqlens_k)
         i = next((i for i, (n_query, n_key) in enumerate(zip(queries, keys)) if n_query > n_key), None)
         if i is not None:
             raise ValueError(f"{must}, which are its last tokens, but sequence {i} has {queries[i]} queries and {keys[i]} keys")
-    elif torch.compiler.is_compiling():
-        assert_in_graph(((cu_seqlens_k - cu_seqlens).diff() >= 0).all(), must)
 
 
 def check_packed_operands(query: Tensor, key: Tensor, value: Tensor) -> None:
@@ -264,13 +271,14 @@ def check_cu_seqlens(name: str, cu_seqlens: Tensor, query: Tensor, tokens: int) 
     if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1:
         raise ValueError(f"{name} must have one dimension and at least one entry, but has shape {tuple(cu_seqlens.shape)}")
     _check_devices(query=query, **{name: cu_seqlens})
-    must = f"{name} must start at 0, never fall and end at"
-    if not can_read_values(cu_seqlens):
-        if torch.compiler.is_compiling():
-            rises = (cu_seqlens.diff() >= 0).all()
-            assert_in_graph((cu_seqlens[0] == 0) & (cu_seqlens[-1] == tokens) & rises, f"{must} the number of tokens")
-        return None
     check_not_mapped("moba_flex", **{name: cu_seqlens})
+    must = f"{name} must start at 0, never fall and end at"
+    if torch.compiler.is_compiling():
+        rises = (cu_seqlens.diff() >= 0).all()
+        assert_in_graph((cu_seqlens[0] == 0) & (cu_seqlens[-1] == tokens) & rises, f"{must} the number of tokens")
+        return None
+    if not have_values(cu_seqlens):
+        return None
     remember(cu_seqlens)
     bounds, lengths = _bounds(cu_seqlens)
     if bounds[0] != 0 or bounds[-1] != tokens or min(lengths, default=0) < 0:

@@ -39,7 +39,7 @@ class Visible:
         """`[B]` int64: the first real token of each row, also in a compiled graph; None: 0 for all rows."""
         if self.starts is not None:
             return torch.tensor(self.starts, device=device)
-        return _first_real(self.padding_mask) if torch.compiler.is_compiling() and self.padding_mask is not None else None
+        return None if self.padding_mask is None else _first_real(self.padding_mask)
 
     def packed(self, query: Tensor, cu_seqlens: Tensor | None, key_cu_seqlens: Tensor | None) -> Visible:
         """Add the packed sequences that a call passes itself, as for FlashAttention. They override those that transformers finds in
@@ -57,7 +57,8 @@ class Visible:
             )
         if self.padding_mask is not None:
             raise ValueError("attention_mask has padding, but cu_seq_lens_q packs sequences without padding: pass one of the two")
-        if key_cu_seqlens is not None and validation.can_read_values(cu_seqlens) and not torch.equal(cu_seqlens, key_cu_seqlens):
+        unread = torch.compiler.is_compiling() or not validation.have_values(cu_seqlens)
+        if not (unread or key_cu_seqlens is None or torch.equal(cu_seqlens, key_cu_seqlens)):
             raise ValueError("cu_seq_lens_k must equal cu_seq_lens_q, since MoBA is self-attention, but does not")
         return replace(self, cu_seqlens=cu_seqlens.int(), longest=longest)
 

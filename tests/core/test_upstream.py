@@ -45,6 +45,13 @@ def functorch_transform() -> None:
     torch.func.jvp(remember, (torch.ones(2),), (torch.ones(2),))
     assert said == ["Grad", "Vmap", "Jvp"], f"it calls grad, vmap and jvp {said}"
 
+    def doubled_under_vmap(x):
+        return x * (2 if upstream.functorch_transform() == "Vmap" else 1)
+
+    for call, factor in ((doubled_under_vmap, 1), (lambda x: torch.func.vmap(doubled_under_vmap)(x), 2)):
+        found = torch.compile(call, backend="aot_eager", fullgraph=True)(torch.ones(2))
+        assert found.tolist() == [factor] * 2, "a traced graph does not see the transform around a call"
+
 
 def is_vmapped() -> None:
     said = []
@@ -58,11 +65,20 @@ def is_vmapped() -> None:
     torch.func.vmap(remember)(torch.ones(2, 2))
     torch.func.vmap(torch.func.grad(remember))(torch.ones(2, 2))
     assert said == [False, False, True, True], f"for none, grad, vmap and grad under vmap it says {said}"
+    traced = torch.compile(lambda x: torch.func.vmap(lambda y: y * upstream.is_vmapped(y))(x), backend="aot_eager", fullgraph=True)
+    assert traced(torch.ones(2)).tolist() == [1, 1], "a traced graph does not see that a tensor is mapped"
+
+
+def forward_mode_is_on() -> None:
+    traced = torch.compile(lambda x: x * (2 if upstream.forward_mode_is_on() else 1), backend="aot_eager", fullgraph=True)
+    x = torch.ones(2)
+    assert traced(x).tolist() == [1, 1], "it sees a level of forward-mode differentiation where there is none"
+    with forward_ad.dual_level():
+        assert traced(x).tolist() == [2, 2], "a graph traced outside forward-mode differentiation is used in it"
 
 
 def has_tangent() -> None:
     x = torch.ones(2)
-    assert not upstream.has_tangent(x), "it sees a tangent outside forward-mode differentiation"
     with forward_ad.dual_level():
         assert not upstream.has_tangent(x), "it sees a tangent of a tensor that has none"
         assert upstream.has_tangent(x, forward_ad.make_dual(x, x)), "it does not see a tangent"
@@ -231,6 +247,7 @@ CANARIES: dict[str, Callable[[], None]] = {
     "connection_to_store": connection_to_store,
     "copy_all": copy_all,
     "flex_attention_backward": flex_attention_backward,
+    "forward_mode_is_on": forward_mode_is_on,
     "functorch_transform": functorch_transform,
     "has_tangent": has_tangent,
     "is_under_dispatch_mode": is_under_dispatch_mode,
