@@ -59,10 +59,10 @@ def reference_selection(
     n_blocks = -(-n_key // settings.block_size)
     of_key = block_of_key(key, padding_mask, settings.block_size)
     block = torch.arange(n_blocks, device=key.device)
-    score = gate_scores(query, key, of_key, settings.block_size)
-    if settings.share_selection:  # the heads of a group choose together, by the sum of their scores
-        repeats = query.shape[1] // key.shape[1]
-        score = score.unflatten(1, (-1, repeats)).sum(2).repeat_interleave(repeats, 1)
+    repeats = query.shape[1] // key.shape[1] if settings.share_selection else 1
+    if settings.share_selection:  # by the sum of their scores, which is the score of their sum: of infinite scores only this is a number
+        query = query.unflatten(1, (-1, repeats)).sum(2, dtype=accumulation_dtype(query.dtype))
+    score = gate_scores(query, key, of_key, settings.block_size).repeat_interleave(repeats, 1)
     own = of_key[:, None, n_key - n_query :, None]  # [B, 1, Nq, 1]
     exists = (of_key[..., None] == block).any(1)[:, None, None, :]
     if settings.causal:
@@ -115,11 +115,16 @@ def reference_attention(
         score = capped.to(dtype)
     some = visible.any(-1, keepdim=True)
     score = score.masked_fill(~visible, -math.inf).masked_fill(~some, 0)  # finite where nothing is read, so that gradients are 0
-    if sinks is not None:  # one more key for each head, with a value of 0
-        score = torch.cat([score, sinks.to(dtype)[:, None, None].expand(*score.shape[:3], 1)], -1)
+    if sinks is not None:  # one more key for each head, with a value of 0; an infinite one leaves no weight for others
+        sink = sinks.to(dtype)[:, None, None].expand(*score.shape[:3], 1)
+        infinite = sink == math.inf
+        score = torch.cat([score.masked_fill(infinite & score.isfinite(), -math.inf), sink.masked_fill(infinite, 0)], -1)
     weight = score.softmax(-1)[..., :n_key].masked_fill(~visible, 0)  # a row with NaN is NaN at hidden keys too
     out = weight @ v if all_finite(v) else visible_product(weight, visible, v)
-    lse = torch.where(some[..., 0], _log_sum_exp(score), -math.inf)
+    lse = _log_sum_exp(score)
+    if sinks is not None:
+        lse = lse + torch.where(infinite, sink, 0)[..., 0]
+    lse = torch.where(some[..., 0], lse, -math.inf)
     return torch.where(some, out, 0).to(query.dtype), lse
 
 

@@ -23,7 +23,7 @@ from support.cases import (
 from support.oracle import expected as expected_of
 from support.oracle import upstream_for, visible_keys
 
-from moba_flex import moba_attention
+from moba_flex import moba_attention, select_blocks
 from moba_flex.backends import eager_routes
 
 # NaN and infinity
@@ -53,6 +53,34 @@ def test_nan_and_infinity_reach_the_outputs_that_can_see_them(implementation, na
         others[0, position] = False
         assert_same(out[1][others], clean[1][others], "another query")
     gradients((out, lse), tensors)  # nothing to promise about what it holds, but that it comes
+
+
+def test_heads_that_share_a_selection_agree_about_a_key_of_infinity():
+    """Its scores are infinity of both signs, whose sum is no number. The score of the heads' summed query is one."""
+    query = torch.tensor([1.0, -2.0]).view(1, 2, 1, 1).expand(1, 2, 4, 1)
+    key, value = torch.tensor([torch.inf, 1, -1, 0]).view(1, 1, 4, 1), torch.arange(4.0).view(1, 1, 4, 1)
+    settings = {"block_size": 1, "top_k": 2, "share_selection": True}
+    assert select_blocks(query, key, **settings).indices[0, :, :, 0].tolist() == [[-1, 0, 1, 2]] * 2
+    outputs = [moba_attention(query, key, value, **settings, implementation=name) for name in ("eager", "naive")]
+    assert outputs[0][0, :, 2:].isfinite().all(), "their own block and the one before hold no infinity"
+    torch.testing.assert_close(outputs[1], outputs[0], equal_nan=True)
+
+
+@each_implementation
+def test_a_sink_of_infinity_leaves_no_weight_for_keys(implementation: str):
+    tensors = [torch.randn(1, 4, 12, 8).requires_grad_() for _ in range(3)]
+    sinks = torch.tensor([torch.inf, 0.0, -torch.inf, 1.0]).requires_grad_()
+    mask = torch.arange(12)[None] >= 2
+    settings = {"block_size": 4, "top_k": 2, "padding_mask": mask, "return_lse": True, "implementation": implementation}
+    out, lse = moba_attention(*tensors, sinks=sinks, **settings)
+    without, _ = moba_attention(*tensors, **settings)
+    assert (out[:, 0] == 0).all()
+    assert (lse[:, 0, 2:] == torch.inf).all() and (lse[:, 0, :2] == -torch.inf).all()
+    torch.testing.assert_close(out[:, 2], without[:, 2])
+    for x in torch.autograd.grad(out.square().sum() + lse[:, :, 2:].sum(), tensors):
+        assert (x[:, 0] == 0).all() and x[:, 1:].isfinite().all()
+    (grad,) = torch.autograd.grad(moba_attention(*tensors, sinks=sinks, **settings)[1][:, :, 2:].sum(), sinks)
+    assert grad[0] == 10 and grad[2] == 0, "each of ten queries has a log-sum-exp of the sink itself"
 
 
 @pytest.mark.parametrize("name", ["key", "value"])
