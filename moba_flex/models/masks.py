@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from ..core import validation
-from ..core.upstream import mark_dynamic
+from ..core.upstream import assert_in_graph, mark_dynamic
 from ..ops.decoding import MAX_DECODE_TOKENS
 from .upstream import bidirectional_mask_function, causal_mask_function, mask_builder, mtp_offset
 
@@ -265,7 +265,7 @@ def _read(request: dict[str, Any]) -> Visible:
     mask_function, attention_mask = request.get("mask_function", causal_mask_function), request.get("attention_mask")
     if request["kv_offset"]:
         raise ValueError("MoBA needs all keys from the first token on, but this cache has dropped some: use DynamicCache()")
-    seen = int(request["q_offset"]) + request["q_length"]
+    seen = _first_query(request) + request["q_length"]
     if seen > request["kv_length"]:
         raise ValueError(f"MoBA's queries are the last of the keys, but query {seen - 1} meets only {request['kv_length']} keys")
     if mask_function in (causal_mask_function, bidirectional_mask_function):
@@ -282,6 +282,15 @@ def _read(request: dict[str, Any]) -> Visible:
     if cu_seqlens is None:  # a mask that would join the tokens of an image, but there are none
         return Visible(seen, True, padding_mask, starts=_starts(padding_mask))
     return Visible(seen, True, None, cu_seqlens, int(cu_seqlens.diff().max()))
+
+
+def _first_query(request: dict[str, Any]) -> int:
+    """The position of the first query. An exported program cannot read it of a static cache, and takes whole prompts only."""
+    offset = request["q_offset"]
+    if isinstance(offset, Tensor) and torch.compiler.is_exporting():
+        assert_in_graph(offset == 0, "an exported prompt must begin at the first position of its static cache")
+        return 0
+    return int(offset)
 
 
 def _padding(attention_mask: Tensor | None, n_key: int) -> Tensor | None:

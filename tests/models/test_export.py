@@ -12,6 +12,7 @@ from transformers import (
     LlamaForTokenClassification,
     LlamaModel,
     PreTrainedModel,
+    StaticCache,
 )
 
 from moba_flex.models import patch, set_attention
@@ -62,6 +63,30 @@ def test_the_module_that_transformers_exports_decodes(decode, gradients):
     with torch.set_grad_enabled(gradients):
         module = executorch.TorchExportableModuleForDecoderOnlyLM(model, batch_size=1, max_cache_len=64, device=torch.device("cpu"))
         module.export(input_ids=tokens(1, 1), cache_position=torch.tensor([0]))
+
+
+@each_decode
+@pytest.mark.parametrize("lengths", [(20,), (40,), (34, 40, 60)], ids=str)
+@torch.no_grad()
+def test_a_prompt_into_a_static_cache_is_exported(decode, lengths):
+    executorch = pytest.importorskip("transformers.integrations.executorch")
+    model, ids = patch(build(num_hidden_layers=2), **SPARSE, decode=decode), tokens(1, 60)
+    cache = {"batch_size": 1, "max_cache_len": 64, "device": "cpu"}
+    model.generation_config = GenerationConfig(use_cache=True, cache_implementation="static", max_length=64, cache_config=cache)
+    module = executorch.TorchExportableModuleForDecoderOnlyLM(model, batch_size=1, max_cache_len=64, device=torch.device("cpu"))
+    n = lengths[len(lengths) // 2]
+    shapes = None
+    if len(lengths) > 1:
+        length = torch.export.Dim("n", min=lengths[0], max=lengths[-1])
+        shapes = {"input_ids": {1: length}, "cache_position": {0: length}}
+    program = module.export(input_ids=ids[:, :n], cache_position=torch.arange(n), dynamic_shapes=shapes, strict=False).module()
+    for n in lengths:
+        static = StaticCache(config=model.config, max_cache_len=64)
+        expected = model(ids[:, :n], past_key_values=static, use_cache=True).logits
+        torch.testing.assert_close(program(input_ids=ids[:, :n], cache_position=torch.arange(n)), expected)
+    if decode == "full" or n > 32:
+        with pytest.raises(RuntimeError, match="an exported prompt must begin at the first position of its static cache"):
+            program(input_ids=ids[:, :n], cache_position=torch.arange(n) + 1)
 
 
 @torch.no_grad()
