@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .core import validation
 from .core.autocast import without_autocast
+from .core.hidden import some_not_finite
 from .core.memo import memo_of_both
 from .functional import moba_attention, moba_attention_varlen
 
@@ -55,6 +56,9 @@ def moba_attn_varlen(
     if moba_topk > 1:
         return _out(moba_attention_varlen(q, k, v, cu_seqlens, block_size=moba_chunk_size, top_k=moba_topk))
     validation.check_packed(q, k, v, cu_seqlens)
+    validation.check_values("moba_attn_varlen with moba_topk=1", cu_seqlens=cu_seqlens)
+    if not q.is_cuda and some_not_finite(q, k, v):  # PyTorch's attention would spread it to earlier tokens
+        return _out(moba_attention_varlen(q, k, v, cu_seqlens, block_size=max(1, q.shape[0]), top_k=1))
     return _dense_varlen(q, k, v, cu_seqlens)
 
 
@@ -125,6 +129,7 @@ def flash_moba_varlen_func(
     validation.check_same_count("cu_seqlens_q", cu_seqlens_q, "cu_seqlens_k", cu_seqlens_k)
 
     def compared() -> str:
+        validation.check_values("flash_moba_varlen_func", cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
         if torch.equal(cu_seqlens_q, cu_seqlens_k):
             return "as many keys"
         return "fewer keys" if bool((cu_seqlens_q.diff() > cu_seqlens_k.diff()).any()) else "more keys"

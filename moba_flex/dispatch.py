@@ -18,13 +18,13 @@ from .core.dtypes import accumulation_dtype
 from .core.layout import clamp_block_size, slots_per_block
 from .core.memo import remember
 from .core.settings import AttentionSettings
-from .core.validation import check_not_onnx, check_not_transformed
+from .core.validation import check_not_onnx, check_not_transformed, check_values
 from .decoding import decode, decode_pages
 from .ops.pages import Pages
 from .reference import reference_attention
 
 _LEAST_WIDTH = {"flex": 16, "triton": 16, "eager": 1}  # of a GPU's tiles; 1, since even values of width 0 have a log-sum-exp
-_LARGE_TOP_K = 64  # a larger `top_k` is bounded by the number of blocks
+LARGE_TOP_K = 64  # a larger `top_k` is bounded by the number of blocks
 
 
 def attend(
@@ -57,6 +57,8 @@ def attend(
     if path is Path.EMPTY:
         out, lse = _nothing(query, key, value)
     elif path is Path.REFERENCE:
+        if cu_seqlens is not None:
+            check_values('implementation="naive"', cu_seqlens=cu_seqlens)
         with without_autocast(query):
             out, lse = reference_attention(query, key, value, settings, padding_mask=padding_mask, cu_seqlens=cu_seqlens, sinks=sinks)
     else:
@@ -129,9 +131,9 @@ def _operator(
 
 def with_bounded_top_k(settings: AttentionSettings, n_blocks: int) -> AttentionSettings:
     """Equivalent settings with smaller counts if these are far above the number of blocks: time and memory grow with them."""
-    if settings.top_k <= _LARGE_TOP_K:
+    if settings.top_k <= LARGE_TOP_K:
         return settings
-    enough = _LARGE_TOP_K
+    enough = LARGE_TOP_K
     while enough < n_blocks:
         enough *= 2
     sink_blocks = min(settings.sink_blocks, enough - 1)  # that many cover all past blocks already

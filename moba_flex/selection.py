@@ -13,6 +13,7 @@ from .backends import backend_of
 from .core import validation
 from .core.autocast import without_autocast
 from .core.layout_builders import layout_of
+from .dispatch import LARGE_TOP_K, with_bounded_top_k
 from .functional import checked_settings
 from .reference import block_of_key
 
@@ -25,7 +26,8 @@ class Selection:
 
     Attributes:
         indices: `[B, H, Nq, top_k - 1]` int32, the chosen past blocks in ascending order, padded with -1 at the end. The own block is
-            not among them. With `causal=False` there is no own block, and the shape is `[B, H, Nq, top_k]`.
+            not among them. With `causal=False` there is no own block, and the shape is `[B, H, Nq, top_k]`. A `top_k` above both 64 and
+            the number of blocks counts as the larger of these two.
         block_of_key: `[B, Nk]` int64, the block of each key, -1 for padding. The queries are the last Nq of these positions.
         n_blocks: maximum number of blocks of a batch row.
         causal: whether queries see only the keys up to their own position.
@@ -125,6 +127,9 @@ def select_blocks(
         share_selection=share_selection,
         causal=causal,
     )
+    n_blocks = -(-key.shape[2] // block_size)
+    settings = with_bounded_top_k(settings, n_blocks)
+    width = min(top_k, max(LARGE_TOP_K, n_blocks)) - causal
     backend = backend_of(settings)
     with without_autocast(query), torch.no_grad(), torch.cuda.device_of(query):  # as in the operator
         layout = layout_of(query, key, padding_mask, None, block_size, backend)
@@ -136,5 +141,5 @@ def select_blocks(
             indices = torch.full((*query.shape[:3], settings.n_routed), -1, dtype=torch.int32, device=query.device)
         last = torch.iinfo(torch.int32).max
         indices = torch.where(indices < 0, last, indices).sort(dim=-1).values
-        indices = torch.where(indices == last, -1, indices)
-        return Selection(indices, block_of_key(key, padding_mask, block_size), -(-key.shape[2] // block_size), causal)
+        indices = torch.where(indices == last, -1, indices)[..., :width]
+        return Selection(indices, block_of_key(key, padding_mask, block_size), n_blocks, causal)

@@ -275,6 +275,33 @@ def test_moba_attn_varlen_wants_one_key_a_query(function):
         function(torch.zeros(10, 2, 4), torch.zeros(9, 2, 4), torch.zeros(9, 2, 4), bounds(10), 10, 4, 1)
 
 
+@both
+@pytest.mark.parametrize("topk", [1, 3])
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_nan_reaches_no_earlier_token_and_no_other_sequence(function, topk, name):
+    call_of = {"cu_seqlens": bounds(10, 20, 10), "max_seqlen": 20, "moba_chunk_size": 4, "moba_topk": topk}
+    tensors = operands(40, 40, (4, 2), (8, 8), seed=0)
+    expected = function(**tensors, **call_of).detach()
+    tensors[name].data[20] = torch.nan
+    out = function(**tensors, **call_of)
+    spoilt = out.isnan().flatten(1).any(1)
+    assert spoilt[20] and not spoilt[:20].any() and not spoilt[30:].any()
+    assert_same(out[~spoilt], expected[~spoilt])
+    for x in torch.autograd.grad(out[~spoilt].sum(), list(tensors.values())):
+        assert x[:10].isfinite().all() and x[30:].isfinite().all(), "another sequence"
+
+
+def test_what_reads_lengths_says_so_of_lengths_without_values():
+    x, lengths, others = torch.zeros(10, 2, 4, device="meta"), bounds(10).to("meta"), bounds(10).to("meta")
+    assert moba_attn_varlen(x, x, x, lengths, 10, 4, 2).shape == x.shape
+    assert flash_moba_varlen_func(x, x, x, lengths, lengths, 10, 10, 4, 2).shape == x.shape
+    for function in (moba_attn_varlen, moba_attn_varlen_naive):
+        with pytest.raises(ValueError, match=r"cu_seqlens must have values, .* but is on the meta device"):
+            function(x, x, x, lengths, 10, 4, 1)
+    with pytest.raises(ValueError, match="cu_seqlens_q must have values, which flash_moba_varlen_func reads"):
+        flash_moba_varlen_func(x, x, x, lengths, others, 10, 10, 4, 2)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @every

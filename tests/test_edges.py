@@ -81,6 +81,18 @@ def test_far_more_blocks_than_there_are_is_all_of_them(causal, top_k):
     torch.testing.assert_close(*(torch.autograd.grad((x * weight).sum(), inputs) for x in (ours, expected)))
 
 
+@pytest.mark.parametrize("top_k", [65, 1000, 2**31, 2**62])
+def test_far_more_blocks_than_there_are_are_selected(top_k):
+    query, key, _ = tensors(1, 1, 1100, 8, grad=False)  # 69 blocks
+    for causal in (True, False):
+        selection = select_blocks(query, key, block_size=16, top_k=top_k, causal=causal)
+        assert selection.indices.shape == (1, 1, 1100, min(top_k, 69) - causal)
+        dense = selection.to_dense()
+        assert (dense.sum(-1) == (torch.arange(1100) // 16 + 1 if causal else torch.tensor(69)).clamp(max=top_k)).all()
+        few = select_blocks(query[..., :40, :], key[..., :40, :], block_size=16, top_k=top_k, causal=causal)
+        assert few.indices.shape == (1, 1, 40, 64 - causal)
+
+
 def test_far_more_blocks_than_there_are_take_no_more_memory():
     inputs = tensors(1, 2, 512, 8)
     kept = [kept_for_backward(moba_attention, *inputs, block_size=16, top_k=top_k) for top_k in (64, 2**31)]
@@ -298,6 +310,9 @@ def test_fake_and_meta_tensors_go_through_every_argument():
         assert moba_attention(*inputs, **BLOCKS, padding_mask=torch.ones(1, 40, dtype=torch.bool)).shape == (1, 2, 40, 8)
     meta = [torch.empty(1, 2, 40, 8, device="meta") for _ in range(3)]
     assert moba_attention(*meta, **BLOCKS, implementation="naive").shape == (1, 2, 40, 8)
+    packed = [torch.empty(40, 2, 8, device="meta") for _ in range(3)]
+    with pytest.raises(ValueError, match='cu_seqlens must have values, which implementation="naive" reads, but is on the meta device'):
+        moba_attention_varlen(*packed, torch.empty(3, dtype=torch.int32, device="meta"), **BLOCKS, implementation="naive")
 
 
 def test_packed_outputs_can_be_viewed_as_those_of_flash_attention():

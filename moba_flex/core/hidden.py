@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from .compiling import outside_graphs
 from .upstream import functorch_transform
 from .validation import have_values
 
@@ -16,6 +17,14 @@ def all_finite(*tensors: Tensor) -> bool:
     if torch.compiler.is_compiling() or functorch_transform() is not None or not have_values(*tensors):
         return False
     return all(bool(x.isfinite().all()) for x in tensors)
+
+
+@outside_graphs
+def some_not_finite(*tensors: Tensor) -> bool:
+    """Whether an element is NaN or infinite. False if values must not be read. A graph must not ask."""
+    if functorch_transform() is not None or not have_values(*tensors):
+        return False
+    return not all(bool(x.isfinite().all()) for x in tensors)
 
 
 def finite(x: Tensor) -> Tensor:
