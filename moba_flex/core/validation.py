@@ -7,6 +7,8 @@ from typing import TypeGuard
 
 import torch
 from torch import Tensor
+from torch.masked import MaskedTensor
+from torch.nn import Parameter
 
 from .compiling import constant_in_graphs, outside_graphs
 from .memo import memo, remember
@@ -66,6 +68,14 @@ def _check_tensor(name: str, value: object) -> None:
         raise TypeError(
             f"{name} must be a dense tensor, but is a nested one: for x of layout torch.jagged and shape (batch, tokens, heads, width) "
             "use moba_attention_varlen with x.values(), and with x.offsets() as cu_seqlens"
+        )
+    if isinstance(value, MaskedTensor):
+        raise TypeError(
+            f"{name} must be a dense tensor, but is a MaskedTensor: convert it with .to_tensor(0), and pass padding as padding_mask"
+        )
+    if type(value) not in (Tensor, Parameter) and hasattr(value, "to_local"):
+        raise TypeError(
+            f"{name} must be a tensor of one process, but is a {type(value).__name__}: pass its part of this process, .to_local()"
         )
     if value.layout != torch.strided:
         raise TypeError(f"{name} must be a dense tensor, but has layout {value.layout}: convert it with .to_dense()")

@@ -6,6 +6,9 @@ import re
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DeviceMesh, DTensor, Replicate
+from torch.masked import MaskedTensor
 
 from moba_flex import functional, moba_attention, moba_attention_varlen, select_blocks, set_working_memory
 
@@ -220,6 +223,38 @@ def test_nested_tensors_are_sent_to_the_function_for_packed_sequences(function, 
     if layout is torch.jagged:  # which is what the message says
         out = moba_attention_varlen(*[nested.values()] * 3, nested.offsets(), block_size=4, top_k=2)
         assert out.shape == (12, 2, 3)
+
+
+@pytest.fixture
+def distributed():
+    """`as_dtensor`, in a process group of one process."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    mesh = DeviceMesh("cpu", [0])
+    yield lambda x: DTensor.from_local(x, mesh, [Replicate()])
+    dist.destroy_process_group()
+
+
+def masked(x: torch.Tensor) -> MaskedTensor:
+    return MaskedTensor(x, torch.ones_like(x, dtype=torch.bool))
+
+
+def test_tensors_of_other_kinds_are_named_and_how_to_convert_them(distributed):
+    blocks = {"block_size": 4, "top_k": 2}
+    real, lengths = torch.ones(2, 8, dtype=torch.bool), bounds(0, 8)
+    for convert, words in ((distributed, r"is a DTensor: .*\.to_local\(\)"), (masked, r"is a MaskedTensor: .*\.to_tensor\(0\)")):
+        for name, call in {
+            "query": lambda x: moba_attention(x(X), x(X), x(X), **blocks),
+            "key": lambda x: moba_attention(X, x(X), X, **blocks),
+            "value": lambda x: moba_attention_varlen(P, P, x(P), lengths, **blocks),
+            "padding_mask": lambda x: moba_attention(X, X, X, padding_mask=x(real), **blocks),
+            "sinks": lambda x: moba_attention(X, X, X, sinks=x(torch.zeros(4)), **blocks),
+            "cu_seqlens": lambda x: moba_attention_varlen(P, P, P, x(lengths), **blocks),
+            "cu_seqlens_k": lambda x: moba_attention_varlen(P, P, P, lengths, cu_seqlens_k=x(lengths), **blocks),
+        }.items():
+            with pytest.raises(TypeError, match=rf"^{name} must be .* {words}"):
+                call(convert)
+        with pytest.raises(TypeError, match=rf"^query must be .* {words}"):
+            select_blocks(convert(X), X, **blocks)
 
 
 @pytest.mark.parametrize("function", [moba_attention, moba_attention_varlen, select_blocks])
