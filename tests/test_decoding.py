@@ -221,3 +221,17 @@ def test_nan_that_a_token_cannot_see_reaches_nothing():
             before = means_before(case, spoilt["key"], 4)
             for actual, wanted in zip(decoded(case, spoilt, before, None), expected):
                 assert_same(actual[:, :, :3], wanted[:, :, :3], f"{bad} in {name}")
+
+
+def test_forward_mode_derivatives_are_refused():
+    case = Case(1, 2, 1, 20, 20, block_size=4, top_k=3)
+    tensors = operands(case)
+    query, key, value = tensors["query"][:, :, -1:], tensors["key"], tensors["value"]
+
+    def step(query: torch.Tensor) -> torch.Tensor:
+        return attend_decoding(query, key, value, means_before(case, key, 1), None, None, case.attention_settings())
+
+    with pytest.raises(NotImplementedError, match='forward-mode derivatives .* need decode="full"'):
+        torch.func.jvp(step, (query,), (query,))
+    with torch.autograd.forward_ad.dual_level():
+        torch.testing.assert_close(step(query), attend(case, tensors)[0][:, :, -1:])
