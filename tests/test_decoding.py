@@ -231,7 +231,7 @@ def test_forward_mode_derivatives_are_refused():
     def step(query: torch.Tensor) -> torch.Tensor:
         return attend_decoding(query, key, value, means_before(case, key, 1), None, None, case.attention_settings())
 
-    with pytest.raises(NotImplementedError, match='forward-mode derivatives .* need decode="full"'):
+    with pytest.raises(NotImplementedError, match=r'forward-mode derivatives .* need decode="full"'):
         torch.func.jvp(step, (query,), (query,))
     with torch.autograd.forward_ad.dual_level():
         torch.testing.assert_close(step(query), attend(case, tensors)[0][:, :, -1:])
