@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import torch
 
@@ -17,6 +18,23 @@ KERNEL_SIZES = (0, 3, 5)
 MOST_LAYERS = 100_000  # maximum that can be named, so that an endless iterator is rejected
 
 
+Config = TypeVar("Config")
+
+
+def _with_known_names(cls: type[Config]) -> type[Config]:
+    """Let the class list its settings where it gets another name; the error of a dataclass shows the whole name, and no others."""
+    of_dataclass: Any = cls.__init__
+
+    @functools.wraps(of_dataclass)
+    def __init__(self: Config, *args: Any, **settings: Any) -> None:
+        _check_names(settings)
+        of_dataclass(self, *args, **settings)
+
+    cls.__init__ = __init__  # type: ignore[assignment]
+    return cls
+
+
+@_with_known_names
 @dataclass(frozen=True, repr=False)
 class MobaConfig(dict[str, Any]):
     """How a model's full-attention layers use MoBA. `moba_flex.patch` accepts it in place of keywords.
@@ -84,10 +102,7 @@ class MobaConfig(dict[str, Any]):
         """
         if not isinstance(settings, Mapping):
             raise ValueError(f"settings of MoBA must be a dict of them by name, as in config.json, but are {shown(settings)}")
-        names = [field.name for field in fields(cls)]
-        for name in settings:
-            if name not in names:
-                raise ValueError(f"{shown(name)} is no setting of MoBA: there are {', '.join(names)}")
+        _check_names(settings)
         return cls(**settings)
 
     @classmethod
@@ -111,6 +126,13 @@ class MobaConfig(dict[str, Any]):
         raise TypeError("a MobaConfig cannot be changed: make a new one and patch the model with it")
 
     __setitem__ = __delitem__ = __ior__ = update = setdefault = clear = popitem = _refuse
+
+
+def _check_names(settings: Mapping[str, Any]) -> None:
+    names = [field.name for field in fields(MobaConfig)]
+    for name in settings:
+        if name not in names:
+            raise ValueError(f"{shown(name)} is no setting of MoBA: there are {', '.join(names)}")
 
 
 def _from_dict(settings: dict[str, Any]) -> MobaConfig:
