@@ -30,6 +30,7 @@ from ..models.state import choice_of, context_of, key_conv_hooks_of, set_choice,
 from ..models.upstream import holds_config, is_peft_model
 from ..selection import Selection, select_blocks
 from . import figures
+from .inputs import check_ids, check_weights
 from .tables import table
 
 if TYPE_CHECKING:
@@ -176,6 +177,8 @@ def trace(
         raise ValueError(
             f"{type(model).__name__} is context-parallel, and only whole sequences are traced: call ContextParallel.remove() first"
         )
+    check_ids("trace", "input_ids", input_ids, model)
+    check_weights(model)
     with left_as_it_was(model):
         if config is not None or settings or not is_patched(replaceable):
             patch(model, config, **settings)
