@@ -5,6 +5,11 @@ import sys
 from types import ModuleType
 from typing import TYPE_CHECKING
 
+from .core.startup import is_command, prepare_command
+
+if is_command():
+    prepare_command()  # before PyTorch is imported
+
 from . import compat
 from .analysis.calibration.calibrate import calibrate
 from .analysis.calibration.report import Calibration, Candidate

@@ -11,15 +11,12 @@ Exit code: 0; 1 if no settings are within the limits; 2, with a one-line message
 
 from __future__ import annotations
 
-import os
-
-# Otherwise threads on a busy CPU can wait for each other for minutes. GNU OpenMP reads the variable when PyTorch is imported.
-if __name__ == "__main__":
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-
 import argparse
+import signal
 import sys
 import sysconfig
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
@@ -28,7 +25,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from .analysis.calibration.calibrate import COSTS, calibrate
+from .analysis.calibration.calibrate import COSTS, calibrate, limits_of, sizes_of
 from .analysis.calibration.report import Calibration
 from .models import AutoModelForCausalLM
 
@@ -56,25 +53,44 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    for name, least in (("length", 1), ("texts", 2)):
-        if getattr(args, name) < least:
-            raise UserError(f"--{name} must be at least {least}, but is {getattr(args, name)}")
-    _check_output(args.output)
+    _check_flags(args)
+    texts = _read(args.text_file) if args.text_file else standard_texts()
     model, tokenizer = _load(args.model, args.device, args.dtype)
-    texts = text_pieces(args.text_file, tokenizer, args.length, args.texts)
+    pieces = text_pieces(texts, tokenizer, args.length, args.texts)
     names = ("within", "last_quarter", "agreement", "retrieval", "cost", "block_sizes", "budgets")
-    try:
+    with _one_line():
         report = calibrate(
             model,
-            texts,
+            pieces,
             tokenizer=tokenizer,
             length=args.length,
             file=_beside(args.output, ".measured.json"),
             **{name: getattr(args, name) for name in names},
         )
-    except (TypeError, ValueError) as error:
-        raise UserError(str(error).splitlines()[0]) from error
     return show(report, args.output, args.model)
+
+
+def _check_flags(args: argparse.Namespace) -> None:
+    """What can be known to be wrong before a model is loaded."""
+    for name, least in (("length", 1), ("texts", 2)):
+        if getattr(args, name) < least:
+            raise UserError(f"--{name} must be at least {least}, but is {getattr(args, name)}")
+    with _one_line():
+        limits_of(args.within, args.last_quarter, args.agreement, args.retrieval)
+        for name in ("block_sizes", "budgets"):
+            if getattr(args, name) is not None:
+                sizes_of(name, getattr(args, name))
+    _check_device(args.device)
+    _check_output(args.output)
+
+
+@contextmanager
+def _one_line() -> Iterator[None]:
+    """Errors of `calibrate` that the user can fix."""
+    try:
+        yield
+    except (TypeError, ValueError, OSError) as error:
+        raise UserError(str(error).splitlines()[0]) from error
 
 
 def show(report: Calibration, output: Path, model: str) -> int:
@@ -97,9 +113,9 @@ def show(report: Calibration, output: Path, model: str) -> int:
     return 0
 
 
-def text_pieces(files: list[Path] | None, tokenizer: Any, length: int, most: int) -> Texts:
-    """At most `most` pieces of `length` tokens, from each file in turn; without files, from prose and code that ship with Python."""
-    pieces = [_pieces(text, tokenizer, length, most) for text in (_read(files) if files else standard_texts())]
+def text_pieces(texts: list[str], tokenizer: Any, length: int, most: int) -> Texts:
+    """At most `most` pieces of `length` tokens, from each text in turn."""
+    pieces = [_pieces(text, tokenizer, length, most) for text in texts]
     turns = [[of[i] for of in pieces if i < len(of)] for i in range(most)]
     found = [piece for turn in turns for piece in turn][:most]
     if len(found) < 2:
@@ -159,10 +175,22 @@ def _beside(output: Path, ending: str) -> Path:
 
 
 def _check_output(output: Path) -> None:
+    if not output.name:
+        raise UserError(f"--output must be the name of files, without an ending, but is {str(output)!r}")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
+        probe = _beside(output, ".json.partial")
+        probe.touch()
+        probe.unlink()
     except OSError as error:
         raise UserError(f"cannot write to the folder {output.parent}: {error.strerror}") from error
+
+
+def _check_device(device: str) -> None:
+    try:
+        torch.empty(0, device=device)
+    except Exception as error:  # PyTorch has several kinds of them
+        raise UserError(f"--device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -188,4 +216,5 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which was another one during the imports
     sys.exit(main())

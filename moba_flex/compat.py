@@ -24,6 +24,8 @@ from .core.hidden import some_not_finite
 from .core.memo import memo_of_both
 from .functional import moba_attention, moba_attention_varlen
 
+NAMES = ("q", "k", "v")
+
 
 def moba_attn_varlen(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int | Tensor, moba_chunk_size: int, moba_topk: int
@@ -52,10 +54,10 @@ def moba_attn_varlen(
     >>> moba_attn_varlen(x, x, x, bounds, 30, moba_chunk_size=8, moba_topk=2).shape
     torch.Size([50, 2, 16])
     """
-    _check_blocks(moba_chunk_size, moba_topk)
+    _check_one_length(q, k, v, cu_seqlens, moba_chunk_size, moba_topk)
+    validation.check_not_transformed(q, k, v, but="need moba_attn_varlen_naive")
     if moba_topk > 1:
         return _out(moba_attention_varlen(q, k, v, cu_seqlens, block_size=moba_chunk_size, top_k=moba_topk))
-    validation.check_packed(q, k, v, cu_seqlens)
     validation.check_values("moba_attn_varlen with moba_topk=1", cu_seqlens=cu_seqlens)
     if not q.is_cuda and some_not_finite(q, k, v):  # PyTorch's attention would spread it to earlier tokens
         return _out(moba_attention_varlen(q, k, v, cu_seqlens, block_size=max(1, q.shape[0]), top_k=1))
@@ -75,7 +77,7 @@ def moba_attn_varlen_naive(
     >>> moba_attn_varlen_naive(x, x, x, bounds, 30, moba_chunk_size=8, moba_topk=2).shape
     torch.Size([50, 2, 16])
     """
-    _check_blocks(moba_chunk_size, moba_topk)
+    _check_one_length(q, k, v, cu_seqlens, moba_chunk_size, moba_topk)
     return _out(moba_attention_varlen(q, k, v, cu_seqlens, block_size=moba_chunk_size, top_k=moba_topk, implementation="naive"))
 
 
@@ -123,10 +125,11 @@ def flash_moba_varlen_func(
     _check_blocks(moba_chunk_size, moba_topk)
     validation.check_flag("causal", causal)
     blocks: dict[str, Any] = {"block_size": moba_chunk_size, "top_k": moba_topk, "causal": causal}
-    validation.check_packed_operands(q, k, v)
-    validation.check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, q, q.shape[0])
-    validation.check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, k, k.shape[0])
+    validation.check_packed_operands(q, k, v, NAMES)
+    validation.check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, q, q.shape[0], of="q")
+    validation.check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, k, k.shape[0], of="k")
     validation.check_same_count("cu_seqlens_q", cu_seqlens_q, "cu_seqlens_k", cu_seqlens_k)
+    validation.check_not_transformed(q, k, v, but='need moba_flex.moba_attention_varlen with implementation="naive"')
 
     def compared() -> str:
         validation.check_values("flash_moba_varlen_func", cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
@@ -155,6 +158,18 @@ def _out(result: Tensor | tuple[Tensor, Tensor]) -> Tensor:
 def _check_blocks(moba_chunk_size: int, moba_topk: int) -> None:
     validation.check_count("moba_chunk_size", moba_chunk_size, 1)
     validation.check_count("moba_topk", moba_topk, 1)
+
+
+def _check_one_length(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, moba_chunk_size: int, moba_topk: int) -> None:
+    """The arguments of the functions whose queries and keys have the same `cu_seqlens`, by the names that they have there."""
+    _check_blocks(moba_chunk_size, moba_topk)
+    validation.check_packed_operands(q, k, v, NAMES)
+    if k.shape[0] != q.shape[0]:
+        raise ValueError(
+            f"q {tuple(q.shape)} and k {tuple(k.shape)} must agree in tokens (dimension 0): where sequences have more keys than queries, "
+            "use flash_moba_varlen_func"
+        )
+    validation.check_cu_seqlens("cu_seqlens", cu_seqlens, q, q.shape[0], of="q")
 
 
 def _sequences(q: Tensor, cu_seqlens_q: Tensor, k: Tensor, v: Tensor, cu_seqlens_k: Tensor) -> zip[tuple[Tensor, Tensor, Tensor]]:
@@ -188,9 +203,9 @@ def _one_sequence(q: Tensor, k: Tensor, v: Tensor, **blocks: Any) -> Tensor:
 
 def _dense_varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
     """Causal attention to all keys of a token's own sequence."""
-    out = [q.new_empty(0, q.shape[1], v.shape[2])]
+    out = []
     with without_autocast(q):
-        for qkv in _sequences(q, cu_seqlens, k, v, cu_seqlens):
+        for qkv in list(_sequences(q, cu_seqlens, k, v, cu_seqlens)) or [(q, k, v)]:  # without sequences there are no tokens either
             query, key, value = (x.transpose(0, 1)[None] for x in qkv)
             out.append(F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)[0].transpose(0, 1))
     return torch.cat(out)

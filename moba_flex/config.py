@@ -84,10 +84,7 @@ class MobaConfig(dict[str, Any]):
         """
         if not isinstance(settings, Mapping):
             raise ValueError(f"settings of MoBA must be a dict of them by name, as in config.json, but are {shown(settings)}")
-        names = [field.name for field in fields(cls)]
-        for name in settings:
-            if name not in names:
-                raise ValueError(f"{shown(name)} is no setting of MoBA: there are {', '.join(names)}")
+        _check_names(settings)
         return cls(**settings)
 
     @classmethod
@@ -111,6 +108,13 @@ class MobaConfig(dict[str, Any]):
         raise TypeError("a MobaConfig cannot be changed: make a new one and patch the model with it")
 
     __setitem__ = __delitem__ = __ior__ = update = setdefault = clear = popitem = _refuse
+
+
+def _check_names(settings: Mapping[str, Any]) -> None:
+    names = [field.name for field in fields(MobaConfig)]
+    for name in settings:
+        if name not in names:
+            raise ValueError(f"{shown(name)} is no setting of MoBA: there are {', '.join(names)}")
 
 
 def _from_dict(settings: dict[str, Any]) -> MobaConfig:

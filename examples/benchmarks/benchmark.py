@@ -40,7 +40,7 @@ from benchmarking.corners import table as table_of_corners
 from benchmarking.measure import Call, attempt, over_limit
 from benchmarking.model import MODELS, ModelPrefill, ModelTraining
 from benchmarking.results import TIME_UP, Results, check_writable, find, load, plot, skewed_over_uniform, tables
-from shared.command_line import Parser, exit_code
+from shared.command_line import Parser, UserError, exit_code
 from shared.environment import environment
 from shared.flag_types import count, not_negative, positive_or_inf
 from tqdm import tqdm
@@ -150,7 +150,7 @@ def benchmark(args: argparse.Namespace, start: float) -> int:
         print(f"\nThe GPU can no longer be used: {error}\nThe same command goes on from here.", file=sys.stderr)
         code = 1
     results.save()
-    print(f"\n{report(runs)}\n\nWritten: {args.json}")
+    print("", report(runs), "", *args.left_out, f"Written: {args.json}", sep="\n")
     draw(runs, args.plot or args.json.with_suffix(".png"))
     return code
 
@@ -180,13 +180,15 @@ def workloads(args: argparse.Namespace) -> Iterator[Workload]:
         kind = ModelPrefill if args.model else ModelTraining
         yield kind(name, args.block_size, args.top_k, args.dtype, args.repeats, args.systems, device)
         return
-    systems, missing = available(args.systems, device)
-    for name, reason in missing.items():
-        print(f"Without {name}: {reason}", flush=True)
     fields = {name: getattr(args, name) for name in Settings.__dataclass_fields__ if name != "keys"}
     if args.corners:
         yield Corners(Settings(**fields), device, args.forward_only)
         return
+    systems, missing = available(args.systems, device, Settings(**fields))
+    args.left_out = [f"{name}: {reason}, left out" for name, reason in missing.items()]
+    print(*args.left_out, sep="\n", end="\n" * bool(missing), flush=True)
+    if not systems:
+        raise UserError("argument --systems: none of them can be measured here")
     for keys in ("uniform", "skewed") if args.keys == "skewed" else ("uniform",):
         yield Attention(Settings(**fields, keys=keys), device, systems, args.forward_only)
 
@@ -250,6 +252,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if workload is None and args.heads % args.key_heads:
         parser.error(f"argument --heads: must be a multiple of --key-heads, but is {args.heads} with {args.key_heads}")
     args.lengths = sorted(set(args.lengths))
+    args.left_out = []
     return args
 
 

@@ -155,7 +155,8 @@ def check(args: argparse.Namespace) -> int:
     done = {name for name, x in results_of(args.output, every).items() if not x.get("cut")}
     rest = groups([part for part in chosen if part.name not in done], 2 if args.dry else len(every))
     seconds = sum(max(part.seconds for part in group) for group in rest)
-    print(f"{len(chosen)} parts, {sum(part.name in done for part in chosen)} done; the others take about {seconds / 60:.0f} minutes")
+    n_done, where = sum(part.name in done for part in chosen), "; CPU processes take other times" if args.dry else ""
+    print(f"{len(chosen)} parts, {n_done} done; the others take about {seconds / 60:.0f} minutes on four H200{where}")
     if args.list:
         for part in chosen:
             print(f"{part.name:20} {part.seconds:5} s  {'done' if part.name in done else '' if part.timed else 'side by side'}")

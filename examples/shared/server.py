@@ -1,21 +1,25 @@
 """transformers' server for one model that is already loaded and patched.
 
-It adds three things to `transformers serve`. Requests that are longer than the model's context or the cache are refused before they can
-stop the serving loop. Ctrl-C ends running requests. Each request's speed is printed.
+It adds three things to `transformers serve`. Requests that are malformed, or longer than the model's context or the cache, are refused
+before they can stop the serving loop. Ctrl-C ends running requests. Each request's speed is printed.
 """
 
 from __future__ import annotations
 
 import asyncio
+import json
+import math
 import socket
 import time
 from collections.abc import Callable
 from typing import Any
 
 import uvicorn
-from fastapi import HTTPException, Request
+from fastapi import Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from jinja2 import TemplateError
+from starlette.exceptions import HTTPException
 from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.completion import CompletionHandler
@@ -24,15 +28,20 @@ from transformers.cli.serving.response import ResponseHandler
 from transformers.cli.serving.server import build_server
 from transformers.cli.serving.systemone import SystemOneHandler
 from transformers.cli.serving.transcription import TranscriptionHandler
-from transformers.cli.serving.utils import CBGenerateManager, GenerationState
+from transformers.cli.serving.utils import BaseHandler, CBGenerateManager, GenerationState
 from transformers.generation.continuous_batching.model_runner import infer_max_single_request_tokens
 from transformers.generation.continuous_batching.utils import drain_queue
 
 import moba_flex
 from moba_flex.analysis.explain import share_of_keys
+from moba_flex.core.messages import shown
 from moba_flex.models.layers import MOBA
 
 SECONDS_TO_LEAVE = 1  # that clients get after Ctrl-C
+SIZES = ("max_tokens", "max_completion_tokens", "max_output_tokens", "max_new_tokens")
+NUMBERS = {"temperature": (0, math.inf), "top_p": (0, 1), "frequency_penalty": (-0.99, 2)}  # smallest and largest
+# Errors of malformed requests that transformers does not check for, and of chat templates. LookupError: something is missing.
+MALFORMED = (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, ImportError, TemplateError)
 
 
 def serve(
@@ -41,15 +50,15 @@ def serve(
     """Serve until Ctrl-C."""
     state = State(ContinuousBatchingConfig(**batching), model)
     models = OneModel(name, model, tokenizer, state)
-    chat, completion = ChatCompletionHandler(models, state), CompletionHandler(models, state)
+    chat, completion = Chat(models, state), Completions(models, state)
     others = {
-        "response_handler": ResponseHandler(models, state),
-        "transcription_handler": TranscriptionHandler(models, state),
+        "response_handler": Responses(models, state),
+        "transcription_handler": NoTranscription(models, state),
         "systemone_handler": SystemOneHandler(models, state),
     }
     app = build_server(models, chat, completion_handler=completion, generation_state=state, **others)
 
-    for kind in (HTTPException, RequestValidationError, RuntimeError, KeyError, TypeError, AttributeError):
+    for kind in (HTTPException, RequestValidationError, RuntimeError, *MALFORMED):
         app.add_exception_handler(kind, refused)
     config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=SECONDS_TO_LEAVE)
     Server(config, name, state).run([listening])
@@ -57,16 +66,70 @@ def serve(
 
 async def refused(_: Request, error: Exception) -> JSONResponse:
     """The response to an invalid request, in the form that OpenAI's client shows."""
-    if isinstance(error, HTTPException):
+    if isinstance(error, HTTPException) and isinstance(error.__cause__, (ValueError, RecursionError)):
+        status, said = 422, f"the body of the request is not a JSON object: {error.__cause__}"
+    elif isinstance(error, HTTPException):
         status, said = error.status_code, str(error.detail)
     elif isinstance(error, RequestValidationError):
         status, said = 422, f"the body of the request is not a JSON object: {error.errors()[0]['msg']}"
     elif isinstance(error, RuntimeError):
         status, said = 503, f"the request was not finished: {error}"
-    else:  # errors that transformers does not check for
+    else:
         missing = isinstance(error, KeyError)
         status, said = 422, f"the request lacks {error}" if missing else f"the request cannot be understood: {error}"
     return JSONResponse({"error": {"message": said, "type": "invalid_request_error", "code": status}}, status)
+
+
+class Checked(BaseHandler):
+    """Refuses a request with a number that generation cannot use, before transformers reads it."""
+
+    def _validate_request(self, body: dict) -> None:
+        super()._validate_request(body)
+        try:
+            generation = json.loads(body.get("generation_config") or "{}")
+        except (TypeError, ValueError):
+            generation = None
+        if not isinstance(generation, dict):
+            raise HTTPException(422, f"generation_config must be a JSON object in a string, but is {shown(body['generation_config'])}")
+        for name, value in [*generation.items(), *body.items()]:
+            if (must := fault(name, value)) is not None:
+                raise HTTPException(422, f"{name} must be {must}, but is {shown(value)}")
+        if body.get("messages") == []:
+            raise HTTPException(422, "messages must have at least one message, but is []")
+
+
+def fault(name: str, value: object) -> str | None:
+    """What the value of that name must be, if it is something else; None has no effect."""
+    is_int = isinstance(value, int) and not isinstance(value, bool)
+    least, most = NUMBERS.get(name, (0, math.inf))
+    if value is None:
+        return None
+    if name in SIZES and not (is_int and value >= 1):
+        return "an int of at least 1"
+    if name == "seed" and not (is_int and 0 <= value < 1 << 63):
+        return "an int from 0 to 2**63 - 1"
+    if name in NUMBERS and not ((is_int or isinstance(value, float)) and least <= value <= most and value < math.inf):
+        return f"a number from {least:g} to {most:g}" if most < math.inf else f"a finite number of at least {least:g}"
+    return None
+
+
+class Chat(Checked, ChatCompletionHandler):
+    """/v1/chat/completions."""
+
+
+class Completions(Checked, CompletionHandler):
+    """/v1/completions."""
+
+
+class Responses(Checked, ResponseHandler):
+    """/v1/responses."""
+
+
+class NoTranscription(TranscriptionHandler):
+    """/v1/audio/transcriptions, for which a language model is of no use."""
+
+    async def handle_request(self, request: Request) -> JSONResponse:
+        raise HTTPException(400, "this server has a language model, which transcribes no audio")
 
 
 class Server(uvicorn.Server):
@@ -172,14 +235,15 @@ class Requests(CBGenerateManager):
 
     def _begin(self, model: PreTrainedModel, inputs: dict, gen_config: GenerationConfig, request_id: str) -> Callable[[int, str], None]:
         """Check a request, and return the function that reports its end. Raises HTTPException if it is empty or too long."""
-        prompt, limits = len(inputs["input_ids"]), {"the cache's pages": self._most}
+        prompt, limits = len(inputs["input_ids"]), {"the cache's pages have": self._most}
         if (context := getattr(model.config.get_text_config(), "max_position_embeddings", None)) is not None:
-            limits["the model's context"] = context
+            limits["the model's context has"] = context
         what, most = min(limits.items(), key=lambda item: item[1])
         if not 0 < prompt < most:
             said = f"the prompt has {prompt:,} tokens" if prompt else "the prompt is empty"
-            raise HTTPException(400, f"{said}, but must have from 1 to {most - 1:,}: {what} hold {most:,} with the answer")
-        gen_config.max_new_tokens = min(gen_config.max_new_tokens or most, most - prompt)
+            raise HTTPException(400, f"{said}, but must have from 1 to {most - 1:,}: {what} room for {most:,} with the answer")
+        room = most - prompt
+        gen_config.max_new_tokens = room if gen_config.max_new_tokens is None else min(gen_config.max_new_tokens, room)
         drain_queue(self._cb.output_router.output_queue)  # results for clients that have disconnected, which nobody will fetch
         began = time.perf_counter()
 

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from ..config import MobaConfig, changed_settings
-from ..core.messages import shown
+from ..core.messages import kind_of
+from ..core.validation import check_count
 from ..models.by_name import settings_to_come
 from ..models.layers import MOBA, attention_layers, attention_of, check_served, is_replaceable, keeps_full
 from ..models.patch import find_layers
@@ -131,9 +132,9 @@ def describe(model: nn.Module, length: int | None = None) -> Description:
     'full_attention_layers'
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a transformers model, but is a {type(model).__name__}")
-    if length is not None and (isinstance(length, bool) or not isinstance(length, int) or length < 1):
-        raise ValueError(f"length must be a number of tokens, an int of at least 1, but is {shown(length)}")
+        raise TypeError(f"model must be a transformers model, but is {kind_of(model)}")
+    if length is not None:
+        check_count("length", length, 1)
     try:
         find_layers(model)
         refusal = None

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from ..backends import paths
 from ..core import validation
-from ..core.layout import clamp_block_size
 from ..cuda_graphs.cache import EAGER_CALLS, cuda_graphs_enabled
 from ..functional import checked_settings
 
@@ -99,6 +98,10 @@ def explain(
     """
     value = key if value is None else value
     longest = None
+    if cu_seqlens_k is not None and cu_seqlens is None:
+        raise ValueError("cu_seqlens_k is for packed sequences, and needs cu_seqlens: give both")
+    if padding_mask is not None and cu_seqlens is not None:
+        raise ValueError("padding_mask is for rows of a batch, and cu_seqlens for packed sequences, without padding: give one")
     if cu_seqlens is None:
         validation.check_query_key(query=query, key=key, value=value)
         validation.check_padding_mask(padding_mask, query, key)
@@ -134,7 +137,7 @@ def explain(
     n_key = key.shape[2] if longest is None else longest
     what = f"{query.shape[2]:,} tokens" if query.shape[2] == key.shape[2] else f"{query.shape[2]:,} queries on {key.shape[2]:,} tokens"
     return Explanation(
-        f"{what}, block {clamp_block_size(settings.block_size, n_key)}, top-{settings.top_k}",
+        f"{what}, block {block_size}, top-{settings.top_k}",
         path.value,
         settings.implementation,
         routed and obstacles["CUDA graph"] is None,

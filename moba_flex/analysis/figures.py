@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..config import layer_indices
-from ..core.messages import shown
+from ..core.messages import kind_of, shown
 from ..selection import Selection
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ def _figure(inches: tuple[float, float]) -> Figure:
 
 def _check_selection(selection: Selection, row: int, heads: Iterable[int] | None, title: str | None) -> tuple[int, ...]:
     if not isinstance(selection, Selection):
-        raise TypeError(f"selection must be a moba_flex.Selection, as select_blocks gives it, but is a {type(selection).__name__}")
+        raise TypeError(f"selection must be a moba_flex.Selection, as select_blocks gives it, but is {kind_of(selection)}")
     n_rows, n_heads, n_query, _ = selection.indices.shape
     if 0 in (n_rows, n_heads, n_query):
         raise ValueError("selection has no queries, so that there is nothing to draw")

@@ -20,6 +20,7 @@ from transformers.utils import logging
 
 from ..config import UNSET, MobaConfig, given_settings, layer_indices
 from ..core.compiling import outside_graphs
+from ..core.messages import kind_of
 from ..models.adapters import modules_with_save_hooks, save_adapters_alone
 from ..models.call_hooks import modules_with_hooks, remove_hooks
 from ..models.layers import MOBA, attention_layers, attention_of, configs_of, is_patched, n_layers, resolve_layers
@@ -29,6 +30,7 @@ from ..models.state import choice_of, context_of, key_conv_hooks_of, set_choice,
 from ..models.upstream import holds_config, is_peft_model
 from ..selection import Selection, select_blocks
 from . import figures
+from .inputs import check_ids, check_weights
 from .tables import table
 
 if TYPE_CHECKING:
@@ -175,6 +177,8 @@ def trace(
         raise ValueError(
             f"{type(model).__name__} is context-parallel, and only whole sequences are traced: call ContextParallel.remove() first"
         )
+    check_ids("trace", "input_ids", input_ids, model)
+    check_weights(model)
     with left_as_it_was(model):
         if config is not None or settings or not is_patched(replaceable):
             patch(model, config, **settings)
@@ -277,7 +281,7 @@ def _check_inputs(input_ids: Tensor, attention_mask: Tensor | None) -> None:
     if attention_mask is None:
         return
     if not isinstance(attention_mask, Tensor):
-        raise TypeError(f"attention_mask must be a tensor, but is a {type(attention_mask).__name__}")
+        raise TypeError(f"attention_mask must be a tensor, but is {kind_of(attention_mask)}")
     if attention_mask.shape != input_ids.shape:
         raise ValueError(f"attention_mask {tuple(attention_mask.shape)} must have the shape of input_ids {tuple(input_ids.shape)}")
 

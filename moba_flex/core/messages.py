@@ -18,18 +18,24 @@ def shown(value: object) -> str:
     if isinstance(value, Tensor) and value.is_nested:  # it has no shape
         return f"a nested {type(value).__name__}"
     if isinstance(value, Tensor) and value.dim():
-        return f"a {type(value).__name__} of shape {tuple(value.shape)} and dtype {value.dtype}"
+        return f"{kind_of(value)} of shape {tuple(value.shape)} and dtype {value.dtype}"
     if (isinstance(value, Sized) and _length(value) <= _LONGEST) or not isinstance(value, Sized):
         text = _repr(value)
         if text and len(text) <= _LONGEST and text.isprintable():
             return text
     if isinstance(value, (str, bytes)):
-        return f"{_a(value)} of {len(value)} characters that begins with {value[:20]!r}"
+        return f"{kind_of(value)} of {len(value)} characters that begins with {value[:20]!r}"
     if hasattr(value, "shape") and hasattr(value, "dtype"):
-        return f"{_a(value)} of shape {value.shape} and dtype {value.dtype}"
+        return f"{kind_of(value)} of shape {value.shape} and dtype {value.dtype}"
     if not isinstance(value, Sized):
-        return _a(value)
-    return f"{_a(value)} of {_length(value)} element{'s' if _length(value) != 1 else ''}"
+        return kind_of(value)
+    return f"{kind_of(value)} of {_length(value)} element{'s' if _length(value) != 1 else ''}"
+
+
+def kind_of(value: object) -> str:
+    """The name of the type of `value` with its article: "an int", "a Tensor", "an ndarray"."""
+    name = type(value).__name__
+    return f"{'an' if name[:1].lower() in 'aeiou' or name == 'ndarray' else 'a'} {name}"
 
 
 def to_int(value: object) -> str:
@@ -41,11 +47,6 @@ def to_int(value: object) -> str:
     except Exception:
         return ""
     return "" if isinstance(value, int) else ": convert it with int()"
-
-
-def _a(value: object) -> str:
-    name = type(value).__name__
-    return f"{'an' if name[:1].lower() in 'aeiou' else 'a'} {name}"
 
 
 def _repr(value: object) -> str | None:

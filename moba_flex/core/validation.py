@@ -12,7 +12,7 @@ from torch.nn import Parameter
 
 from .compiling import constant_in_graphs, outside_graphs
 from .memo import memo, remember
-from .messages import shown, to_int
+from .messages import kind_of, shown, to_int
 from .upstream import FakeTensor, assert_in_graph, forward_mode_is_on, functorch_transform, has_tangent, is_vmapped
 
 CUDA_IMPLEMENTATIONS = ("flex", "triton")
@@ -53,17 +53,18 @@ def check_blocks(
     check_flag("share_selection", share_selection)
     if not causal and (sink_blocks or recent_blocks):
         raise ValueError(f"sink_blocks and recent_blocks must be 0 with causal=False, but are {sink_blocks} and {recent_blocks}")
-    if causal and 1 + sink_blocks + recent_blocks > top_k:
+    forced = 1 + sink_blocks + recent_blocks
+    if causal and forced > top_k:
+        mend = f"raise top_k to at least {forced}" if forced < 1 << 63 else "lower these"
         raise ValueError(
-            f"top_k={top_k} has no room for the own block, sink_blocks={sink_blocks} and recent_blocks={recent_blocks}: "
-            f"raise top_k to at least {1 + sink_blocks + recent_blocks}"
+            f"top_k={top_k} has no room for the own block, sink_blocks={sink_blocks} and recent_blocks={recent_blocks}: {mend}"
         )
 
 
 def _check_tensor(name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         mend = "" if value is None or isinstance(value, (str, bytes)) else ": convert it with torch.as_tensor()"
-        raise TypeError(f"{name} must be a torch.Tensor, but is a {type(value).__name__}{mend}")
+        raise TypeError(f"{name} must be a torch.Tensor, but is {kind_of(value)}{mend}")
     if value.is_nested:
         raise TypeError(
             f"{name} must be a dense tensor, but is a nested one: for x of layout torch.jagged and shape (batch, tokens, heads, width) "
@@ -82,12 +83,12 @@ def _check_tensor(name: str, value: object) -> None:
 
 
 def _check_operands(**tensors: Tensor) -> None:
-    """Tensors must have one floating-point dtype and be on one device."""
+    """Tensors must have one floating-point dtype and be on one device: those of the first, the queries."""
     for name, t in tensors.items():
         _check_tensor(name, t)
         if t.dtype not in _DTYPES:
             raise TypeError(f"{name} must be float32, bfloat16 or float16, but is {t.dtype}: convert it with .to()")
-    dtype = tensors["query"].dtype
+    dtype = next(iter(tensors.values())).dtype
     for t in tensors.values():
         if t.dtype != dtype:
             given = ", ".join(f"{name} {t.dtype}" for name, t in tensors.items())
@@ -96,16 +97,16 @@ def _check_operands(**tensors: Tensor) -> None:
 
 
 def _check_devices(**tensors: Tensor) -> None:
-    device = tensors["query"].device
+    device = next(iter(tensors.values())).device
     for t in tensors.values():
         if t.device != device:
             given = ", ".join(f"{name} on {t.device}" for name, t in tensors.items())
             raise ValueError(f"all tensors must be on the same device, but got {given}: move them with .to()")
 
 
-def _check_heads(heads: int, groups: int) -> None:
+def _check_heads(heads: int, groups: int, query: str = "query", key: str = "key") -> None:
     if groups == 0 or heads % groups:
-        raise ValueError(f"query has {heads} heads, which must be a multiple of key's {groups} heads")
+        raise ValueError(f"{query} has {heads} heads, which must be a multiple of {key}'s {groups} heads")
 
 
 @outside_graphs
@@ -253,24 +254,25 @@ def check_no_more_queries(name: str, cu_seqlens: Tensor, name_k: str, cu_seqlens
             raise ValueError(f"{must}, which are its last tokens, but sequence {i} has {queries[i]} queries and {keys[i]} keys")
 
 
-def check_packed_operands(query: Tensor, key: Tensor, value: Tensor) -> None:
-    """`[T, H, D]`, `[Tk, G, D]`, `[Tk, G, Dv]` must have matching shapes."""
-    _check_operands(query=query, key=key, value=value)
-    for name, t in (("query", query), ("key", key), ("value", value)):
+def check_packed_operands(query: Tensor, key: Tensor, value: Tensor, names: tuple[str, str, str] = ("query", "key", "value")) -> None:
+    """`[T, H, D]`, `[Tk, G, D]`, `[Tk, G, Dv]` must have matching shapes. `names`: what the caller calls them."""
+    q, k, v = names
+    _check_operands(**{q: query, k: key, v: value})
+    for name, t in zip(names, (query, key, value)):
         if t.dim() != 3:
             raise ValueError(f"{name} must have 3 dimensions (tokens, heads, width), but has shape {tuple(t.shape)}")
     if query.shape[2] == 0:
-        raise ValueError(f"query must have a width (last dimension) of at least 1, but has shape {tuple(query.shape)}")
+        raise ValueError(f"{q} must have a width (last dimension) of at least 1, but has shape {tuple(query.shape)}")
     if value.shape[:2] != key.shape[:2] or query.shape[2] != key.shape[2]:
         raise ValueError(
-            f"query {tuple(query.shape)}, key {tuple(key.shape)} and value {tuple(value.shape)} must agree: "
-            "key and value in tokens and heads, query and key in width"
+            f"{q} {tuple(query.shape)}, {k} {tuple(key.shape)} and {v} {tuple(value.shape)} must agree: "
+            f"{k} and {v} in tokens and heads, {q} and {k} in width"
         )
-    _check_heads(query.shape[1], key.shape[1])
+    _check_heads(query.shape[1], key.shape[1], q, k)
 
 
-def check_cu_seqlens(name: str, cu_seqlens: Tensor, query: Tensor, tokens: int) -> int | None:
-    """The argument `name`: non-decreasing int32 or int64 values from 0 to `tokens`, on the query's device.
+def check_cu_seqlens(name: str, cu_seqlens: Tensor, query: Tensor, tokens: int, of: str = "query") -> int | None:
+    """The argument `name`: non-decreasing int32 or int64 values from 0 to `tokens`, on the device of `query`, the argument `of`.
 
     Returns the maximum sequence length, or None if values must not be read. A traced graph checks them when it runs; while a CUDA graph
     is captured they are not checked.
@@ -280,7 +282,7 @@ def check_cu_seqlens(name: str, cu_seqlens: Tensor, query: Tensor, tokens: int) 
         raise TypeError(f"{name} must be int32, but is {cu_seqlens.dtype}: convert it with .int()")
     if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1:
         raise ValueError(f"{name} must have one dimension and at least one entry, but has shape {tuple(cu_seqlens.shape)}")
-    _check_devices(query=query, **{name: cu_seqlens})
+    _check_devices(**{of: query, name: cu_seqlens})
     check_not_mapped("moba_flex", **{name: cu_seqlens})
     must = f"{name} must start at 0, never fall and end at"
     if torch.compiler.is_compiling():
@@ -320,7 +322,7 @@ def check_scores(query: Tensor, heads: int, scale: float | None, softcap: float 
     """Checks what modifies the scores: `scale` and `softcap > 0`, both within float32's range, and `sinks [H]`."""
     if scale is not None and not is_number(scale):
         mend = ": convert it with float()" if hasattr(scale, "__float__") else ""
-        raise TypeError(f"scale must be a float or None, but is a {type(scale).__name__}{mend}")
+        raise TypeError(f"scale must be a float or None, but is {kind_of(scale)}{mend}")
     if scale is not None and not -_FLOAT32.max <= scale <= _FLOAT32.max:
         raise ValueError(f"scale must be finite in float32, but is {shown(scale)}")
     if softcap is not None and not (is_number(softcap) and _FLOAT32.tiny <= softcap <= _FLOAT32.max):

@@ -19,6 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.attention.bias import causal_lower_right
 
 from ..core import validation
+from ..core.messages import kind_of
 from ..core.settings import AttentionSettings
 from ..core.validation import check_not_transformed
 from ..dispatch import attend
@@ -204,7 +205,7 @@ def group_of(mesh: DeviceMesh | dist.ProcessGroup) -> dist.ProcessGroup:
     if not isinstance(mesh, DeviceMesh):
         if mesh is dist.GroupMember.NON_GROUP_MEMBER:
             raise ValueError(f"mesh is a process group that rank {dist.get_rank()} is not in: call this on its members alone")
-        raise TypeError(f"mesh must be a DeviceMesh or a process group, but is a {type(mesh).__name__}")
+        raise TypeError(f"mesh must be a DeviceMesh or a process group, but is {kind_of(mesh)}")
     names = mesh.mesh_dim_names or ()
     if mesh.ndim == 1:
         return mesh.get_group()

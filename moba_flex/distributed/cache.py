@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-from ..core.messages import shown
+from ..core.messages import kind_of, shown
 from ..models.block_means import decoder_cache, layer_of_cache
 from ..models.state import put_shared, shared_beside
 from ..ops.decoding import mean_dtype
@@ -150,14 +150,14 @@ def share(cache: Cache, n_layers: int) -> list[SharedLayer]:
     Raises ValueError unless the cache is an empty `DynamicCache` or already changed.
     """
     if not isinstance(cache, DynamicCache) or cache.offloading:
-        kind = "an offloaded DynamicCache" if isinstance(cache, DynamicCache) else f"a {type(cache).__name__}"
+        kind = "an offloaded DynamicCache" if isinstance(cache, DynamicCache) else kind_of(cache)
         raise ValueError(f"a context-parallel model keeps its keys in a DynamicCache, but got {kind}: leave out cache_implementation")
     if cache.layer_class_to_replicate is not None:
         cache.layers += [cache.layer_class_to_replicate() for _ in range(n_layers - len(cache.layers))]
     for i, layer in enumerate(cache.layers[:n_layers]):
         if type(layer) not in (DynamicLayer, SharedLayer):
             raise ValueError(
-                f"layer {i} of the cache is a {type(layer).__name__}, but a context-parallel model needs one for the keys of all "
+                f"layer {i} of the cache is {kind_of(layer)}, but a context-parallel model needs one for the keys of all "
                 "tokens: pass DynamicCache()"
             )
         if type(layer) is DynamicLayer and layer.get_seq_length():

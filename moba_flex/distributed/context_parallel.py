@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..config import MobaConfig
+from ..core.messages import kind_of
 from ..core.settings import AttentionSettings
 from ..models.layers import attention_layers, configs_of, format_layers, is_patched, is_replaceable, name_attention
 from ..models.state import context_of, set_context
@@ -281,7 +282,7 @@ def _without_last_position(_rotary: nn.Module, _args: tuple[Any, ...], out: tupl
 def _read(batch: Mapping[str, Tensor]) -> Tensor:
     """The batch's `input_ids`, after checking that every entry can be cut into slices."""
     if not isinstance(batch, Mapping):
-        raise TypeError(f'batch must be a mapping such as {{"input_ids": ids}}, but is a {type(batch).__name__}')
+        raise TypeError(f'batch must be a mapping such as {{"input_ids": ids}}, but is {kind_of(batch)}')
     unknown = [name for name in batch if name not in _KNOWN]
     if unknown or "input_ids" not in batch:
         raise ValueError(
@@ -291,7 +292,7 @@ def _read(batch: Mapping[str, Tensor]) -> Tensor:
     for name in _KNOWN:
         x = batch.get(name)
         if not isinstance(x, Tensor) and (x is not None or name == "input_ids"):
-            raise TypeError(f"{name} of a batch must be a torch.Tensor, but is a {type(x).__name__}: convert it with torch.as_tensor")
+            raise TypeError(f"{name} of a batch must be a torch.Tensor, but is {kind_of(x)}: convert it with torch.as_tensor")
         if name in ("input_ids", "labels") and x is not None and x.dtype not in _WHOLE:
             raise TypeError(f"{name} must be whole numbers, int64 or int32, but are {x.dtype}: convert them with .long()")
     if ids.dim() != 2 or not ids.numel():

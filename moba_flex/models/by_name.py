@@ -16,6 +16,7 @@ from transformers import PreTrainedConfig
 
 from ..config import DEFAULT, MobaConfig
 from ..core.compiling import constant_in_graphs
+from ..core.messages import kind_of
 from .by_identity import ByIdentity
 from .state import Choice, patched_layers
 from .upstream import implementation_of
@@ -126,7 +127,7 @@ def _compare(config: PreTrainedConfig, implementations: tuple[str, ...]) -> None
     own, others = MobaConfig.of(config), _patched(_kind(config), implementations)
     if others and str(own) not in map(str, others):
         warnings.warn(
-            f'a model with a {type(config).__name__} was loaded with attn_implementation="moba" and has the settings that were saved with '
+            f'a model with {kind_of(config)} was loaded with attn_implementation="moba" and has the settings that were saved with '
             f"it, {own}, but this process's patched model of its kind has {others[-1]}: where it is that one's reference, call "
             "moba_flex.patch(model, ...) on it",
             stacklevel=2,

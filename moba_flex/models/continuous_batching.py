@@ -20,6 +20,8 @@ from .state import choice_of, context_of
 from .upstream import BATCHES_CONTINUOUSLY, ContinuousBatchingManager, RequestState, implementation_of, unsuited_options
 
 if TYPE_CHECKING:
+    from transformers import ContinuousBatchingConfig, GenerationConfig
+
     from .upstream import AttentionLayer
 
 InUse = tuple[tuple[str, MobaConfig], ...]
@@ -42,9 +44,18 @@ class MobaBatchingManager(ContinuousBatchingManager):
     _in_use: InUse | None = None
     _layers: list[AttentionLayer]
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        if self._in_use and (unsuited := unsuited_options(self.continuous_batching_config)):
+    def __init__(
+        self,
+        model: Any,
+        generation_config: GenerationConfig,
+        continuous_batching_config: ContinuousBatchingConfig,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(model, generation_config, continuous_batching_config, *args, **kwargs)
+        # transformers resolves a copy of the given options: it adds to them, and drops CUDA graphs without CUDA.
+        configs = (continuous_batching_config, self.continuous_batching_config) if self._in_use else ()
+        if unsuited := dict.fromkeys(option for config in configs for option in unsuited_options(config)):
             raise ValueError(
                 f"continuous batching was asked for {', '.join(unsuited)}, by which batches are padded or prepared ahead, and MoBA follows "
                 "neither: leave that at its default in the ContinuousBatchingConfig"

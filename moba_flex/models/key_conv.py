@@ -31,6 +31,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from ..config import MobaConfig
 from ..core.compiling import outside_graphs
+from ..core.messages import kind_of
 from .block_means import DynamicLayerWithMeans, decoder_cache, layer_of_cache
 from .call_hooks import MASK_KEY
 from .layers import MOBA, keeps_full_by_config
@@ -187,7 +188,7 @@ def set_key_convs(layers: list[AttentionLayer], settings: MobaConfig) -> None:
     projections: dict[AttentionLayer, nn.Linear] = {}
     for layer, size in new_key_convs(layers, settings).items():
         if not isinstance(k_proj := getattr(layer, "k_proj", None), nn.Linear):
-            has = "does not have" if k_proj is None else f"has as a {type(k_proj).__name__} (patch before adding LoRA)"
+            has = "does not have" if k_proj is None else f"has as {kind_of(k_proj)} (patch before adding LoRA)"
             what = f"key_conv={size} convolves what a linear k_proj returns"
             raise ValueError(f"{what}, which {type(layer).__name__} {has}: set key_conv to 0")
         if context_of(layer) is not None:
@@ -235,7 +236,7 @@ def check_key_conv(layer: AttentionLayer, settings: MobaConfig) -> None:
 def _cache_layer(cache: Cache, layer: AttentionLayer) -> CacheLayerMixin | None:
     of_decoder = decoder_cache(cache)
     if of_decoder is None:
-        raise ValueError(f"key_conv needs the keys before the new ones, which a {type(cache).__name__} does not give: use DynamicCache()")
+        raise ValueError(f"key_conv needs the keys before the new ones, which {kind_of(cache)} does not give: use DynamicCache()")
     return layer_of_cache(of_decoder, layer)
 
 

@@ -13,7 +13,7 @@ import transformers
 from transformers import PreTrainedModel
 
 from ..config import DEFAULT, UNSET, MobaConfig, given_settings
-from ..core.messages import shown
+from ..core.messages import kind_of, shown
 from ..core.validation import check_choice
 from .adapters import SETTINGS_FILE, settings_beside_adapter
 from .key_conv import KeyConv, set_key_convs
@@ -160,7 +160,7 @@ class AutoModelForCausalLM:
         model_class = model_class_of(config, loader)
         if model_class is None and not hasattr(config, "auto_map"):  # custom code that comes with the model
             raise ValueError(
-                f"config must be of a causal language model, but is a {type(config).__name__}, for which transformers' {loader.__name__} "
+                f"config must be of a causal language model, but is {kind_of(config)}, for which transformers' {loader.__name__} "
                 "knows no class"
             )
         _check_layers(given, config, model_class)

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from ..core import validation
+from ..core.messages import kind_of
 from ..core.upstream import assert_in_graph, mark_dynamic
 from ..ops.decoding import MAX_DECODE_TOKENS
 from .upstream import bidirectional_mask_function, causal_mask_function, mask_builder, mtp_offset
@@ -238,7 +239,7 @@ class MobaMask(BlockMask):
 def _owner(request: dict[str, Any]) -> str:
     """For messages: the owner of a mask, by the configuration in transformers' request."""
     config = request.get("config")
-    return "the code of the model" if config is None else f"the code of a model with a {type(config).__name__}"
+    return "the code of the model" if config is None else f"the code of a model with {kind_of(config)}"
 
 
 def raise_switched(owner: str = "attention") -> NoReturn:

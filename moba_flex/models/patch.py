@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from ..config import UNSET, MobaConfig, given_settings, layer_indices
-from ..core.messages import shown
+from ..core.messages import kind_of, shown
 from ..core.validation import check_choice
 from .adapters import modules_with_save_hooks, save_adapters_alone, save_settings_with_adapters
 from .by_name import settings_by_name
@@ -111,7 +111,9 @@ def patch(
     )
     every, replaceable = find_layers(model)
     if config is not None and settings:
-        raise TypeError(f"patch takes a MobaConfig or keywords, but got both: {shown(config)} and {', '.join(settings)}")
+        raise TypeError(f"config and settings exclude each other, but got both: config={shown(config)} and {', '.join(settings)}")
+    if config is not None and not isinstance(config, Mapping):
+        raise ValueError(f"config must be a MobaConfig or a dict of its settings, but is {shown(config)}")
     if config is None and not settings:
         config = MobaConfig.of(replaceable[0].config)
         for layer in replaceable:
@@ -340,7 +342,7 @@ def find_layers(model: nn.Module) -> tuple[list[AttentionLayer], list[AttentionL
 
 def _check_module(model: object) -> None:
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a transformers model, but is a {type(model).__name__}")
+        raise TypeError(f"model must be a transformers model, but is {kind_of(model)}")
 
 
 def _windows(layers: list[AttentionLayer]) -> str:

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -35,7 +39,8 @@ def test_it_prints_the_table_writes_its_files_and_ends_with_python_that_runs(fla
     namespace: dict = {}
     exec("\n".join(lines), namespace)
     assert namespace["model"].config.moba == report.config
-    assert "Calibrating: about " in printed.err and "forward passes of 512 tokens" in printed.err, "what it costs is said first"
+    assert re.search(r"Calibrating: about .* tokens, [\d.]+ seconds of one processor if", printed.err)
+    assert "forward passes of 512 tokens" in printed.err, "what it costs is said first"
 
 
 def test_after_ctrl_c_the_same_command_goes_on(flags, tmp_path, capsys):
@@ -60,6 +65,9 @@ def test_after_ctrl_c_the_same_command_goes_on(flags, tmp_path, capsys):
         (["--text-file", "/nowhere.txt"], "cannot read the text /nowhere.txt"),
         (["--model", "/nowhere"], "cannot load the model '/nowhere', as a local folder, a GGUF file or from the hub"),
         (["--output", "/proc/nowhere/found"], "cannot write to the folder /proc/nowhere"),
+        (["--output", "/proc/found"], "cannot write to the folder /proc"),
+        (["--output", ""], "--output must be the name of files, without an ending, but is '.'"),
+        (["--device", "nowhere"], "--device 'nowhere' cannot be used: "),
     ],
     ids=str,
 )
@@ -67,6 +75,43 @@ def test_what_cannot_be_calibrated_is_one_line(flags, more, said, capsys):
     assert command.main([*flags, *more]) == 2
     error = capsys.readouterr().err
     assert f"calibrate: error: {said}" in error and "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--within", "-1"], "within must be a number of nats above 0, such as 0.02, but is -1.0"),
+        (["--last-quarter", "nan"], "last_quarter must be a number of nats above 0, such as 0.02, but is nan"),
+        (["--agreement", "2"], "agreement must be a share from 0 to 1, but is 2.0"),
+        (["--block-sizes", "0"], "each of block_sizes must be an int of at least 1, but is 0"),
+        (["--budgets", "-4"], "each of budgets must be an int of at least 1, but is -4"),
+        (["--text-file", "/nowhere.txt"], "cannot read the text /nowhere.txt"),
+        (["--device", "nowhere"], "--device 'nowhere' cannot be used: "),
+        (["--output", "/proc/found"], "cannot write to the folder /proc"),
+    ],
+    ids=str,
+)
+def test_wrong_flags_are_told_before_the_model_is_loaded(flags, more, said, capsys, monkeypatch):
+    monkeypatch.setattr(command, "_load", lambda *_: pytest.fail("the model was loaded"))
+    assert command.main([*flags, *more]) == 2
+    assert f"calibrate: error: {said}" in capsys.readouterr().err
+
+
+def test_ctrl_c_during_the_imports_ends_it_quietly():
+    process = subprocess.Popen(
+        [sys.executable, "-X", "importtime", "-m", "moba_flex.calibrate", "--help"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    said = []
+    for line in process.stderr:
+        said.append(line)
+        if "torch._" in line:
+            process.send_signal(signal.SIGINT)
+            break
+    said += process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in "".join(said), "".join(said[-20:])
 
 
 def test_where_nothing_keeps_the_limits_it_says_so(flags, capsys):
@@ -98,7 +143,7 @@ def test_the_demos_model_keeps_its_promise_on_text_that_was_not_seen(smollm2, tm
     """SmolLM2-135M at 192 tokens, with few texts and candidates, of which the cheaper ones lose too much."""
     model, tokenizer = smollm2
     transformers.utils.logging.disable_progress_bar()
-    pieces = command.text_pieces(None, tokenizer, 192, 7)
+    pieces = command.text_pieces(command.standard_texts(), tokenizer, 192, 7)
     report = moba_flex.calibrate(model, pieces[:4], within=0.04, block_sizes=[16], budgets=[48, 112])
     assert report.config is not None and not hasattr(model.config, "moba")
     full = [loss(model, ids) for ids in pieces[4:]]

@@ -303,14 +303,22 @@ def test_facts_are_counted_and_a_limit_on_them_is_kept(byte_llama):
         ({"block_sizes": [64], "budgets": [256]}, "texts have 256 tokens, of which block_sizes=.* read all: give longer texts"),
         ({"block_sizes": []}, "block_sizes is empty: leave it out, or name some"),
         ({"budgets": [0]}, "each of budgets must be an int of at least 1, but is 0"),
+        ({"within": 10**400}, "within must be a number of nats above 0, such as 0.02, but is an int of 401 digits"),
+        ({"last_quarter": 10**400}, "last_quarter must be a number of nats above 0, such as 0.02, but is an int of 401 digits"),
+        ({"block_sizes": 5}, "block_sizes must be a list or tuple of ints, but is 5"),
+        ({"budgets": [[1]]}, r"budgets must be a list or tuple of ints, but is \[\[1\]\]"),
+        ({"texts": near_texts(3) - 9}, r"texts\[0\] must be token ids from 0 to 18, those of LlamaForCausalLM, but has -"),
+        ({"texts": near_texts(3) + 9}, r"texts\[0\] must be token ids from 0 to 18, those of LlamaForCausalLM, but has 2"),
+        ({"texts": near_texts(3).to("meta")}, r"texts\[0\] must have values, which calibrate reads, but is on the meta device"),
+        ({"model": copying_model(COPIES).to("meta")}, "LlamaForCausalLM must have weights, but is on the meta device: load it on a CPU"),
     ],
-    ids=str,
+    ids=lambda value: str(value)[:80],
 )
 def test_bad_input_is_one_sentence_before_any_work(changes, said, monkeypatch):
     monkeypatch.setattr(measure.Meter, "_logits", lambda *args: pytest.fail("it has begun"))
-    arguments = {"texts": near_texts(3), **changes}
+    arguments = {"model": copying_model(COPIES), "texts": near_texts(3), **changes}
     with pytest.raises(ValueError, match=said):
-        calibrate(copying_model(COPIES), **arguments)
+        calibrate(**arguments)
 
 
 @pytest.mark.parametrize(
@@ -319,12 +327,19 @@ def test_bad_input_is_one_sentence_before_any_work(changes, said, monkeypatch):
         ("a text", "texts must be several texts, a list of strings or of token ids, but is 'a text': put it into a list"),
         ([torch.rand(9), torch.rand(9)], r"texts\[0\] must be a string or one row of token ids, ints, but is a Tensor"),
         ([None, None], r"texts\[0\] must be a string or token ids, but is None"),
+        (torch.tensor(3), r"texts must be several texts, a list of strings or of token ids, but is tensor\(3\): put it into a list"),
     ],
-    ids=["one text", "tensors of floats", "nothing"],
+    ids=["one text", "tensors of floats", "nothing", "one token"],
 )
 def test_texts_of_another_type_are_refused(texts, said):
     with pytest.raises(TypeError, match=said):
         calibrate(copying_model(COPIES), texts)
+
+
+@pytest.mark.parametrize("tokenizer", ["gpt2", 5], ids=str)
+def test_what_is_no_tokenizer_is_refused(tokenizer):
+    with pytest.raises(TypeError, match=f"tokenizer must be one of transformers, but is {tokenizer!r}: load it with AutoTokenizer"):
+        calibrate(copying_model(COPIES), near_texts(3), tokenizer=tokenizer)
 
 
 def test_models_that_cannot_be_calibrated_are_named():
@@ -386,3 +401,93 @@ def test_a_model_whose_layers_want_more_than_an_output_is_read_whole(monkeypatch
     meter = measure.Meter(model, far_texts(1), saved.Saved(None, {}), lambda: None)
     meter.reuse_layers()
     assert meter._prefix is None
+
+
+# Losses that are not finite, and files
+
+
+def test_a_loss_of_full_attention_that_is_not_finite_is_one_sentence(tmp_path):
+    model = copying_model(COPIES)
+    torch.nn.init.constant_(model.lm_head.weight, float("nan"))
+    for _ in range(2):  # the second call reads it from the file
+        with pytest.raises(
+            ValueError, match=r"^the loss of full attention on texts\[0\] is not finite: load the model in bfloat16 or float32"
+        ):
+            calibrate(model, near_texts(3), file=tmp_path / "measured.json", **SIZES)
+
+
+@pytest.mark.parametrize(
+    "fails", [lambda config: True, lambda config: config.top_k * config.block_size <= 24], ids=["all", "small budgets"]
+)
+def test_settings_whose_loss_is_not_finite_fail(monkeypatch, tmp_path, fails):
+    read = measure.Meter._read
+
+    def broken(meter, config, text, timed):
+        found = read(meter, config, text, timed)
+        return found if config is None or not fails(config) else {**found, "loss": float("nan"), "last_quarter": float("nan")}
+
+    monkeypatch.setattr(measure.Meter, "_read", broken)
+    report = calibrate(copying_model(COPIES), near_texts(6), **SIZES)
+    report.save(tmp_path / "found.json")
+    assert Calibration.load(tmp_path / "found.json").table() == report.table()
+    report.figure().savefig(tmp_path / "found.png")
+    assert (report.config is None) == fails(MobaConfig(block_size=1024))
+    assert report.config is None or not fails(report.config)
+    assert all(x == float("inf") for candidate in report.candidates if fails(candidate.config) for x in candidate.texts.values())
+
+
+ODD_FILES = [
+    (5, TypeError, "file must be the name of a file, a str or a Path, but is 5"),
+    (b"x", TypeError, "file must be the name of a file, a str or a Path, but is b'x'"),
+    ("", ValueError, "file must be the name of a file, but is ''"),
+    ("a\0b", ValueError, "file must be the name of a file, but is "),
+    ("/proc/x.json", OSError, "/proc/x.json cannot be used: No such file or directory"),
+    ("x" * 5000, OSError, "a str of 5000 characters that begins with 'xxxxxxxxxxxxxxxxxxxx' cannot be used: File name too long"),
+]
+
+
+@pytest.mark.parametrize(("file", "error", "said"), ODD_FILES, ids=[said for *_, said in ODD_FILES])
+def test_what_is_no_file_is_told_before_anything_is_measured(monkeypatch, file, error, said):
+    monkeypatch.setattr(measure.Meter, "read", lambda *_, **__: pytest.fail("something was measured"))
+    report = Calibration("Llama", "cpu", 64, {"within": 0.1}, "keys", 1, 1, 1.0, 1.0, None, ())
+    for call in (
+        lambda: calibrate(copying_model(COPIES), near_texts(3), file=file),
+        lambda: report.save(file),
+        lambda: Calibration.load(file),
+    ):
+        with pytest.raises(error) as raised:
+            call()
+        assert said in str(raised.value)
+
+
+def test_a_folder_is_no_file_and_nothing_is_left_beside_it(tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    report = Calibration("Llama", "cpu", 64, {"within": 0.1}, "keys", 1, 1, 1.0, 1.0, None, ())
+    for call in (lambda: calibrate(copying_model(COPIES), near_texts(3), file=folder), lambda: report.save(folder)):
+        with pytest.raises(IsADirectoryError, match="folder cannot be used"):
+            call()
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+BROKEN = [
+    {"chosen": 99},
+    {"chosen": -1},
+    {"chosen": True},
+    {"chosen": 1.0},
+    {"limits": 5},
+    {"candidates": []},
+    {"full_loss": None},
+    {"facts": {}},
+]
+
+
+@pytest.mark.parametrize("changes", BROKEN, ids=str)
+def test_a_report_that_does_not_fit_together_is_refused_when_it_is_read(tmp_path, changes):
+    report = calibrate(copying_model(COPIES), near_texts(6), **SIZES)
+    assert report.chosen is not None
+    with pytest.raises(ValueError, match="this is no calibration"):
+        Calibration.from_dict({**report.to_dict(), **changes})
+    (tmp_path / "report.json").write_text(json.dumps({**report.to_dict(), **changes}))
+    with pytest.raises(ValueError, match="holds no calibration"):
+        Calibration.load(tmp_path / "report.json")

@@ -156,9 +156,9 @@ def test_it_is_data_too():
         found.layers[0].attention = "full"
 
 
-@pytest.mark.parametrize("length", [0, -1, 1.5, True, "8192"])
+@pytest.mark.parametrize("length", [0, -1, 1.5, True, "8192", 10**5000], ids=lambda x: str(x)[:5] if x != 10**5000 else "digits")
 def test_a_bad_length_is_refused(length):
-    with pytest.raises(ValueError, match="length must be a number of tokens, an int of at least 1, but is"):
+    with pytest.raises(ValueError, match=r"length must be (an int of at least 1|below 2\*\*63), but is"):
         describe(build(), length=length)
     with pytest.raises(TypeError, match="model must be a transformers model, but is a str"):
         describe("model")

@@ -133,3 +133,24 @@ def test_the_share_of_keys_is_the_sum_over_queries(block_size, top_k, n_query, n
     positions = range(n_key - n_query, n_key)
     read = sum(min(i + 1, (top_k - 1) * block_size + i % block_size + 1) for i in positions)
     assert share_of_keys(n_query, n_key, block_size, top_k) == read / sum(i + 1 for i in positions)
+
+
+def test_the_block_size_that_is_asked_for_is_shown():
+    assert explain(*tensors(40, 40), block_size=256, top_k=3).call == "40 tokens, block 256, top-3"
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (
+            {"padding_mask": torch.ones(1, 100).bool(), "cu_seqlens": torch.tensor([0, 100])},
+            "padding_mask is for rows of a batch, and cu_seqlens",
+        ),
+        ({"cu_seqlens_k": torch.tensor([0, 100])}, "cu_seqlens_k is for packed sequences, and needs cu_seqlens"),
+    ],
+    ids=str,
+)
+def test_arguments_that_no_call_takes_together_are_refused(given, said):
+    query, key = tensors()
+    with pytest.raises(ValueError, match=said):
+        explain(query, key, **CALL, **given)

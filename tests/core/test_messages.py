@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 
 import numpy as np
 import pytest
@@ -116,7 +117,7 @@ ALLOWED = {  # argument, value: what is no mistake
     ("full_attention_layers", "a long list"),
     ("full_attention_layers", "a list of large ints"),  # which layers there are is the model's to say
 }
-NAMES = {"q": "query", "k": "key", "v": "value"}  # under which the functions of other implementations hand them on
+OUR_NAMES = r"\b(query|key|value|block_size|top_k|implementation|padding_mask)\b"  # which functions of other implementations do not have
 
 
 EACH = {f"{function.__name__}-{name}": (function, name) for function, names in ARGUMENTS.items() for name in names}
@@ -131,9 +132,54 @@ def test_anything_odd_gets_one_short_line_that_names_the_argument(function, name
             function(**{**SOUND[function], name: odd})
         message = f"{what}: {raised.value}"
         assert raised.type in (ValueError, TypeError), message
-        assert NAMES.get(name, name) in message, message
+        assert re.search(rf"\b{name}\b", message), message
+        assert function.__module__ != compat.__name__ or not re.search(OUR_NAMES, message), message
         assert message.isprintable(), message
         assert len(message) < 260, message
+
+
+WRONG_SHAPES = {
+    "a width of 0": {"q": P[..., :0], "k": P[..., :0]},
+    "fewer queries": {"q": P[:5], "cu_seqlens": torch.tensor([0, 5]), "cu_seqlens_q": torch.tensor([0, 3, 5]), "cu_seqlens_k": BOUNDS[:2]},
+    "two dimensions": {"k": P[0]},
+    "another width": {"k": P[..., :3]},
+    "more values": {"v": torch.zeros(9, 2, 4)},
+    "three heads for two": {"q": torch.zeros(8, 3, 4)},
+    "another dtype": {"v": P.half()},
+    "another device": {"k": P.to("meta")},
+    "bounds on another device": {"cu_seqlens": BOUNDS.to("meta"), "cu_seqlens_k": BOUNDS.to("meta")},
+    "bounds that end too late": {"cu_seqlens": torch.tensor([0, 9]), "cu_seqlens_k": torch.tensor([0, 3, 9])},
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_SHAPES.values(), ids=WRONG_SHAPES)
+@pytest.mark.parametrize("function", [compat.moba_attn_varlen, compat.moba_attn_varlen_naive, compat.flash_moba_varlen_func])
+def test_functions_of_other_implementations_name_the_arguments_that_they_have(function, wrong: dict):
+    sound = SOUND[function]
+    with pytest.raises((ValueError, TypeError)) as raised:
+        function(**{**sound, **{name: x for name, x in wrong.items() if name in sound}})
+    message = str(raised.value)
+    assert re.search(r"\b(q|k|v|cu_seqlens(_q|_k)?)\b", message) and not re.search(OUR_NAMES, message), message
+    assert set(re.findall(r"cu_seqlens\w*", message)) <= sound.keys(), message
+
+
+@pytest.mark.parametrize("function", [compat.moba_attn_varlen, compat.flash_moba_varlen_func])
+def test_functions_of_other_implementations_say_which_function_takes_transforms(function):
+    call = {**SOUND[function]}
+    with pytest.raises(NotImplementedError, match=r"need (moba_attn_varlen_naive|moba_flex\.moba_attention_varlen with implementation)"):
+        torch.func.grad(lambda q: function(**{**call, "q": q}).sum())(P)
+
+
+def test_an_unknown_setting_is_shown_short_with_those_that_there_are():
+    for make in (MobaConfig, lambda **settings: MobaConfig.from_dict(settings)):
+        with pytest.raises(ValueError, match=r"a str of 5000 characters .* is no setting of MoBA: there are block_size, top_k, ") as raised:
+            make(**{"x" * 5000: 1})
+        assert len(str(raised.value)) < 260
+
+
+def test_no_larger_top_k_is_named_than_there_can_be():
+    with pytest.raises(ValueError, match=r"has no room for the own block, .*: lower these$"):
+        MobaConfig(top_k=2, sink_blocks=2**63 - 1, recent_blocks=2**63 - 1)
 
 
 @pytest.mark.parametrize("endless", [itertools.count(), range(10**9)], ids=["an iterator", "a range"])
@@ -179,7 +225,7 @@ SHOWN = [
     (10**15 * 10**60 - 1, "an int of 75 digits"),
     (torch.tensor(4), "tensor(4)"),
     (torch.zeros(2, 3), "a Tensor of shape (2, 3) and dtype torch.float32"),
-    (np.zeros(100), "a ndarray of shape (100,) and dtype float64"),
+    (np.zeros(100), "an ndarray of shape (100,) and dtype float64"),
     ("x" * 100, "a str of 100 characters that begins with 'xxxxxxxxxxxxxxxxxxxx'"),
     (list(range(100)), "a list of 100 elements"),
     ([1, 2], "[1, 2]"),

@@ -49,7 +49,8 @@ def test_a_backward_pass_gives_gradients_of_all_inputs_and_a_forward_pass_none(m
 )
 def test_settings_that_a_system_is_not_made_for_are_left_out(block_size, dtype, taken):
     row = Settings(1, 2, 1, 8, block_size, 2, dtype, 1)
-    assert Attention(row, CPU, ["moba_flex", "moba_flex-triton"], True).systems == ["moba_flex", "moba_flex-triton"][: 1 + taken]
+    names = ["moba_flex", "moba_flex-triton"]
+    assert attention.available(names, torch.device("cuda"), row)[0] == names[: 1 + taken]
 
 
 # Dense attention
@@ -115,7 +116,7 @@ def test_flash_is_compared_where_it_is_named_and_its_backend_holds_for_its_calls
     with pytest.raises(ZeroDivisionError):
         SYSTEMS["moba_flex-flash"].call(*torch.randn(3, 1, 2, 8, 4), TOY)
     assert not flash.enabled()
-    assert "moba_flex-flash" not in attention.available(None, torch.device("cuda"))[0]
+    assert "moba_flex-flash" not in attention.available(None, torch.device("cuda"), TOY)[0]
 
 
 @pytest.mark.parametrize("name", ["flash-moba", "moonshot-moba"])
@@ -125,14 +126,27 @@ def test_peers_are_asked_for_the_same_attention(peers, name):
     got = SYSTEMS[name].call(*(x.transpose(1, 2).flatten(0, 1) for x in tensors), row)
     wanted = SYSTEMS["moba_flex"].call(*tensors, row).transpose(1, 2).flatten(0, 1)
     assert torch.allclose(got, wanted, atol=1e-6)
-    assert attention.available([name], CPU) == ([name], {})
+    assert attention.available([name], torch.device("cuda"), row) == ([name], {})
 
 
 def test_peers_that_cannot_be_imported_are_left_out_and_named(file, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "flash_moba", None)
     (only,) = run(file, "--systems", "moba_flex", "flash-moba", "--forward-only")
     assert {r["system"] for r in only["results"]} == {"moba_flex"}
-    assert "Without flash-moba: " in capsys.readouterr().out
+    assert "\nflash-moba: ModuleNotFoundError: " in capsys.readouterr().out
+
+
+def test_systems_that_need_cuda_or_do_not_take_the_settings_are_left_out_and_named(file, monkeypatch, capsys):
+    systems = ["moba_flex", "moba_flex-triton", "dense-cudnn", "picky"]
+    monkeypatch.setitem(SYSTEMS, "picky", attention.System(lambda *_: 1 / 0, 1, dtypes=("bfloat16",)))
+    (only,) = run(file, "--systems", *systems, "--forward-only")
+    assert {r["system"] for r in only["results"]} == {"moba_flex"}
+    said = capsys.readouterr().out
+    lines = ["moba_flex-triton: needs CUDA, left out", "dense-cudnn: needs CUDA, left out"]
+    lines += ["picky: does not take blocks of 16 in float32, left out"]
+    assert said.startswith("\n".join(lines)) and "\n".join(["", *lines, "Written: "]) in said
+    assert benchmark.main(["--systems", "dense-cudnn", "--json", str(file)]) == 2
+    assert "argument --systems: none of them can be measured here" in capsys.readouterr().err
 
 
 # On a GPU

@@ -42,7 +42,7 @@ def test_parts_that_are_done_are_not_run_again_and_those_without_time_are_named(
     assert code == 3 and "no time was left for long: the same command goes on with them" in said
     assert results["left"] == ["long"] and results["parts"]["short"]["found"] == 3
     code, said, results = check(parts)
-    assert code == 0 and said.startswith("3 parts, 2 done; the others take about 10 minutes")
+    assert code == 0 and said.startswith("3 parts, 2 done; the others take about 10 minutes on four H200; CPU processes take other times\n")
     assert set(results["parts"]) == {"short", "long", "last"}
     assert (tmp_path / "count").read_text() == "xxx"
 
@@ -60,7 +60,7 @@ def test_parts_that_are_not_timed_run_side_by_side_and_others_alone(check, tmp_p
     parts = [python(a, meet.format(str(tmp_path), a, b), timed=False) for a, b in ("xy", "yx")]
     parts += [python(name, alone.format(str(tmp_path))) for name in ("first", "second")]
     code, said, _ = check(parts)
-    assert code == 0 and said.startswith("4 parts, 0 done; the others take about 3 minutes")
+    assert code == 0 and said.startswith("4 parts, 0 done; the others take about 3 minutes on four H200; CPU processes take other times\n")
     assert said.index("first: 60 s") > max(said.index("x: done"), said.index("y: done"))
 
 

@@ -161,17 +161,72 @@ def test_a_client_that_goes_away_leaves_the_others_their_tokens(server, alone):
 
 
 def test_a_prompt_that_is_too_long_is_an_error_of_the_request_alone(server, alone):
-    with pytest.raises(openai.BadRequestError, match=r"the prompt has 1,024 tokens, but must have from 1 to 1,023: the model's context"):
+    with pytest.raises(
+        openai.BadRequestError, match=r"the prompt has 1,024 tokens, but must have from 1 to 1,023: the model's context has room for"
+    ):
         complete(server, text(12, 1024), 5)
     assert complete(server, text(12, 1020), 50) == alone(text(12, 1020), 4)  # which is all that there is room for
     assert complete(server, text(13, 30), 5) == alone(text(13, 30), 5)
 
 
-@pytest.mark.parametrize("body", [b"{", b"[]", b"{}", b'{"messages": 3}', b'{"messages": [{}]}', b'{"messages": [], "unknown": 1}'])
-def test_a_malformed_body_is_an_error_of_the_request_alone(server, body):
-    response = server.client._client.post(f"{server.address}/chat/completions", content=body, headers={"content-type": "application/json"})
-    assert 400 <= response.status_code < 500 and json.loads(response.text)["error"]["message"]
+def post(server: Server, path: str, body: bytes) -> tuple[int, str]:
+    """The status and the message of the error."""
+    response = server.client._client.post(f"{server.address}/{path}", content=body, headers={"content-type": "application/json"})
+    error = json.loads(response.text)["error"]
+    assert error["code"] == response.status_code and error["type"] == "invalid_request_error"
+    return response.status_code, error["message"]
+
+
+MALFORMED = {
+    b"{": "the body of the request is not a JSON object: ",
+    b"[]": "the body of the request is not a JSON object: ",
+    b'{"model": "\xff\xfe"}': "the body of the request is not a JSON object: 'utf-8' codec",
+    b"[" * 100_000: "the body of the request is not a JSON object: ",
+    b"{}": "the request lacks 'messages'",
+    b'{"messages": 3}': "the request cannot be understood: ",
+    b'{"messages": [{}]}': "the request lacks 'role'",
+    b'{"messages": []}': "messages must have at least one message, but is []",
+    b'{"messages": [], "unknown": 1}': "Unexpected fields in the request: {'unknown'}",
+}
+
+
+@pytest.mark.parametrize(("body", "said"), MALFORMED.items(), ids=[repr(body[:40]) for body in MALFORMED])
+def test_a_malformed_body_is_an_error_of_the_request_alone(server, body, said):
+    status, message = post(server, "chat/completions", body)
+    assert status == 422 and message.startswith(said)
     assert len(complete(server, "abc", 2)) > 0
+
+
+OUT_OF_RANGE = [
+    *[("max_tokens", value, "an int of at least 1") for value in (0, -1, "x", 2.5, True)],
+    *[("temperature", value, "a finite number of at least 0") for value in (-1, "hot", float("nan"), float("inf"))],
+    *[("top_p", value, "a number from 0 to 1") for value in (2, -1, "x")],
+    *[("seed", value, "an int from 0 to 2**63 - 1") for value in ("x", -1, 1 << 64)],
+    ("frequency_penalty", 99, "a number from -0.99 to 2"),
+    ("generation_config", "zzz", "a JSON object in a string"),
+    ("generation_config", "[1]", "a JSON object in a string"),
+    ("generation_config", 5, "a JSON object in a string"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "must"), OUT_OF_RANGE, ids=str)
+def test_a_number_that_generation_cannot_use_is_named(server, name, value, must):
+    body = json.dumps({"prompt": "abc", "max_tokens": 2, name: value}).encode()
+    assert post(server, "completions", body) == (422, f"{name} must be {must}, but is {value!r}")
+
+
+def test_numbers_within_a_generation_config_are_checked_too(server):
+    body = json.dumps({"prompt": "abc", "generation_config": json.dumps({"max_new_tokens": -5})}).encode()
+    assert post(server, "completions", body) == (422, "max_new_tokens must be an int of at least 1, but is -5")
+    for path, name in (("chat/completions", "max_completion_tokens"), ("responses", "max_output_tokens")):
+        given = {"messages": [{"role": "user", "content": "a"}]} if path == "chat/completions" else {"input": "a"}
+        assert post(server, path, json.dumps({**given, name: 0}).encode()) == (422, f"{name} must be an int of at least 1, but is 0")
+
+
+def test_what_the_server_does_not_have_is_told_in_the_same_form(server):
+    assert post(server, "audio/transcriptions", b"{}") == (400, "this server has a language model, which transcribes no audio")
+    assert post(server, "nothing", b"{}") == (404, "Not Found")
+    assert not [line for line in server.lines if "Traceback" in line], server.lines
 
 
 def test_two_hundred_requests_leave_no_memory_behind(server):

@@ -340,8 +340,8 @@ def test_what_cannot_be_served_is_refused_before_any_request():
         return model.init_continuous_batching(generation(2), ContinuousBatchingConfig(**config))
 
     model = small("sparse")
-    for option in ({"default_compile_level": 1}, {"use_async_batching": True}):
-        with pytest.raises(ValueError, match=r"compile_config|use_async_batching.*leave that at its default"):
+    for option in ({"default_compile_level": 1}, {"use_async_batching": True}, {"use_cuda_graph": True}):
+        with pytest.raises(ValueError, match=r"(compile_config|use_async_batching|use_cuda_graph).*leave that at its default"):
             start(model, **option)
     with pytest.raises(ValueError, match=r"LlamaForCausalLM has a key_conv.*call model.generate"):
         start(patch(build(), **SETTINGS, key_conv=3))

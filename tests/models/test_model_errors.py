@@ -25,7 +25,8 @@ BAD_PATCHES = [
     ({"full_attention_layers": [True]}, ValueError, "full_attention_layers must be"),
     ({"full_attention_layers": [4]}, ValueError, "full_attention_layers has 4, but LlamaForCausalLM .* 0 to 3"),
     ({"full_attention_layers": [0, -5]}, ValueError, "full_attention_layers has -5, but LlamaForCausalLM"),
-    ({"config": MobaConfig(), "top_k": 2}, TypeError, "a MobaConfig or keywords, but got both"),
+    ({"config": 3}, ValueError, "config must be a MobaConfig or a dict of its settings, but is 3"),
+    ({"config": MobaConfig(), "top_k": 2}, TypeError, "config and settings exclude each other, but got both: config="),
 ]
 
 

@@ -150,6 +150,7 @@ class System:
     devices: tuple[str, ...] = ("cuda",)  # devices on which it is compared by default
     needs: str | None = None  # a module that must be importable
     packed: bool = False
+    needs_cuda: bool = False
     largest_block: int | None = None
     dtypes: tuple[str, ...] = ()  # empty: all
 
@@ -160,20 +161,20 @@ class System:
 
 SYSTEMS = {
     OURS: System(moba, 1, ("cuda", "cpu")),
-    f"{OURS}-triton": System(moba_triton, 1, largest_block=256, dtypes=("bfloat16", "float16")),
-    f"{OURS}-flash": System(moba_flash, 1, (), needs="flash_attn.cute"),  # large blocks, forward
-    "dense-fa2": System(partial(sdpa, SDPBackend.FLASH_ATTENTION), 2),
-    "dense-cudnn": System(partial(sdpa, SDPBackend.CUDNN_ATTENTION), 2),
+    f"{OURS}-triton": System(moba_triton, 1, needs_cuda=True, largest_block=256, dtypes=("bfloat16", "float16")),
+    f"{OURS}-flash": System(moba_flash, 1, (), needs="flash_attn.cute", needs_cuda=True),  # large blocks, forward
+    "dense-fa2": System(partial(sdpa, SDPBackend.FLASH_ATTENTION), 2, needs_cuda=True),
+    "dense-cudnn": System(partial(sdpa, SDPBackend.CUDNN_ATTENTION), 2, needs_cuda=True),
     "dense-flex": System(flex, 2),
     "dense-sdpa": System(partial(sdpa, [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]), 2, ("cpu",)),
-    "flash-moba": System(flash_moba, 1, needs="flash_moba", packed=True),
-    "moonshot-moba": System(moonshot_moba, 1, needs="moba", packed=True),
+    "flash-moba": System(flash_moba, 1, needs="flash_moba", needs_cuda=True, packed=True),
+    "moonshot-moba": System(moonshot_moba, 1, needs="moba", needs_cuda=True, packed=True),
 }
 
 
 class Attention:
     def __init__(self, row: Settings, device: torch.device, systems: list[str], forward_only: bool) -> None:
-        self.row, self.device, self.systems = row, device, [name for name in systems if SYSTEMS[name].takes(row)]
+        self.row, self.device, self.systems = row, device, systems
         self.passes = [FORWARD] if forward_only else [FORWARD, BOTH]
         self.scale = row.groups
 
@@ -219,14 +220,22 @@ def one_pass(attention: Callable[..., Tensor], leaves: list[Tensor], grad: list[
     return both if pass_ == BOTH else forward
 
 
-def available(names: list[str] | None, device: torch.device) -> tuple[list[str], dict[str, str]]:
-    """The systems to compare, and why others are missing. Without names, all that the device has by default."""
+def available(names: list[str] | None, device: torch.device, row: Settings) -> tuple[list[str], dict[str, str]]:
+    """The systems to compare, and why others are left out. Without names, all that the device has by default and that take `row`."""
     chosen, missing = [], {}
-    for name in names or [name for name, system in SYSTEMS.items() if device.type in system.devices]:
+    usual = [name for name, system in SYSTEMS.items() if device.type in system.devices and system.takes(row)]
+    for name in names or usual:
+        system = SYSTEMS[name]
         try:
-            if module := SYSTEMS[name].needs:
-                importlib.import_module(module)
-            chosen.append(name)
+            if system.needs:
+                importlib.import_module(system.needs)
         except Exception as error:  # an extension built for another PyTorch may raise anything
             missing[name] = f"{type(error).__name__}: {error}"
+        else:
+            if system.needs_cuda and device.type != "cuda":
+                missing[name] = "needs CUDA"
+            elif not system.takes(row):
+                missing[name] = f"does not take blocks of {row.block_size} in {row.dtype}"
+            else:
+                chosen.append(name)
     return chosen, missing

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import sys
 from collections.abc import Iterable, Mapping
@@ -15,15 +14,16 @@ import transformers
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from ...config import MobaConfig
+from ...config import MobaConfig, layer_indices
 from ...core.messages import shown
 from ...core.validation import check_choice, check_count, is_number
 from ...models.layers import is_patched
 from ...models.patch import find_layers
 from ...models.state import context_of
+from ..inputs import check_ids, check_weights
 from ..trace import left_as_it_was
 from .measure import ROUNDS, Meter, Reading, name_of
-from .report import Calibration, Candidate, Part
+from .report import Calibration, Candidate, Part, duration
 from .saved import Saved, fingerprint
 from .search import Costs, Limits, Search, standard_error
 from .space import Space, default_block_sizes, default_budgets
@@ -75,9 +75,10 @@ def calibrate(
         A `Calibration`: `report.config` is for `moba_flex.patch`, or None if no settings keep the limits. Print it for a table.
 
     Raises:
-        ValueError: a limit, a size or a text is out of range, the model cannot use MoBA or has no head, or `file` belongs to another
-            calibration.
-        TypeError: `model` is not a module, or `texts` are neither strings nor token ids.
+        ValueError: a limit, a size or a text is out of range, the model cannot use MoBA or has no head, its loss is not finite, or `file`
+            belongs to another calibration.
+        TypeError: `model` is not a module, `texts` are neither strings nor token ids, or `tokenizer` or `file` is something else.
+        OSError: `file` cannot be written.
 
     >>> import torch
     >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -89,16 +90,17 @@ def calibrate(
     (4, 4, 4)
     >>> model = patch(model, report.config)
     """
-    limits = _limits(within, last_quarter, agreement, retrieval)
+    limits = limits_of(within, last_quarter, agreement, retrieval)
     check_choice("cost", cost, COSTS)
     if length is not None:
         check_count("length", length, 1)
     layers, template = _layers(model)
-    ids = sequences(texts, tokenizer, length)
+    device = next(model.parameters()).device
+    check_weights(model)
+    ids = sequences(texts, tokenizer, length, model)
     if retrieval is not None and tokenizer is None:
         raise ValueError("retrieval puts facts into the texts, which needs a tokenizer: give tokenizer=, or leave retrieval out")
     space = _space(template, layers, len(ids[0]), block_sizes, budgets)
-    device = next(model.parameters()).device
     cost = cost if cost != "auto" else "time" if device.type == "cuda" else "keys"
     about = fingerprint(model, ids) | {"torch": torch.__version__, "transformers": transformers.__version__, "device": _name(device)}
     run = _Run(model, ids, tokenizer, space, limits, cost, Saved(file, about))
@@ -120,6 +122,8 @@ class _Run:
         self._search = Search(self._meter, space, limits, search, held_out)
         n_facts = 0 if tokenizer is None else 1 if limits.retrieval is None else 2  # number of texts with facts
         fact_texts = {i: with_facts(ids[i], tokenizer, i) for i in held_out[:n_facts]}
+        for text in fact_texts.values():
+            check_ids("calibrate", "what tokenizer makes of facts", text.ids, model)
         self._facts = {i: text for i, text in fact_texts.items() if text.answers}
         self._found: dict[str, tuple[int, int]] = {}
         self._costs = Costs(self._meter, space, cost)
@@ -149,11 +153,11 @@ class _Run:
         """Estimate the time from one pass of full attention. Print it unless progress bars are off."""
         self._search.full[self._search.search[0]] = first = self._meter.read(None, self._search.search[0], timed=True)
         if logging.is_progress_bar_enabled():
-            minutes = passes * (first.seconds or 0.0) / 60
-            kind = "minutes of one processor" if _is_cpu(self._model) else "minutes"
+            seconds = passes * (first.seconds or 0.0)
+            whose = " of one processor" if _is_cpu(self._model) else ""
             print(
-                f"Calibrating: about {passes} forward passes of {self._space.length:,} tokens, {minutes:.1f} {kind} if all took as long as "
-                "full attention; several times as long where MoBA is slower than that, less where the search ends early",
+                f"Calibrating: about {passes} forward passes of {self._space.length:,} tokens, {duration(seconds)}{whose} if all took as "
+                "long as full attention; several times as long where MoBA is slower than that, less where the search ends early",
                 file=sys.stderr,
             )
 
@@ -243,9 +247,10 @@ def _too_long(model: Any, length: int) -> Iterable[str]:
         yield f"texts of {length:,} tokens are longer than the model's context of {context:,}: its loss at the end of them says little"
 
 
-def _limits(within: float, last_quarter: float | None, agreement: float | None, retrieval: float | None) -> Limits:
+def limits_of(within: float, last_quarter: float | None, agreement: float | None, retrieval: float | None) -> Limits:
+    """The limits, each checked."""
     for name, value in (("within", within), ("last_quarter", last_quarter)):
-        if value is not None and not (is_number(value) and 0 < value < math.inf):
+        if value is not None and not (is_number(value) and 0 < value <= sys.float_info.max):
             raise ValueError(f"{name} must be a number of nats above 0, such as 0.02, but is {shown(value)}")
     if within is None:
         raise ValueError("within must be a number of nats above 0, such as 0.02, but is None")
@@ -274,13 +279,8 @@ def _layers(model: nn.Module) -> tuple[tuple[int, ...], MobaConfig]:
 def _space(
     template: MobaConfig, layers: tuple[int, ...], length: int, block_sizes: Iterable[int] | None, budgets: Iterable[int] | None
 ) -> Space:
-    sizes = default_block_sizes(length) if block_sizes is None else tuple(sorted(set(block_sizes)))
-    keys = default_budgets(length) if budgets is None else tuple(sorted(set(budgets)))
-    for name, values in (("block_sizes", sizes), ("budgets", keys)):
-        if not values:
-            raise ValueError(f"{name} is empty: leave it out, or name some")
-        for value in values:
-            check_count(f"each of {name}", value, 1)
+    sizes = default_block_sizes(length) if block_sizes is None else sizes_of("block_sizes", block_sizes)
+    keys = default_budgets(length) if budgets is None else sizes_of("budgets", budgets)
     if length <= min(sizes):
         raise ValueError(
             f"texts have {length:,} tokens, which is no more than one block of {min(sizes):,}: give longer texts, or smaller block_sizes"
@@ -292,6 +292,16 @@ def _space(
             "smaller ones of these"
         )
     return space
+
+
+def sizes_of(name: str, given: Iterable[int]) -> tuple[int, ...]:
+    """The argument `name`, sorted."""
+    values = layer_indices(name, given)
+    if not values:
+        raise ValueError(f"{name} is empty: leave it out, or name some")
+    for value in values:
+        check_count(f"each of {name}", value, 1)
+    return tuple(sorted(set(values)))
 
 
 def _is_cpu(model: nn.Module) -> bool:

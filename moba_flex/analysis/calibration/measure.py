@@ -6,6 +6,7 @@ N tokens of a text, V vocabulary.
 from __future__ import annotations
 
 import inspect
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ class Reading:
     """Measurements of one text under one setting.
 
     Attributes:
-        loss: mean negative log-likelihood, nats per token.
+        loss: mean negative log-likelihood, nats per token; infinity where it is not finite, which no limit allows.
         last_quarter: the same for the last quarter of the text.
         agreement: share of positions with the same most likely next token as full attention.
         seconds: of the forward pass: process time over all cores on a CPU, else wall-clock time; None if outputs of an earlier pass were
@@ -64,6 +65,14 @@ class Meter:
         """Measure one text. `config` None: full attention. `timed`: no layer outputs are reused."""
         result = self._saved.get(f"{name_of(config)} | text {text}", lambda: self._read(config, text, timed))
         self._done()
+        for name in ("loss", "last_quarter"):
+            if not math.isfinite(result[name]):
+                result[name] = math.inf
+        if config is None and math.isinf(result["loss"]):
+            raise ValueError(
+                f"the loss of full attention on texts[{text}] is not finite: load the model in bfloat16 or float32 if it is in float16, "
+                "whose range is small, and check its weights"
+            )
         return Reading(**result)
 
     def _read(self, config: MobaConfig | None, text: int, timed: bool) -> Measured:

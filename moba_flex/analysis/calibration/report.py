@@ -7,14 +7,14 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from ...config import MobaConfig
 from ...core.messages import shown
+from ...core.validation import check_count
 from ..tables import runs, table
-from .saved import write
+from .saved import file_named, said_of, write
 from .texts import split
 
 if TYPE_CHECKING:
@@ -132,27 +132,43 @@ class Calibration:
         """The inverse of `to_dict`. Raises ValueError if `plain` is not a calibration."""
         if not isinstance(plain, Mapping) or plain.get("format") != FORMAT:
             raise ValueError(f'this is no calibration, whose "format" is {FORMAT!r}, but {shown(plain)}')
+        try:
+            report = cls._made_of(plain)
+            report.table()  # uses every field
+        except (LookupError, TypeError, ValueError, AttributeError, AssertionError) as error:
+            raise ValueError(f"this is no calibration: it lacks values, or they do not fit together ({type(error).__name__})") from error
+        return report
+
+    @classmethod
+    def _made_of(cls, plain: Mapping[str, Any]) -> Calibration:
         values = {f.name: plain[f.name] for f in fields(cls) if f.name in plain}
         values["candidates"] = tuple(_candidate(c) for c in plain["candidates"])
         values["layers"] = {int(n): x for n, x in plain["layers"].items()}
         values["together"] = tuple((tuple(layers), gain, alone) for layers, gain, alone in plain["together"])
         values |= {name: tuple(plain.get(name, ())) for name in ("ranked", "warnings")}
+        if plain["chosen"] is not None:
+            check_count("chosen", plain["chosen"], 0)
         return cls(**values)
 
     def save(self, file: str | os.PathLike[str]) -> None:
-        """Write a JSON file, atomically. Raises OSError."""
-        write(Path(file), self.to_dict())
+        """Write a JSON file, atomically. Raises OSError, and TypeError or ValueError if `file` is no name of a file."""
+        write(file_named("file", file), self.to_dict())
 
     @classmethod
     def load(cls, file: str | os.PathLike[str]) -> Calibration:
-        """Read a file written by `save`. Raises OSError, and ValueError if the file contains something else."""
+        """Read a file written by `save`.
+
+        Raises OSError, ValueError if the file contains something else, and TypeError if `file` is no name of a file.
+        """
+        path = file_named("file", file)
         try:
-            plain = json.loads(Path(file).read_text(encoding="utf-8"))
-        except ValueError:
+            with said_of(path):
+                plain = json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError):
             raise ValueError(f"{file} is no JSON file") from None
         try:
             return cls.from_dict(plain)
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except ValueError:
             raise ValueError(f"{file} holds no calibration: name a file that Calibration.save has written") from None
 
     def figure(self) -> Figure:
@@ -232,9 +248,7 @@ class Calibration:
             said.append(
                 f"full attention in layer {runs(layers)} gives back {gain:.4f} nats on one text; the sum of each alone is {alone:.4f}"
             )
-        said.append(
-            f"{self.measured} measurements, {self.seconds / 60:.1f} minutes, {self.n_checked} settings checked on the texts set aside"
-        )
+        said.append(f"{self.measured} measurements, {duration(self.seconds)}, {self.n_checked} settings checked on the texts set aside")
         return [*said, *(f"warning: {sentence}" for sentence in self.warnings)]
 
 
@@ -249,6 +263,13 @@ def _mean(part: Part | None, n_texts: int) -> str:
     if part is None or part.n_texts < n_texts:
         return ""
     return f"{part.difference:+.4f}" + (f" ± {part.spread:.4f}" if n_texts > 1 else "")
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words: "12 seconds", "3.4 minutes"."""
+    if seconds < 60:
+        return f"{seconds:.2g} seconds" if seconds < 10 else f"{seconds:.0f} seconds"
+    return f"{seconds / 60:.1f} minutes"
 
 
 def _seconds(seconds: float | None) -> str:

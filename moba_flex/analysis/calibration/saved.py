@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ...core.messages import shown
+
+_LONGEST_NAME = 500  # characters of a path that are shown
 Measured = dict[str, Any]
 
 
@@ -23,21 +28,25 @@ class Saved:
     """
 
     def __init__(self, file: str | os.PathLike[str] | None, about: Mapping[str, Any]) -> None:
-        self._file = None if file is None else Path(file)
+        self._file = None if file is None else file_named("file", file)
         self._found: dict[str, Any] = {"about": dict(about), "measured": {}}
         if self._file is None:
             return
-        if self._file.exists():
-            self._found = self._read(about)
-        else:
+        with said_of(self._file):
             self._file.parent.mkdir(parents=True, exist_ok=True)
+            exists = self._file.exists()
+        if exists:
+            self._found = self._read(about)
+        write(self._file, self._found)  # whether that works is known before anything is measured
 
     def _read(self, about: Mapping[str, Any]) -> dict[str, Any]:
         try:
-            found = json.loads(Path(str(self._file)).read_text(encoding="utf-8"))
+            with said_of(Path(str(self._file))):
+                found = json.loads(Path(str(self._file)).read_text(encoding="utf-8"))
             before = dict(found["about"])
-            dict(found["measured"])
-        except (ValueError, KeyError, TypeError):
+            for measured in dict(found["measured"]).values():
+                dict(measured)
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise ValueError(f"{self._file} holds no measurements of calibrate: name another file, or remove it") from None
         changed = [f"{name} was {before.get(name)!r} and is {x!r}" for name, x in about.items() if before.get(name) != x]
         if changed:
@@ -61,10 +70,36 @@ class Saved:
 
 
 def write(file: Path, found: Mapping[str, Any]) -> None:
-    """Write the file atomically."""
+    """Write the file atomically. Raises OSError, and leaves nothing behind if it cannot be written."""
     partial = file.with_name(f"{file.name}.partial")
-    partial.write_text(json.dumps(found, indent=1), encoding="utf-8")
-    partial.replace(file)
+    with said_of(file):
+        if file.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "it is a folder, name a file in it")
+        try:
+            partial.write_text(json.dumps(found, indent=1), encoding="utf-8")
+            partial.replace(file)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def file_named(name: str, file: object) -> Path:
+    """The argument `name` as a path. Raises TypeError if it is no name of a file, and ValueError if no file can have it."""
+    text = os.fspath(file) if isinstance(file, (str, os.PathLike)) else None
+    if not isinstance(text, str):
+        raise TypeError(f"{name} must be the name of a file, a str or a Path, but is {shown(file)}")
+    if not Path(text).name or "\0" in text:
+        raise ValueError(f"{name} must be the name of a file, but is {shown(text)}")
+    return Path(text)
+
+
+@contextmanager
+def said_of(file: Path) -> Iterator[None]:
+    """An OSError within the block names `file`, and not another that is written in its place."""
+    try:
+        yield
+    except OSError as error:
+        name = str(file) if len(str(file)) <= _LONGEST_NAME else shown(str(file))
+        raise OSError(error.errno, f"{name} cannot be used: {error.strerror}") from error
 
 
 def fingerprint(model: nn.Module, texts: Sequence[Tensor]) -> dict[str, str]:

@@ -22,6 +22,7 @@ from .space import Space, is_dominated_by, variants, with_full_layers
 NEAR = 0.02  # relative cost difference below which costs count as equal
 MOST_RANKED = 3  # largest number of texts on which layers are ranked
 MOST_HALVED = 8  # largest number of layer groups that are halved, per ranked text
+MOST_LOST = 1000.0  # nats per token as which larger losses count where settings and layers are compared
 MOST_TOGETHER = 4  # number of layers whose joint gain is compared with the sum of their single gains
 
 
@@ -154,7 +155,7 @@ class Search:
         used = {text: self.used(config, [text]) for text in texts if text in self.seen[config]}
         text, most = max(used, key=lambda i: used[i]), math.inf
         whole = self.limits.used([(self.seen[config][i], self.full[i]) for i in used], len(texts), spread)
-        if whole > 0:
+        if 0 < whole < math.inf:
             most = used[text] / whole
         self.deciding[text] = min(most, self.most(text), self.deciding.pop(text, math.inf))
 
@@ -208,7 +209,8 @@ class Search:
         return max((readings[text].loss - self.full[text].loss for readings in self.seen.values() if text in readings), default=0.0)
 
     def lost(self, config: MobaConfig, text: int) -> float:
-        return self.read(config, text).loss - self.full[text].loss
+        """At most `MOST_LOST`, so that losses can be subtracted."""
+        return min(self.read(config, text).loss - self.full[text].loss, MOST_LOST)
 
     def read(self, config: MobaConfig, text: int) -> Reading:
         readings = self.seen.setdefault(config, {})
@@ -256,7 +258,9 @@ class Costs:
 
 
 def standard_error(values: Sequence[float]) -> float:
-    """The standard error of the mean; 0 for one value, for which it is unknown."""
+    """The standard error of the mean; 0 for one value, for which it is unknown; infinity if a value is."""
+    if math.inf in values:
+        return math.inf
     return stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
 
 

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...core.messages import shown
+from ..inputs import check_ids
 
 SHORTEST = 64  # tokens: shorter texts have too few blocks
 HELD_OUT_PER_SEARCH = 2  # one text in three is a search text
@@ -20,10 +21,12 @@ FACTS = 8  # largest number of facts per text
 _CONSONANTS, _VOWELS, _DIGITS = "bdfgklmnprstvz", "aeiou", "0123456789"
 
 
-def sequences(texts: object, tokenizer: Any, length: int | None) -> list[Tensor]:
+def sequences(texts: object, tokenizer: Any, length: int | None, model: nn.Module) -> list[Tensor]:
     """Each text as `[N]` int64 tokens on the CPU, cut to `length` or to the shortest of them. Raises ValueError or TypeError."""
-    if isinstance(texts, (str, bytes)) or not (isinstance(texts, (Iterable, Tensor))):
+    if isinstance(texts, (str, bytes)) or not isinstance(texts, (Iterable, Tensor)) or (isinstance(texts, Tensor) and not texts.dim()):
         raise TypeError(f"texts must be several texts, a list of strings or of token ids, but is {shown(texts)}: put it into a list")
+    if tokenizer is not None and not callable(tokenizer):
+        raise TypeError(f"tokenizer must be one of transformers, but is {shown(tokenizer)}: load it with AutoTokenizer.from_pretrained")
     given = list(texts)
     if len(given) < 2:
         raise ValueError(
@@ -31,6 +34,10 @@ def sequences(texts: object, tokenizer: Any, length: int | None) -> list[Tensor]
             "give more, or cut a long one into pieces"
         )
     ids = [_tokens(i, text, tokenizer) for i, text in enumerate(given)]
+    for i, x in enumerate(ids):
+        if len(x):
+            check_ids("calibrate", f"texts[{i}]", x, model)
+    ids = [x.cpu() for x in ids]
     shortest = min(len(x) for x in ids)
     wanted = shortest if length is None else length
     if shortest < wanted:
@@ -48,13 +55,13 @@ def _tokens(i: int, text: object, tokenizer: Any) -> Tensor:
         text = tokenizer(text, add_special_tokens=False)["input_ids"]
     try:
         ids = torch.as_tensor(text)
-    except (TypeError, ValueError, RuntimeError):
+    except (TypeError, ValueError, RuntimeError, OverflowError):
         raise TypeError(f"texts[{i}] must be a string or token ids, but is {shown(text)}") from None
     if ids.dim() == 2 and len(ids) == 1:  # the shape that tokenizers return
         ids = ids[0]
     if ids.dim() != 1 or ids.is_floating_point() or ids.dtype == torch.bool:
         raise TypeError(f"texts[{i}] must be a string or one row of token ids, ints, but is {shown(text)}")
-    return ids.cpu().long()
+    return ids.long()
 
 
 def split(n: int) -> tuple[list[int], list[int]]:

@@ -29,7 +29,7 @@ def bad_input_is_refused() -> None:
         moba_attention_cp(q, k, k, of_cp, exchange="ring", **blocks)
     with says(ValueError, 'one named "cp"', "('a', 'b')"):
         moba_attention_cp(q, k, k, mesh(2, 2, names=("a", "b")), **blocks)
-    with says(TypeError, "mesh must be a DeviceMesh or a process group, but is a int"):
+    with says(TypeError, "mesh must be a DeviceMesh or a process group, but is an int"):
         moba_attention_cp(q, k, k, 4, **blocks)
     with says(ValueError, "return_lse must be True or False, but is 1"):
         moba_attention_cp(q, k, k, of_cp, return_lse=1, **blocks)
