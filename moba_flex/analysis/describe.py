@@ -13,7 +13,7 @@ from ..config import MobaConfig, changed_settings
 from ..core.messages import kind_of
 from ..core.validation import check_count
 from ..models.by_name import settings_to_come
-from ..models.layers import MOBA, attention_layers, attention_of, check_served, is_replaceable, keeps_full
+from ..models.layers import MOBA, attention_layers, attention_of, check_served, is_replaceable, keeps_full, window_of_layer
 from ..models.patch import find_layers
 from ..models.sizes import without_effect
 from ..models.state import choice_of, context_of
@@ -200,7 +200,7 @@ def _own_kind(layer: AttentionLayer, name: str) -> tuple[str, str]:
     if types is not None and index is not None and index < len(types) and types[index] not in FULL_LAYER_TYPES:
         kind = {"sliding_attention": "sliding window", "chunked_attention": "chunked"}.get(types[index], types[index].replace("_", " "))
         return kind, "layer_types"
-    window = getattr(layer, "sliding_window", getattr(layer.config, "sliding_window", None))
+    window = window_of_layer(layer)
     if window is not None:
         return "sliding window", f"sliding_window={window}"
     return "full", "MoBA cannot replace it"

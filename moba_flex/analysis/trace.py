@@ -203,8 +203,9 @@ def _read(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None) ->
     except (AttributeError, TypeError, ValueError) as error:
         if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
             raise
+        reason = f" ({error})" if isinstance(error, ValueError) else ""  # other errors are of code that did not expect such a call
         raise ValueError(
-            f"{type(model).__name__} is an encoder-decoder model and does not read input_ids alone ({error}): trace takes decoder-only "
+            f"{type(model).__name__} is an encoder-decoder model and does not read input_ids alone{reason}: trace takes decoder-only "
             "models, and those that make their decoder's input of the encoder's, such as BART"
         ) from error
 

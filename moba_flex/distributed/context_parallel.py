@@ -20,7 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from ..config import MobaConfig
 from ..core.messages import kind_of
 from ..core.settings import AttentionSettings
-from ..models.layers import attention_layers, configs_of, format_layers, is_patched, is_replaceable, name_attention
+from ..models.layers import attention_layers, config_of_layer, format_layers, is_patched, is_replaceable, name_attention
 from ..models.state import context_of, set_context
 from .attention import check_exchange, context_parallel_attention, full, group_of, sparse
 from .cache import SharedLayer
@@ -85,7 +85,7 @@ def context_parallel(model: nn.Module, mesh: DeviceMesh | dist.ProcessGroup, *, 
     if any(hasattr(layer, "key_conv") for layer in patched):
         raise ValueError(f"{type(model).__name__} has key_conv, which would not see the keys before a slice: patch it with key_conv=0")
     group = group_of(mesh)
-    for config in configs_of(patched):
+    for config in map(config_of_layer, patched):
         n_heads = config.num_attention_heads
         n_key_heads, shared = getattr(config, "num_key_value_heads", None) or n_heads, MobaConfig.of(config).share_selection
         check_exchange(exchange, n_heads, n_key_heads, group.size(), shared)

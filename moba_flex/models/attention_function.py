@@ -22,7 +22,7 @@ from ..core.autocast import without_autocast
 from ..dispatch import attend, attend_decoding
 from ..ops.decoding import means_for, write_means
 from .block_means import BlockMeans, means_of
-from .by_name import settings_by_name
+from .by_name import settings_of_unpatched
 from .call_hooks import CACHE_KEY, DRAFTS_KEY, MASK_KEY, NO_PADDING_KEY, PASS_KEY
 from .decision import Decision, LayerCall, LayerPath, check_supported, decide, decide_sparse, n_decoded
 from .key_conv import check_key_conv
@@ -62,11 +62,11 @@ def moba_attention_forward(
     if kwargs.pop(NO_PADDING_KEY, False) and isinstance(attention_mask, MobaMask):
         attention_mask = attention_mask.without_padding()
     unpatched = choice_of(module) is None
-    settings = settings_by_name(module.config, MOBA) if unpatched else MobaConfig.of(module.config)
+    settings = settings_of_unpatched(module) if unpatched else MobaConfig.of(module.config)
     attention = attention_of(module, settings, named)
     if unpatched:
         check_served(module)
-        if isinstance(attention_mask, MobaMask) and attention_mask.is_of_drafting_layer(module.layer_idx):
+        if attention != "full" and isinstance(attention_mask, MobaMask) and attention_mask.is_of_drafting_layer(module.layer_idx):
             attention = "full"
     if (this_pass := kwargs.pop(PASS_KEY, None)) is not None:
         attention, settings = this_pass.used(module, attention, settings)

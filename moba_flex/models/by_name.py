@@ -10,20 +10,27 @@ from __future__ import annotations
 import warnings
 from collections import defaultdict
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 from transformers import PreTrainedConfig
 
 from ..config import DEFAULT, MobaConfig
 from ..core.compiling import constant_in_graphs
 from ..core.messages import kind_of
 from .by_identity import ByIdentity
+from .layers import MOBA, is_foreign, is_replaceable
 from .state import Choice, patched_layers
-from .upstream import implementation_of
+from .upstream import global_value, implementation_of
+
+if TYPE_CHECKING:
+    from .upstream import AttentionLayer
 
 _Kind = tuple[type[PreTrainedConfig], tuple[object, ...]]
 _SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size")
 _DEFAULTED: ByIdentity[MobaConfig] = ByIdentity()  # configurations of loaded models that use the defaults
+_UNUSED: ByIdentity[bool] = ByIdentity()  # configurations of loaded models whose layers cannot use MoBA
 _COMPARED: ByIdentity[bool] = ByIdentity()  # configurations already compared with patched models of their kind
 _TRACED: dict[_Kind, MobaConfig] = {}  # the settings for the graph being traced
 
@@ -53,8 +60,37 @@ def settings_by_name(config: PreTrainedConfig, implementations: tuple[str, ...])
     return settings
 
 
+def settings_of_unpatched(layer: AttentionLayer) -> MobaConfig:
+    """The settings of a layer of a model that was loaded with "moba". Layers that MoBA cannot replace need none, but may get a warning."""
+    if is_replaceable(layer):
+        return settings_by_name(layer.config, MOBA)
+    config = layer.config
+    if _is_of_another_kind(layer) and getattr(config, "moba", None) is None:
+        if torch.compiler.is_compiling():  # a graph can neither search nor write
+            _warn_of_no_use(type(layer), type(config))
+        elif _DEFAULTED.get(config) is None and _UNUSED.get(config) is None:  # no layer with this configuration uses MoBA so far
+            _UNUSED.put(config, True)
+            _warn_of_no_use(type(layer), type(config))
+    return DEFAULT
+
+
+def _is_of_another_kind(layer: AttentionLayer) -> bool:
+    """Whether a layer's model may have none that MoBA can replace: it is an encoder alone, or its attention has a position bias."""
+    return is_foreign(type(layer)) or not (getattr(layer, "is_causal", True) or getattr(layer.config, "is_encoder_decoder", False))
+
+
+@constant_in_graphs
+def _warn_of_no_use(layer_class: type[nn.Module], config_class: type[PreTrainedConfig]) -> bool:
+    warnings.warn(
+        f'a model with a {config_class.__name__} was loaded with attn_implementation="moba", but {layer_class.__name__} keeps its original '
+        "attention: MoBA can only replace full causal self-attention without a position bias",
+        stacklevel=2,
+    )
+    return True
+
+
 def _kind(config: PreTrainedConfig) -> _Kind:
-    return type(config), tuple(getattr(config, name, None) for name in _SIZES)
+    return type(config), tuple(global_value(config, name) for name in _SIZES)
 
 
 @constant_in_graphs

@@ -18,7 +18,7 @@ from .layers import MOBA, accepts_kwargs, attention_layers, is_replaceable, mask
 from .masks import MobaMask, raise_switched
 from .recomputation import ForwardPass, check_not_switched
 from .state import call_hook_of, set_call_hook
-from .upstream import DRAFTED_POSITIONS, MaskUse, cache_in, implementation_of
+from .upstream import DRAFTED_POSITIONS, MaskUse, attention_by_name, cache_in, implementation_of
 
 if TYPE_CHECKING:
     from .upstream import AttentionLayer
@@ -32,9 +32,9 @@ CACHE_KEY, DRAFTS_KEY, NO_PADDING_KEY, MASK_KEY, PASS_KEY = "moba_cache", "moba_
 _PACKED = ("cu_seq_lens_q", "cu_seq_lens_k")
 
 
-def pass_cache(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Changed:
-    """Forward pre-hook of attention layers: pass the cache to the attention function."""
-    cache = cache_in(kwargs)
+def pass_cache(layer: AttentionLayer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Changed:
+    """Forward pre-hook of attention layers: pass the cache to the attention function of MoBA."""
+    cache = cache_in(kwargs) if implementation_of(layer.config) in MOBA else None
     return (args, {**kwargs, CACHE_KEY: cache}) if cache is not None else None
 
 
@@ -46,11 +46,13 @@ def pass_mask(layer: AttentionLayer, args: tuple[Any, ...], kwargs: dict[str, An
     """
     place = mask_argument_index(type(layer))
     mask = args[place] if len(args) > place else kwargs.get("attention_mask")
+    if implementation_of(layer.config) not in MOBA:
+        if isinstance(mask, MobaMask):
+            raise_switched(type(layer).__name__)
+        return None
     more: dict[str, Any] = {CACHE_KEY: cache_in(kwargs)} if accepts_kwargs(type(layer)) else {}
     if not isinstance(mask, MobaMask):
         return args, {**kwargs, **more}
-    if implementation_of(layer.config) not in MOBA:
-        raise_switched()
     tensors = (x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
     original = mask.original(original_implementation(layer), next(tensors).device)
     if len(args) > place:
@@ -82,9 +84,17 @@ def pass_call_of_stack(model: PreTrainedModel, args: tuple[Any, ...], kwargs: di
     more = _drafts(model, kwargs) or _whole(model, args, kwargs) or _mask_made_before(model, kwargs)
     if not torch.compiler.is_compiling():
         check_not_switched(model)
-        if model.training and torch.is_grad_enabled():
+        if model.training and torch.is_grad_enabled() and _passes_on(implementation_of(model.config)):
             more[PASS_KEY] = ForwardPass()
     return (args, {**kwargs, **more}) if more else None
+
+
+def _passes_on(implementation: str) -> bool:
+    """Whether the function behind a name takes more arguments than it names. The original one of a user may not: it then gets no
+    `ForwardPass`, and recomputation by MoBA after a switch is an error.
+    """
+    attention = attention_by_name(None, implementation)  # None for "eager": each model has its own, which takes more
+    return attention is None or any(p.kind is p.VAR_KEYWORD for p in inspect.signature(attention).parameters.values())
 
 
 def pass_call(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Changed:

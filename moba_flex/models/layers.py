@@ -72,13 +72,25 @@ def is_replaceable(layer: AttentionLayer) -> bool:
     index, config = getattr(layer, "layer_idx", None), layer.config
     if index is None or getattr(layer, "is_cross_attention", False) or not getattr(layer, "is_causal", True):
         return False
-    if _is_foreign(type(layer)) or not _is_served(layer):
+    if is_foreign(type(layer)) or not _is_served(layer):
         return False
     types = getattr(config, "layer_types", None)
     if types is not None and index < len(types):
         window = getattr(layer, "sliding_window", None) if getattr(layer, "is_sliding", True) else None  # EXAONE 4 has it in all layers
         return types[index] in FULL_LAYER_TYPES and window is None
-    return getattr(layer, "sliding_window", getattr(config, "sliding_window", None)) is None
+    return window_of_layer(layer) is None
+
+
+def window_of_layer(layer: AttentionLayer) -> int | None:
+    """The sliding window of a layer whose configuration has no `layer_types`; None: it has none."""
+    holder: Any = layer if hasattr(layer, "sliding_window") else config_of_layer(layer)
+    return getattr(holder, "sliding_window", None)
+
+
+def config_of_layer(layer: AttentionLayer) -> PreTrainedConfig:
+    """The configuration with a layer's own values: reading one that differs between layers raises RuntimeError in the one they share."""
+    config, index = layer.config, getattr(layer, "layer_idx", None)
+    return config.per_layer_config[index] if index is not None and config.is_heterogeneous else config
 
 
 def is_unmodified(layer: AttentionLayer) -> bool:
@@ -98,18 +110,22 @@ def _has_original_name(layer: AttentionLayer) -> bool:
     return is_unmodified(layer) and implementation_of(layer.config) == original_implementation(layer)
 
 
-def name_attention(layers: list[AttentionLayer], moba: str = "moba") -> None:
+def name_attention(layers: list[AttentionLayer], moba: str | None = None) -> None:
     """Set the attention name in the configurations, which the model's code and its masks depend on.
 
-    If all layers use full attention, it is the original name. Otherwise it is one of MoBA's names: the current one, or `moba` if the
-    current name is another.
+    If all layers use full attention, it is the original name. Otherwise it is one of MoBA's names: the current one, or else `moba`, or what
+    it will be after a `full_attention` block, or "moba". A name that is neither was set with `set_attn_implementation`, and stays.
     """
     for config in configs_of(layers):
         own = [layer for layer in layers if layer.config is config]
+        name, original = implementation_of(config), original_implementation(own[0])
+        if name not in (*MOBA, original):
+            continue
         if all(map(is_unmodified, own)):
-            set_implementation(config, original_implementation(own[0]))
-        elif all(choice_of(layer) is not None for layer in own) and implementation_of(config) not in MOBA:
-            set_implementation(config, moba)
+            set_implementation(config, original)
+        elif all(choice_of(layer) is not None for layer in own) and name not in MOBA:
+            blocks = [choice.full_blocks for layer in own if (choice := choice_of(layer)) is not None]
+            set_implementation(config, moba or next((full.named for full in blocks if full is not None), "moba"))
 
 
 def attention_of(layer: AttentionLayer, settings: MobaConfig, named: str | None = None) -> str:
@@ -262,7 +278,7 @@ def accepts_kwargs(module_class: type[nn.Module]) -> bool:
 
 
 @_of_a_class
-def _is_foreign(layer_class: type[nn.Module]) -> bool:
+def is_foreign(layer_class: type[nn.Module]) -> bool:
     """Whether scores get a bias per query and key (T5 and similar), or keys come from other states (Mllama)."""
     names = {name for method in ("forward", "__init__") for name in inspect.signature(getattr(layer_class, method)).parameters}
     foreign = {"position_bias", "has_relative_attention_bias", "cross_attention_states"}

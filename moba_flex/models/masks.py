@@ -9,7 +9,7 @@ B batch, N tokens (Nq queries, Nk keys).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
@@ -22,7 +22,9 @@ from ..core import validation
 from ..core.messages import kind_of
 from ..core.upstream import assert_in_graph, mark_dynamic
 from ..ops.decoding import MAX_DECODE_TOKENS
-from .upstream import bidirectional_mask_function, causal_mask_function, mask_builder, mtp_offset
+from .layers import MOBA
+from .recomputation import may_be_recomputation
+from .upstream import bidirectional_mask_function, causal_mask_function, implementation_of, mask_builder, mtp_offset
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,8 @@ def _moved(x: Tensor | None, device: torch.device) -> Tensor | None:
     return x if x is None else x.to(device, non_blocking=True)
 
 
+_CANNOT_USE_MOBA = "the model cannot use MoBA, so load it with another attn_implementation"
+
 _Index = int | slice | Tensor
 
 
@@ -94,6 +98,7 @@ class MobaMask(BlockMask):
     """
 
     def __init__(self, request: dict[str, Any]) -> None:
+        _check_shape(request)
         # A static cache updates its token count in place, before the layers read it here.
         if isinstance(request["q_offset"], Tensor):
             request["q_offset"] = request["q_offset"].clone()
@@ -162,9 +167,10 @@ class MobaMask(BlockMask):
 
     def positions(self, query: Tensor, key: Tensor) -> DecodingPositions | None:
         """The mask in the form that decoding takes; None if this is not decoding: a few causal tokens after cached ones."""
-        if self._request.get("mask_function", causal_mask_function) is not causal_mask_function:
-            return None
         if query.shape[2] == key.shape[2] or self._lengths != (query.shape[2], key.shape[2]):
+            return None
+        causal = self._request.get("mask_function", causal_mask_function) is causal_mask_function
+        if not causal and (torch.compiler.is_compiling() or not self.visible(query, key).causal):
             return None
         positions = _decoding_positions(self._request) if self._positions is None else self._positions
         if positions is None:
@@ -225,29 +231,47 @@ class MobaMask(BlockMask):
     def __torch_function__(
         cls, func: Callable[..., Any], types: tuple[type, ...], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> NoReturn:
-        masks = [x for x in (*args, *(kwargs or {}).values()) if isinstance(x, MobaMask)]
-        raise_switched(_owner(masks[0]._request) if masks else "attention")
+        request = next(_masks_in((*args, *(kwargs or {}).values())))._request
+        config = request.get("config")
+        if may_be_recomputation() or (config is not None and implementation_of(config) not in MOBA):
+            raise_switched(_owner(request))
+        raise ValueError(  # not TypeError, which tensor operators swallow
+            f"the code of {_owner(request)} computes with its attention mask, which MoBA does not build: {_CANNOT_USE_MOBA}"
+        )
 
     def __getattr__(self, name: str) -> NoReturn:
         raise self._unknown(repr(name))
 
     def _unknown(self, what: str) -> AttributeError:
         owner = _owner(self._request)
-        return AttributeError(f"{owner} reads {what} of its attention mask, which MoBA does not build: the model cannot use MoBA")
+        return AttributeError(f"the code of {owner} reads {what} of its attention mask, which MoBA does not build: {_CANNOT_USE_MOBA}")
+
+
+def _masks_in(values: Iterable[Any]) -> Iterator[MobaMask]:
+    """The masks among the arguments of a function, also in lists of tensors."""
+    for value in values:
+        if isinstance(value, MobaMask):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _masks_in(value)
 
 
 def _owner(request: dict[str, Any]) -> str:
     """For messages: the owner of a mask, by the configuration in transformers' request."""
     config = request.get("config")
-    return "the code of the model" if config is None else f"the code of a model with {kind_of(config)}"
+    return "a model" if config is None else f"a model with {kind_of(config)}"
 
 
-def raise_switched(owner: str = "attention") -> NoReturn:
-    """Raise because other attention got a MoBA mask, as when a forward pass is recomputed after a switch."""
-    raise ValueError(  # not TypeError, which tensor operators swallow
-        f"{owner} computes with a mask of MoBA: either it cannot use MoBA, so that it needs another attn_implementation; or layers were "
-        "switched within a pass: under gradient checkpointing backward must come before set_attention, full_attention or unpatch change "
-        "what the forward pass used"
+def raise_switched(owner: str) -> NoReturn:
+    """Raise because other attention got a mask of MoBA: layers were switched after the pass had made it."""
+    if may_be_recomputation():
+        raise ValueError(  # not TypeError, which tensor operators swallow
+            f"a checkpoint computes {owner} again, whose attention was switched after its forward pass: backward must come before "
+            "set_attention, full_attention or unpatch change what the forward pass used"
+        )
+    raise ValueError(
+        f"the attention of {owner} was switched within a pass, after its mask was built for MoBA: set_attention, full_attention and "
+        "unpatch, in a hook or another thread, must wait for the end of the pass"
     )
 
 
@@ -266,16 +290,17 @@ def _read(request: dict[str, Any]) -> Visible:
     mask_function, attention_mask = request.get("mask_function", causal_mask_function), request.get("attention_mask")
     if request["kv_offset"]:
         raise ValueError("MoBA needs all keys from the first token on, but this cache has dropped some: use DynamicCache()")
-    seen = _first_query(request) + request["q_length"]
+    cached = _first_query(request)
+    seen = cached + request["q_length"]
     if seen > request["kv_length"]:
         raise ValueError(f"MoBA's queries are the last of the keys, but query {seen - 1} meets only {request['kv_length']} keys")
     if mask_function in (causal_mask_function, bidirectional_mask_function):
         padding_mask = _padding(attention_mask, seen)
         return Visible(seen, mask_function is causal_mask_function, padding_mask, starts=_starts(padding_mask))
-    custom = request.get("use_vmap") or seen != request["q_length"]
-    cu_seqlens = None if custom else _sequences(mask_function, request["batch_size"], seen, request["device"])
+    custom = request.get("use_vmap")
+    cu_seqlens = None if custom else _sequences(mask_function, request["batch_size"], cached, seen, request["device"])
     padding_mask = None if custom else _padding(attention_mask, seen)
-    if custom or (padding_mask is not None and cu_seqlens is not None):
+    if custom or (cu_seqlens is not None and (cached or padding_mask is not None)):
         raise ValueError(
             "MoBA cannot follow a custom mask function, only causal or bidirectional attention with padding or packed "
             'sequences: use set_attention(model, "full")'
@@ -292,6 +317,15 @@ def _first_query(request: dict[str, Any]) -> int:
         assert_in_graph(offset == 0, "an exported prompt must begin at the first position of its static cache")
         return 0
     return int(offset)
+
+
+def _check_shape(request: dict[str, Any]) -> None:
+    """Raise ValueError if there is an attention_mask of another shape than (batch, tokens)."""
+    mask, n_rows = request.get("attention_mask"), request["batch_size"]
+    if mask is not None and (mask.ndim != 2 or mask.shape[0] != n_rows):
+        raise ValueError(
+            f"attention_mask must have the shape (batch, tokens), here with a batch of {n_rows}, but has the shape {tuple(mask.shape)}"
+        )
 
 
 def _padding(attention_mask: Tensor | None, n_key: int) -> Tensor | None:
@@ -340,8 +374,10 @@ def _decoding_positions(request: dict[str, Any]) -> DecodingPositions | None:
     return DecodingPositions(length, None if attention_mask is None else _first_real(attention_mask))
 
 
-def _sequences(mask_function: Callable[..., Any], batch_size: int, n_tokens: int, device: torch.device) -> Tensor | None:
-    """`cu_seqlens [n + 1]` of packed sequences; None if each row is one sequence, in which every token sees the one before it.
+def _sequences(mask_function: Callable[..., Any], batch_size: int, cached: int, seen: int, device: torch.device) -> Tensor | None:
+    """`cu_seqlens [n + 1]` of packed sequences in the tokens from `cached` to `seen`; None if each row is one sequence.
+
+    In one sequence every token sees the one before it, also the last cached one.
 
     transformers finds packed sequences in `position_ids` and passes them on only inside a mask function. Calling it for neighbouring tokens
     is linear work.
@@ -349,12 +385,13 @@ def _sequences(mask_function: Callable[..., Any], batch_size: int, n_tokens: int
     Raises ValueError if a token sees the next one, since the mask is then not causal.
     """
     row = torch.arange(batch_size, device=device)[:, None]
-    later = torch.arange(1, n_tokens, device=device)[None]
-    head = torch.zeros_like(later)
-    if mask_function(row, head, later - 1, later).any():
+    token = torch.arange(cached, seen, device=device)[None]
+    first, later = token[:, :-1], token[:, 1:]
+    if mask_function(row, torch.zeros_like(first), first, later).any():
         raise ValueError('MoBA cannot follow a mask in which tokens see later ones: use set_attention(model, "full")')
-    joined = mask_function(row, head, later, later - 1).expand(batch_size, n_tokens - 1)
+    follows = token if cached else later  # the tokens that have one before them
+    joined = mask_function(row, torch.zeros_like(follows), follows, follows - 1).expand(batch_size, -1)
     if joined.all():
         return None
-    first = F.pad(~joined, (1, 0), value=True).flatten().nonzero()[:, 0]
-    return F.pad(first, (0, 1), value=batch_size * n_tokens).int()
+    begins = F.pad(~joined, (seen - cached - joined.shape[1], 0), value=True).flatten().nonzero()[:, 0]
+    return F.pad(begins, (0, 1), value=batch_size * (seen - cached)).int()

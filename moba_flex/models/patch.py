@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from torch import nn
@@ -22,6 +24,7 @@ from .layers import (
     MOBA,
     attention_layers,
     attention_of,
+    config_of_layer,
     configs_of,
     format_layers,
     full_layers,
@@ -36,7 +39,7 @@ from .layers import (
     resolve_layers,
 )
 from .recomputation import before_switch
-from .state import Choice, choice_of, context_of, set_choice
+from .state import Choice, FullBlocks, choice_of, context_of, set_choice
 from .upstream import MaskUse, holds_config, implementation_of, set_implementation
 
 if TYPE_CHECKING:
@@ -44,6 +47,7 @@ if TYPE_CHECKING:
 
 ATTENTION = (*MOBA, "full")
 Model = TypeVar("Model", bound=nn.Module)
+_BLOCKS_CHANGE = threading.RLock()  # held while a `full_attention` block is entered or left
 
 
 def patch(
@@ -253,7 +257,9 @@ def set_attention(model: Model, attention: str, layers: Iterable[int] | None = N
 def full_attention(model: Model) -> Iterator[Model]:
     """Let all layers use full attention within a `with` block, and restore their attention afterwards, also after an exception.
 
-    Layers that are switched within the block keep that change.
+    Layers that are switched within the block keep that change. Blocks may be nested or overlap, as those of several tasks do: layers use
+    full attention until the last block is left. A model that does not use MoBA, such as one whose attention `set_attn_implementation` has
+    changed, stays as it is.
 
     >>> import torch
     >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -264,23 +270,46 @@ def full_attention(model: Model) -> Iterator[Model]:
     ...     logits = model(torch.arange(32)[None]).logits
     """
     every, replaceable = find_layers(model)
-    before_switch(model)
-    if is_patched(replaceable) and any(choice_of(layer) is None for layer in replaceable):
-        _adopt(model, replaceable)
-    before = [choice_of(layer) for layer in replaceable]
-    named = next((name for layer in replaceable if (name := implementation_of(layer.config)) in MOBA), "moba")
-    if is_patched(replaceable):
-        _use(replaceable, "full")
-        name_attention(every)
-    within = [choice_of(layer) for layer in replaceable]
+    block = object()
+    with _BLOCKS_CHANGE:
+        if is_patched(replaceable):
+            _enter(block, model, every, replaceable)
     try:
         yield model
     finally:
-        before_switch(model)
-        for layer, choice, full in zip(replaceable, before, within):
-            if choice_of(layer) is full:
-                set_choice(layer, choice)
-        name_attention(every, named)
+        with _BLOCKS_CHANGE:
+            _leave(block, model, every)
+
+
+def _enter(block: object, model: nn.Module, every: list[AttentionLayer], replaceable: list[AttentionLayer]) -> None:
+    before_switch(model)
+    if any(choice_of(layer) is None for layer in replaceable):
+        _adopt(model, replaceable)
+    for layer in replaceable:
+        choice = choice_of(layer)
+        assert choice is not None  # it is patched
+        within = choice.full_blocks
+        if within is None:
+            name = implementation_of(layer.config)
+            within = FullBlocks(frozenset(), choice, name if name in MOBA else "moba")
+        set_choice(layer, replace(choice, attention="full", full_blocks=replace(within, blocks=within.blocks | {block})))
+    name_attention(every)
+
+
+def _leave(block: object, model: nn.Module, every: list[AttentionLayer]) -> None:
+    """Restore the layers for which `block` was the last one. Layers switched since they entered it are in no block."""
+    within = {layer: choice.full_blocks for layer in every if (choice := choice_of(layer)) is not None and choice.full_blocks is not None}
+    left = {layer: full for layer, full in within.items() if block in full.blocks}
+    if not left:
+        return
+    before_switch(model)
+    for layer, full in left.items():
+        choice, others = choice_of(layer), full.blocks - {block}
+        assert choice is not None  # it is in the block
+        set_choice(layer, replace(choice, full_blocks=replace(full, blocks=others)) if others else full.after)
+    for config in configs_of(left):
+        named = next(full.named for layer, full in left.items() if layer.config is config)
+        name_attention([layer for layer in every if layer.config is config], named)
 
 
 def _adopt(model: nn.Module, replaceable: list[AttentionLayer]) -> None:
@@ -347,7 +376,7 @@ def _check_module(model: object) -> None:
 
 def _windows(layers: list[AttentionLayer]) -> str:
     """For the message: some models have a window that is longer than any of their inputs, and can be loaded without it."""
-    windows = [window for layer in layers if isinstance(window := getattr(layer.config, "sliding_window", None), int)]
+    windows = [window for layer in layers if isinstance(window := getattr(config_of_layer(layer), "sliding_window", None), int)]
     advice = f"; the configuration has a sliding_window of {max(windows, default=0)}: if no text gets that long, load the model with "
     return f"{advice}sliding_window=None" if windows else ""
 

@@ -55,6 +55,11 @@ def before_switch(model: nn.Module) -> None:
     _SWITCHED.update(part for part in model.modules() if isinstance(part, PreTrainedModel))
 
 
+def may_be_recomputation() -> bool:
+    """Whether a call may be the second run of a checkpoint, which is within a backward pass and has gradients."""
+    return not torch.compiler.is_compiling() and in_backward_pass() and torch.is_grad_enabled()
+
+
 def check_not_switched(model: PreTrainedModel) -> None:
     """Called at the start of a forward pass. Raises ValueError if a checkpoint around the whole model recomputes a pass from before a
     switch.
@@ -63,7 +68,7 @@ def check_not_switched(model: PreTrainedModel) -> None:
     """
     if not in_backward_pass():
         _SWITCHED.discard(model)
-    elif model in _SWITCHED:
+    elif model in _SWITCHED and may_be_recomputation():
         raise ValueError(
             f"a checkpoint computes {type(model).__name__} again, whose attention was switched after its forward pass: {_REMEDY}"
         )
@@ -71,5 +76,5 @@ def check_not_switched(model: PreTrainedModel) -> None:
 
 def check_pass_is_known(layer: AttentionLayer) -> None:
     """For a call without a MoBA mask: raise ValueError if a checkpoint recomputes a layer that was not yet patched in its forward pass."""
-    if not torch.compiler.is_compiling() and in_backward_pass():
+    if may_be_recomputation():
         raise ValueError(f"a checkpoint computes {type(layer).__name__} again, which was patched after its forward pass: {_REMEDY}")

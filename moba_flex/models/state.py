@@ -35,6 +35,16 @@ class Choice:
     attention: str | None = None  # "full", "moba" or "moba_naive"; None: as the model's configuration names
     keeps_full: bool = False  # whether `full_attention_layers` names the layer
     is_fixed: bool = False  # MoBA cannot replace the layer
+    full_blocks: FullBlocks | None = None  # the `full_attention` blocks that made it "full"
+
+
+@dataclass(frozen=True)
+class FullBlocks:
+    """The `full_attention` blocks that a layer is in. Those of tasks and threads overlap: the last one that is left restores the layer."""
+
+    blocks: frozenset[object]
+    after: Choice  # the layer's choice when no block is left
+    named: str  # the attention name in its configuration then, if any layer uses MoBA
 
 
 @dataclass(frozen=True, eq=False)

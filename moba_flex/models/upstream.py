@@ -74,6 +74,7 @@ __all__ = [
     "causal_mask_function",
     "file_of_repository",
     "fill_paged_mask",
+    "global_value",
     "holds_config",
     "implementation_of",
     "is_cached_tensor",
@@ -123,6 +124,11 @@ def implementation_of(config: PreTrainedConfig) -> str:
 def set_implementation(config: PreTrainedConfig, name: str | None) -> None:
     """Set that name in one configuration, but not in its sub-configurations: `set_attn_implementation` also sets vision parts."""
     config._attn_implementation = {"": name}
+
+
+def global_value(config: PreTrainedConfig, name: str) -> Any:
+    """An attribute of a configuration, or None. Plain access raises RuntimeError if layers differ in it, as in Gemma 4's `head_dim`."""
+    return config._getattr_without_heterogeneous_validation(name, None)
 
 
 def holds_config(module: nn.Module) -> TypeGuard[Configured]:

@@ -180,5 +180,13 @@ def test_a_model_without_moba_layers_says_so():
         trace("llama", **batch())
 
 
+def test_an_encoder_decoder_that_cannot_be_traced_is_told_without_python_errors():
+    sizes = {f"{part}_{what}": n for part in ("encoder", "decoder") for what, n in (("layers", 1), ("attention_heads", 2), ("ffn_dim", 16))}
+    model = transformers.WhisperForConditionalGeneration(transformers.WhisperConfig(vocab_size=64, d_model=16, pad_token_id=0, **sizes))
+    message = "^WhisperModel is an encoder-decoder model and does not read input_ids alone: trace takes decoder-only models, and those that"
+    with pytest.raises(ValueError, match=message):
+        trace(model, batch()["input_ids"], **SPARSE)
+
+
 def test_the_package_exports_it():
     assert moba_flex.trace is trace and moba_flex.Trace is trace_module.Trace

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import copy
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 import transformers
-from support.families import SPARSE, build, each_family, logits, padded, tokens
+from support.families import SPARSE, attentions, build, each_family, logits, padded, tokens
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
     GPT2Config,
     GPT2LMHeadModel,
     MarianConfig,
@@ -19,9 +23,11 @@ from transformers import (
     MoonshineForConditionalGeneration,
     PreTrainedModel,
 )
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from moba_flex.models import full_attention, patch, set_attention, unpatch
-from moba_flex.models.layers import mask_use_of
+from moba_flex.models.layers import attention_of, mask_use_of
 from moba_flex.models.upstream import MaskUse
 
 
@@ -86,6 +92,119 @@ def test_the_name_that_was_there_comes_back_after_full_attention():
     with full_attention(model):
         assert model.config._attn_implementation == "sdpa"
     assert model.config._attn_implementation == "moba_naive"
+
+
+NAMES = ["eager", "sdpa", "flex_attention"]
+
+
+def name_of(model: PreTrainedModel) -> str:
+    return model.config._attn_implementation
+
+
+def attention_in_layers(model: PreTrainedModel) -> list[str]:
+    """What each layer uses, as its attention function would find it."""
+    return [attention_of(layer, model.config.moba) for layer in attentions(model)]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("before", [lambda model: model, lambda model: set_attention(model, "full")], ids=["moba", "full"])
+def test_full_attention_leaves_what_set_attn_implementation_has_chosen(name, before):
+    model = before(patch(build(), **SPARSE))
+    model.set_attn_implementation(name)
+    with full_attention(model):
+        assert name_of(model) == name
+    assert name_of(model) == name
+
+
+@pytest.mark.parametrize("name", ["eager", "flex_attention", "moba_naive"])
+def test_set_attn_implementation_within_full_attention_stays(name):
+    model = patch(build(), **SPARSE)
+    with full_attention(model):
+        model.set_attn_implementation(name)
+    assert name_of(model) == name
+    assert torch.equal(logits(set_attention(model, "moba"), tokens()), logits(patch(build(), **SPARSE), tokens()))
+
+
+@pytest.mark.parametrize("first", [0, 1])
+@pytest.mark.parametrize("before", ["moba", "moba_naive", "one layer full"])
+def test_overlapping_blocks_restore_the_attention_when_the_last_one_is_left(before, first):
+    model = patch(build(), **SPARSE)
+    set_attention(model, "full", [1]) if before == "one layer full" else set_attention(model, before)
+    used, name = attention_in_layers(model), name_of(model)
+    blocks = [full_attention(model), full_attention(model)]
+    for block in blocks:
+        block.__enter__()
+    blocks.pop(first).__exit__(None, None, None)
+    assert attention_in_layers(model) == ["full"] * 4 and name_of(model) == "sdpa"
+    assert not blocks[0].__exit__(KeyError, KeyError("raised in the block"), None)
+    assert attention_in_layers(model) == used and name_of(model) == name
+
+
+def test_threads_that_enter_and_leave_blocks_restore_the_attention():
+    model, interval = patch(build(), **SPARSE), sys.getswitchinterval()
+
+    def enter_and_leave(_) -> None:
+        for _ in range(40):
+            with full_attention(model):
+                assert attention_in_layers(model) == ["full"] * 4
+
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(enter_and_leave, range(4)))
+    finally:
+        sys.setswitchinterval(interval)
+    assert attention_in_layers(model) == ["moba"] * 4 and name_of(model) == "moba"
+
+
+def test_layers_switched_within_overlapping_blocks_keep_that():
+    model = set_attention(patch(build(), **SPARSE), "moba_naive")
+    outer, inner = full_attention(model), full_attention(model)
+    outer.__enter__()
+    set_attention(model, "moba", [0])
+    inner.__enter__()
+    outer.__exit__(None, None, None)
+    set_attention(model, "full", [3])
+    assert attention_in_layers(model) == ["full"] * 4
+    inner.__exit__(None, None, None)
+    assert attention_in_layers(model) == ["moba", "moba_naive", "moba_naive", "full"]
+    assert name_of(model) == "moba_naive"
+
+
+@pytest.mark.parametrize("switch", [unpatch, lambda model: patch(model, block_size=4, top_k=3)], ids=["unpatch", "patch"])
+def test_patch_and_unpatch_within_overlapping_blocks_stay(switch):
+    model = patch(build(), **SPARSE)
+    with full_attention(model), full_attention(model):
+        switch(model)
+        expected = logits(model, tokens())
+    assert torch.equal(logits(model, tokens()), expected)
+
+
+@pytest.fixture
+def strict():
+    """A user's attention function that takes the arguments which Llama passes, and no others."""
+
+    def attention(module, query, key, value, attention_mask, scaling, dropout, position_ids=None, use_cache=None):
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout)
+
+    AttentionInterface.register("strict", attention)
+    AttentionMaskInterface.register("strict", sdpa_mask)
+    yield "strict"
+    for registry in (AttentionInterface, AttentionMaskInterface):
+        registry._global_mapping.pop("strict")
+
+
+@pytest.mark.parametrize("decode", ["full", "sparse"])
+def test_full_attention_passes_the_original_function_no_arguments_of_its_own(decode, strict):
+    model = build()
+    model.set_attn_implementation(strict)
+    expected = gradients_under_checkpoints(model, None, lambda _: None)
+    set_attention(patch(model, **SPARSE, decode=decode), "full")
+    assert torch.equal(gradients_under_checkpoints(model, None, lambda _: None), expected)
+    with torch.no_grad():
+        model(tokens(), use_cache=True)
+    with pytest.raises(ValueError, match=r"LlamaAttention again, .* after its forward pass"):
+        gradients_under_checkpoints(model, False, lambda model: set_attention(model, "moba"))
 
 
 def test_a_layer_whose_code_depends_on_the_name_of_its_attention_is_refused():
@@ -163,7 +282,7 @@ def test_recomputation_of_moba_with_other_settings_is_that_of_forward(reentrant)
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("switch", [lambda model: set_attention(model, "full"), unpatch], ids=["full", "unpatch"])
 def test_recomputation_of_moba_by_other_attention_says_what_to_do(reentrant, switch):
-    with pytest.raises(ValueError, match="backward must come before set_attention"):
+    with pytest.raises(ValueError, match=r"^a checkpoint computes .* again, .*: backward must come before set_attention"):
         gradients_under_checkpoints(patch(build(), **SPARSE), reentrant, switch)
 
 
@@ -186,6 +305,26 @@ def test_a_checkpoint_around_a_whole_model_whose_attention_was_switched_is_an_er
     for switch in (lambda model: set_attention(model, "full"), lambda model: patch(model, block_size=4, top_k=3)):
         with pytest.raises(ValueError, match=r"Llama.* again, whose attention was switched after its forward pass"):
             gradients_of_a_model_in_a_checkpoint(model, reentrant, switch)
+
+
+def test_a_call_without_gradients_within_a_backward_pass_is_no_recomputation():
+    model, ids = patch(build(), **SPARSE).train(), tokens(1)
+    expected, found = logits(set_attention(copy.deepcopy(model), "full"), ids), []
+
+    def evaluate(_: Tensor) -> None:
+        with full_attention(model):
+            found.append(logits(model, ids))
+
+    model.lm_head.weight.register_hook(evaluate)
+    model(ids, labels=ids, use_cache=False).loss.backward()
+    assert torch.equal(found[0], expected)
+
+
+def test_a_switch_within_a_pass_is_told_as_that():
+    model = patch(build(), **SPARSE)
+    model.model.layers[0].register_forward_hook(lambda *_: set_attention(model, "full") and None)
+    with pytest.raises(ValueError, match="was switched within a pass, after its mask was built for MoBA"):
+        logits(model, tokens())
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

@@ -8,9 +8,11 @@ import pickle
 
 import pytest
 import torch
-from support.families import SPARSE, build, logits, tokens
+import transformers
+from support.families import FAMILIES, SIZES, SPARSE, assert_close, build, logits, tokens
 from transformers import AutoModelForCausalLM, BloomConfig, BloomForCausalLM, PreTrainedModel
 
+from moba_flex import describe
 from moba_flex.models import full_attention, patch, set_attention, unpatch
 
 
@@ -106,9 +108,63 @@ def test_a_compiled_model_takes_them_too(folder):
 
 def test_a_refused_model_loaded_by_name_says_that_it_cannot_use_moba():
     config = BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=4)
-    message = r"the code of a model with a BloomConfig computes with a mask of MoBA.*it needs another attn_implementation"
+    message = r"^the code of a model with a BloomConfig computes with its attention mask, .*: the model cannot use MoBA, so load it with"
     with pytest.raises(ValueError, match=message):
         BloomForCausalLM._from_config(config, attn_implementation="moba")(tokens())
+
+
+ENCODERS = {"T5Model": {"d_model": 32, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 4, "vocab_size": 64}}
+ENCODERS["BertModel"] = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64}
+
+
+@pytest.mark.parametrize("name, layer", [("T5Model", "T5Attention"), ("BertModel", "BertSelfAttention")])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_model_that_is_refused_but_works_warns_that_it_does_not_use_moba(name, layer, compiled, recwarn):
+    config, call = getattr(transformers, name.replace("Model", "Config"))(**ENCODERS[name]), {"input_ids": tokens()}
+    call |= {"decoder_input_ids": tokens()} if name == "T5Model" else {}
+    model = getattr(transformers, name)._from_config(config, attn_implementation="moba").eval()
+    run = torch.compile(model, backend="eager", fullgraph=True) if compiled else model
+    with torch.no_grad():
+        found = run(**call).last_hidden_state
+    told = [str(w.message) for w in recwarn if "MoBA" in str(w.message)]
+    assert told and all(f"but {layer} keeps its original attention" in message for message in told)
+    model.set_attn_implementation("sdpa")
+    with torch.no_grad():
+        torch.testing.assert_close(found, model(**call).last_hidden_state)
+
+
+SEQUENCE_TO_SEQUENCE = {"vocab_size": 64, "d_model": 32, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "init_std": 0.3, "pad_token_id": 0}
+SEQUENCE_TO_SEQUENCE |= {f"{part}_{what}": n for part in ("encoder", "decoder") for what, n in (("layers", 2), ("attention_heads", 4))}
+
+
+@pytest.mark.parametrize("kind", ["Marian", "MBart", "M2M100", "Pegasus", "Blenderbot", "BlenderbotSmall"])
+def test_encoder_decoders_compute_what_the_patched_model_computes(kind, recwarn):
+    model_class = getattr(transformers, "MarianMTModel" if kind == "Marian" else f"{kind}ForConditionalGeneration")
+    policy = model_class(getattr(transformers, f"{kind}Config")(**SEQUENCE_TO_SEQUENCE, eos_token_id=2, decoder_start_token_id=1)).eval()
+    reference = model_class._from_config(copy.deepcopy(policy.config), attn_implementation="moba").eval()
+    reference.load_state_dict(policy.state_dict())
+    call = {"input_ids": tokens(), "decoder_input_ids": tokens()}
+    expected = logits(patch(policy, **SPARSE), call)
+    assert torch.equal(logits(reference, call), expected)
+    assert not [w for w in recwarn if "keeps its original attention" in str(w.message)], "its decoder uses MoBA"
+
+
+@pytest.mark.skipif("gemma4" not in FAMILIES, reason="this version of transformers has no Gemma 4")
+def test_configurations_in_which_layers_differ_are_compared_too(folder):
+    more = {"vocab_size_per_layer_input": SIZES["vocab_size"], "hidden_size_per_layer_input": 8, "global_head_dim": 16}
+    config = transformers.Gemma4TextConfig(**SIZES, **more, sliding_window=8, layer_types=["sliding_attention", "full_attention"] * 2)
+    with pytest.raises(RuntimeError):
+        _ = config.head_dim
+    policy = patch(transformers.Gemma4ForCausalLM(config).eval(), **SPARSE)
+    reference, ids = transformers.Gemma4ForCausalLM._from_config(config, attn_implementation="moba").eval(), tokens()
+    reference.load_state_dict(policy.state_dict())
+    with pytest.warns(UserWarning, match="patched model of that kind"):
+        found = logits(reference, ids)
+    assert_close(found, logits(policy, ids), "its sliding layers may use other attention than the original")
+    llama = load(folder)
+    assert "2 with MoBA" not in str(describe(llama)) and "4 with MoBA" in str(describe(llama))
+    with pytest.warns(UserWarning, match="it takes the defaults"):
+        logits(llama, ids)
 
 
 def one_step(trainer: str, texts: list[dict], tiny, tmp_path, settings: dict, **arguments) -> dict:

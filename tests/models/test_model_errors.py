@@ -11,6 +11,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from moba_flex.config import MobaConfig
 from moba_flex.models import full_attention, patch, set_attention, unpatch
+from moba_flex.models.masks import moba_mask
 
 BAD_PATCHES = [
     ({"block_size": 0}, ValueError, "block_size must be an int of at least 1, but is 0"),
@@ -76,6 +77,10 @@ def test_masks_that_moba_cannot_follow_are_refused():
     for name, call, message in (
         ("hole", lambda: model(ids, attention_mask=hole), "padding between real tokens"),
         ("4D", lambda: model(ids, attention_mask=dense), r"shape \(2, 1, 53, 53\).*pass a 2D attention_mask"),
+        ("1D", lambda: model(ids, attention_mask=torch.ones(TOKENS)), r"with a batch of 2, but has the shape \(53,\)"),
+        ("3D", lambda: model(ids, attention_mask=torch.ones(2, TOKENS, TOKENS)), r"must have the shape \(batch, tokens\).*\(2, 53, 53\)"),
+        ("a row too many", lambda: model(ids, attention_mask=torch.ones(3, TOKENS)), r"attention_mask .*a batch of 2, .* \(3, 53\)"),
+        ("a row for all", lambda: model(ids[:, -1:], attention_mask=torch.ones(1, TOKENS)), r"attention_mask .*a batch of 2, .* \(1, 53\)"),
         ("longer", lambda: model(ids, attention_mask=torch.ones(2, 60), use_cache=False), "53 queries and 53 keys"),
         (
             "only the new tokens",
@@ -88,6 +93,14 @@ def test_masks_that_moba_cannot_follow_are_refused():
             pytest.fail(f"{name} was taken")
     set_attention(model, "full")
     assert torch.equal(logits(model, ids, attention_mask=dense), logits(unpatch(model), ids, attention_mask=dense))
+
+
+def test_code_that_computes_with_the_mask_is_named():
+    mask = moba_mask(2, 6, 6, config=LlamaConfig(attn_implementation="moba"))
+    message = r"^the code of a model with a LlamaConfig computes with its attention mask, which MoBA does not build: the model cannot use"
+    for compute in (lambda: torch.zeros(6) + mask, lambda: torch.cat([torch.zeros(6), mask]), lambda: torch.where(mask, 0.0, 1.0)):
+        with pytest.raises(ValueError, match=message):
+            compute()
 
 
 def test_custom_mask_functions_are_refused():
@@ -112,6 +125,21 @@ def test_custom_mask_functions_are_refused():
             model(tokens(), attention_mask=mask)
     with full_attention(model):
         logits(model, tokens(), attention_mask=prefix)
+
+
+OVERLAYS = {
+    "an image": (lambda q, k: (k <= q) | ((q >= 6) & (k >= 6) & (q < 9) & (k < 9)), "tokens see later ones"),
+    "two sequences": (lambda q, k: (k <= q) & ((q >= 7) == (k >= 7)), "custom mask function"),
+    "new tokens apart": (lambda q, k: (k <= q) & ((q >= 4) == (k >= 4)), "custom mask function"),
+}
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_masks_behind_a_cache_that_are_not_plainly_causal_are_refused(overlay):
+    sees, message = OVERLAYS[overlay]
+    mask = moba_mask(2, 6, 10, 4, mask_function=lambda b, h, q, k: sees(q, k))
+    with pytest.raises(ValueError, match=message):
+        mask.visible(torch.zeros(2, 4, 6, 8), torch.zeros(2, 2, 10, 8))
 
 
 def test_a_layer_called_alone_must_know_where_its_queries_lie():

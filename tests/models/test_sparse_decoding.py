@@ -7,6 +7,7 @@ import torch
 from support import families
 from support.cached_generation import FULL, GREEDY, PROMPT, SPARSE, WAYS, build, call_of, padded, recomputed, run, tokens, ways
 from transformers import CompileConfig, DynamicCache, StaticCache
+from transformers.masking_utils import create_causal_mask
 
 from moba_flex.models import patch, set_attention
 from moba_flex.models.layers import attention_of
@@ -26,6 +27,23 @@ def test_sparse_decoding_gives_the_tokens_of_recomputation(way, more, no_recompu
 def test_sparse_decoding_of_a_padded_batch_gives_the_tokens_of_recomputation(way, no_recomputation):
     model = build(**SPARSE)
     assert torch.equal(model.generate(**padded(), **call_of(way)), recomputed(model, padded()))
+
+
+@pytest.mark.parametrize("decode", ["full", "sparse"])
+@pytest.mark.parametrize("static", [False, True])
+def test_a_mask_function_that_joins_the_tokens_of_images_is_plain_behind_a_cache_where_there_are_none(decode, static, no_recomputation):
+    model, ids = build(**{**SPARSE, "decode": decode}), tokens()
+
+    def turns(with_function: bool) -> torch.Tensor:
+        cache, out = StaticCache(config=model.config, max_cache_len=64) if static else DynamicCache(config=model.config), []
+        for turn in ids.split([30, 1, ids.shape[1] - 31], dim=1):
+            blocks = {"block_sequence_ids": torch.full_like(turn, -1)} if with_function else {}
+            embeds = model.get_input_embeddings()(turn)
+            mask = create_causal_mask(config=model.config, inputs_embeds=embeds, attention_mask=None, past_key_values=cache, **blocks)
+            out.append(run(model, turn, cache, attention_mask=mask))
+        return torch.cat(out, 1)
+
+    torch.testing.assert_close(turns(True), turns(False))
 
 
 def test_a_padding_token_that_the_mask_keeps_is_a_token_like_others(no_recomputation):

@@ -51,6 +51,16 @@ def seen():
         registry._global_mapping.pop("canary")
 
 
+def test_attributes_that_differ_between_layers_are_read_from_the_configuration_of_all():
+    config = LlamaConfig(num_hidden_layers=2, head_dim=8, per_layer_config={1: {"head_dim": 16}})
+    with pytest.raises(RuntimeError):
+        _ = config.head_dim
+    found = [upstream.global_value(config, name) for name in ("head_dim", "hidden_size", "missing")]
+    assert found == [8, config.hidden_size, None], changed(
+        "global_value", "`_getattr_without_heterogeneous_validation` reads something else"
+    )
+
+
 def test_the_name_of_an_implementation_is_set_for_one_configuration_alone():
     config = LlamaConfig(num_hidden_layers=1)
     upstream.set_implementation(config, "sdpa")
