@@ -190,5 +190,5 @@ def test_a_checkpoint_around_a_whole_model_whose_attention_was_switched_is_an_er
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_patching_between_forward_and_backward_under_checkpoints_is_an_error(reentrant):
-    with pytest.raises(ValueError, match="LlamaAttention again, which was patched after its forward pass"):
+    with pytest.raises(ValueError, match="LlamaAttention again, which was patched or switched to MoBA after its forward pass"):
         gradients_under_checkpoints(build(), reentrant, lambda model: patch(model, **SPARSE))
