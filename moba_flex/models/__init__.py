@@ -13,6 +13,7 @@ Importing this registers "moba" and "moba_naive" as attention implementations, a
 | `decision.py` | which path a layer's call takes, and why |
 | `layers.py` | which modules are attention layers, and which attention each of them uses |
 | `masks.py` | the attention mask of a forward pass, in the form that each layer needs |
+| `current_call.py` | what the call of a model says about its tokens, for its masks |
 | `call_hooks.py` | hooks that pass extra information to attention functions |
 | `recomputation.py` | layers recomputed by gradient checkpointing |
 | `by_name.py` | models that were loaded by name and not patched |

@@ -23,7 +23,8 @@ from ..dispatch import attend, attend_decoding
 from ..ops.decoding import means_for, write_means
 from .block_means import BlockMeans, means_of
 from .by_name import settings_of_unpatched
-from .call_hooks import CACHE_KEY, DRAFTS_KEY, MASK_KEY, NO_PADDING_KEY, PASS_KEY
+from .call_hooks import CACHE_KEY, MASK_KEY, PASS_KEY
+from .current_call import PLAIN
 from .decision import Decision, LayerCall, LayerPath, check_supported, decide, decide_sparse, n_decoded
 from .key_conv import check_key_conv
 from .layer_operation import Operation, autocast, call_original, operation_of
@@ -56,11 +57,10 @@ def moba_attention_forward(
 
     Raises ValueError for what MoBA does not support: attention dropout or weights without "moba_naive", custom masks, biases.
     """
-    cache, drafts, paged = kwargs.pop(CACHE_KEY, None), kwargs.pop(DRAFTS_KEY, 0), paged_keys(module, kwargs)
+    cache, this_pass, paged = kwargs.pop(CACHE_KEY, None), kwargs.pop(PASS_KEY, None), paged_keys(module, kwargs)
     if (handed := kwargs.pop(MASK_KEY, None)) is not None:
         attention_mask = handed.restore(attention_mask)
-    if kwargs.pop(NO_PADDING_KEY, False) and isinstance(attention_mask, MobaMask):
-        attention_mask = attention_mask.without_padding()
+    model_call = attention_mask.call if isinstance(attention_mask, MobaMask) else PLAIN
     unpatched = choice_of(module) is None
     settings = settings_of_unpatched(module) if unpatched else MobaConfig.of(module.config)
     attention = attention_of(module, settings, named)
@@ -68,13 +68,13 @@ def moba_attention_forward(
         check_served(module)
         if attention != "full" and isinstance(attention_mask, MobaMask) and attention_mask.is_of_drafting_layer(module.layer_idx):
             attention = "full"
-    if (this_pass := kwargs.pop(PASS_KEY, None)) is not None:
+    if (this_pass := model_call.this_pass or this_pass) is not None:
         attention, settings = this_pass.used(module, attention, settings)
     elif attention != "full" and not isinstance(attention_mask, MobaMask):
         check_pass_is_known(module)
     if attention != "full":
         check_key_conv(module, settings)
-    call = LayerCall(module, query, key, value, attention_mask, settings, attention, cache, drafts, kwargs)
+    call = LayerCall(module, query, key, value, attention_mask, settings, attention, cache, model_call.drafts, kwargs)
     if paged is not None:
         return attend_paged(call, paged), None
     decision = decide(call)

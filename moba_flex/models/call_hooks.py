@@ -1,6 +1,8 @@
 """Hooks that pass extra information to attention functions: the cache, the number of drafts, the mask given to the layer's own code.
 
-They add keyword arguments, which reach the attention function unchanged. They store nothing on the model.
+Those of layers add keyword arguments, which reach the attention function unchanged. Those of models record what the call says, which the
+masks of the call carry. They store nothing on the model, except that a model whose `forward` has no `logits_to_keep` gets a
+`prepare_inputs_for_generation` that returns it: transformers then says how many tokens are drafts.
 """
 
 from __future__ import annotations
@@ -14,11 +16,21 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from .current_call import ModelCall, begin_call, current_call, end_call, forget_interrupted
 from .layers import MOBA, accepts_kwargs, attention_layers, is_replaceable, mask_argument_index, mask_use_of, original_implementation
 from .masks import MobaMask, raise_switched
 from .recomputation import ForwardPass, check_not_switched
-from .state import call_hook_of, set_call_hook
-from .upstream import DRAFTED_POSITIONS, MaskUse, attention_by_name, cache_in, implementation_of
+from .state import call_hooks_of, set_call_hooks
+from .upstream import (
+    DRAFTED_POSITIONS,
+    MaskUse,
+    attention_by_name,
+    cache_in,
+    complete_inputs,
+    completes_inputs,
+    implementation_of,
+    leave_inputs,
+)
 
 if TYPE_CHECKING:
     from .upstream import AttentionLayer
@@ -28,7 +40,7 @@ _Changed = tuple[tuple[Any, ...], dict[str, Any]] | None  # a call's new argumen
 _Hook = Callable[..., _Changed]
 
 # Keyword arguments that hooks add and the attention function removes.
-CACHE_KEY, DRAFTS_KEY, NO_PADDING_KEY, MASK_KEY, PASS_KEY = "moba_cache", "moba_drafts", "moba_whole", "moba_mask", "moba_pass"
+CACHE_KEY, MASK_KEY, PASS_KEY = "moba_cache", "moba_mask", "moba_pass"
 _PACKED = ("cu_seq_lens_q", "cu_seq_lens_k")
 
 
@@ -76,17 +88,21 @@ class HandedMask:
         return self.of_model if mask is self.given else mask
 
 
-def pass_call_of_stack(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Changed:
-    """`pass_call` for models that call attention layers themselves.
+def enter_stack(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Changed:
+    """`enter_model` for models that call attention layers themselves.
 
-    In training it also passes a `ForwardPass`. Under full attention it replaces a mask that was built for MoBA.
+    With gradients the call also has a `ForwardPass`. If all layers use full attention, there are no masks of MoBA, and it is passed as an
+    argument. Under full attention a mask that was built for MoBA is replaced.
     """
-    more = _drafts(model, kwargs) or _whole(model, args, kwargs) or _mask_made_before(model, kwargs)
+    this_pass = None
     if not torch.compiler.is_compiling():
         check_not_switched(model)
-        if model.training and torch.is_grad_enabled() and _passes_on(implementation_of(model.config)):
-            more[PASS_KEY] = ForwardPass()
-    return (args, {**kwargs, **more}) if more else None
+        if torch.is_grad_enabled():
+            this_pass = ForwardPass()
+    args, kwargs = _enter(model, args, {**kwargs, **(whole := _whole(model, args, kwargs))}, bool(whole), this_pass)
+    if this_pass is not None and accepts_kwargs(type(model)) and _passes_on(implementation_of(model.config)):
+        kwargs[PASS_KEY] = this_pass
+    return args, kwargs
 
 
 def _passes_on(implementation: str) -> bool:
@@ -97,39 +113,67 @@ def _passes_on(implementation: str) -> bool:
     return attention is None or any(p.kind is p.VAR_KEYWORD for p in inspect.signature(attention).parameters.values())
 
 
-def pass_call(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Changed:
-    """Forward pre-hook of models: pass on what only the model's call says, such as the number of drafts."""
-    more = _drafts(model, kwargs) or _whole(model, args, kwargs)
-    return (args, {**kwargs, **more}) if more else None
+def enter_model(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Changed:
+    """Forward pre-hook of models: record what only the model's call says, such as the number of drafts, see `current_call.py`."""
+    whole = {} if getattr(model.config, "is_encoder_decoder", False) else _whole(model, args, kwargs)  # the mask would be the encoder's
+    return _enter(model, args, {**kwargs, **whole}, bool(whole), None)
 
 
-def _mask_made_before(model: PreTrainedModel, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The mask of the original attention, if a model whose layers all use full attention is called with a mask built for MoBA."""
-    masks, name = kwargs.get("attention_mask"), implementation_of(model.config)
-    if name in MOBA:
-        return {}
+def leave_model(model: PreTrainedModel, _args: tuple[Any, ...], _out: Any) -> None:
+    """Forward hook of models: undo `enter_model`. It is also called if `forward` raises."""
+    end_call(model)
+
+
+def _enter(
+    model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any], all_real: bool, this_pass: ForwardPass | None
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Begin a call with these arguments, which are a copy. What an inner model's call does not say is what the outer model's call says."""
+    forget_interrupted(model)
+    outer, drafts = current_call(), _drafts(model, kwargs)
+    packed = kwargs.get(_PACKED[0]), kwargs.get(_PACKED[1])
+    call = ModelCall(
+        outer.drafts if drafts is None else drafts,
+        outer.packed if packed[0] is None else packed,
+        outer.all_real or all_real,
+        this_pass,
+    )
+    if completes_inputs(model):  # `forward` does not take the argument
+        kwargs.pop(DRAFTED_POSITIONS, None)
+    kwargs.update(_masks_made_before(model, kwargs, call))
+    begin_call(model, call)
+    return args, kwargs
+
+
+def _masks_made_before(model: PreTrainedModel, kwargs: dict[str, Any], call: ModelCall) -> dict[str, Any]:
+    """The masks of a call that were made for MoBA before it: with what the call says, or those of the original attention if all layers use
+    full attention.
+    """
+    name = implementation_of(model.config)
+
+    def of_call(mask: object) -> object:
+        if not isinstance(mask, MobaMask):
+            return mask
+        return mask.of_call(call) if name in MOBA else mask.original(name, model.device)
+
+    masks = kwargs.get("attention_mask")
     if isinstance(masks, MobaMask):
-        return {"attention_mask": masks.original(name, model.device)}
+        return {"attention_mask": of_call(masks)}
     if isinstance(masks, dict) and any(isinstance(mask, MobaMask) for mask in masks.values()):  # one mask per layer type
-        return {
-            "attention_mask": {
-                kind: mask.original(name, model.device) if isinstance(mask, MobaMask) else mask for kind, mask in masks.items()
-            }
-        }
+        return {"attention_mask": {kind: of_call(mask) for kind, mask in masks.items()}}
     return {}
 
 
-def _drafts(model: PreTrainedModel, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """How many of the last tokens are drafts.
+def _drafts(model: PreTrainedModel, kwargs: dict[str, Any]) -> int | None:
+    """How many of the last tokens are drafts; None: the call does not say.
 
     Assisted and prompt-lookup generation verify n drafted tokens by asking for the logits of the last n + 1 positions. Drafts may share a
     call with a prompt; only this number tells them apart.
     """
     keep = kwargs.get(DRAFTED_POSITIONS)
+    if not isinstance(keep, int):
+        return None
     trains = model.training and torch.is_grad_enabled()  # PEFT's prefix tuning trains prefixes as a cache
-    if trains or cache_in(kwargs) is None or not isinstance(keep, int) or keep < 2:
-        return {}
-    return {DRAFTS_KEY: keep - 1}
+    return 0 if trains or cache_in(kwargs) is None else max(keep - 1, 0)
 
 
 def _whole(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -138,8 +182,10 @@ def _whole(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
     Without a cache, transformers searches for packed sequences in the positions that it created itself, and in a graph it cannot see that
     there are none. A mask of ones prevents the search.
     """
+    if not torch.compiler.is_compiling() or len(args) > 1:
+        return {}
     given = [cache_in(kwargs), *(kwargs.get(name) for name in ("attention_mask", "position_ids", *_PACKED))]
-    if not torch.compiler.is_compiling() or len(args) > 1 or any(x is not None for x in given):
+    if any(x is not None for x in given):
         return {}
     use_cache = kwargs.get("use_cache")
     if getattr(model.config, "use_cache", True) if use_cache is None else use_cache:
@@ -148,22 +194,27 @@ def _whole(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
     tokens = (args[0] if args else kwargs.get("input_ids")) if tokens is None else tokens
     if tokens is None:
         return {}
-    return {"attention_mask": torch.ones(tokens.shape[:2], dtype=torch.int64, device=tokens.device), NO_PADDING_KEY: True}
+    return {"attention_mask": torch.ones(tokens.shape[:2], dtype=torch.int64, device=tokens.device)}
 
 
 def add_hooks(model: nn.Module, layers: list[AttentionLayer], with_cache: list[AttentionLayer]) -> None:
     """Register hooks on a model and on its attention layers that inspect their mask or need the cache. Existing hooks stay."""
     wanted: list[tuple[nn.Module, _Hook]] = [(layer, pass_mask) for layer in layers if mask_use_of(layer) is not MaskUse.NOTHING]
     wanted += [(layer, pass_cache) for layer in with_cache]
-    wanted += _of_models(model)
     for module, hook in wanted:
-        if call_hook_of(module) is None and (hook is pass_mask or accepts_kwargs(type(module))):
-            set_call_hook(module, module.register_forward_pre_hook(hook, with_kwargs=True))
+        if call_hooks_of(module) is None and (hook is pass_mask or accepts_kwargs(type(module))):
+            set_call_hooks(module, (module.register_forward_pre_hook(hook, with_kwargs=True),))
+    for part, hook in _of_models(model):
+        if call_hooks_of(part) is None:
+            before = part.register_forward_pre_hook(hook, with_kwargs=True)
+            set_call_hooks(part, (before, part.register_forward_hook(leave_model, always_call=True)))
+            if part.can_generate() and not _takes(part, DRAFTED_POSITIONS):
+                complete_inputs(part)
 
 
 def _of_models(model: nn.Module) -> list[tuple[PreTrainedModel, _Hook]]:
     """The models that a call goes through, with their hooks: those with a head, and the stacks of layers, which may be called alone."""
-    return [*((part, pass_call) for part in heads_of(model)), *((part, pass_call_of_stack) for part in stacks_of(model))]
+    return [*((part, enter_model) for part in heads_of(model)), *((part, enter_stack) for part in stacks_of(model))]
 
 
 def stacks_of(model: nn.Module) -> list[PreTrainedModel]:
@@ -172,10 +223,11 @@ def stacks_of(model: nn.Module) -> list[PreTrainedModel]:
 
 
 def heads_of(model: nn.Module) -> list[PreTrainedModel]:
-    """The models within a model that have a head and can compute the logits of some tokens only."""
-    stacks = stacks_of(model)
+    """The models within a model that have a head and call a stack of replaceable layers."""
+    stacks = set(stacks_of(model))
     parts = [part for part in model.modules() if isinstance(part, PreTrainedModel) and part not in stacks]
-    return [part for part in parts if _takes(part, DRAFTED_POSITIONS)]
+    heads = [part for part in parts if _takes(part, DRAFTED_POSITIONS) or part.can_generate()]
+    return [part for part in heads if not stacks.isdisjoint(part.modules())]
 
 
 def _is_stack(model: PreTrainedModel) -> bool:
@@ -193,15 +245,16 @@ def _is_stack(model: PreTrainedModel) -> bool:
 
 def modules_with_hooks(model: nn.Module) -> set[nn.Module]:
     """The modules that have a hook of `add_hooks`."""
-    return {module for module in model.modules() if call_hook_of(module) is not None}
+    return {module for module in model.modules() if call_hooks_of(module) is not None}
 
 
 def remove_hooks(modules: Iterable[nn.Module]) -> None:
     """Undo `add_hooks` for these modules, see `modules_with_hooks`."""
     for module in modules:
-        if (handle := call_hook_of(module)) is not None:
+        for handle in call_hooks_of(module) or ():
             handle.remove()
-            set_call_hook(module, None)
+        set_call_hooks(module, None)
+        leave_inputs(module)
 
 
 def _takes(module: nn.Module, name: str) -> bool:

@@ -22,6 +22,7 @@ from ..core import validation
 from ..core.messages import kind_of
 from ..core.upstream import assert_in_graph, mark_dynamic
 from ..ops.decoding import MAX_DECODE_TOKENS
+from .current_call import PLAIN, ModelCall, current_call
 from .layers import MOBA
 from .recomputation import may_be_recomputation
 from .upstream import bidirectional_mask_function, causal_mask_function, implementation_of, mask_builder, mtp_offset
@@ -97,8 +98,9 @@ class MobaMask(BlockMask):
     be a tensor.
     """
 
-    def __init__(self, request: dict[str, Any]) -> None:
+    def __init__(self, request: dict[str, Any], call: ModelCall = PLAIN) -> None:
         _check_shape(request)
+        self.call = call
         # A static cache updates its token count in place, before the layers read it here.
         if isinstance(request["q_offset"], Tensor):
             request["q_offset"] = request["q_offset"].clone()
@@ -107,7 +109,6 @@ class MobaMask(BlockMask):
         self._original: dict[str, Tensor | BlockMask | None] = {}
         self._split: dict[int, tuple[MobaMask, MobaMask]] = {}
         self._visible: Visible | None = None
-        self._whole: MobaMask | None = None
         self.is_part = False  # the call has more new tokens than this mask covers
         # generate creates the mask before it calls a compiled model: the graph must not need tensors whose shapes change with each token.
         self._positions = None if torch.compiler.is_compiling() else _decoding_positions(request)
@@ -160,7 +161,8 @@ class MobaMask(BlockMask):
             )
         visible = self._visible
         if visible is None:
-            visible = _read(self._request).packed(query, cu_seqlens, key_cu_seqlens)
+            packed = self.call.packed if cu_seqlens is None else (cu_seqlens, key_cu_seqlens)
+            visible = _read(self._request).packed(query, *packed)
             if _may_keep():
                 self._visible = visible
         return visible if query.device == self._request["device"] else visible.to(query.device)
@@ -179,12 +181,9 @@ class MobaMask(BlockMask):
             positions = DecodingPositions(positions.length, None)
         return positions if query.device == self._request["device"] else positions.to(query.device)
 
-    def without_padding(self) -> MobaMask:
-        """The same mask for a call in which all tokens are known to be real."""
-        whole = self._whole if self._whole is not None else MobaMask({**self._request, "attention_mask": None})
-        if _may_keep():
-            self._whole = whole
-        return whole
+    def of_call(self, call: ModelCall) -> MobaMask:
+        """The same mask for a call of a model, if it was made before that call."""
+        return self if call.is_plain() else MobaMask(dict(self._request), call)
 
     def split(self, n_last: int) -> tuple[MobaMask, MobaMask]:
         """The masks of all tokens but the last `n_last`, as if those did not exist yet, and of the last `n_last`."""
@@ -198,7 +197,7 @@ class MobaMask(BlockMask):
             # whole request.
             if isinstance(request["q_offset"], Tensor) or request["q_offset"] + request["q_length"] < request["kv_length"]:
                 request["allow_is_causal_skip"] = False
-            self._split[n_last] = MobaMask({**request, **before}), MobaMask({**request, **last})
+            self._split[n_last] = MobaMask({**request, **before}, self.call), MobaMask({**request, **last}, self.call)
         return self._split[n_last]
 
     def __getitem__(self, index: _Index | tuple[_Index, ...]) -> MobaMask:
@@ -283,7 +282,11 @@ def _may_keep() -> bool:
 def moba_mask(batch_size: int, q_length: int, kv_length: int, q_offset: int | Tensor = 0, kv_offset: int = 0, **request: Any) -> MobaMask:
     """The mask function of "moba" and "moba_naive", called by transformers' `create_causal_mask` and similar functions."""
     sizes = {"batch_size": batch_size, "q_length": q_length, "kv_length": kv_length}
-    return MobaMask({**sizes, "q_offset": q_offset, "kv_offset": kv_offset, "device": torch.device("cpu"), **request})
+    request = {**sizes, "q_offset": q_offset, "kv_offset": kv_offset, "device": torch.device("cpu"), **request}
+    call = current_call()
+    if call.all_real and request.get("mask_function", causal_mask_function) is causal_mask_function:  # not of an encoder's keys
+        request["attention_mask"] = None
+    return MobaMask(request, call)
 
 
 def _read(request: dict[str, Any]) -> Visible:

@@ -1,8 +1,8 @@
 """Gradient checkpointing runs a layer's forward twice. Both runs must use the same attention, even if it was switched in between.
 
-Each training pass has a `ForwardPass`, which reaches every layer as an argument in both runs. It is empty until something is switched, so
-that compiled layers share a graph. Code that switches calls `before_switch` first, which records what layers used in the passes whose
-backward may still come.
+Each pass with gradients has a `ForwardPass`, which reaches every layer in both runs: in the mask of MoBA, or, if all layers use full
+attention, as an argument. It is empty until something is switched, so that compiled layers share a graph. Code that switches calls
+`before_switch` first, which records what layers used in the passes whose backward may still come.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _REMEDY = "backward must come before patch, set_attention, full_attention or unp
 
 
 class ForwardPass:
-    """One training pass."""
+    """One pass with gradients."""
 
     def __init__(self) -> None:
         self._used: dict[AttentionLayer, tuple[str, MobaConfig]] | None = None
@@ -75,6 +75,10 @@ def check_not_switched(model: PreTrainedModel) -> None:
 
 
 def check_pass_is_known(layer: AttentionLayer) -> None:
-    """For a call without a MoBA mask: raise ValueError if a checkpoint recomputes a layer that was not yet patched in its forward pass."""
+    """For a call without a MoBA mask and a `ForwardPass`: raise ValueError if a checkpoint recomputes a layer that did not use MoBA in its
+    forward pass.
+    """
     if may_be_recomputation():
-        raise ValueError(f"a checkpoint computes {type(layer).__name__} again, which was patched after its forward pass: {_REMEDY}")
+        raise ValueError(
+            f"a checkpoint computes {type(layer).__name__} again, which was patched or switched to MoBA after its forward pass: {_REMEDY}"
+        )

@@ -63,14 +63,14 @@ class Place:
 
 @dataclass(eq=False)
 class LayerState:
-    """All state of one attention layer. Other modules have only `call_hook` and `save_hook`."""
+    """All state of one attention layer. Other modules have only `call_hooks` and `save_hook`."""
 
     choice: Choice | None = None  # None: not patched, though its configuration may name "moba"
     place: Place | None = None  # of a patched layer
     context: ContextParallel | None = None  # the processes that share its sequences
     watcher: Watcher | None = None  # sees queries and keys
     key_conv: KeyConvHooks | None = None  # the hooks that call its `key_conv`
-    call_hook: RemovableHandle | None = None  # of the hook that passes extra information to the attention function
+    call_hooks: tuple[RemovableHandle, ...] | None = None  # of the hooks that pass extra information to the attention function
     save_hook: RemovableHandle | None = None  # of the hook that saves the model's settings with its adapters
 
     def __post_init__(self) -> None:
@@ -121,10 +121,10 @@ def key_conv_hooks_of(layer: nn.Module) -> KeyConvHooks | None:
     return None if state is None else state.key_conv
 
 
-def call_hook_of(module: nn.Module) -> RemovableHandle | None:
-    """The handle of a module's hook that passes extra information to attention functions, or None."""
+def call_hooks_of(module: nn.Module) -> tuple[RemovableHandle, ...] | None:
+    """The handles of a module's hooks that pass extra information to attention functions, or None."""
     state = module.__dict__.get(_NAME)
-    return None if state is None else state.call_hook
+    return None if state is None else state.call_hooks
 
 
 def save_hook_of(module: nn.Module) -> RemovableHandle | None:
@@ -154,9 +154,9 @@ def set_key_conv_hooks(layer: nn.Module, hooks: KeyConvHooks | None) -> None:
     _set(layer, key_conv=hooks)
 
 
-def set_call_hook(module: nn.Module, handle: RemovableHandle | None) -> None:
-    """Set the handle of a module's hook that passes extra information to attention functions."""
-    _set(module, call_hook=handle)
+def set_call_hooks(module: nn.Module, handles: tuple[RemovableHandle, ...] | None) -> None:
+    """Set the handles of a module's hooks that pass extra information to attention functions."""
+    _set(module, call_hooks=handles)
 
 
 def set_save_hook(module: nn.Module, handle: RemovableHandle | None) -> None:

@@ -10,6 +10,7 @@ import ast
 import inspect
 import sys
 import textwrap
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from enum import Enum
@@ -72,6 +73,8 @@ __all__ = [
     "cache_argument",
     "cache_in",
     "causal_mask_function",
+    "complete_inputs",
+    "completes_inputs",
     "file_of_repository",
     "fill_paged_mask",
     "global_value",
@@ -80,6 +83,7 @@ __all__ = [
     "is_cached_tensor",
     "is_offloaded",
     "is_peft_model",
+    "leave_inputs",
     "looks_up_attention",
     "mask_builder",
     "mask_use",
@@ -114,6 +118,48 @@ GROWING_LAYERS: tuple[type[CacheLayerMixin], ...] = (
     DynamicLayer,
     getattr(cache_utils, "LinearAttentionAndFullAttentionLayer", DynamicLayer),
 )
+
+
+class _CompletedInputs:
+    """A model's `prepare_inputs_for_generation` that also returns `DRAFTED_POSITIONS`.
+
+    Only if it is among a model's inputs does assisted generation set it to the number of drafted tokens and one. Models whose `forward`
+    lacks the argument do not return it.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = weakref.ref(model)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _CompletedInputs, (self._model(),)  # a copied or unpickled model gets its own
+
+    @property
+    def _original(self) -> Callable[..., dict[str, Any]]:
+        model: Any = self._model()
+        return type(model).prepare_inputs_for_generation.__get__(model)
+
+    @property
+    def __signature__(self) -> inspect.Signature:  # `generate` checks its arguments by it
+        return inspect.signature(self._original)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        return {DRAFTED_POSITIONS: 1, **self._original(*args, **kwargs)}
+
+
+def complete_inputs(model: PreTrainedModel) -> None:
+    """Let a model's `prepare_inputs_for_generation` return `DRAFTED_POSITIONS`, which a hook must then take out of the call."""
+    model.__dict__["prepare_inputs_for_generation"] = _CompletedInputs(model)
+
+
+def completes_inputs(model: nn.Module) -> bool:
+    """Whether `complete_inputs` was called for a model."""
+    return isinstance(model.__dict__.get("prepare_inputs_for_generation"), _CompletedInputs)
+
+
+def leave_inputs(model: nn.Module) -> None:
+    """Undo `complete_inputs`."""
+    if completes_inputs(model):
+        del model.__dict__["prepare_inputs_for_generation"]
 
 
 def implementation_of(config: PreTrainedConfig) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from support.families import FAMILIES, SPARSE, build, each_decode, tokens
+from support.small_models import loaded, names, small_model
 from transformers import (
     GenerationConfig,
     LlamaForCausalLM,
@@ -36,6 +37,18 @@ def test_a_model_is_one_graph_whatever_its_head(cls):
     torch.testing.assert_close(torch.compile(model, backend="aot_eager", fullgraph=True)(ids)[0], expected)
     program = torch.export.export(model, (ids,), strict=False)
     torch.testing.assert_close(program.module()(ids)[0], expected)
+
+
+@torch.no_grad()
+def test_padding_of_a_decoder_counts_in_a_graph_without_a_mask_of_the_encoder():
+    torch._dynamo.reset()
+    name = "T5GemmaForConditionalGeneration"
+    model, ids = patch(small_model(*loaded(name, *names()[name])[1:]), **SPARSE), tokens(2, 40)
+    mask = torch.ones_like(ids)
+    mask[0, :9] = 0
+    inputs = {"input_ids": ids, "decoder_input_ids": ids, "decoder_attention_mask": mask, "use_cache": False}
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(**inputs).logits[:, 9:], model(**inputs).logits[:, 9:])
 
 
 @each_decode

@@ -5,12 +5,18 @@ from __future__ import annotations
 import copy
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import torch
 import transformers
 from support.families import SPARSE, attentions, build, each_family, logits, padded, tokens
 from torch import Tensor
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    CheckpointImpl,
+    apply_activation_checkpointing,
+    checkpoint_wrapper,
+)
 from torch.utils.checkpoint import checkpoint
 from transformers import (
     AttentionInterface,
@@ -25,6 +31,7 @@ from transformers import (
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from moba_flex.models import full_attention, patch, set_attention, unpatch
 from moba_flex.models.layers import attention_of, mask_use_of
@@ -270,8 +277,9 @@ def test_the_encoder_beside_a_decoder_that_was_switched_is_recomputed_as_it_was(
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_recomputation_of_moba_with_other_settings_is_that_of_forward(reentrant):
-    model = patch(build(), **SPARSE)
+@pytest.mark.parametrize("family", ["llama", "stablelm"])  # decoder layers of the second pass no extra keyword arguments on
+def test_recomputation_of_moba_with_other_settings_is_that_of_forward(family, reentrant):
+    model = patch(build(family), **SPARSE)
     expected = gradients_under_checkpoints(model, None, lambda _: None)
     found = gradients_under_checkpoints(model, reentrant, lambda model: patch(model, block_size=4, top_k=3))
     torch.testing.assert_close(found, expected)
@@ -284,6 +292,26 @@ def test_recomputation_of_moba_with_other_settings_is_that_of_forward(reentrant)
 def test_recomputation_of_moba_by_other_attention_says_what_to_do(reentrant, switch):
     with pytest.raises(ValueError, match=r"^a checkpoint computes .* again, .*: backward must come before set_attention"):
         gradients_under_checkpoints(patch(build(), **SPARSE), reentrant, switch)
+
+
+@pytest.mark.parametrize("first", ["moba", "one layer full", "full"])
+@pytest.mark.parametrize("reentrant", [CheckpointImpl.REENTRANT, CheckpointImpl.NO_REENTRANT])
+def test_recomputation_in_eval_mode_is_that_of_forward(reentrant, first):
+    def gradients(switch) -> Tensor:
+        model, ids = patch(build(), **SPARSE), tokens(1)
+        if first != "moba":
+            set_attention(model, "full", None if first == "full" else [0])
+        model.enable_input_require_grads()
+        wrap = partial(checkpoint_wrapper, checkpoint_impl=reentrant)
+        apply_activation_checkpointing(model, wrap, lambda layer: isinstance(layer, LlamaDecoderLayer))
+        loss = model(ids, labels=ids, use_cache=False).loss
+        switch(model)
+        loss.backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+    expected = gradients(lambda _: None)
+    for switch in (lambda model: patch(model, block_size=4, top_k=3), lambda model: set_attention(model, "moba_naive")):
+        torch.testing.assert_close(gradients(switch), expected)
 
 
 def gradients_of_a_model_in_a_checkpoint(model: PreTrainedModel, reentrant: bool, *switches) -> Tensor:
@@ -329,5 +357,5 @@ def test_a_switch_within_a_pass_is_told_as_that():
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_patching_between_forward_and_backward_under_checkpoints_is_an_error(reentrant):
-    with pytest.raises(ValueError, match="LlamaAttention again, which was patched after its forward pass"):
+    with pytest.raises(ValueError, match="LlamaAttention again, which was patched or switched to MoBA after its forward pass"):
         gradients_under_checkpoints(build(), reentrant, lambda model: patch(model, **SPARSE))

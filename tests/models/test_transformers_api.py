@@ -156,6 +156,25 @@ def test_models_take_the_number_of_drafted_positions():
     assert upstream.DRAFTED_POSITIONS in names, changed("DRAFTED_POSITIONS", "the argument is gone")
 
 
+def test_assisted_generation_says_the_number_of_drafts_to_a_model_whose_inputs_are_completed():
+    seen = []
+
+    class Headed(LlamaForCausalLM):
+        def forward(self, input_ids=None, attention_mask=None, **kwargs):
+            seen.append(kwargs.pop(upstream.DRAFTED_POSITIONS, None))
+            return super().forward(input_ids, attention_mask, **kwargs)
+
+    model, ids = Headed(build().config).eval(), tokens(1, 6).repeat(1, 4)
+    call = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 4, "do_sample": False, "prompt_lookup_num_tokens": 3}
+    model.generate(ids, **call)
+    assert set(seen) == {None}, changed("DRAFTED_POSITIONS", "it is passed to models that do not take it")
+    upstream.complete_inputs(model)
+    model.generate(ids, **call)
+    assert max(filter(None, seen)) == 4, changed("complete_inputs", "assisted generation does not set what the inputs have")
+    upstream.leave_inputs(model)
+    assert "prepare_inputs_for_generation" not in vars(model)
+
+
 def test_a_decoder_layer_can_answer_at_once_and_what_it_gives_is_the_next_ones_input():
     model, outputs = build(), []
     layers = [module for module in model.modules() if isinstance(module, upstream.DECODER_LAYER)]

@@ -28,6 +28,7 @@ from transformers import (
     Qwen3Config,
     Qwen3MoeConfig,
     SmolLM3Config,
+    StableLmConfig,
     Starcoder2Config,
 )
 
@@ -65,6 +66,7 @@ FAMILIES = {
     "granite": lambda: GraniteConfig(**HEADLESS_SIZES, attention_multiplier=0.5),
     "cohere2": lambda: Cohere2Config(**SIZES, **ALTERNATING, logit_scale=1.0),
     "smollm3": lambda: SmolLM3Config(**HEADLESS_SIZES, no_rope_layers=[1, 0, 1, 0]),
+    "stablelm": lambda: StableLmConfig(**HEADLESS_SIZES),  # its decoder layers pass no extra keyword arguments on
     "starcoder2": lambda: Starcoder2Config(**HEADLESS_SIZES),
     "glm4": lambda: Glm4Config(**SIZES),
     "gpt_oss": lambda: GptOssConfig(**SIZES, **ALTERNATING, **EXPERTS, num_local_experts=4, rope_parameters=YARN),
