@@ -85,8 +85,8 @@ def bad_input_is_refused() -> None:
     with says(ValueError, "labels of shape (1, 16)", "(2, 16)"):
         context.shard({"input_ids": ids, "labels": ids[:1]})
     numbers = ids.tolist()
-    for kind, batch in {"list": numbers, "ndarray": ids.cpu().numpy(), "NoneType": None}.items():
-        with says(TypeError, f"input_ids of a batch must be a torch.Tensor, but is a {kind}"):
+    for kind, batch in {"a list": numbers, "an ndarray": ids.cpu().numpy(), "a NoneType": None}.items():
+        with says(TypeError, f"input_ids of a batch must be a torch.Tensor, but is {kind}"):
             context.shard({"labels": ids, "input_ids": batch})
     for batch in (ids, None, [ids]):
         with says(TypeError, f'batch must be a mapping such as {{"input_ids": ids}}, but is a {type(batch).__name__}'):
