@@ -171,10 +171,9 @@ def test_functions_of_other_implementations_say_which_function_takes_transforms(
 
 
 def test_an_unknown_setting_is_shown_short_with_those_that_there_are():
-    for make in (MobaConfig, lambda **settings: MobaConfig.from_dict(settings)):
-        with pytest.raises(ValueError, match=r"a str of 5000 characters .* is no setting of MoBA: there are block_size, top_k, ") as raised:
-            make(**{"x" * 5000: 1})
-        assert len(str(raised.value)) < 260
+    with pytest.raises(ValueError, match=r"a str of 5000 characters .* is no setting of MoBA: there are block_size, top_k, ") as raised:
+        MobaConfig.from_dict({"x" * 5000: 1})
+    assert len(str(raised.value)) < 260
 
 
 def test_no_larger_top_k_is_named_than_there_can_be():
