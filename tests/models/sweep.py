@@ -153,6 +153,25 @@ def cached_is_recomputed(model: PreTrainedModel) -> None:
     must_be_close(steps[:, -4:], whole[:, -4:])
 
 
+def drafts_are_greedy(model: PreTrainedModel) -> None:
+    """Tokens that an assistant drafts are those of greedy decoding. The unpatched model drafts well enough for many to be accepted."""
+    ids, assistant = tokens(1), copy.deepcopy(model)
+
+    def answer(**how: object) -> Tensor:
+        return model.generate(**inputs_of(model, ids), max_new_tokens=12, do_sample=False, **how)
+
+    def must_be_greedy(what: str = "") -> None:
+        must_equal(answer(assistant_model=assistant), answer(), what)
+
+    try:
+        must_be_greedy()
+    except Exception:
+        raise LeftOut from None
+    for decode in ("full", "sparse"):
+        patch(model, **SPARSE, decode=decode)
+        must_be_greedy(f'decode="{decode}"')
+
+
 def trains(model: PreTrainedModel) -> None:
     """A step: the same parameters have gradients, which are those of the specification; with full attention those of before."""
     ids = tokens()
@@ -203,6 +222,7 @@ PROMISES: dict[str, Callable[[PreTrainedModel], None]] = {
     "the specification agrees": naive_is_sparse,
     "a padded row is the row alone": padded_is_alone,
     "with a cache as without": cached_is_recomputed,
+    "drafts are greedy": drafts_are_greedy,
     "a training step": trains,
     "no token sees later ones": is_causal,
 }
