@@ -47,7 +47,7 @@ OVERTIME = 180  # seconds by which a part may exceed its time before it is kille
 LEAST = 60  # minimum time in seconds for a part that need not be complete
 OF_TEST = re.compile(r"^\[gw\d+\] \[ *\d+%\] ([A-Z]+) |^tests/\S+ ([A-Z]+) .*\[ *\d+%\]$", re.MULTILINE)  # with several processes, or one
 
-LAUNCHER_SAYS = re.compile(r"^[EW]\d{4} [\d:.]+ \d+ torch/distributed/", re.MULTILINE)
+LAUNCHER_SAYS = re.compile(r"^[EW]\d{4} [\d:.]+ \d+ \S*torch/distributed/", re.MULTILINE)  # a path, relative to the folder
 
 
 @dataclass
