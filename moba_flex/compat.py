@@ -163,13 +163,7 @@ def _check_blocks(moba_chunk_size: int, moba_topk: int) -> None:
 def _check_one_length(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, moba_chunk_size: int, moba_topk: int) -> None:
     """The arguments of the functions whose queries and keys have the same `cu_seqlens`, by the names that they have there."""
     _check_blocks(moba_chunk_size, moba_topk)
-    validation.check_packed_operands(q, k, v, NAMES)
-    if k.shape[0] != q.shape[0]:
-        raise ValueError(
-            f"q {tuple(q.shape)} and k {tuple(k.shape)} must agree in tokens (dimension 0): where sequences have more keys than queries, "
-            "use flash_moba_varlen_func"
-        )
-    validation.check_cu_seqlens("cu_seqlens", cu_seqlens, q, q.shape[0], of="q")
+    validation.check_packed(q, k, v, cu_seqlens, names=NAMES, more_keys="use flash_moba_varlen_func")
 
 
 def _sequences(q: Tensor, cu_seqlens_q: Tensor, k: Tensor, v: Tensor, cu_seqlens_k: Tensor) -> zip[tuple[Tensor, Tensor, Tensor]]:

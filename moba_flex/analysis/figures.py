@@ -89,9 +89,9 @@ def trace_figure(trace: Trace) -> Figure:
         (trace.overlap, "head", "chosen blocks that the next query chooses too"),
         (taken, "key block", "queries that choose a block, of those that could"),
     )
-    accumulation_dtype = max(4.5, min(8.0, 1.5 + 0.2 * heads)), max(5.0, min(9.0, 1.5 + 0.1 * blocks))
-    figure = _figure((sum(accumulation_dtype), max(3.2, min(9.0, 0.2 * len(trace.layers) + 1.6))))
-    panels = figure.subplots(1, 2, sharey=True, width_ratios=accumulation_dtype)
+    wide = max(4.5, min(8.0, 1.5 + 0.2 * heads)), max(5.0, min(9.0, 1.5 + 0.1 * blocks))
+    figure = _figure((sum(wide), max(3.2, min(9.0, 0.2 * len(trace.layers) + 1.6))))
+    panels = figure.subplots(1, 2, sharey=True, width_ratios=wide)
     for panel, (values, label, title) in zip(panels, drawn):
         image = panel.imshow(100 * values.numpy(), aspect="auto", interpolation="nearest", cmap="viridis", vmin=0, vmax=100)
         panel.set_title(title, fontsize=11)
@@ -161,8 +161,8 @@ def _share(chosen: Tensor, n_blocks: int, per_cell: tuple[int, int]) -> Tensor:
     cell = (torch.arange(len(chosen)) // queries)[:, None] * columns + chosen.long() // blocks
     count = torch.bincount(cell[chosen >= 0], minlength=lines * columns).view(lines, columns)
     high = torch.full((lines,), queries).index_fill_(0, torch.tensor([lines - 1]), len(chosen) - (lines - 1) * queries)
-    accumulation_dtype = torch.full((columns,), blocks).index_fill_(0, torch.tensor([columns - 1]), n_blocks - (columns - 1) * blocks)
-    return count / (high[:, None] * accumulation_dtype)
+    wide = torch.full((columns,), blocks).index_fill_(0, torch.tensor([columns - 1]), n_blocks - (columns - 1) * blocks)
+    return count / (high[:, None] * wide)
 
 
 def _explain(figure: Figure, title: str | None, per_cell: tuple[int, int], causal: bool, padding: bool) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..core.validation import check_values
+from ..models.upstream import is_offloaded
 
 
 def check_ids(call: str, name: str, ids: Tensor, model: nn.Module) -> None:
@@ -30,6 +31,5 @@ def _n_tokens(model: nn.Module) -> int | None:
 
 def check_weights(model: nn.Module) -> None:
     """A model's weights must have values. Those that accelerate has offloaded are on the meta device between calls."""
-    offloaded = any(hasattr(module, "_hf_hook") for module in model.modules())
-    if not offloaded and any(weight.is_meta for weight in model.parameters()):
+    if not is_offloaded(model.modules()) and any(weight.is_meta for weight in model.parameters()):
         raise ValueError(f"{type(model).__name__} must have weights, but is on the meta device: load it on a CPU or GPU")

@@ -215,19 +215,28 @@ def _runs(padding_mask: Tensor) -> Tensor:
     return (padding_mask[:, 1:] & ~padding_mask[:, :-1]).sum(1) + padding_mask[:, 0]
 
 
-def check_packed(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor | None = None) -> int | None:
+def check_packed(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens: Tensor,
+    cu_seqlens_k: Tensor | None = None,
+    names: tuple[str, str, str] = ("query", "key", "value"),
+    more_keys: str = "pass cu_seqlens_k",
+) -> int | None:
     """`[T, H, D]`, `[Tk, G, D]`, `[Tk, G, Dv]` and cumulative `cu_seqlens [n + 1]` from 0 to T; `Tk = T` without `cu_seqlens_k`.
 
-    Returns the maximum number of keys of a sequence, or None if values must not be read.
+    For messages: `names` of the operands in the caller, and what to do if there are `more_keys` than queries. Returns the maximum number
+    of keys of a sequence, or None if values must not be read.
     """
-    check_packed_operands(query, key, value)
+    check_packed_operands(query, key, value, names)
     if cu_seqlens_k is None:
         if key.shape[0] != query.shape[0]:
             raise ValueError(
-                f"query {tuple(query.shape)} and key {tuple(key.shape)} must agree in tokens (dimension 0): "
-                "where sequences have more keys than queries, pass cu_seqlens_k"
+                f"{names[0]} {tuple(query.shape)} and {names[1]} {tuple(key.shape)} must agree in tokens (dimension 0): "
+                f"where sequences have more keys than queries, {more_keys}"
             )
-        return check_cu_seqlens("cu_seqlens", cu_seqlens, query, query.shape[0])
+        return check_cu_seqlens("cu_seqlens", cu_seqlens, query, query.shape[0], of=names[0])
     check_cu_seqlens("cu_seqlens", cu_seqlens, query, query.shape[0])
     longest_k = check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, query, key.shape[0])
     check_same_count("cu_seqlens", cu_seqlens, "cu_seqlens_k", cu_seqlens_k)

@@ -5,6 +5,7 @@ Importing this registers "moba" and "moba_naive" as attention implementations, a
 | file | contents |
 |---|---|
 | `patch.py` | switching a model's attention to MoBA and back |
+| `full_blocks.py` | layers within `full_attention` blocks |
 | `loading.py` | loading and patching in one call |
 | `adapters.py` | saving and loading the settings with PEFT adapters |
 | `sizes.py` | suggested settings per prompt length, and a warning where a model's settings have no effect |

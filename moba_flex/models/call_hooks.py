@@ -17,7 +17,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .current_call import ModelCall, begin_call, current_call, end_call, forget_interrupted
-from .layers import MOBA, accepts_kwargs, attention_layers, is_replaceable, mask_argument_index, mask_use_of, original_implementation
+from .layers import (
+    MOBA,
+    accepts_kwargs,
+    attention_layers,
+    is_replaceable,
+    mask_argument_index,
+    mask_use_of,
+    original_implementation,
+    takes_any_keyword,
+)
 from .masks import MobaMask, raise_switched
 from .recomputation import ForwardPass, check_not_switched
 from .state import call_hooks_of, set_call_hooks
@@ -110,7 +119,7 @@ def _passes_on(implementation: str) -> bool:
     `ForwardPass`, and recomputation by MoBA after a switch is an error.
     """
     attention = attention_by_name(None, implementation)  # None for "eager": each model has its own, which takes more
-    return attention is None or any(p.kind is p.VAR_KEYWORD for p in inspect.signature(attention).parameters.values())
+    return attention is None or takes_any_keyword(attention)
 
 
 def enter_model(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Changed:

@@ -274,7 +274,12 @@ def mask_argument_index(layer_class: type[nn.Module]) -> int:
 @_of_a_class
 def accepts_kwargs(module_class: type[nn.Module]) -> bool:
     """Whether a module's `forward` takes extra keyword arguments."""
-    return any(p.kind is p.VAR_KEYWORD for p in inspect.signature(module_class.forward).parameters.values())
+    return takes_any_keyword(module_class.forward)
+
+
+def takes_any_keyword(function: Callable[..., Any]) -> bool:
+    """Whether a function takes keyword arguments that it does not name."""
+    return any(p.kind is p.VAR_KEYWORD for p in inspect.signature(function).parameters.values())
 
 
 @_of_a_class

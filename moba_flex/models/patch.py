@@ -7,7 +7,6 @@ import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from torch import nn
@@ -16,6 +15,7 @@ from transformers import PreTrainedConfig
 from ..config import UNSET, MobaConfig, given_settings, layer_indices
 from ..core.messages import kind_of, shown
 from ..core.validation import check_choice
+from . import full_blocks
 from .adapters import modules_with_save_hooks, save_adapters_alone, save_settings_with_adapters
 from .by_name import settings_by_name
 from .call_hooks import add_hooks, modules_with_hooks, remove_hooks
@@ -39,7 +39,7 @@ from .layers import (
     resolve_layers,
 )
 from .recomputation import before_switch
-from .state import Choice, FullBlocks, choice_of, context_of, set_choice
+from .state import Choice, choice_of, context_of, set_choice
 from .upstream import MaskUse, holds_config, implementation_of, set_implementation
 
 if TYPE_CHECKING:
@@ -273,43 +273,18 @@ def full_attention(model: Model) -> Iterator[Model]:
     block = object()
     with _BLOCKS_CHANGE:
         if is_patched(replaceable):
-            _enter(block, model, every, replaceable)
+            before_switch(model)
+            if any(choice_of(layer) is None for layer in replaceable):
+                _adopt(model, replaceable)
+            full_blocks.enter(block, replaceable)
+            name_attention(every)
     try:
         yield model
     finally:
         with _BLOCKS_CHANGE:
-            _leave(block, model, every)
-
-
-def _enter(block: object, model: nn.Module, every: list[AttentionLayer], replaceable: list[AttentionLayer]) -> None:
-    before_switch(model)
-    if any(choice_of(layer) is None for layer in replaceable):
-        _adopt(model, replaceable)
-    for layer in replaceable:
-        choice = choice_of(layer)
-        assert choice is not None  # it is patched
-        within = choice.full_blocks
-        if within is None:
-            name = implementation_of(layer.config)
-            within = FullBlocks(frozenset(), choice, name if name in MOBA else "moba")
-        set_choice(layer, replace(choice, attention="full", full_blocks=replace(within, blocks=within.blocks | {block})))
-    name_attention(every)
-
-
-def _leave(block: object, model: nn.Module, every: list[AttentionLayer]) -> None:
-    """Restore the layers for which `block` was the last one. Layers switched since they entered it are in no block."""
-    within = {layer: choice.full_blocks for layer in every if (choice := choice_of(layer)) is not None and choice.full_blocks is not None}
-    left = {layer: full for layer, full in within.items() if block in full.blocks}
-    if not left:
-        return
-    before_switch(model)
-    for layer, full in left.items():
-        choice, others = choice_of(layer), full.blocks - {block}
-        assert choice is not None  # it is in the block
-        set_choice(layer, replace(choice, full_blocks=replace(full, blocks=others)) if others else full.after)
-    for config in configs_of(left):
-        named = next(full.named for layer, full in left.items() if layer.config is config)
-        name_attention([layer for layer in every if layer.config is config], named)
+            if full_blocks.within(block, every):
+                before_switch(model)
+                full_blocks.leave(block, every)
 
 
 def _adopt(model: nn.Module, replaceable: list[AttentionLayer]) -> None:
