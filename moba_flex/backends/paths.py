@@ -61,9 +61,9 @@ def path_of(
     return Path.ROUTED
 
 
-def reads_all_keys(n_key: int, settings: AttentionSettings) -> bool:
-    """Whether each causal query reads all keys up to itself, whatever the gate says."""
-    return settings.causal and n_key <= settings.block_size * settings.top_k
+def reads_all_keys(n_key: int, block_size: int, top_k: int) -> bool:
+    """Whether each query of a causal call reads all keys up to itself, whatever the gate says."""
+    return n_key <= block_size * top_k
 
 
 def dense_obstacle(
@@ -74,7 +74,9 @@ def dense_obstacle(
         return 'only "flex" takes it, the implementation for CUDA'
     if return_lse:
         return "it returns the log-sum-exp"
-    if not reads_all_keys(key.shape[2], settings):
+    if not settings.causal:
+        return "it is not causal"
+    if not reads_all_keys(key.shape[2], settings.block_size, settings.top_k):
         return "there are more than top_k blocks"
     if sequences or query.shape[2] != key.shape[2]:
         return "it has padding, packed sequences, or fewer queries than keys"

@@ -8,7 +8,6 @@ B batch, H query heads, G key heads, N tokens (Nq queries, Nk keys), D head dime
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -85,7 +84,7 @@ def moba_attention_forward(
         return _original(call, weights)
     if decision.path is LayerPath.DRAFTS_FULL:
         return _prompt_and_drafts(call, decision.n_decoded, weights)
-    return _moba(call, decision)
+    return _sparse(call, decision)
 
 
 ATTENTION_FUNCTIONS = {name: partial(moba_attention_forward, named=name) for name in MOBA}
@@ -105,9 +104,9 @@ def _prompt_and_drafts(call: LayerCall, n_drafts: int, weights: bool) -> tuple[T
     assert isinstance(call.mask, MobaMask)  # only calls with a MobaMask have drafts
     before, last = call.mask.split(n_drafts)
     query, key, value = (x[:, :, :-n_drafts] for x in (call.query, call.key, call.value))
-    of_prompt = replace(call, query=query, key=key, value=value, mask=before, drafts=0)
-    prompt, prompt_weights = _moba(of_prompt, decide_sparse(of_prompt))
-    drafts, draft_weights = _original(replace(call, query=call.query[:, :, -n_drafts:], mask=last), weights)
+    of_prompt = call._replace(query=query, key=key, value=value, mask=before, drafts=0)
+    prompt, prompt_weights = _sparse(of_prompt, decide_sparse(of_prompt))
+    drafts, draft_weights = _original(call._replace(query=call.query[:, :, -n_drafts:], mask=last), weights)
     out = torch.cat([prompt, drafts], 1)
     if not weights:
         return out, None
@@ -116,35 +115,54 @@ def _prompt_and_drafts(call: LayerCall, n_drafts: int, weights: bool) -> tuple[T
     return out, torch.cat([prompt_weights, draft_weights], 2)
 
 
-def _moba(call: LayerCall, decision: Decision) -> tuple[Tensor, Tensor | None]:
-    """The paths ALL_KEYS, DECODING_SPARSE and MOBA.
-
-    ALL_KEYS computes the original attention, but also updates the block means beside the cache.
-    """
-    settings, cached = call.settings, call.key
-    means = means_of(call.cache, call.layer, cached, call.query.shape[2]) if settings.decode == "sparse" else None
-    query, key, value = autocast(call.query, cached, call.value)
+def _sparse(call: LayerCall, decision: Decision) -> tuple[Tensor, Tensor | None]:
+    """The paths that `decide_sparse` chooses among."""
     if decision.positions is not None:  # DECODING_SPARSE
-        return _decode(call, query, key, value, decision.positions, means).transpose(1, 2).contiguous(), None
+        return _decode(call, decision.positions), None
+    assert decision.visible is not None
+    if decision.path is LayerPath.ALL_KEYS:
+        return _all_keys(call, decision.visible), None
+    return _moba(call, decision.visible)
 
-    visible, cached = decision.visible, key
-    assert visible is not None
-    if visible.n_key < key.shape[2]:
+
+def _all_keys(call: LayerCall, visible: Visible) -> Tensor:
+    """`[B, Nq, H, Dv]`: the original attention, which computes the same. Block means beside the cache are updated for later tokens."""
+    watcher = watcher_of(call.layer)
+    if watcher is not None or call.settings.decode == "sparse":
+        _show(call, *autocast(call.query, call.key), visible)
+    if watcher is None:
+        warn_of_no_effect(call.layer.config, call.settings, call.query.shape[2], visible.n_key)
+    return _original(call)[0]
+
+
+def _moba(call: LayerCall, visible: Visible) -> tuple[Tensor, Tensor | None]:
+    """MoBA: `[B, Nq, H, Dv]` and, if they are asked for, the weights `[B, H, Nq, Nk]`."""
+    query, cached, value = autocast(call.query, call.key, call.value)
+    key = cached
+    if visible.n_key < cached.shape[2]:
         key, value = key[:, :, : visible.n_key], value[:, :, : visible.n_key]
-    operation = None if decision.path is LayerPath.ALL_KEYS else operation_of(call, query, key, value, visible.causal)
-    if (watcher := watcher_of(call.layer)) is not None:
-        watcher(call.layer, query, key, visible, settings)
-    if means is not None and visible.causal and not torch.compiler.is_compiling():
-        means.update_means(query.shape[2], visible.n_key, cached, settings.block_size, visible.start(key.device), visible.starts)
-    if operation is None:
-        if watcher is None:
-            warn_of_no_effect(call.layer.config, settings, query.shape[2], visible.n_key)
-        return _original(call)[0], None
-    note_sparse(call.layer.config, settings)
+    operation = operation_of(call, query, key, value, visible.causal)
+    _show(call, query, cached, visible)
+    note_sparse(call.layer.config, call.settings)
     if call.dropout or call.wants_weights:
         out, weights = _attend_with_weights(query, key, value, visible, call.dropout, operation)
         return out.transpose(1, 2).contiguous(), weights if call.wants_weights else None
     return _attend(query, key, value, visible, operation).transpose(1, 2).contiguous(), None
+
+
+def _show(call: LayerCall, query: Tensor, key: Tensor, visible: Visible) -> None:
+    """Show the queries and keys of a call to the layer's watcher, and add the keys to the block means beside the cache."""
+    if (watcher := watcher_of(call.layer)) is not None:
+        watcher(call.layer, query, key[:, :, : visible.n_key], visible, call.settings)
+    means = _means(call)
+    if means is not None and visible.causal and not torch.compiler.is_compiling():
+        block_size = call.settings.block_size
+        means.update_means(query.shape[2], visible.n_key, key, block_size, visible.start(key.device), visible.starts)
+
+
+def _means(call: LayerCall) -> BlockMeans | None:
+    """The block means beside the cache of a call, if generated tokens read them."""
+    return means_of(call.cache, call.layer, call.key, call.query.shape[2]) if call.settings.decode == "sparse" else None
 
 
 def _across_processes(call: LayerCall) -> Tensor:
@@ -206,8 +224,10 @@ def _decodes_kept(call: LayerCall, cached: int) -> bool:
     return decoded == new
 
 
-def _decode(call: LayerCall, query: Tensor, key: Tensor, value: Tensor, positions: DecodingPositions, means: BlockMeans | None) -> Tensor:
-    """`[B, H, Nq, Dv]`: a few tokens at the end of a cache, which choose their blocks by the block means beside it."""
+def _decode(call: LayerCall, positions: DecodingPositions) -> Tensor:
+    """`[B, Nq, H, Dv]`: a few tokens at the end of a cache, which choose their blocks by the block means beside it."""
+    means = _means(call)
+    query, key, value = autocast(call.query, call.key, call.value)
     operation = operation_of(call, query, key, value, True)
     block_size, known = operation.settings.block_size, None
     if means is not None:
@@ -216,7 +236,8 @@ def _decode(call: LayerCall, query: Tensor, key: Tensor, value: Tensor, position
         known = means.of_all_but_new(key, block_size, positions.start, starts)
     if known is None:  # no means are stored beside this cache
         known = write_means(means_for(key, max(1, key.shape[2] // block_size)), key, positions.start, block_size)
-    return attend_decoding(query, key, value, known, positions.length, positions.start, operation.settings, sinks=operation.sinks)
+    out = attend_decoding(query, key, value, known, positions.length, positions.start, operation.settings, sinks=operation.sinks)
+    return out.transpose(1, 2).contiguous()
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, visible: Visible, operation: Operation) -> Tensor:

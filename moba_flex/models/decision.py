@@ -15,9 +15,8 @@ H query heads, G key heads, Nq queries, Nk keys, D head dimension.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import Enum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,8 +25,7 @@ from transformers import Cache
 
 from ..backends.paths import reads_all_keys
 from ..config import MobaConfig
-from ..core.settings import AttentionSettings
-from .layers import UNKNOWN_TO_MOBA
+from .layers import UNKNOWN_TO_MOBA, asks_for_weights
 from .masks import DecodingPositions, MobaMask, Visible
 from .state import context_of
 
@@ -47,8 +45,10 @@ class LayerPath(Enum):
     MOBA = "moba"
 
 
-@dataclass(frozen=True, eq=False)
-class LayerCall:
+# Both are made in each call of a layer, before its kernels are launched: a tuple takes a fraction of the time of a frozen dataclass.
+
+
+class LayerCall(NamedTuple):
     """One call of an attention layer, as transformers makes it."""
 
     layer: AttentionLayer
@@ -76,7 +76,10 @@ class LayerCall:
 
     @property
     def wants_weights(self) -> bool:
-        return bool(self.kwargs.get("output_attentions", getattr(self.layer.config, "output_attentions", False)))
+        if "output_attentions" in self.kwargs:
+            return bool(self.kwargs["output_attentions"])
+        config = self.layer.config
+        return self.mask.asks_for_weights(config) if isinstance(self.mask, MobaMask) else asks_for_weights(config)
 
     def visible(self, query: Tensor, key: Tensor) -> Visible:
         """The visibility of keys to queries. Raises ValueError for what MoBA does not support."""
@@ -96,8 +99,7 @@ class LayerCall:
         return Visible(key.shape[2], self.kwargs.get("is_causal") is not False).packed(query, *packed)
 
 
-@dataclass(frozen=True)
-class Decision:
+class Decision(NamedTuple):
     """The path that a call takes, the reason, and intermediate results that the path needs."""
 
     path: LayerPath
@@ -146,7 +148,7 @@ def decide_sparse(call: LayerCall) -> Decision:
     visible = call.visible(call.query, call.key)
     if visible.cu_seqlens is not None or not visible.causal:  # the original attention might ignore packed sequences
         return Decision(LayerPath.MOBA, _SEQUENCES_REASON, visible=visible)
-    if not reads_all_keys(visible.n_key, AttentionSettings(settings.block_size, settings.top_k)):
+    if not reads_all_keys(visible.n_key, settings.block_size, settings.top_k):
         return Decision(LayerPath.MOBA, _MOBA_REASON, visible=visible)
     if call.naive or settings.implementation == "eager":
         return Decision(LayerPath.MOBA, _ASKED_REASON, visible=visible)

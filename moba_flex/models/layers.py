@@ -93,6 +93,11 @@ def config_of_layer(layer: AttentionLayer) -> PreTrainedConfig:
     return config.per_layer_config[index] if index is not None and config.is_heterogeneous else config
 
 
+def asks_for_weights(config: PreTrainedConfig) -> bool:
+    """Whether a configuration asks all layers for attention weights."""
+    return bool(getattr(config, "output_attentions", False))
+
+
 def is_unmodified(layer: AttentionLayer) -> bool:
     """Whether a patched layer computes exactly what it did before the patch, so that it needs nothing of the package."""
     state = state_of(layer)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -23,9 +23,12 @@ from ..core.messages import kind_of
 from ..core.upstream import assert_in_graph, mark_dynamic
 from ..ops.decoding import MAX_DECODE_TOKENS
 from .current_call import PLAIN, ModelCall, current_call
-from .layers import MOBA
+from .layers import MOBA, asks_for_weights
 from .recomputation import may_be_recomputation
 from .upstream import bidirectional_mask_function, causal_mask_function, implementation_of, mask_builder, mtp_offset
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 
 @dataclass(frozen=True)
@@ -109,6 +112,7 @@ class MobaMask(BlockMask):
         self._original: dict[str, Tensor | BlockMask | None] = {}
         self._split: dict[int, tuple[MobaMask, MobaMask]] = {}
         self._visible: Visible | None = None
+        self._asked: tuple[object, bool] | None = None
         self.is_part = False  # the call has more new tokens than this mask covers
         # generate creates the mask before it calls a compiled model: the graph must not need tensors whose shapes change with each token.
         self._positions = None if torch.compiler.is_compiling() else _decoding_positions(request)
@@ -135,6 +139,15 @@ class MobaMask(BlockMask):
     def is_of_drafting_layer(self, layer_idx: int) -> bool:
         """Whether it was created for a layer of multi-token prediction, see `upstream.mtp_offset`."""
         return self._request["kv_offset"] == mtp_offset(layer_idx)
+
+    def asks_for_weights(self, config: PreTrainedConfig) -> bool:
+        """`output_attentions` of the layers' configuration. It is read once: configurations look up attributes in Python code."""
+        if self._asked is not None and self._asked[0] is config:
+            return self._asked[1]
+        asks = asks_for_weights(config)
+        if _may_keep():
+            self._asked = config, asks
+        return asks
 
     def original(self, implementation: str, device: torch.device) -> Tensor | BlockMask | None:
         """Exactly the mask that the model would have without MoBA, under `implementation`."""

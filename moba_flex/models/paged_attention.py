@@ -70,7 +70,7 @@ def attend_paged(call: LayerCall, keys: PagedKeys) -> Tensor:
             continue
         if part.is_whole:
             return attention(call, keys, part)
-        of_part = attention(replace(call, query=call.query[:, :, part.queries()]), keys, part)
+        of_part = attention(call._replace(query=call.query[:, :, part.queries()]), keys, part)
         if out is None:
             out = of_part.new_empty(1, batch.n_tokens, *of_part.shape[2:])
         out[:, part.queries()] = of_part
@@ -97,7 +97,7 @@ def _original(call: LayerCall, keys: PagedKeys, part: Part) -> Tensor:
                 f"{call.name} caps its scores, which transformers' continuous batching with eager attention leaves out: call model.generate"
             )
         mask = part.mask(n_key, keys.window, call.query.dtype)
-        given = replace(call, key=key, value=value, kwargs={**call.kwargs, "is_causal": False})
+        given = call._replace(key=key, value=value, kwargs={**call.kwargs, "is_causal": False})
         return call_original(given, "paged|eager" if implementation == "eager" else implementation, mask)[0]
     lengths = {
         "cu_seq_lens_q": part.cu_seqlens(part.n_query),
@@ -105,7 +105,7 @@ def _original(call: LayerCall, keys: PagedKeys, part: Part) -> Tensor:
         "max_length_q": max(part.n_query),
         "max_length_k": max(n_key),
     }
-    return call_original(replace(call, key=key, value=value, kwargs={**call.kwargs, **lengths}), implementation, None)[0]
+    return call_original(call._replace(key=key, value=value, kwargs={**call.kwargs, **lengths}), implementation, None)[0]
 
 
 def _sparse(call: LayerCall, keys: PagedKeys, part: Part) -> Tensor:

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from ..backends.paths import reads_all_keys
 from ..config import MobaConfig
-from ..core.settings import AttentionSettings
 from .upstream import fill_paged_mask
 
 T = TypeVar("T")
@@ -134,14 +133,14 @@ class PagedBatch:
 
     def parts(self, settings: MobaConfig, naive: bool, has_means: bool) -> Parts:
         """The tokens of a pass, grouped by what a layer with MoBA does with them. `has_means`: block means are stored."""
-        return self._once(("parts", settings, naive, has_means), lambda: self._parted(settings, naive, has_means))
+        read = settings.block_size, settings.top_k, settings.decode, settings.implementation  # hashing all settings takes ten times as long
+        return self._once(("parts", *read, naive, has_means), lambda: self._parted(settings, naive, has_means))
 
     def _parted(self, settings: MobaConfig, naive: bool, has_means: bool) -> Parts:
         full, decoding, sparse = list[Slice](), list[Slice](), list[Slice]()
-        blocks = AttentionSettings(settings.block_size, settings.top_k)
         for request, every in zip(self.requests, self.whole.slices):
             n_full = min(max(every.n_key - request.prompt, 0), request.new) if settings.decode == "full" else 0
-            if not naive and settings.implementation != "eager" and reads_all_keys(every.n_key, blocks):
+            if not naive and settings.implementation != "eager" and reads_all_keys(every.n_key, settings.block_size, settings.top_k):
                 n_full = request.new  # the original attention computes this faster
             n_moba = request.new - n_full
             if n_moba:

@@ -16,9 +16,8 @@ G key heads, P tokens per block, C blocks, D head dimension, R requests.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from math import gcd
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,8 +33,7 @@ PAGED = "moba_paged"  # the keyword argument that passes a layer's keys to the a
 LEAST_RUN = 16  # means of shorter runs would take more than an eighth of the keys' memory
 
 
-@dataclass(frozen=True, eq=False)
-class PagedKeys:
+class PagedKeys(NamedTuple):
     """The keys and values that one layer reads in one forward pass."""
 
     batch: PagedBatch
@@ -79,22 +77,27 @@ class PageMeans:
             self._known[page] = after
         return runs
 
-    @torch.no_grad()
     def update_means(self, keys: PagedKeys) -> None:
-        """Compute the means that a layer's new keys complete."""
+        """Compute the means that a layer's new keys complete. Most passes of generated tokens complete none."""
+        runs, slots = keys.batch.runs(self.run)
+        if not runs.numel():
+            return
+        with torch.no_grad():
+            of_runs = keys.key[slots].transpose(1, 2)  # [runs, G, run, D]
+            self._of_layer(keys).index_copy_(0, runs, means_of(of_runs, self.run))
+
+    def _of_layer(self, keys: PagedKeys) -> Tensor:
+        """`[runs, G, D]`: the means of a layer."""
         if keys.layer_idx not in self._means:
             with torch.inference_mode(False):
                 shape = (self._n_runs, *keys.key.shape[1:])
                 self._means[keys.layer_idx] = keys.key.new_zeros(shape, dtype=mean_dtype(keys.key))
-        runs, slots = keys.batch.runs(self.run)
-        if runs.numel():
-            of_runs = keys.key[slots].transpose(1, 2)  # [runs, G, run, D]
-            self._means[keys.layer_idx].index_copy_(0, runs, means_of(of_runs, self.run))
+        return self._means[keys.layer_idx]
 
     def pages_of(self, keys: PagedKeys, part: Part) -> Pages:
         """The keys, values and means of a part's requests, up to the last of its tokens."""
-        means, place = self._means[keys.layer_idx], (self._page_size, keys.batch.stride, self.run)
-        return Pages(keys.key, keys.value, means, part.pages(), part.lengths(), max(part.n_key), *place)
+        place = self._page_size, keys.batch.stride, self.run
+        return Pages(keys.key, keys.value, self._of_layer(keys), part.pages(), part.lengths(), max(part.n_key), *place)
 
 
 class MobaPagedCache(PagedAttentionCache):
