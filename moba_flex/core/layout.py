@@ -99,6 +99,11 @@ class BlockLayout:
         return self.width == self.block_size
 
     @property
+    def is_full(self) -> bool:
+        """Whether queries are in order, and no slot of a query block is empty."""
+        return self.dense and self.whole and self.lead == 0 and self.n_query % self.query_width == 0
+
+    @property
     def index_maps(self) -> IndexMaps | None:
         """The index maps, or None if tokens are in order and blocks have no empty slots. Computed on first use."""
         if self.dense and self.whole:

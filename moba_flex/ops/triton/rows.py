@@ -110,22 +110,28 @@ def _unrolled(slots: int) -> int:
 def _merge_kernel(
     OUT, LSE, ROW_OUT, ROW_LSE, PAIR, QUERY_START, QUERY_STOP, QUERY_TOKEN, TO, TO_LSE, H, N, N_TOKENS, Q,
     stride_b, stride_h, stride_n, to_stride_b, to_stride_h, to_stride_n,
-    S: tl.constexpr, UNROLLED: tl.constexpr, P: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr,
+    S: tl.constexpr, UNROLLED: tl.constexpr, P: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
-    # One program: M queries of a query block of a head.
+    # One program: M queries of a query block of a head. FULL: slot i holds query i, for all slots. The other kernel needs more registers,
+    # so that a multiprocessor holds 5 programs in place of 6 (128 wide, 7 pairs per query).
     head, i, d = tl.program_id(1).to(tl.int64), tl.program_id(0).to(tl.int64) * M + tl.arange(0, M), tl.arange(0, DP)
-    block = (head // H) * Q + tl.program_id(0) * M // P
-    here = (i % P >= tl.load(QUERY_START + block)) & (i % P < tl.load(QUERY_STOP + block))
-    n, token, seen = head * N + i, tl.load(QUERY_TOKEN + block) + i % P, d[None, :] < D
-    inside = i < N  # a slot without a query has no pairs, so loading pairs need not wait for `here`
-    most = tl.load(LSE + head * N_TOKENS + token, mask=here, other=float("-inf"))
+    n, seen, inside = head * N + i, d[None, :] < D, i < N
+    if FULL:
+        token, here, at_lse = i, inside, n
+    else:
+        block = (head // H) * Q + tl.program_id(0) * M // P
+        token = tl.load(QUERY_TOKEN + block) + i % P
+        here = (i % P >= tl.load(QUERY_START + block)) & (i % P < tl.load(QUERY_STOP + block))
+        at_lse = head * N_TOKENS + token
+    # A slot without a query has no pairs, so loading pairs need not wait for `here`.
+    most = tl.load(LSE + at_lse, mask=here, other=float("-inf"))
     for s in range(0, S, UNROLLED):
         for u in tl.static_range(UNROLLED):
             row = tl.load(PAIR + n * S + s + u, mask=inside & (s + u < S), other=-1).to(tl.int64)
             most = tl.maximum(most, tl.load(ROW_LSE + row, mask=row >= 0, other=float("-inf")), propagate_nan=tl.PropagateNan.ALL)
     most = tl.where(most == float("-inf"), 0.0, most)
 
-    total = tl.exp(tl.load(LSE + head * N_TOKENS + token, mask=here, other=float("-inf")) - most)
+    total = tl.exp(tl.load(LSE + at_lse, mask=here, other=float("-inf")) - most)
     at = _offset(head, token, H, stride_b, stride_h, stride_n)
     acc = total[:, None] * tl.load(OUT + at[:, None] + d[None, :], mask=here[:, None] & seen, other=0.0).to(tl.float32)
     for s in range(0, S, UNROLLED):
@@ -138,7 +144,7 @@ def _merge_kernel(
     acc = acc / tl.where(total == 0, 1.0, total)[:, None]
     at = _offset(head, token, H, to_stride_b, to_stride_h, to_stride_n)
     tl.store(TO + at[:, None] + d[None, :], acc.to(TO.dtype.element_ty), mask=here[:, None] & seen)
-    tl.store(TO_LSE + head * N_TOKENS + token, most + tl.log(total), mask=here)
+    tl.store(TO_LSE + at_lse, most + tl.log(total), mask=here)
 
 
 def merge(
@@ -154,7 +160,7 @@ def merge(
     _merge_kernel[(cdiv(slots, tile), rows * heads)](
         out, lse, row_out, row_lse, routes.row_of_pair, *of_queries, *into, heads, slots, n_tokens, layout.n_query_blocks,
         *out.stride()[:3], *into[0].stride()[:3],
-        count, _unrolled(count), layout.query_width, width, next_power_of_2(width), tile, num_warps=4,
+        count, _unrolled(count), layout.query_width, width, next_power_of_2(width), tile, layout.is_full and n_tokens == slots, num_warps=4,
     )  # fmt: skip
 
 
