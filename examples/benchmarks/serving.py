@@ -4,10 +4,10 @@
     python examples/benchmarks/serving.py --tokens 512 32768 --requests 64 16         # short prompts, then long ones
     python examples/benchmarks/serving.py --model tiny --tokens 300 --new 4 --requests 3 --num-pages 16 --device cpu
 
-transformers' continuous batching serves the same model, patched and with full attention, in turn in the same run. Weights and prompts are
-random. All requests arrive at once. Times are those of the last of `--rounds` rounds. The first round compiles, unless a warm-up with a few
-requests of half the length precedes it (`--warm-up`). With `--limit`, a system whose requests take longer is stopped; the printed rate is
-then an upper bound.
+transformers' continuous batching serves the same model, patched and with full attention, in the same run; the two take turns in being
+first. Weights and prompts are random. All requests arrive at once. Times are those of the last of `--rounds` rounds. The first round
+compiles, unless a warm-up with a few requests of half the length precedes it (`--warm-up`). With `--limit`, a system whose requests take
+longer is stopped; the printed rate is then an upper bound.
 """
 
 from __future__ import annotations
@@ -53,13 +53,17 @@ def serve(model: PreTrainedModel, prompts: list[list[int]], new: int, args: argp
     with model.continuous_batching_context_manager(greedy, continuous_batching_config=batching) as manager:
         began = time.perf_counter()
         manager.add_requests(prompts, max_new_tokens=new, record_timestamps=True)
-        while len(done) < len(prompts) and (args.limit is None or time.perf_counter() - began < args.limit):
-            output = manager.get_result(timeout=1)
-            if output is not None:
-                done.append(output)
-            elif not manager.is_running():
-                raise RuntimeError(f"continuous batching ended early: {manager.background_thread_status.fatal_error}")
-        seconds = time.perf_counter() - began
+        try:
+            while len(done) < len(prompts) and (args.limit is None or time.perf_counter() - began < args.limit):
+                output = manager.get_result(timeout=1)
+                if output is not None:
+                    done.append(output)
+                elif not manager.is_running():
+                    raise RuntimeError(f"continuous batching ended early: {manager.background_thread_status.fatal_error}")
+            seconds = time.perf_counter() - began
+        finally:
+            if len(done) < len(prompts):
+                manager.stop(hard_stop=True)  # without this, leaving the block waits until all requests are finished
     if failed := [output.error for output in done if output.error is not None]:
         raise RuntimeError(f"a request failed: {failed[0]}")
     first = [output.timestamps[0] - output.created_time for output in done]
@@ -97,7 +101,7 @@ def run(args: argparse.Namespace) -> None:
         for i in range(rounds):
             results: Results = {}
             runs[-1]["rounds"].append(results)
-            for system, found in served(model, random_prompts(model, requests, tokens, seed=i), args.new, args):
+            for system, found in served(model, random_prompts(model, requests, tokens, seed=i), args.new, args, turned=i % 2 == 1):
                 results[system] = found
                 save(runs, device, args)
                 said = f"{tokens:,} tokens, round {i + 1} of {rounds}, {system}"
@@ -105,9 +109,12 @@ def run(args: argparse.Namespace) -> None:
         print_table(runs[-1])
 
 
-def served(model: PreTrainedModel, prompts: list[list[int]], new: int, args: argparse.Namespace) -> Iterator[tuple[str, dict[str, float]]]:
-    """Yield each system with its times."""
-    for system, attention in SYSTEMS.items():
+def served(
+    model: PreTrainedModel, prompts: list[list[int]], new: int, args: argparse.Namespace, turned: bool = False
+) -> Iterator[tuple[str, dict[str, float]]]:
+    """Yield each system with its times; `turned`: the last one first."""
+    systems = list(SYSTEMS.items())
+    for system, attention in reversed(systems) if turned else systems:
         moba_flex.set_attention(model, attention)
         yield system, serve(model, prompts, new, args)
 
@@ -146,7 +153,8 @@ def print_table(run: dict) -> None:
     """Print the last round, and the ratios of all rounds, which vary."""
     print(f"\n{run['requests']} requests of {run['tokens']:,} tokens\n")
     print("| | requests per minute | first token, s: median / p95 | per token, ms: median / p95 |\n|---|---|---|---|")
-    for system, found in run["rounds"][-1].items():
+    for system in SYSTEMS:
+        found = run["rounds"][-1][system]
         first = each = "-"
         if "finished" not in found:
             first = f"{found['first_token_median']:.3f} / {found['first_token_p95']:.3f}"

@@ -55,17 +55,32 @@ def test_a_system_that_takes_too_long_is_stopped_and_its_rate_is_a_bound(tmp_pat
     clock, real = iter(range(0, 10**9, 5)), serving.serve
     monkeypatch.setattr(serving.time, "perf_counter", lambda: 5.0 * next(clock))  # each look at the clock takes five seconds
 
+    passes = {"moba": 0, "sdpa": 0}
+
     def hasty(model, prompts, new, args):
-        return real(model, prompts, new, Namespace(**{**vars(args), "limit": 60 if model.config._attn_implementation == "sdpa" else None}))
+        name = model.config._attn_implementation
+        counts = model.register_forward_pre_hook(lambda *_: passes.update({name: passes[name] + 1}))
+        try:
+            return real(model, prompts, new, Namespace(**{**vars(args), "limit": 60 if name == "sdpa" else None}))
+        finally:
+            counts.remove()
 
     monkeypatch.setattr(serving, "serve", hasty)
     found = serve(tmp_path / "served.json", "--tokens", "60", "--requests", "40", "--new", "20", "--rounds", "1")
     (results,) = found["runs"][0]["rounds"]
     assert "finished" not in results["moba_flex"] and results["sdpa"]["finished"] < 40
+    assert 0 < passes["sdpa"] < passes["moba"], "requests are not finished after the limit"
     ratio = results["moba_flex"]["requests_per_minute"] / results["sdpa"]["requests_per_minute"]
     said = capsys.readouterr().out
     assert f"less than {results['sdpa']['requests_per_minute']:.1f} ({results['sdpa']['finished']} finished) | - | - |" in said
     assert f"round by round: more than {ratio:.2f}\n" in said
+
+
+def test_the_systems_take_turns_in_being_first(tmp_path, monkeypatch):
+    order, real = [], serving.serve
+    monkeypatch.setattr(serving, "serve", lambda model, *rest: (order.append(model.config._attn_implementation), real(model, *rest))[1])
+    serve(tmp_path / "served.json", "--tokens", "40", "--requests", "1", "--rounds", "3")
+    assert order == ["moba", "sdpa", "sdpa", "moba", "moba", "sdpa"]
 
 
 def test_what_was_measured_before_a_failure_is_in_the_file(tmp_path, monkeypatch):
