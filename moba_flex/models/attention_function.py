@@ -129,7 +129,8 @@ def _all_keys(call: LayerCall, visible: Visible) -> Tensor:
     """`[B, Nq, H, Dv]`: the original attention, which computes the same. Block means beside the cache are updated for later tokens."""
     watcher = watcher_of(call.layer)
     if watcher is not None or call.settings.decode == "sparse":
-        _show(call, *autocast(call.query, call.key), visible)
+        query, key = autocast(call.query, call.key)
+        _show(call, query, key, visible)
     if watcher is None:
         warn_of_no_effect(call.layer.config, call.settings, call.query.shape[2], visible.n_key)
     return _original(call)[0]

@@ -48,7 +48,9 @@ def test_rows_are_those_of_pytorch(shape, groups, n_blocks, columns, monkeypatch
     assert torch.equal(got.first_tile[has_rows], wanted.first_tile[has_rows])
 
 
-@pytest.mark.parametrize(("n_query", "n_key"), [(64, 64), (61, 61), (32, 64), (30, 64)], ids=["full", "short last block", "last queries", "both"])
+@pytest.mark.parametrize(
+    ("n_query", "n_key"), [(64, 64), (61, 61), (32, 64), (30, 64)], ids=["full", "short last block", "last queries", "both"]
+)
 @pytest.mark.parametrize("by_blocks", [False, True])
 def test_partial_outputs_are_merged_as_by_pytorch(n_query: int, n_key: int, by_blocks: bool, monkeypatch):
     """Blocks without empty slots have a kernel of their own; `by_blocks`: the other one."""
