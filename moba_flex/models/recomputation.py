@@ -57,7 +57,7 @@ def before_switch(model: nn.Module) -> None:
 
 def may_be_recomputation() -> bool:
     """Whether a call may be the second run of a checkpoint, which is within a backward pass and has gradients."""
-    return not torch.compiler.is_compiling() and in_backward_pass() and torch.is_grad_enabled()
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling() and in_backward_pass()
 
 
 def check_not_switched(model: PreTrainedModel) -> None:
