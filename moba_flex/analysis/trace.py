@@ -24,10 +24,10 @@ from ..core.messages import kind_of
 from ..models.adapters import modules_with_save_hooks, save_adapters_alone
 from ..models.call_hooks import modules_with_hooks, remove_hooks
 from ..models.layers import MOBA, attention_layers, attention_of, configs_of, is_patched, n_layers, resolve_layers
-from ..models.masks import Visible
 from ..models.patch import find_layers, patch
 from ..models.state import choice_of, context_of, key_conv_hooks_of, set_choice, set_watcher
 from ..models.upstream import holds_config, is_peft_model
+from ..models.visible import Visible
 from ..selection import Selection, select_blocks
 from . import figures
 from .inputs import check_ids, check_weights

@@ -28,11 +28,12 @@ from .decision import Decision, LayerCall, LayerPath, check_supported, decide, d
 from .key_conv import check_key_conv
 from .layer_operation import Operation, autocast, call_original, operation_of
 from .layers import MOBA, attention_of, check_served, original_implementation
-from .masks import DecodingPositions, MobaMask, Visible
+from .masks import MobaMask
 from .paged_attention import attend_paged, paged_keys
 from .recomputation import check_pass_is_known
 from .sizes import note_sparse, warn_of_no_effect
 from .state import choice_of, context_of, watcher_of
+from .visible import DecodingPositions, Visible
 
 if TYPE_CHECKING:
     from .upstream import AttentionLayer

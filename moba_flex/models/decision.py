@@ -26,8 +26,9 @@ from transformers import Cache
 from ..backends.paths import reads_all_keys
 from ..config import MobaConfig
 from .layers import UNKNOWN_TO_MOBA, asks_for_weights
-from .masks import DecodingPositions, MobaMask, Visible
+from .masks import MobaMask
 from .state import context_of
+from .visible import DecodingPositions, Visible
 
 if TYPE_CHECKING:
     from .upstream import AttentionLayer

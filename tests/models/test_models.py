@@ -87,9 +87,9 @@ def test_half_precision_weights():
 def test_a_dense_mask_is_built_once_and_only_for_layers_with_full_attention(full_layers, masks, monkeypatch):
     model = patch(build(), **SPARSE, full_attention_layers=full_layers)
     built, read = [], []
-    dense, numbers = ALL_MASK_ATTENTION_FUNCTIONS["sdpa"], mask_module._read
+    dense, numbers = ALL_MASK_ATTENTION_FUNCTIONS["sdpa"], mask_module.read_visible
     monkeypatch.setitem(ALL_MASK_ATTENTION_FUNCTIONS._global_mapping, "sdpa", lambda **kwargs: built.append(1) or dense(**kwargs))
-    monkeypatch.setattr(mask_module, "_read", lambda *given: read.append(1) or numbers(*given))
+    monkeypatch.setattr(mask_module, "read_visible", lambda *given: read.append(1) or numbers(*given))
     logits(model, padded("left"))
     assert (len(built), len(read)) == (masks, 1), f"full_attention_layers={full_layers}"
 

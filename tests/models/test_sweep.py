@@ -9,7 +9,7 @@ from support.small_models import loaded, names
 from sweep import PROMISES, sweep, table
 from transformers import GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MistralForCausalLM
 
-from moba_flex.models import attention_function, call_hooks, masks
+from moba_flex.models import attention_function, call_hooks, visible
 
 EVERY = names()
 PART = list(EVERY) if os.environ.get("MOBA_SWEEP") == "all" else list(EVERY)[1::9]
@@ -42,7 +42,7 @@ BREAKS = {
     "full attention is the unpatched model, bit for bit": lambda m: m.setattr(
         attention_function, "_original", lambda call, weights=False: (call.query.transpose(1, 2).contiguous(), None)
     ),
-    "a padded row is the row alone": lambda m: m.setattr(masks, "_padding", lambda attention_mask, n_key: None),
+    "a padded row is the row alone": lambda m: m.setattr(visible, "_padding", lambda attention_mask, n_key: None),
     "drafts are greedy": lambda m: m.setattr(call_hooks, "_drafts", lambda model, kwargs: 0),
 }
 
