@@ -71,10 +71,13 @@ def _download(folder: Path) -> None:
 
 
 def _size(folder: Path) -> int:
+    """Bytes of the wheels below `folder`. pip moves files and removes folders meanwhile: `os.walk` skips folders that are gone."""
     size = 0
-    for file in folder.rglob("*.whl"):
-        with contextlib.suppress(FileNotFoundError):  # pip has just moved it
-            size += file.stat().st_size
+    for inside, _, files in os.walk(folder):
+        for name in files:
+            if name.endswith(".whl"):
+                with contextlib.suppress(FileNotFoundError):
+                    size += os.stat(os.path.join(inside, name)).st_size
     return size
 
 

