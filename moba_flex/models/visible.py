@@ -80,6 +80,7 @@ def _moved(x: Tensor | None, device: torch.device) -> Tensor | None:
 
 
 def read_visible(request: dict[str, Any]) -> Visible:
+    """What a requested mask lets queries see. Raises ValueError for masks, caches and padding that MoBA does not support."""
     mask_function, attention_mask = request.get("mask_function", causal_mask_function), request.get("attention_mask")
     if request["kv_offset"]:
         raise ValueError("MoBA needs all keys from the first token on, but this cache has dropped some: use DynamicCache()")
@@ -137,6 +138,7 @@ def _padding(attention_mask: Tensor | None, n_key: int) -> Tensor | None:
 
 
 def check_whole(attention_mask: Tensor) -> None:
+    """Raise ValueError if a row has padding between its real tokens."""
     if (F.pad(attention_mask.bool(), (1, 0)).int().diff(dim=1) > 0).sum(1).max() > 1:
         raise ValueError(
             "attention_mask has a row with padding between real tokens: MoBA takes padding on the left or the right "
@@ -156,6 +158,7 @@ def _first_real(attention_mask: Tensor) -> Tensor:
 
 
 def decoding_positions(request: dict[str, Any]) -> DecodingPositions | None:
+    """The positions of a requested mask's queries; None if there are more than decoding takes."""
     if request["q_length"] > MAX_DECODE_TOKENS:
         return None
     seen, attention_mask = request["q_offset"] + request["q_length"], request.get("attention_mask")

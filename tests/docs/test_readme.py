@@ -24,10 +24,15 @@ def test_it_has_the_two_commands(command):
 def test_its_table_of_speed_is_that_of_the_benchmarks():
     (run,) = json.loads((ROOT / "docs" / "benchmark" / "h200-attention.json").read_text(encoding="utf-8"))
     measured = {(r["system"], r["pass"], r["tokens"]): r for r in run["results"]}
+    page = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    section = page[page.index("### One attention call") : page.index("### Strides of model projections")].split("\n")
     lines = [line for line in README.split("\n") if re.match(r"\| [\d,]+ \| [\d.]+ / [\d.]+ \|", line)]
     assert len(lines) == 4
     for line in lines:
-        tokens, *times, memory = (cell.strip().replace(",", "") for cell in line.strip("|").split("|"))
+        shown = [cell.strip() for cell in line.strip("|").split("|")]
+        times_there, memory_there = (row for row in section if row.startswith(f"| {shown[0]} |"))
+        assert all(f"| {cell} |" in times_there for cell in shown[1:-1]) and f"| {shown[-1]} |" in memory_there, line
+        tokens, *times, memory = (cell.replace(",", "") for cell in shown)
         cells = [*zip(("moba_flex", "moba_flex-triton", "dense-cudnn", "flash-moba"), times, ["milliseconds"] * 4)]
         for system, cell, unit in [*cells, ("moba_flex", memory, "peak_gb")]:
             results = [measured[system, name, int(tokens)].get(unit) for name in ("forward", "forward + backward")]
