@@ -27,6 +27,7 @@ from .visible import DecodingPositions, Visible, check_shape, check_whole, decod
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
+    from .repeated_call import OriginalCall
 
 _CANNOT_USE_MOBA = "the model cannot use MoBA, so load it with another attn_implementation"
 
@@ -52,6 +53,7 @@ class MobaMask(BlockMask):
         self._split: dict[int, tuple[MobaMask, MobaMask]] = {}
         self._visible: Visible | None = None
         self._asked: tuple[object, bool] | None = None
+        self.original_call: OriginalCall | None = None  # what later layers may repeat
         self.is_part = False  # the call has more new tokens than this mask covers
         # generate creates the mask before it calls a compiled model: the graph must not need tensors whose shapes change with each token.
         self._positions = None if torch.compiler.is_compiling() else decoding_positions(request)

@@ -103,6 +103,12 @@ def choice_of(layer: nn.Module) -> Choice | None:
     return None if state is None else state.choice
 
 
+def choice_of_plain(layer: nn.Module) -> Choice | None:
+    """`choice_of` a layer that is neither watched nor context-parallel; None of others."""
+    state = layer.__dict__.get(_NAME)
+    return None if state is None or state.watcher is not None or state.context is not None else state.choice
+
+
 def context_of(layer: nn.Module) -> ContextParallel | None:
     """The context-parallel context of a layer, or None."""
     state = layer.__dict__.get(_NAME)
