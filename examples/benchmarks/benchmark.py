@@ -3,7 +3,7 @@
     python examples/benchmarks/benchmark.py                     # on a GPU FlashMoBA's own setting, on a CPU a smaller one
     python examples/benchmarks/benchmark.py --quick             # within a minute
     python examples/benchmarks/benchmark.py --preset report     # other settings that have been published
-    python examples/benchmarks/benchmark.py --preset corners    # packed and padded batches, odd blocks, float32
+    python examples/benchmarks/benchmark.py --preset corners    # packed and padded batches, odd blocks, float32; also corners-triton
     python examples/benchmarks/benchmark.py --model llama-8b    # the prefill of a whole model
     python examples/benchmarks/benchmark.py --train llama-1b    # a training step of a whole model
     python examples/benchmarks/benchmark.py --plot-only benchmark.json
@@ -47,13 +47,15 @@ from tqdm import tqdm
 
 ROW = {"batch": 2, "heads": 16, "key_heads": 16, "width": 128, "block_size": 128, "top_k": 8, "dtype": "bfloat16"}
 MILLION = 1 << 20
+CORNERS = ROW | {"batch": 1, "heads": 32, "key_heads": 32, "lengths": [32768]}
 PRESETS = {
     "flashmoba": ROW | {"lengths": [8192, 32768, 131072, 524288]},
     "official": ROW | {"block_size": 2048, "top_k": 3, "lengths": [32768, 131072]},
     "skewed": ROW | {"lengths": [32768, 131072], "keys": "skewed"},
     "report": ROW | {"batch": 1, "heads": 4, "key_heads": 1, "block_size": 4096, "top_k": 12, "lengths": [MILLION], "forward_only": True},
     "msa": ROW | {"batch": 1, "heads": 32, "key_heads": 8, "top_k": 16, "lengths": [MILLION], "forward_only": True},
-    "corners": ROW | {"batch": 1, "heads": 32, "key_heads": 32, "lengths": [32768], "corners": True},
+    "corners": CORNERS | {"corners": "auto"},
+    "corners-triton": CORNERS | {"corners": "triton"},
     "cpu": {"batch": 1, "heads": 9, "key_heads": 3, "width": 64, "block_size": 128, "top_k": 8, "dtype": "float32"}
     | {"lengths": [2048, 8192, 32768]},
 }
@@ -182,7 +184,7 @@ def workloads(args: argparse.Namespace) -> Iterator[Workload]:
         return
     fields = {name: getattr(args, name) for name in Settings.__dataclass_fields__ if name != "keys"}
     if args.corners:
-        yield Corners(Settings(**fields), device, args.forward_only)
+        yield Corners(Settings(**fields), device, args.forward_only, args.corners)
         return
     systems, missing = available(args.systems, device, Settings(**fields))
     args.left_out = [f"{name}: {reason}, left out" for name, reason in missing.items()]
@@ -239,13 +241,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         preset = (MODEL_PRESET if args.model else TRAINING_PRESET) | {"dtype": usual_preset["dtype"]}
     if args.quick:
         preset |= QUICK[device]
-    args.keys, args.corners = preset.pop("keys", "uniform"), preset.pop("corners", False)
+    args.keys, args.corners = preset.pop("keys", "uniform"), preset.pop("corners", None)
     for name, value in preset.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     args.one_group, args.forward_only = bool(args.one_group), bool(args.forward_only)
     if args.corners and (wrong := [n for n in ("systems", "one_group") if getattr(args, n)]):
-        parser.error(f"argument --{wrong[0].replace('_', '-')}: does not go with --preset corners, which compares batches")
+        parser.error(f"argument --{wrong[0].replace('_', '-')}: does not go with --preset {args.preset}, which compares batches")
     known = workload.SYSTEMS + workload.MORE if workload else SYSTEMS
     if unknown := [name for name in args.systems or () if name not in known]:
         parser.error(f"argument --systems: no system {unknown[0]!r}; there are {', '.join(known)}")

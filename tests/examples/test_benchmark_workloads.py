@@ -89,6 +89,19 @@ def test_calls_of_a_case_have_one_mask_unless_it_says_otherwise(name, monkeypatc
     assert all(torch.equal(mask, masks[0]) for mask in masks)
 
 
+def test_every_case_but_float32_runs_with_triton(monkeypatch):
+    """Its implementation reaches each call; there is no GPU here to run it on."""
+    asked = []
+    for call in ("moba_attention", "moba_attention_varlen"):
+        note = lambda *x, **given: asked.append(given["implementation"]) or x[0]  # noqa: E731
+        monkeypatch.setattr(corners, call, note)
+    workload = corners.Corners(Settings(1, 8, 4, 16, block_size=16, top_k=2, dtype="bfloat16", repeats=1), CPU, True, "triton")
+    assert workload.systems == [name for name in corners.CASES if not name.startswith("float32")]
+    for name in workload.systems:
+        workload.call(name, FORWARD, 128, 0)()
+    assert asked == ["triton"] * len(workload.systems)
+
+
 def test_corners_have_the_lengths_and_the_padding_that_they_say():
     assert corners.bounds((1, 9, 2, 5, 3, 8, 4), 320, CPU).tolist() == [0, 10, 100, 120, 170, 200, 280, 320]
     mask = corners.left_padding((1, 0.7, 0.4), 10, CPU)

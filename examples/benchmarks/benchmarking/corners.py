@@ -69,20 +69,21 @@ CASES = {
 
 
 class Corners:
-    """All cases at each number of tokens T. Cases take the place of systems in `run`."""
+    """All cases at each number of tokens T. Cases take the place of systems in `run`. Only "auto" computes in float32."""
 
     scale = 1
 
-    def __init__(self, row: Settings, device: torch.device, forward_only: bool) -> None:
-        self.row, self.device, self.systems = row, device, list(CASES)
+    def __init__(self, row: Settings, device: torch.device, forward_only: bool, implementation: str = "auto") -> None:
+        self.row, self.device, self.implementation = row, device, implementation
+        self.systems = [name for name, case in CASES.items() if implementation == "auto" or "dtype" not in case.change(row)]
         self.passes = [FORWARD] if forward_only else [FORWARD, BOTH]
         self._masks: dict[tuple[Case, int], Tensor] = {}
 
     def title(self) -> str:
-        return f"real batches: {self.row.title()}"
+        return f"real batches: {self.row.title()}" + (f', "{self.implementation}"' if self.implementation != "auto" else "")
 
     def settings(self) -> dict:
-        return {"workload": "corners", **vars(self.row)}
+        return {"workload": "corners", **vars(self.row), "implementation": self.implementation}
 
     def growth(self, system: str) -> int:
         return 2 if CASES[system].dense else 1
@@ -105,7 +106,7 @@ class Corners:
     def attention(self, case: Case, row: Settings, tokens: int) -> Callable[..., Tensor]:
         if case.dense:
             return partial(F.scaled_dot_product_attention, is_causal=True, enable_gqa=row.heads != row.key_heads)
-        blocks = {"block_size": row.block_size, "top_k": row.top_k}
+        blocks = {"block_size": row.block_size, "top_k": row.top_k, "implementation": self.implementation}
         if not (case.sequences or case.real):
             return partial(moba_attention, **blocks)
         function, name = (moba_attention_varlen, "cu_seqlens") if case.sequences else (moba_attention, "padding_mask")
