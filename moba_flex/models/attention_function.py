@@ -31,7 +31,7 @@ from .layers import MOBA, attention_of, check_served, original_implementation
 from .masks import MobaMask
 from .paged_attention import attend_paged, paged_keys
 from .recomputation import check_pass_is_known
-from .repeated_call import remember, repeated
+from .repeated_call import remember, remember_paged, repeated
 from .sizes import note_sparse, warn_of_no_effect
 from .state import choice_of, context_of, watcher_of
 from .visible import DecodingPositions, Visible
@@ -58,8 +58,9 @@ def moba_attention_forward(
 
     Raises ValueError for what MoBA does not support: attention dropout or weights without "moba_naive", custom masks, biases.
     """
-    if (known := repeated(module, query, key, attention_mask, named, kwargs)) is not None:
-        return known.attention(module, query, key, value, known.mask, **kwargs)
+    if (run := repeated(module, query, key, value, attention_mask, named, kwargs)) is not None:
+        return run(module, query, key, value, kwargs)
+    arguments = dict(kwargs)
     cache, this_pass, paged = kwargs.pop(CACHE_KEY, None), kwargs.pop(PASS_KEY, None), paged_keys(module, kwargs)
     if (handed := kwargs.pop(MASK_KEY, None)) is not None:
         attention_mask = handed.restore(attention_mask)
@@ -79,11 +80,13 @@ def moba_attention_forward(
         check_key_conv(module, settings)
     call = LayerCall(module, query, key, value, attention_mask, settings, attention, cache, model_call.drafts, kwargs)
     if paged is not None:
-        return attend_paged(call, paged), None
+        out = attend_paged(call, paged)
+        remember_paged(call, paged, named, arguments)
+        return out, None
     decision = decide(call)
     weights = "moba_naive" in (named, attention) and call.wants_weights
     if not weights:
-        remember(call, named, decision.path)
+        remember(call, decision.path, named, arguments)
     if decision.path is LayerPath.CONTEXT_PARALLEL:
         return _across_processes(call), None
     if decision.path in (LayerPath.FULL, LayerPath.DECODING_FULL):

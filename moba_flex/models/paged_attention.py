@@ -82,8 +82,7 @@ def _read(call: LayerCall, keys: PagedKeys, part: Part) -> tuple[Tensor, Tensor]
     """`[1, G, Tk, D]`, `[1, G, Tk, Dv]`: all keys and values of a part, request by request."""
     if keys.window != 1 or part.is_new:
         return call.key, call.value
-    key, value = (x.index_select(0, part.slots()).transpose(0, 1)[None] for x in (keys.key, keys.value))
-    return key, value
+    return keys.of(part)
 
 
 def _original(call: LayerCall, keys: PagedKeys, part: Part) -> Tensor:

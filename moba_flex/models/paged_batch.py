@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +18,9 @@ from torch import Tensor
 from ..backends.paths import reads_all_keys
 from ..config import MobaConfig
 from .upstream import fill_paged_mask
+
+if TYPE_CHECKING:
+    from .repeated_call import OriginalCall
 
 T = TypeVar("T")
 
@@ -129,6 +132,7 @@ class PagedBatch:
         firsts = _bounds([request.new for request in requests])
         every = [Slice(i, firsts[i], request.new, request.past + request.new) for i, request in enumerate(requests)]
         self.whole = Part(every, self)
+        self.original_call: OriginalCall | None = None  # what later layers may repeat
         self._made: dict[object, object] = {}
 
     def parts(self, settings: MobaConfig, naive: bool, has_means: bool) -> Parts:

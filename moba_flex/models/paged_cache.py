@@ -45,6 +45,15 @@ class PagedKeys(NamedTuple):
     window: int  # the number of tokens that the layer sees; 1: all
     length: Callable[[int, int], int]  # past and new tokens of a request -> number of its keys that the layer reads
 
+    def are_all_of(self, key: Tensor, value: Tensor) -> bool:
+        """Whether the layer attends to all keys, and with the ones that it got."""
+        return self.window == 1 and key is self.given[0] and value is self.given[1]
+
+    def of(self, part: Part) -> tuple[Tensor, Tensor]:
+        """`[1, G, Tk, D]`, `[1, G, Tk, Dv]`: all keys and values of a part, request by request."""
+        slots = part.slots()
+        return self.key.index_select(0, slots).transpose(0, 1)[None], self.value.index_select(0, slots).transpose(0, 1)[None]
+
 
 class PageMeans:
     """The mean key of each run of tokens within a page, and which of them are known.

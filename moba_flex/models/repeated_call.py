@@ -1,10 +1,12 @@
 """Calls of a pass that repeat an earlier layer's call of the original attention.
 
-The layers of a model are usually called alike. What `decision.py` decides for the first of them then holds for the others, and deciding it
-again for each layer takes as much of the host's time as launching the attention: with short prompts and generated tokens the GPU waits for
-the host. Only the original attention is repeated, since all that it depends on is compared here.
+The layers of a model are usually called alike. What is decided for the first of them then holds for the others, and deciding it again for
+each layer takes as much of the host's time as launching the attention: with short prompts and generated tokens the GPU waits for the host.
+Only the original attention is repeated, since all that it depends on is compared here.
 
-Nq queries, Nk keys, D head dimension.
+A pass is its `MobaMask`, or in continuous batching its `PagedBatch`.
+
+Nq queries, Nk keys.
 """
 
 from __future__ import annotations
@@ -14,18 +16,23 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask
 
 from ..config import MobaConfig
+from .call_hooks import CACHE_KEY, PASS_KEY
 from .decision import LayerCall, LayerPath
 from .layers import original_attention, original_implementation
 from .masks import MobaMask
+from .paged_cache import PAGED, PagedKeys
 from .state import Choice, choice_of_plain
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
     from .upstream import AttentionLayer
+
+# (layer, query, key, value, arguments) -> `[B, Nq, H, Dv]` and no weights. It may change the arguments.
+Output = tuple[Tensor, Tensor | None]
+Run = Callable[..., Output]
 
 _VALUES = (bool, int, float, str)  # types whose equal values mean the same
 _PATHS = (LayerPath.FULL, LayerPath.DECODING_FULL, LayerPath.ALL_KEYS)
@@ -34,19 +41,18 @@ _PATHS = (LayerPath.FULL, LayerPath.DECODING_FULL, LayerPath.ALL_KEYS)
 class OriginalCall(NamedTuple):
     """A layer's call of its original attention, and all that this was decided by."""
 
-    attention: Callable[..., tuple[Tensor, Tensor | None]]
-    mask: Tensor | BlockMask | None
+    run: Run
     layer_class: type
     config: PreTrainedConfig
     settings: MobaConfig
     choice: Choice
     named: str
     lengths: tuple[int, int]  # Nq, Nk
-    device: torch.device
-    kwargs: dict[str, Any]
+    kind: tuple[torch.device, torch.dtype]
+    arguments: dict[str, Any]
 
-    def is_repeated_by(self, layer: AttentionLayer, query: Tensor, key: Tensor, named: str, kwargs: dict[str, Any]) -> bool:
-        """Whether a call with the same `MobaMask` differs in nothing that the decision depends on."""
+    def is_repeated_by(self, layer: AttentionLayer, query: Tensor, key: Tensor, named: str, arguments: dict[str, Any]) -> bool:
+        """Whether another layer's call in the same pass differs in nothing that the decision depends on."""
         choice = choice_of_plain(layer)
         return (
             choice is not None
@@ -54,54 +60,87 @@ class OriginalCall(NamedTuple):
             and layer.config is self.config
             and (query.shape[2], key.shape[2]) == self.lengths
             and named == self.named
-            and query.device == self.device
+            and (query.device, query.dtype) == self.kind
             and choice == self.choice
-            and _equal(kwargs, self.kwargs)
+            and _equal(arguments, self.arguments)
             and MobaConfig.of(layer.config) is self.settings
         )
 
 
-def repeated(layer: AttentionLayer, query: Tensor, key: Tensor, mask: object, named: str, kwargs: dict[str, Any]) -> OriginalCall | None:
-    """The earlier call of the pass that this call repeats, if any. `kwargs` are all arguments that the layer passes."""
-    if torch.compiler.is_compiling() or not isinstance(mask, MobaMask):
+def repeated(
+    layer: AttentionLayer, query: Tensor, key: Tensor, value: Tensor, mask: object, named: str, arguments: dict[str, Any]
+) -> Run | None:
+    """What an earlier layer of the pass ran, if this call repeats its call. `arguments` are all keyword arguments that the layer passes."""
+    if torch.compiler.is_compiling():
         return None
-    known = mask.original_call
-    return known if known is not None and known.is_repeated_by(layer, query, key, named, kwargs) else None
+    keys: PagedKeys | None = arguments.get(PAGED)
+    if keys is not None:
+        known = keys.batch.original_call if keys.are_all_of(key, value) else None
+    else:
+        known = mask.original_call if isinstance(mask, MobaMask) else None
+    return known.run if known is not None and known.is_repeated_by(layer, query, key, named, arguments) else None
 
 
-def remember(call: LayerCall, named: str, path: LayerPath) -> None:
-    """Note a call that took `path`, without attention weights, for the later layers of its pass.
+def remember(call: LayerCall, path: LayerPath, named: str, arguments: dict[str, Any]) -> None:
+    """Note a call that took `path`, without attention weights, for the later layers of its pass; not if there are block means to update."""
+    mask, attention = call.mask, _repeatable_attention(call, arguments)
+    if attention is None or path not in _PATHS or not isinstance(mask, MobaMask) or CACHE_KEY in arguments:
+        return
+    built = mask.original("sdpa", call.query.device)
 
-    Not with gradients, where checkpoints run layers again after a switch; and only "sdpa", whose function neither returns weights nor reads
-    its own name. Calls that update block means pass a cache, which is none of the arguments compared: they are never repeated.
+    def run(layer: AttentionLayer, query: Tensor, key: Tensor, value: Tensor, arguments: dict[str, Any]) -> Output:
+        return attention(layer, query, key, value, built, **arguments)
+
+    mask.original_call = _original_call(run, call, named, arguments)
+
+
+def remember_paged(call: LayerCall, keys: PagedKeys, named: str, arguments: dict[str, Any]) -> None:
+    """`remember` for continuous batching: if all tokens of the pass read all their keys."""
+    attention, batch, is_full = _repeatable_attention(call, arguments), keys.batch, call.attention == "full"
+    if attention is None or keys.window != 1:
+        return
+    part = batch.whole if is_full else batch.parts(call.settings, call.naive, keys.means is not None).full
+    if part is None or not part.is_whole:
+        return
+    built = part.mask(part.n_key, keys.window, call.query.dtype)
+
+    def run(layer: AttentionLayer, query: Tensor, key: Tensor, value: Tensor, arguments: dict[str, Any]) -> Output:
+        keys: PagedKeys = arguments.pop(PAGED)
+        arguments.pop(CACHE_KEY, None)
+        if keys.means is not None and not is_full:
+            keys.means.update_means(keys)
+        if not part.is_new:
+            key, value = keys.of(part)
+        return attention(layer, query, key, value, built, **{**arguments, "is_causal": False})
+
+    batch.original_call = _original_call(run, call, named, arguments)
+
+
+def _repeatable_attention(call: LayerCall, arguments: dict[str, Any]) -> Callable[..., Output] | None:
+    """The original attention of a layer, or None if its calls are not to be repeated.
+
+    With gradients checkpoints may run layers again after a switch. Functions other than "sdpa" may return weights or read their own name.
     """
-    mask, choice, settings = call.mask, choice_of_plain(call.layer), call.settings
-    if torch.compiler.is_compiling() or not isinstance(mask, MobaMask) or mask.call.this_pass is not None or choice is None:
-        return
-    if path not in _PATHS or settings.key_conv:
-        return
-    if (implementation := original_implementation(call.layer)) != "sdpa":
-        return
-    mask.original_call = OriginalCall(
-        original_attention(call.layer, implementation),
-        mask.original(implementation, call.query.device),
-        type(call.layer),
-        call.layer.config,
-        settings,
-        choice,
-        named,
-        (call.query.shape[2], call.key.shape[2]),
-        call.query.device,
-        call.kwargs,
-    )
+    with_gradients = PASS_KEY in arguments or (isinstance(call.mask, MobaMask) and call.mask.call.this_pass is not None)
+    if with_gradients or torch.compiler.is_compiling() or call.settings.key_conv or choice_of_plain(call.layer) is None:
+        return None
+    implementation = original_implementation(call.layer)
+    return original_attention(call.layer, implementation) if implementation == "sdpa" else None
 
 
-def _equal(kwargs: dict[str, Any], known: dict[str, Any]) -> bool:
-    """Whether two calls pass the same arguments: the same objects, or equal numbers and names."""
-    if kwargs.keys() != known.keys():
+def _original_call(run: Run, call: LayerCall, named: str, arguments: dict[str, Any]) -> OriginalCall:
+    layer, query, choice = call.layer, call.query, choice_of_plain(call.layer)
+    assert choice is not None  # a call with repeatable attention
+    lengths, kind = (query.shape[2], call.key.shape[2]), (query.device, query.dtype)
+    return OriginalCall(run, type(layer), layer.config, call.settings, choice, named, lengths, kind, arguments)
+
+
+def _equal(arguments: dict[str, Any], known: dict[str, Any]) -> bool:
+    """Whether two calls pass the same arguments: the same objects, or equal numbers and names; paged keys are always the layer's own."""
+    if arguments.keys() != known.keys():
         return False
-    for name, value in kwargs.items():
+    for name, value in arguments.items():
         other = known[name]
-        if value is not other and not (type(value) is type(other) and type(value) in _VALUES and value == other):
+        if value is not other and name != PAGED and not (type(value) is type(other) and type(value) in _VALUES and value == other):
             return False
     return True

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.families import SPARSE, build, tokens
+from support.families import SPARSE, build, each_decode, tokens
 from support.families import logits as logits_with_gradients
+from support.serving import Serving, alone
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from moba_flex import MobaConfig
-from moba_flex.models import attention_function, patch, set_attention
+from moba_flex.models import attention_function, patch, set_attention, upstream
 from moba_flex.models.masks import moba_mask
+from moba_flex.models.paged_cache import PAGED
 from moba_flex.models.state import set_watcher
 from moba_flex.models.upstream import causal_mask_function
 
@@ -147,3 +149,87 @@ def test_a_mask_that_outlives_its_pass_remembers_nothing_wrong():
     assert torch.equal(one_call(model, mask), full)
     set_attention(model, "moba", layers=[0])
     assert torch.equal(one_call(model, mask), sparse)
+
+
+# Continuous batching
+
+batches = pytest.mark.skipif(not upstream.BATCHES_CONTINUOUSLY, reason="this version of transformers hands MoBA too little")
+
+
+@pytest.fixture
+def attended(monkeypatch) -> list[int]:
+    """The layers whose call in continuous batching was decided."""
+    layers, attend = [], attention_function.attend_paged
+    monkeypatch.setattr(attention_function, "attend_paged", lambda call, keys: layers.append(call.layer.layer_idx) or attend(call, keys))
+    return layers
+
+
+def serve(model: nn.Module, *lengths: int, new: int = 8) -> None:
+    """Serve prompts of these lengths together: each must get the tokens that it gets alone."""
+    serving = Serving(model, max_batch_tokens=256)
+    wanted = {serving.add(prompt): prompt for prompt in (tokens(1, n, seed=n)[0].tolist() for n in lengths)}
+    got = serving.finish()
+    for name, prompt in wanted.items():
+        assert got[name] == alone(model, prompt, new), f"a prompt of {len(prompt)} tokens"
+
+
+@batches
+@each_decode
+def test_requests_that_read_all_keys_are_decided_once_a_pass(attended, decode):
+    serve(patch(build("llama"), block_size=16, top_k=100, decode=decode), 20, 33, 1)
+    assert set(attended) == {0} and len(attended) >= 8
+
+
+@batches
+@each_decode
+def test_requests_of_which_some_use_moba_are_decided_by_each_layer(attended, decode):
+    """With `decode="full"` the passes of generated tokens are those of full attention."""
+    serve(patch(build("llama"), block_size=16, top_k=2, decode=decode), 20, 70)
+    passes = attended.count(0)
+    assert passes >= 8 and attended.count(1) == attended.count(3) == (passes if decode == "sparse" else 1)
+
+
+@batches
+def test_block_means_are_updated_while_all_keys_are_read():
+    """The prompt and the first tokens read all keys; later ones choose among blocks that were completed meanwhile."""
+    model, (prompt,) = patch(build("llama"), block_size=16, top_k=2, decode="sparse"), tokens(1, 10)
+    serving = Serving(model, new=60)
+    assert serving.cache._means is not None
+    name = serving.add(prompt.tolist())
+    assert serving.finish()[name] == alone(model, prompt.tolist(), 60)
+
+
+@batches
+def test_layers_with_full_attention_do_not_repeat_those_with_moba(attended):
+    serve(patch(build("llama"), block_size=16, top_k=2, decode="sparse", full_attention_layers=[1, 2]), 70, 40)
+    assert attended.count(0) == attended.count(1) == attended.count(3) > attended.count(2) == 0
+
+
+@batches
+@pytest.mark.parametrize("family", ["gemma3", "gpt_oss"])
+def test_layers_with_windows_are_decided_anew(attended, family):
+    serve(patch(build(family), block_size=16, top_k=100, decode="sparse"), 20, 33)
+    assert {0, 1, 2} <= set(attended)
+
+
+@batches
+@pytest.mark.parametrize("change", ["keys", "window"])
+def test_a_layer_that_reads_other_keys_is_decided_anew(attended, monkeypatch, change):
+    moba = ALL_ATTENTION_FUNCTIONS["moba"]
+
+    def changed(layer, query, key, value, mask, **kwargs):
+        if layer.layer_idx == 2 and change == "keys":
+            key = key.clone()
+        elif layer.layer_idx == 2:
+            kwargs[PAGED] = kwargs[PAGED]._replace(window=4, length=lambda past, new: past + new)
+        return moba(layer, query, key, value, mask, **kwargs)
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "moba", changed)
+    serving = Serving(patch(build("llama"), block_size=16, top_k=100))
+    serving.add(tokens(1, 20)[0].tolist())
+    if change == "keys":
+        with pytest.raises(ValueError, match="changes its keys or values after it has read them"):
+            serving.step()
+    else:
+        serving.step()
+    assert attended == [0, 2]
