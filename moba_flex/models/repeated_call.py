@@ -35,6 +35,7 @@ Output = tuple[Tensor, Tensor | None]
 Run = Callable[..., Output]
 
 _VALUES = (bool, int, float, str)  # types whose equal values mean the same
+_MISSING = object()
 _PATHS = (LayerPath.FULL, LayerPath.DECODING_FULL, LayerPath.ALL_KEYS)
 
 
@@ -132,15 +133,16 @@ def _original_call(run: Run, call: LayerCall, named: str, arguments: dict[str, A
     layer, query, choice = call.layer, call.query, choice_of_plain(call.layer)
     assert choice is not None  # a call with repeatable attention
     lengths, kind = (query.shape[2], call.key.shape[2]), (query.device, query.dtype)
+    arguments = {**arguments, PAGED: None}  # keep no tensors of the layer
     return OriginalCall(run, type(layer), layer.config, call.settings, choice, named, lengths, kind, arguments)
 
 
 def _equal(arguments: dict[str, Any], known: dict[str, Any]) -> bool:
-    """Whether two calls pass the same arguments: the same objects, or equal numbers and names; paged keys are always the layer's own."""
-    if arguments.keys() != known.keys():
+    """Whether two calls pass the same arguments, apart from paged keys: the same objects, or equal numbers and names."""
+    if len(arguments) + (PAGED not in arguments) != len(known):
         return False
     for name, value in arguments.items():
-        other = known[name]
+        other = known.get(name, _MISSING)
         if value is not other and name != PAGED and not (type(value) is type(other) and type(value) in _VALUES and value == other):
             return False
     return True
