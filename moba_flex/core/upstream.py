@@ -6,11 +6,13 @@ changes it.
 
 from __future__ import annotations
 
+import sys
 from contextlib import AbstractContextManager
+from types import FrameType
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch._dynamo.exc import FailOnRecompileLimitHit  # the only way to tell a refused recompilation from a failed call
 from torch._higher_order_ops.flex_attention import flex_attention_backward  # gradients for any log-sum-exp, which autograd does not offer
 from torch._subclasses.fake_tensor import FakeTensor  # has no values to check
@@ -33,6 +35,7 @@ __all__ = [
     "is_vmapped",
     "mark_dynamic",
     "mark_static_address",
+    "modules_being_called",
     "release_broken_pool",
     "version_of",
 ]
@@ -51,6 +54,17 @@ def any_number_of_compilations() -> AbstractContextManager[None]:
 def in_backward_pass() -> bool:
     """Whether this thread runs a backward pass. Activation checkpointing recomputes forward passes there without marking them."""
     return torch._C._current_graph_task_id() != -1
+
+
+def modules_being_called() -> list[nn.Module]:
+    """The modules whose calls this thread is in, the innermost first. A hook cannot know it: some calls end without their hooks."""
+    found = list[nn.Module]()
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is nn.Module._call_impl.__code__:
+            found.append(frame.f_locals["self"])
+        frame = frame.f_back
+    return found
 
 
 @constant_in_graphs  # torch.compile enters transforms while it traces, and traces anew under others

@@ -114,7 +114,11 @@ def _prompt_and_drafts(call: LayerCall, n_drafts: int, weights: bool) -> tuple[T
     before, last = call.mask.split(n_drafts)
     query, key, value = (x[:, :, :-n_drafts] for x in (call.query, call.key, call.value))
     of_prompt = call._replace(query=query, key=key, value=value, mask=before, drafts=0)
-    prompt, prompt_weights = _sparse(of_prompt, decide_sparse(of_prompt))
+    decision = decide_sparse(of_prompt)
+    if decision.path is LayerPath.ALL_KEYS and decision.visible is not None:  # one call, whose bits are those of the original attention
+        _note_all_keys(of_prompt, decision.visible)
+        return _original(call)
+    prompt, prompt_weights = _sparse(of_prompt, decision)
     drafts, draft_weights = _original(call._replace(query=call.query[:, :, -n_drafts:], mask=last), weights)
     out = torch.cat([prompt, drafts], 1)
     if not weights:
@@ -135,14 +139,19 @@ def _sparse(call: LayerCall, decision: Decision) -> tuple[Tensor, Tensor | None]
 
 
 def _all_keys(call: LayerCall, visible: Visible) -> Tensor:
-    """`[B, Nq, H, Dv]`: the original attention, which computes the same. Block means beside the cache are updated for later tokens."""
+    """`[B, Nq, H, Dv]`: the original attention, which computes the same."""
+    _note_all_keys(call, visible)
+    return _original(call)[0]
+
+
+def _note_all_keys(call: LayerCall, visible: Visible) -> None:
+    """What MoBA notes of a call that reads all keys. Block means beside the cache are updated for later tokens."""
     watcher = watcher_of(call.layer)
     if watcher is not None or call.settings.decode == "sparse":
         query, key = autocast(call.query, call.key)
         _show(call, query, key, visible)
     if watcher is None:
         warn_of_no_effect(call.layer.config, call.settings, call.query.shape[2], visible.n_key)
-    return _original(call)[0]
 
 
 def _moba(call: LayerCall, visible: Visible) -> tuple[Tensor, Tensor | None]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .current_call import ModelCall, begin_call, current_call, end_call, forget_interrupted
+from .current_call import ModelCall, begin_call, end_call, forget_ended, outer_call
 from .layers import (
     MOBA,
     accepts_kwargs,
@@ -137,14 +137,15 @@ def _enter(
     model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any], all_real: bool, this_pass: ForwardPass | None
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Begin a call with these arguments, which are a copy. What an inner model's call does not say is what the outer model's call says."""
-    forget_interrupted(model)
-    outer, drafts = current_call(), _drafts(model, kwargs)
+    forget_ended()
+    outer, drafts, weights = outer_call(model), _drafts(model, kwargs), kwargs.get("output_attentions")
     packed = kwargs.get(_PACKED[0]), kwargs.get(_PACKED[1])
     call = ModelCall(
         outer.drafts if drafts is None else drafts,
         outer.packed if packed[0] is None else packed,
         outer.all_real or all_real,
         this_pass,
+        outer.wants_weights if weights is None else bool(weights),
     )
     if completes_inputs(model):  # `forward` does not take the argument
         kwargs.pop(DRAFTED_POSITIONS, None)

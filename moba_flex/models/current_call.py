@@ -8,10 +8,17 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
+from ..core.upstream import modules_being_called
 from .recomputation import ForwardPass
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,10 +29,11 @@ class ModelCall:
     packed: tuple[Tensor | None, Tensor | None] = (None, None)  # `cu_seq_lens_q` and `cu_seq_lens_k`
     all_real: bool = False  # the mask of the call was added by a hook: no token is padding
     this_pass: ForwardPass | None = None  # with gradients, outside of graphs
+    wants_weights: bool | None = None  # `output_attentions`; None: the call does not say
 
     def is_plain(self) -> bool:
         """Whether the call says nothing that a mask made before it would have to know."""
-        return not self.drafts and self.packed[0] is None and self.this_pass is None
+        return not self.drafts and self.packed[0] is None and self.this_pass is None and self.wants_weights is None
 
 
 PLAIN = ModelCall()
@@ -48,9 +56,22 @@ class _OfThread(threading.local):
 _HERE = _OfThread()
 
 
-def current_call() -> ModelCall:
-    """The innermost call of a patched model in this thread."""
-    return _HERE.running[-1].call if _HERE.running else PLAIN
+def current_call(config: PreTrainedConfig | None) -> ModelCall:
+    """The innermost call in this thread, for a mask of a model with this configuration; None: the mask does not say whose it is."""
+    if not _HERE.running:
+        return PLAIN
+    running = _HERE.running[-1]
+    return running.call if config is None or torch.compiler.is_compiling() or _has(running.model, config) else PLAIN
+
+
+def outer_call(model: nn.Module) -> ModelCall:
+    """The innermost call in this thread of a model that `model` is a part of."""
+    if torch.compiler.is_compiling():
+        return _HERE.running[-1].call if _HERE.running else PLAIN
+    for running in reversed(_HERE.running):
+        if running.model is not model and any(part is model for part in running.model.modules()):
+            return running.call
+    return PLAIN
 
 
 def begin_call(model: nn.Module, call: ModelCall) -> None:
@@ -64,7 +85,23 @@ def end_call(model: nn.Module) -> None:
         _HERE.running.pop()
 
 
-def forget_interrupted(model: nn.Module) -> None:
-    """Forget calls that a KeyboardInterrupt has ended, after which no hook runs: a model that is called again was not left."""
-    if any(running.model is model for running in _HERE.running):
-        _HERE.running.clear()
+def forget_ended() -> None:
+    """To be called at the beginning of a model's call: forget calls that have ended without `end_call`.
+
+    No hook runs after a KeyboardInterrupt, or if it is removed during the call.
+    """
+    if torch.compiler.is_compiling() or not _HERE.running:
+        return
+    called = modules_being_called()[1:]  # without the call that begins
+    kept: list[_Running] = []
+    for running in reversed(_HERE.running):
+        place = next((i for i, module in enumerate(called) if module is running.model), None)
+        if place is not None:
+            kept.insert(0, running)
+            called = called[place + 1 :]
+    _HERE.running[:] = kept
+
+
+def _has(model: nn.Module, config: PreTrainedConfig) -> bool:
+    """Whether a model, or a part of it, has this configuration."""
+    return any(isinstance(part, PreTrainedModel) and part.config is config for part in model.modules())

@@ -82,7 +82,12 @@ class MobaMask(BlockMask):
         return self._request["kv_offset"] == mtp_offset(layer_idx)
 
     def asks_for_weights(self, config: PreTrainedConfig) -> bool:
-        """`output_attentions` of the layers' configuration. It is read once: configurations look up attributes in Python code."""
+        """`output_attentions` of the call or, if it does not say, of the layers' configuration.
+
+        The latter is read once: configurations look up attributes in Python code.
+        """
+        if self.call.wants_weights is not None:
+            return self.call.wants_weights
         if self._asked is not None and self._asked[0] is config:
             return self._asked[1]
         asks = asks_for_weights(config)
@@ -237,7 +242,7 @@ def moba_mask(batch_size: int, q_length: int, kv_length: int, q_offset: int | Te
     """The mask function of "moba" and "moba_naive", called by transformers' `create_causal_mask` and similar functions."""
     sizes = {"batch_size": batch_size, "q_length": q_length, "kv_length": kv_length}
     request = {**sizes, "q_offset": q_offset, "kv_offset": kv_offset, "device": torch.device("cpu"), **request}
-    call = current_call()
+    call = current_call(request.get("config"))
     if call.all_real and request.get("mask_function", causal_mask_function) is causal_mask_function:  # not of an encoder's keys
         request["attention_mask"] = None
     return MobaMask(request, call)

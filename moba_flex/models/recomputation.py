@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from ..config import MobaConfig
 from ..core.upstream import in_backward_pass
+from ..core.weak_set import SharedWeakSet
 from .layers import attention_layers, attention_of
 from .state import choice_of
 
@@ -41,13 +42,13 @@ class ForwardPass:
         self._used = {**used, **(self._used or {})}
 
 
-_PASSES: weakref.WeakSet[ForwardPass] = weakref.WeakSet()  # checkpoints keep a pass alive until its backward has run
+_PASSES = SharedWeakSet[ForwardPass]()  # checkpoints keep a pass alive until its backward has run
 _SWITCHED: weakref.WeakSet[PreTrainedModel] = weakref.WeakSet()  # models switched since their last forward pass
 
 
 def before_switch(model: nn.Module) -> None:
     """To be called before the attention of a model's layers changes."""
-    if passes := list(_PASSES):
+    if passes := _PASSES.all():
         patched = [layer for layer in attention_layers(model) if choice_of(layer) is not None]
         used = {layer: (attention_of(layer, settings), settings) for layer in patched for settings in [MobaConfig.of(layer.config)]}
         for each in passes:

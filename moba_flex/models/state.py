@@ -6,11 +6,12 @@ missing attributes. A layer's `key_conv` is not stored here, since its weights b
 
 from __future__ import annotations
 
-import weakref
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
+
+from ..core.weak_set import SharedWeakSet
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
@@ -84,12 +85,12 @@ class LayerState:
         return all(value is None for value in vars(self).values())
 
 
-_STATES: weakref.WeakSet[LayerState] = weakref.WeakSet()  # all states of this process
+_STATES = SharedWeakSet[LayerState]()  # all states of this process
 
 
 def patched_layers() -> list[tuple[Place, Choice]]:
     """The place and choice of all patched layers of this process, including those of copied models."""
-    return [(state.place, state.choice) for state in list(_STATES) if state.place is not None and state.choice is not None]
+    return [(state.place, state.choice) for state in _STATES.all() if state.place is not None and state.choice is not None]
 
 
 def state_of(module: nn.Module) -> LayerState | None:

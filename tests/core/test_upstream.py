@@ -32,6 +32,31 @@ def assert_in_graph() -> None:
             function(torch.zeros(3))
 
 
+def modules_being_called() -> None:
+    said = []
+
+    class Inner(torch.nn.Module):
+        def forward(self, x):
+            said.append(upstream.modules_being_called())
+            return x
+
+    class Outer(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = Inner()
+
+        def forward(self, x):
+            return self.inner(x)
+
+    outer = Outer()
+    outer.register_forward_pre_hook(lambda module, args: said.append(upstream.modules_being_called()))
+    outer(torch.ones(1))
+    in_hook, in_forward = said
+    assert in_hook == [outer], "in a pre-hook it does not name the module whose call begins"
+    assert in_forward == [outer.inner, outer], "it does not name the modules whose calls a forward is in"
+    assert upstream.modules_being_called() == [], "it names modules whose calls have ended"
+
+
 def functorch_transform() -> None:
     said = []
 
@@ -244,6 +269,7 @@ CANARIES: dict[str, Callable[[], None]] = {
     "FakeTensor": fake_tensor,
     "assert_in_graph": assert_in_graph,
     "in_backward_pass": in_backward_pass,
+    "modules_being_called": modules_being_called,
     "connection_to_store": connection_to_store,
     "copy_all": copy_all,
     "flex_attention_backward": flex_attention_backward,

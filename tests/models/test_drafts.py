@@ -14,7 +14,7 @@ from support.small_models import inputs_of, loaded, names, small_model
 from torch import Tensor
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 
-from moba_flex.models import full_attention, patch, set_attention, unpatch
+from moba_flex.models import current_call, full_attention, patch, set_attention, unpatch
 
 EVERY = names()
 # Of the first two the decoder layers pass no extra keyword arguments on; `forward` of the others has no `logits_to_keep`.
@@ -131,6 +131,83 @@ def test_calls_in_other_threads_and_within_a_call_have_drafts_of_their_own():
     model.model.register_forward_pre_hook(meanwhile)
     call(model, logits_to_keep=5)
     assert (seen, of_inner, of_other) == ([4], [2], [0])
+
+
+# What a call says is for the parts of its model alone
+
+
+def while_drafts_are_verified(model: PreTrainedModel, hook) -> None:
+    """Generate with drafts; `hook` is called in each pass, within the stack of layers and before its masks are made."""
+    handle = model.model.embed_tokens.register_forward_pre_hook(lambda *_: hook())
+    model.generate(repeated(30), prompt_lookup_num_tokens=5, max_new_tokens=8, do_sample=False)
+    handle.remove()
+
+
+def logits_of(model: PreTrainedModel, **more) -> Tensor:
+    with torch.no_grad():
+        return model(repeated(), use_cache=False, **more).logits
+
+
+def test_a_model_that_is_called_within_another_one_s_call_says_for_itself():
+    model, other, seen = patch(build(), **SPARSE), patch(build(num_hidden_layers=2), **SPARSE), []
+    alone = logits_of(other)
+    while_drafts_are_verified(model, lambda: seen.append(logits_of(other)))
+    cu_seqlens = torch.tensor([0, 20, 53], dtype=torch.int32)
+    handle = model.model.layers[1].register_forward_hook(lambda *_: seen.append(logits_of(other)))
+    logits_of(model, cu_seq_lens_q=cu_seqlens, cu_seq_lens_k=cu_seqlens)
+    handle.remove()
+    assert len(seen) > 2 and all(torch.equal(x, alone) for x in seen)
+
+
+def test_a_model_may_be_called_within_its_own_call():
+    model, nested = patch(build(), **SPARSE), []
+    how = {"prompt_lookup_num_tokens": 5, "max_new_tokens": 8, "do_sample": False}
+    expected, seen = model.generate(repeated(30), **how), drafts_seen(model)
+    model.generate(repeated(30), **how)
+    without, seen[:] = seen[:], []
+
+    def probe(*_) -> None:
+        if not nested:
+            nested.append(True)
+            logits_of(model)
+            nested.clear()
+
+    handle = model.model.embed_tokens.register_forward_pre_hook(probe)
+    assert torch.equal(model.generate(repeated(30), **how), expected)
+    handle.remove()
+    assert seen[0::2] == [0] * len(without) and seen[1::2] == without and any(without)
+
+
+@pytest.mark.parametrize("how", ["interrupted", "unpatched"])
+def test_a_call_that_ends_without_its_hook_leaves_nothing_to_other_models(how):
+    model, other, by_name = patch(build(), **SPARSE), patch(build(), **SPARSE), build(attention="moba", moba=SPARSE)
+    alone, alone_by_name = logits_of(other), logits_of(by_name)
+
+    def leave() -> None:
+        if how == "interrupted":
+            raise KeyboardInterrupt
+        unpatch(model)
+
+    handle = model.model.layers[1].self_attn.register_forward_pre_hook(lambda *_: leave())
+    with pytest.raises((KeyboardInterrupt, ValueError)):
+        call(model, logits_to_keep=5)
+    handle.remove()
+    assert current_call._HERE.running, "the case leaves nothing behind"
+    assert torch.equal(logits_of(by_name), alone_by_name), "a model without hooks"
+    assert torch.equal(logits_of(other), alone)
+    assert not current_call._HERE.running
+
+
+@pytest.mark.parametrize("seed", [0, 3])  # whose first calls verify drafts
+def test_prompts_that_read_all_keys_keep_the_bits_of_full_attention_beside_drafts(seed):
+    model, ids = build(), tokens(1, 24, seed)
+    how = {"max_new_tokens": 8, "do_sample": False, "return_dict_in_generate": True, "output_scores": True}
+    drafts = {"prompt_lookup_num_tokens": 3, "eos_token_id": None, "pad_token_id": 0}
+    expected = model.generate(ids, **how, **drafts).scores
+    patch(model, block_size=24, top_k=1)
+    seen = drafts_seen(model)
+    assert all(map(torch.equal, model.generate(ids, **how, **drafts).scores, expected))
+    assert seen[0] == 3, "the first call verifies no drafts"
 
 
 @each_decode

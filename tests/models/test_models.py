@@ -23,6 +23,7 @@ from support.families import (
     snapshot,
     tokens,
 )
+from support.small_models import loaded, names, small_model
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration, StaticCache
@@ -219,6 +220,25 @@ def test_attention_weights_are_refused_but_not_by_the_specification(side):
     assert len(naive.attentions) == 4
     for layer, (weights, expected) in enumerate(zip(naive.attentions, plain.attentions)):
         assert_close(weights[real], expected[real], f"padding {side}, layer {layer}")
+
+
+@pytest.mark.parametrize(
+    "name", ["StableLmForCausalLM", "OPTForCausalLM", "PersimmonForCausalLM", "GPT2LMHeadModel", "GPTBigCodeForCausalLM"]
+)
+@torch.no_grad()
+def test_a_model_that_does_not_tell_its_layers_of_attention_weights_refuses_or_returns_them(name):
+    model, ids = small_model(*loaded(name, *names()[name])[1:], "eager"), tokens()
+    plain = model(ids, output_attentions=True).attentions
+    patch(model, **SPARSE)
+    with pytest.raises(ValueError, match=r'output_attentions=True.*"moba_naive"'):
+        model(ids, output_attentions=True)
+    patch(model, **ALL_BLOCKS, full_attention_layers=[0])
+    set_attention(model, "moba_naive")
+    naive = model(ids, output_attentions=True).attentions
+    assert len(naive) == len(plain)
+    for layer, (weights, expected) in enumerate(zip(naive, plain)):
+        assert_close(weights, expected, f"layer {layer}")
+    assert not model(ids, output_attentions=False).attentions
 
 
 @pytest.mark.parametrize("decode", ["full", "sparse"])

@@ -21,6 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrai
 from transformers.utils import logging
 
 from moba_flex import set_cuda_graphs
+from moba_flex.core.weak_set import SharedWeakSet
 from moba_flex.models import by_name, state
 
 from .fresh import FreshPython
@@ -41,7 +42,7 @@ def _graphs_of_its_own() -> None:
 @pytest.fixture(autouse=True)
 def _patched_models_of_its_own() -> None:
     """A model that is loaded by name takes the settings of those that this test patched, not of what others have left."""
-    state._STATES.clear()
+    state._STATES = SharedWeakSet()
     by_name._DEFAULTED.clear()
 
 
