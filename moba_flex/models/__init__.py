@@ -12,8 +12,10 @@ Importing this registers "moba" and "moba_naive" as attention implementations, a
 | `attention_function.py` | the function that each layer calls |
 | `layer_operation.py` | code shared by all paths of a layer's call |
 | `decision.py` | which path a layer's call takes, and why |
+| `repeated_call.py` | calls that repeat an earlier layer's decision |
 | `layers.py` | which modules are attention layers, and which attention each of them uses |
 | `masks.py` | the attention mask of a forward pass, in the form that each layer needs |
+| `visible.py` | what queries see, read from a mask request |
 | `current_call.py` | what the call of a model says about its tokens, for its masks |
 | `call_hooks.py` | hooks that pass extra information to attention functions |
 | `recomputation.py` | layers recomputed by gradient checkpointing |

@@ -1,10 +1,11 @@
-"""What README, `tests/README.md` and `pyproject.toml` say of each other: versions, and the map of the tests."""
+"""What README, `tests/README.md`, `pyproject.toml` and the tables of packages say of each other and of the files that there are."""
 
 from __future__ import annotations
 
 import re
 from fnmatch import fnmatch
 
+import pytest
 from doc_pages import ROOT
 
 MAP = (ROOT / "tests" / "README.md").read_text(encoding="utf-8")
@@ -24,3 +25,10 @@ def test_the_readme_claims_the_versions_of_the_package():
     line = next(line for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines() if line.startswith("Python 3."))
     for name, known_as in {"Python": "Python", "torch": "PyTorch", "transformers": "transformers", "accelerate": "accelerate"}.items():
         assert f"{known_as} {least[name]} or newer" in line
+
+
+@pytest.mark.parametrize("package", ["models", "distributed"])
+def test_a_package_s_table_names_every_file_of_it(package):
+    folder = ROOT / "moba_flex" / package
+    named = re.findall(r"^\| `(\w+\.py)` \|", (folder / "__init__.py").read_text(encoding="utf-8"), re.MULTILINE)
+    assert sorted(named) == sorted(file.name for file in folder.glob("*.py") if file.name != "__init__.py")
