@@ -60,14 +60,16 @@ def current_call(config: PreTrainedConfig | None) -> ModelCall:
     """The innermost call in this thread, for a mask of a model with this configuration; None: the mask does not say whose it is."""
     if not _HERE.running:
         return PLAIN
-    running = _HERE.running[-1]
-    return running.call if config is None or torch.compiler.is_compiling() or _has(running.model, config) else PLAIN
+    model, call = _HERE.running[-1].model, _HERE.running[-1].call
+    return call if config is None or call.is_plain() or torch.compiler.is_compiling() or _has(model, config) else PLAIN
 
 
 def outer_call(model: nn.Module) -> ModelCall:
     """The innermost call in this thread of a model that `model` is a part of."""
     if torch.compiler.is_compiling():
         return _HERE.running[-1].call if _HERE.running else PLAIN
+    if all(running.call.is_plain() for running in _HERE.running):  # spares the search, which takes long in large models
+        return PLAIN
     for running in reversed(_HERE.running):
         if running.model is not model and any(part is model for part in running.model.modules()):
             return running.call
