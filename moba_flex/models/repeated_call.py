@@ -30,9 +30,8 @@ if TYPE_CHECKING:
 
     from .upstream import AttentionLayer
 
-# (layer, query, key, value, arguments) -> `[B, Nq, H, Dv]` and no weights. It may change the arguments.
-Output = tuple[Tensor, Tensor | None]
-Run = Callable[..., Output]
+Output = tuple[Tensor, Tensor | None]  # [B, Nq, H, Dv], and no weights
+Run = Callable[..., Output]  # (layer, query, key, value, arguments), which it may change
 
 _VALUES = (bool, int, float, str)  # types whose equal values mean the same
 _MISSING = object()
@@ -84,8 +83,10 @@ def repeated(
 
 def remember(call: LayerCall, path: LayerPath, named: str, arguments: dict[str, Any]) -> None:
     """Note a call that took `path`, without attention weights, for the later layers of its pass; not if there are block means to update."""
-    mask, attention = call.mask, _repeatable_attention(call, arguments)
-    if attention is None or path not in _PATHS or not isinstance(mask, MobaMask) or CACHE_KEY in arguments:
+    mask = call.mask
+    if path not in _PATHS or not isinstance(mask, MobaMask) or CACHE_KEY in arguments:
+        return
+    if (attention := _repeatable_attention(call, arguments)) is None:
         return
     built = mask.original("sdpa", call.query.device)
 
@@ -97,11 +98,9 @@ def remember(call: LayerCall, path: LayerPath, named: str, arguments: dict[str, 
 
 def remember_paged(call: LayerCall, keys: PagedKeys, named: str, arguments: dict[str, Any]) -> None:
     """`remember` for continuous batching: if all tokens of the pass read all their keys."""
-    attention, batch, is_full = _repeatable_attention(call, arguments), keys.batch, call.attention == "full"
-    if attention is None or keys.window != 1:
-        return
+    batch, is_full = keys.batch, call.attention == "full"
     part = batch.whole if is_full else batch.parts(call.settings, call.naive, keys.means is not None).full
-    if part is None or not part.is_whole:
+    if keys.window != 1 or part is None or not part.is_whole or (attention := _repeatable_attention(call, arguments)) is None:
         return
     built = part.mask(part.n_key, keys.window, call.query.dtype)
 
