@@ -328,6 +328,8 @@ def main() -> int:
     parser.add_argument("--attention", help='what models use before they are patched, "eager" say; by default transformers\' choice')
     parser.add_argument("--write", type=Path, help="write the list of classes into this page")
     arguments = parser.parse_args()
+    if arguments.write and not arguments.write.is_file():
+        parser.error(f"argument --write: {arguments.write} is no file, and the list goes into one")
     warnings.filterwarnings("ignore")
     transformers.utils.logging.set_verbosity(transformers.utils.logging.CRITICAL)
     torch.set_num_threads(1)
