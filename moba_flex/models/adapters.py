@@ -1,8 +1,8 @@
 """Settings of MoBA for PEFT adapters: an extra file in the adapter's folder, written when PEFT saves the adapter.
 
 PEFT saves an adapter's weights and its `PeftConfig`, but not the model's configuration. Before it saves, it calls the model's `state_dict`.
-A hook on that call gives each `PeftConfig` on the model a `save_pretrained` that also writes the settings. PEFT's classes are not changed,
-and its own loader can read the folder.
+A hook on that call gives each `PeftConfig` on the model a `save_pretrained` that also writes the settings of the model that is being saved:
+other models may have the same `PeftConfig`. PEFT's classes are not changed, and its own loader can read the folder.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from ..config import MobaConfig
 from .layers import attention_layers, is_replaceable
 from .state import save_hook_of, set_save_hook
-from .upstream import ADAPTER_SAVER, adapter_configs_of, file_of_repository
+from .upstream import ADAPTER_SAVER, adapter_configs_of, file_of_repository, saving_module
 
 SETTINGS_FILE = "moba.json"
 
@@ -27,12 +27,14 @@ SETTINGS_FILE = "moba.json"
 class SaveWithSettings:
     """`save_pretrained` of one `PeftConfig`. It is copied and pickled together with that config."""
 
-    def __init__(self, adapter: Any, settings: MobaConfig) -> None:
-        self._adapter, self._settings = adapter, settings
+    def __init__(self, adapter: Any) -> None:
+        self._adapter = adapter
 
     def __call__(self, save_directory: str | Path, **kwargs: Any) -> None:
+        model = saving_module()
         getattr(type(self._adapter), ADAPTER_SAVER)(self._adapter, save_directory, **kwargs)
-        (Path(save_directory) / SETTINGS_FILE).write_text(json.dumps(self._settings.to_dict(), indent=2) + "\n")
+        if model is not None and modules_with_save_hooks(model) and (settings := _settings_of(model)) is not None:
+            (Path(save_directory) / SETTINGS_FILE).write_text(json.dumps(settings.to_dict(), indent=2) + "\n")
 
 
 def save_settings_with_adapters(model: nn.Module) -> None:
@@ -63,14 +65,12 @@ def _holders(model: nn.Module) -> list[nn.Module]:
 
 def _prepare(module: nn.Module, prefix: str, keep_vars: bool) -> None:
     """A pre-hook of the model's `state_dict`."""
-    adapters = adapter_configs_of(module)
-    if not adapters:
-        return
-    settings = next((MobaConfig.of(layer.config) for layer in attention_layers(module) if is_replaceable(layer)), None)
-    if settings is None:
-        return
-    for adapter in adapters:
-        setattr(adapter, ADAPTER_SAVER, SaveWithSettings(adapter, settings))
+    for adapter in adapter_configs_of(module):
+        setattr(adapter, ADAPTER_SAVER, SaveWithSettings(adapter))
+
+
+def _settings_of(model: nn.Module) -> MobaConfig | None:
+    return next((MobaConfig.of(layer.config) for layer in attention_layers(model) if is_replaceable(layer)), None)
 
 
 def _restore(module: nn.Module) -> None:

@@ -158,11 +158,12 @@ def _masks_made_before(model: PreTrainedModel, kwargs: dict[str, Any], call: Mod
     """The masks of a call that were made for MoBA before it: with what the call says, or those of the original attention if all layers use
     full attention.
     """
-    name = implementation_of(model.config)
 
     def of_call(mask: object) -> object:
         if not isinstance(mask, MobaMask):
             return mask
+        # The mask is that of the language model, which in a model of several parts has a configuration of its own.
+        name = implementation_of(model.config if mask.config is None else mask.config)
         return mask.of_call(call) if name in MOBA else mask.original(name, model.device)
 
     masks = kwargs.get("attention_mask")

@@ -73,6 +73,11 @@ class MobaMask(BlockMask):
         return 4
 
     @property
+    def config(self) -> PreTrainedConfig | None:
+        """The configuration that it was requested with."""
+        return self._request.get("config")
+
+    @property
     def is_local(self) -> bool:
         """Whether it was requested for sliding-window or chunked attention."""
         return self._request.get("local_size") is not None

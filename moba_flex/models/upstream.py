@@ -94,6 +94,7 @@ __all__ = [
     "passes_to_attention",
     "prompt_length",
     "quantized_keys",
+    "saving_module",
     "set_implementation",
     "skip_forward",
     "supports_sdpa",
@@ -363,6 +364,13 @@ def adapter_configs_of(module: nn.Module) -> list[Any]:
     """The `PeftConfig` of each adapter of a model. PEFT stores them on the wrapped model, undocumented."""
     configs = module.__dict__.get("peft_config") or module.__dict__.get("_peft_config")  # the second: of prefix tuning, on PEFT's own model
     return list(configs.values()) if isinstance(configs, dict) else []
+
+
+def saving_module() -> nn.Module | None:
+    """The model whose `save_pretrained` saves an adapter's configuration with the calling function: PEFT does not say whose it is."""
+    frame = sys._getframe(1).f_back
+    saver = None if frame is None else frame.f_locals.get("self")
+    return saver if isinstance(saver, nn.Module) else None
 
 
 def is_peft_model(model: nn.Module) -> bool:

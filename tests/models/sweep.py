@@ -172,6 +172,27 @@ def drafts_are_greedy(model: PreTrainedModel) -> None:
         must_be_greedy(f'decode="{decode}"')
 
 
+def static_is_growing(model: PreTrainedModel) -> None:
+    """A padded batch gets the same tokens with a static cache as with a growing one."""
+    inputs = inputs_of(model, tokens(), left_padding())
+    inputs.pop("decoder_attention_mask", None)  # `generate` puts a token before the padding
+
+    def must_agree(what: str = "") -> None:
+        static, growing = (
+            model.generate(**inputs, max_new_tokens=4, do_sample=False, disable_compile=True, cache_implementation=implementation)
+            for implementation in ("static", None)
+        )
+        must_equal(static, growing, what)
+
+    try:
+        must_agree()
+    except Exception:
+        raise LeftOut from None
+    for decode in ("full", "sparse"):
+        patch(model, **SPARSE, decode=decode)
+        must_agree(f'decode="{decode}"')
+
+
 def trains(model: PreTrainedModel) -> None:
     """A step: the same parameters have gradients, which are those of the specification; with full attention those of before."""
     ids = tokens()
@@ -223,6 +244,7 @@ PROMISES: dict[str, Callable[[PreTrainedModel], None]] = {
     "a padded row is the row alone": padded_is_alone,
     "with a cache as without": cached_is_recomputed,
     "drafts are greedy": drafts_are_greedy,
+    "a static cache as a growing one": static_is_growing,
     "a training step": trains,
     "no token sees later ones": is_causal,
 }

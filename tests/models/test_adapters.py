@@ -142,6 +142,31 @@ def test_a_prompt_is_saved_with_them_if_its_wrapper_is_patched(base, tmp_path):
     assert beside(tmp_path) == SETTINGS.to_dict()
 
 
+def test_a_configuration_that_another_model_has_too_saves_the_settings_of_the_model_that_is_saved(base, tmp_path):
+    config, other = lora(), transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    first, second = peft.get_peft_model(patch(base, SETTINGS), config), peft.get_peft_model(other, config)
+    first.save_pretrained(tmp_path / "first")
+    second.save_pretrained(tmp_path / "never patched")
+    patch(second, **SPARSE)
+    for name, model in {"first again": first, "second": second}.items():
+        model.save_pretrained(tmp_path / name)
+    unpatch(first)
+    first.save_pretrained(tmp_path / "unpatched")
+    peft.get_peft_model(unpatch(second).merge_and_unload(), config).save_pretrained(tmp_path / "merged")
+    found = {name: beside(tmp_path / name) for name in ("first", "never patched", "first again", "second", "unpatched", "merged")}
+    assert found["first"] == found["first again"] == SETTINGS.to_dict()
+    assert found["second"] == MobaConfig(**SPARSE).to_dict()
+    assert found["never patched"] is found["unpatched"] is found["merged"] is None
+
+
+def test_weights_that_were_taken_before_are_saved_with_the_settings(base, tmp_path):
+    model = peft.get_peft_model(patch(base, SETTINGS), lora())
+    weights = model.state_dict()
+    for name in ("once", "twice"):
+        model.save_pretrained(tmp_path / name, state_dict=weights)
+        assert beside(tmp_path / name) == SETTINGS.to_dict()
+
+
 def test_nothing_is_left_behind(base):
     model = peft.get_peft_model(base, lora())
     before = snapshot(model)

@@ -11,11 +11,13 @@ import transformers
 from packaging.version import Version
 from support import families
 from support.cached_generation import FULL, GREEDY, SPARSE, build, filled, means, padded, recomputed, run, tokens
+from support.families import each_decode
+from support.small_models import loaded, names, small_model
 from torch import Tensor
 from transformers import Cache, DynamicCache, LlamaForCausalLM, PreTrainedModel, StaticCache
 from transformers.cache_utils import DynamicLayer, QuantizedLayer
 
-from moba_flex.models import block_means, full_attention, patch, unpatch
+from moba_flex.models import block_means, full_attention, patch, set_attention, unpatch
 from moba_flex.models.state import means_beside
 
 
@@ -28,6 +30,26 @@ def assert_right(model: PreTrainedModel, cache, ids: Tensor, new: Tensor, case: 
         seen = {} if mask is None else {"attention_mask": mask[:, : ids.shape[1] + i + 1]}
         actual = run(model, new[:, i : i + 1], cache, **seen)
         torch.testing.assert_close(actual[:, 0], expected[:, i], rtol=1e-4, atol=2e-4, msg=lambda m, i=i: f"{case}, token {i}: {m}")
+
+
+@each_decode
+@pytest.mark.parametrize("name", ["LlavaForConditionalGeneration", "Qwen2VLForConditionalGeneration", "Gemma3ForConditionalGeneration"])
+def test_a_model_of_several_parts_generates_with_a_static_cache(name, decode):
+    """`generate` makes the masks of the language model before it calls the whole, whose own configuration names other attention."""
+    model, inputs = small_model(*loaded(name, *names()[name])[1:]), {"input_ids": tokens(2, 53)}
+    how = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "disable_compile": True}
+    static = {"cache_implementation": "static"}
+    padding = torch.ones(2, 53, dtype=torch.int64)
+    padding[1, :5] = 0
+    for mask in (padding, torch.ones_like(padding)):
+        inputs["attention_mask"] = mask
+        expected = unpatch(model).generate(**inputs, **how)
+        patch(model, **families.SPARSE, decode=decode)
+        assert torch.equal(model.generate(**inputs, **how, **static), model.generate(**inputs, **how))
+        patch(model, block_size=8, top_k=100, decode=decode)
+        assert torch.equal(model.generate(**inputs, **how, **static), expected)
+        set_attention(model, "full")
+        assert torch.equal(model.generate(**inputs, **how, **static), expected)
 
 
 @pytest.mark.parametrize("removed", [1, 5, 8, 13, 52])

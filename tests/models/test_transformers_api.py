@@ -241,9 +241,10 @@ def test_peft_saves_an_adapter_by_its_configuration_after_the_state_dict(tmp_pat
     assert configs == list(model.peft_config.values()), changed("adapter_configs_of", "PEFT leaves no `peft_config` on the model")
     assert configs[0] is model.peft_config["default"], changed("adapter_configs_of", "`peft_config` of the model is a copy")
     base.register_state_dict_pre_hook(lambda *_: calls.append("state dict"))
-    setattr(configs[0], upstream.ADAPTER_SAVER, lambda *args, **kwargs: calls.append("saved"))
+    setattr(configs[0], upstream.ADAPTER_SAVER, lambda *args, **kwargs: calls.append(upstream.saving_module()))
     model.save_pretrained(tmp_path)
-    assert calls == ["state dict", "saved"], changed("ADAPTER_SAVER", f"saving an adapter calls {calls}")
+    assert len(calls) == 2 and calls[0] == "state dict", changed("ADAPTER_SAVER", f"saving an adapter calls {calls}")
+    assert calls[1] is model, changed("saving_module", "the function that saves an adapter's configuration is no method of its model")
     prompts = peft.get_peft_model(build(), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
     assert upstream.adapter_configs_of(prompts), changed("adapter_configs_of", "a model with prompts has no `_peft_config`")
 
