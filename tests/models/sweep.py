@@ -174,6 +174,8 @@ def drafts_are_greedy(model: PreTrainedModel) -> None:
 
 def static_is_growing(model: PreTrainedModel) -> None:
     """A padded batch gets the same tokens with a static cache as with a growing one."""
+    if not model._supports_default_dynamic_cache():  # `generate` would ignore the static one
+        raise LeftOut
     inputs = inputs_of(model, tokens(), left_padding())
     inputs.pop("decoder_attention_mask", None)  # `generate` puts a token before the padding
 
