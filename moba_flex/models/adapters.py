@@ -8,6 +8,7 @@ other models may have the same `PeftConfig`. PEFT's classes are not changed, and
 from __future__ import annotations
 
 import json
+import weakref
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -27,11 +28,17 @@ SETTINGS_FILE = "moba.json"
 class SaveWithSettings:
     """`save_pretrained` of one `PeftConfig`. It is copied and pickled together with that config."""
 
-    def __init__(self, adapter: Any) -> None:
+    def __init__(self, adapter: Any, owner: nn.Module) -> None:
         self._adapter = adapter
+        self._owner: weakref.ref[nn.Module] | None = weakref.ref(owner)  # whose weights were asked for last
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_owner": None}
 
     def __call__(self, save_directory: str | Path, **kwargs: Any) -> None:
         model = saving_module()
+        if model is None and self._owner is not None:  # called by a program, not by a model
+            model = self._owner()
         getattr(type(self._adapter), ADAPTER_SAVER)(self._adapter, save_directory, **kwargs)
         if model is not None and modules_with_save_hooks(model) and (settings := _settings_of(model)) is not None:
             (Path(save_directory) / SETTINGS_FILE).write_text(json.dumps(settings.to_dict(), indent=2) + "\n")
@@ -66,7 +73,7 @@ def _holders(model: nn.Module) -> list[nn.Module]:
 def _prepare(module: nn.Module, prefix: str, keep_vars: bool) -> None:
     """A pre-hook of the model's `state_dict`."""
     for adapter in adapter_configs_of(module):
-        setattr(adapter, ADAPTER_SAVER, SaveWithSettings(adapter))
+        setattr(adapter, ADAPTER_SAVER, SaveWithSettings(adapter, module))
 
 
 def _settings_of(model: nn.Module) -> MobaConfig | None:

@@ -167,6 +167,20 @@ def test_weights_that_were_taken_before_are_saved_with_the_settings(base, tmp_pa
         assert beside(tmp_path / name) == SETTINGS.to_dict()
 
 
+def save_by_hand(config: peft.LoraConfig, folder) -> None:
+    config.save_pretrained(folder)
+
+
+def test_a_configuration_that_a_program_saves_is_that_of_the_model_whose_weights_it_took_last(base, tmp_path):
+    config = lora()
+    model = peft.get_peft_model(patch(base, SETTINGS), config)
+    model.state_dict()
+    save_by_hand(config, tmp_path / "patched")
+    unpatch(model)
+    save_by_hand(config, tmp_path / "unpatched")
+    assert beside(tmp_path / "patched") == SETTINGS.to_dict() and beside(tmp_path / "unpatched") is None
+
+
 def test_nothing_is_left_behind(base):
     model = peft.get_peft_model(base, lora())
     before = snapshot(model)
