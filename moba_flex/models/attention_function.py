@@ -115,7 +115,8 @@ def _prompt_and_drafts(call: LayerCall, n_drafts: int, weights: bool) -> tuple[T
     query, key, value = (x[:, :, :-n_drafts] for x in (call.query, call.key, call.value))
     of_prompt = call._replace(query=query, key=key, value=value, mask=before, drafts=0)
     decision = decide_sparse(of_prompt)
-    if decision.path is LayerPath.ALL_KEYS and decision.visible is not None:  # one call, whose bits are those of the original attention
+    if decision.path is LayerPath.ALL_KEYS:  # one call, whose bits are those of the original attention
+        assert decision.visible is not None
         _note_all_keys(of_prompt, decision.visible)
         return _original(call)
     prompt, prompt_weights = _sparse(of_prompt, decision)

@@ -194,19 +194,18 @@ class MobaMask(BlockMask):
     def __torch_function__(
         cls, func: Callable[..., Any], types: tuple[type, ...], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> NoReturn:
-        request = next(_masks_in((*args, *(kwargs or {}).values())))._request
-        config = request.get("config")
+        config = next(_masks_in((*args, *(kwargs or {}).values()))).config
         if may_be_recomputation() or (config is not None and implementation_of(config) not in MOBA):
-            raise_switched(_owner(request))
+            raise_switched(_owner(config))
         raise ValueError(  # not TypeError, which tensor operators swallow
-            f"the code of {_owner(request)} computes with its attention mask, which MoBA does not build: {_CANNOT_USE_MOBA}"
+            f"the code of {_owner(config)} computes with its attention mask, which MoBA does not build: {_CANNOT_USE_MOBA}"
         )
 
     def __getattr__(self, name: str) -> NoReturn:
         raise self._unknown(repr(name))
 
     def _unknown(self, what: str) -> AttributeError:
-        owner = _owner(self._request)
+        owner = _owner(self.config)
         return AttributeError(f"the code of {owner} reads {what} of its attention mask, which MoBA does not build: {_CANNOT_USE_MOBA}")
 
 
@@ -219,9 +218,8 @@ def _masks_in(values: Iterable[Any]) -> Iterator[MobaMask]:
             yield from _masks_in(value)
 
 
-def _owner(request: dict[str, Any]) -> str:
-    """For messages: the owner of a mask, by the configuration in transformers' request."""
-    config = request.get("config")
+def _owner(config: PreTrainedConfig | None) -> str:
+    """For messages: the owner of a mask that was requested with this configuration."""
     return "a model" if config is None else f"a model with {kind_of(config)}"
 
 

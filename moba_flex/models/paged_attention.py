@@ -78,18 +78,11 @@ def attend_paged(call: LayerCall, keys: PagedKeys) -> Tensor:
     return out
 
 
-def _read(call: LayerCall, keys: PagedKeys, part: Part) -> tuple[Tensor, Tensor]:
-    """`[1, G, Tk, D]`, `[1, G, Tk, Dv]`: all keys and values of a part, request by request."""
-    if keys.window != 1 or part.is_new:
-        return call.key, call.value
-    return keys.of(part)
-
-
 def _original(call: LayerCall, keys: PagedKeys, part: Part) -> Tensor:
     """`[1, Tp, H, Dv]`: the attention that the unpatched model has in continuous batching."""
     implementation = original_implementation(call.layer)
     n_key = part.n_key if keys.window == 1 else [keys.length(request.past, request.new) for request in keys.batch.requests]
-    key, value = _read(call, keys, part)
+    key, value = keys.of(part)
     if implementation in ("sdpa", "eager"):
         if implementation == "eager" and call.kwargs.get("softcap") is not None:
             raise ValueError(
@@ -109,7 +102,7 @@ def _original(call: LayerCall, keys: PagedKeys, part: Part) -> Tensor:
 
 def _sparse(call: LayerCall, keys: PagedKeys, part: Part) -> Tensor:
     """`[1, Tp, H, Dv]`: MoBA for the last tokens of each request."""
-    query, key, value = autocast(call.query, *_read(call, keys, part))
+    query, key, value = autocast(call.query, *keys.of(part))
     operation = operation_of(call, query, key, value, True)
     settings = operation.settings
     cu_seqlens = part.cu_seqlens(part.n_query) if part.is_new else part.cu_seqlens_of_both()

@@ -51,6 +51,8 @@ class PagedKeys(NamedTuple):
 
     def of(self, part: Part) -> tuple[Tensor, Tensor]:
         """`[1, G, Tk, D]`, `[1, G, Tk, Dv]`: all keys and values of a part, request by request."""
+        if self.window != 1 or part.is_new:
+            return self.given
         slots = part.slots()
         return self.key.index_select(0, slots).transpose(0, 1)[None], self.value.index_select(0, slots).transpose(0, 1)[None]
 

@@ -109,9 +109,7 @@ def remember_paged(call: LayerCall, keys: PagedKeys, named: str, arguments: dict
         arguments.pop(CACHE_KEY, None)
         if keys.means is not None and not is_full:
             keys.means.update_means(keys)
-        if not part.is_new:
-            key, value = keys.of(part)
-        return attention(layer, query, key, value, built, **{**arguments, "is_causal": False})
+        return attention(layer, query, *keys.of(part), built, **{**arguments, "is_causal": False})
 
     batch.original_call = _original_call(run, call, named, arguments)
 

@@ -160,16 +160,10 @@ def drafts_are_greedy(model: PreTrainedModel) -> None:
     def answer(**how: object) -> Tensor:
         return model.generate(**inputs_of(model, ids), max_new_tokens=12, do_sample=False, **how)
 
-    def must_be_greedy(what: str = "") -> None:
+    def must_be_greedy(what: str) -> None:
         must_equal(answer(assistant_model=assistant), answer(), what)
 
-    try:
-        must_be_greedy()
-    except Exception:
-        raise LeftOut from None
-    for decode in ("full", "sparse"):
-        patch(model, **SPARSE, decode=decode)
-        must_be_greedy(f'decode="{decode}"')
+    holds_in_both_ways_to_decode(model, must_be_greedy)
 
 
 def static_is_growing(model: PreTrainedModel) -> None:
@@ -179,20 +173,14 @@ def static_is_growing(model: PreTrainedModel) -> None:
     inputs = inputs_of(model, tokens(), left_padding())
     inputs.pop("decoder_attention_mask", None)  # `generate` puts a token before the padding
 
-    def must_agree(what: str = "") -> None:
+    def must_agree(what: str) -> None:
         static, growing = (
             model.generate(**inputs, max_new_tokens=4, do_sample=False, disable_compile=True, cache_implementation=implementation)
             for implementation in ("static", None)
         )
         must_equal(static, growing, what)
 
-    try:
-        must_agree()
-    except Exception:
-        raise LeftOut from None
-    for decode in ("full", "sparse"):
-        patch(model, **SPARSE, decode=decode)
-        must_agree(f'decode="{decode}"')
+    holds_in_both_ways_to_decode(model, must_agree)
 
 
 def trains(model: PreTrainedModel) -> None:
@@ -281,6 +269,17 @@ def is_kept_unpatched(difference: Callable[[], tuple[Tensor, ...]]) -> bool:
 def agrees_unpatched(difference: Callable[[], tuple[Tensor, ...]]) -> None:
     if not is_kept_unpatched(difference):
         raise LeftOut
+
+
+def holds_in_both_ways_to_decode(model: PreTrainedModel, check: Callable[[str], None]) -> None:
+    """`check`, which raises with the given words, of the patched model; LeftOut if it raises of the unpatched one."""
+    try:
+        check("")
+    except Exception:
+        raise LeftOut from None
+    for decode in ("full", "sparse"):
+        patch(model, **SPARSE, decode=decode)
+        check(f'decode="{decode}"')
 
 
 def in_steps(model: PreTrainedModel, ids: Tensor, lengths: tuple[int, ...]) -> Tensor:
