@@ -6,12 +6,14 @@ Model adapters call this for every layer. B batch, H query heads, N tokens, n ne
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import operator
+from .backends import varlen
 from .backends.paths import Path, one_pass_obstacle, path_of
 from .core.autocast import without_autocast
 from .core.dtypes import accumulation_dtype
@@ -47,12 +49,10 @@ def attend(
     mask_or_bounds = padding_mask if cu_seqlens is None else cu_seqlens
     if mask_or_bounds is not None:
         remember(mask_or_bounds)
-    sequences = mask_or_bounds is not None
-    path = path_of(query, key, value, settings, sequences=sequences, sinks=sinks is not None, return_lse=return_lse)
+    of_batch: dict[str, Any] = {"padded": padding_mask is not None, "cu_seqlens": cu_seqlens, "longest": longest}
+    path = path_of(query, key, value, settings, **of_batch, sinks=sinks is not None, return_lse=return_lse)
     if path is Path.DENSE:
-        grouped = query.shape[1] != key.shape[1]
-        with without_autocast(query):
-            return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=settings.scale, enable_gqa=grouped), None
+        return _dense(query, key, value, settings, cu_seqlens, longest), None
     check_not_onnx()
     if path is Path.EMPTY:
         out, lse = _nothing(query, key, value)
@@ -98,6 +98,19 @@ def _nothing(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]
     nothing = (query.sum() + key.sum() + value.sum()) * 0  # so that all inputs have gradients
     out = nothing + query.new_zeros(*query.shape[:3], value.shape[-1])
     return out, nothing + query.new_zeros(query.shape[:3], dtype=accumulation_dtype(query.dtype))
+
+
+def _dense(
+    query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings, cu_seqlens: Tensor | None, longest: int | None
+) -> Tensor:
+    if cu_seqlens is None:
+        grouped = query.shape[1] != key.shape[1]
+        with without_autocast(query):
+            return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=settings.scale, enable_gqa=grouped)
+    assert longest is not None  # or the path would be another one
+    check_not_transformed(query, key, value)
+    with without_autocast(query), torch.cuda.device_of(query):
+        return varlen.attend(query, key, value, cu_seqlens, longest, settings.scale)
 
 
 def _operator(

@@ -219,8 +219,7 @@ def moba_attention_varlen(
     if cu_seqlens_k is not None:
         both = cu_seqlens, cu_seqlens_k
         cu_seqlens = memo_of_both(*both, "both", lambda: torch.stack([x.int() for x in both]))
-    out, lse = attend(query, key, value, settings, cu_seqlens=cu_seqlens, longest=longest, sinks=sinks, return_lse=True)
-    assert lse is not None
+    out, lse = attend(query, key, value, settings, cu_seqlens=cu_seqlens, longest=longest, sinks=sinks, return_lse=return_lse)
     # Not `out[0]`: its backward pass would allocate zeros and copy the gradient into them.
-    out, lse = out.squeeze(0).transpose(0, 1).contiguous(), lse.squeeze(0).transpose(0, 1)
-    return (out, lse) if return_lse else out
+    out = out.squeeze(0).transpose(0, 1).contiguous()
+    return out if lse is None else (out, lse.squeeze(0).transpose(0, 1))

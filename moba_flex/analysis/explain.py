@@ -124,11 +124,11 @@ def explain(
     )
     if cu_seqlens is not None:
         query, key, value = (x.transpose(0, 1)[None] for x in (query, key, value))
-    sequences = padding_mask is not None or cu_seqlens is not None
-    has_sinks, return_lse = sinks is not None, return_lse or cu_seqlens is not None
-    path = paths.path_of(query, key, value, settings, sequences=sequences, sinks=has_sinks, return_lse=return_lse)
+    of_call: dict[str, Any] = {"padded": padding_mask is not None, "cu_seqlens": cu_seqlens, "longest": longest}
+    of_call |= {"sinks": sinks is not None, "return_lse": return_lse}
+    path = paths.path_of(query, key, value, settings, **of_call)
     obstacles = {
-        "dense attention": paths.dense_obstacle(query, key, value, settings, sequences, has_sinks, return_lse),
+        "dense attention": paths.dense_obstacle(query, key, value, settings, **of_call),
         "CUDA graph": paths.capture_obstacle((query, key, value), settings),
     }
     if obstacles["CUDA graph"] is None and not cuda_graphs_enabled():

@@ -10,9 +10,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ..core.upstream import FailOnRecompileLimitHit, any_number_of_compilations, mark_dynamic
+from ..core.upstream import BackendCompilerFailed, FailOnRecompileLimitHit, any_number_of_compilations, mark_dynamic
 
 T = TypeVar("T")
+_NOT_COMPILED = (
+    "FlexAttention has no kernel for this call yet, and could not compile one while a CUDA graph is captured: before the capture, call "
+    'moba_flex once with the same shapes (packed sequences with return_lse=True), or use implementation="triton"'
+)
 
 
 @cache
@@ -49,12 +53,17 @@ def compiled(call: Callable[..., T], settings: tuple[Hashable, ...]) -> Callable
     def unlimited(*tensors: Tensor | None) -> T:
         """A compilation specializes on sizes of 1, and on whether there are at least 128 queries: together more than eight cases."""
         nonlocal limit_hit
-        if not limit_hit:
-            try:
+        try:
+            if not limit_hit:
+                try:
+                    return function(*tensors)
+                except FailOnRecompileLimitHit:  # raised before anything is computed
+                    limit_hit = True
+            with any_number_of_compilations():
                 return function(*tensors)
-            except FailOnRecompileLimitHit:  # raised before anything is computed
-                limit_hit = True
-        with any_number_of_compilations():
-            return function(*tensors)
+        except BackendCompilerFailed as error:
+            if not torch.cuda.is_current_stream_capturing():
+                raise
+            raise RuntimeError(_NOT_COMPILED) from error
 
     return unlimited

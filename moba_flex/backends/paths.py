@@ -4,7 +4,7 @@
 |---|---|
 | empty | there is no query |
 | reference | `implementation="naive"` |
-| dense | every query reads all keys up to itself: PyTorch's fused attention computes the same, on a GPU in half precision |
+| dense | every query reads all keys of its sequence up to itself: PyTorch's fused attention computes the same, on a GPU in half precision |
 | routed | all others: the four steps of `moba_flex/attention.py` |
 
 Each `..._obstacle` returns why a path cannot be taken, or None. The reasons are constants, since every call asks for them.
@@ -22,7 +22,7 @@ from torch import Tensor
 from ..core.settings import AttentionSettings
 from ..core.validation import CUDA_IMPLEMENTATIONS
 from ..ops import kernels
-from . import flash
+from . import flash, varlen
 
 
 class Path(Enum):
@@ -38,6 +38,7 @@ class Path(Enum):
 # cost the host. Half of it in a backward pass, which copies twice as many tensors: graphs of both would not fit into the working memory.
 MAX_CAPTURED_ELEMENTS = 1 << 25
 MAX_ONE_PASS_BLOCK, MAX_ONE_PASS_WIDTH = 256, 256
+LEAST_DENSE_SCALE = 1e-6  # cuDNN and FlashAttention multiply the mask's -inf by it
 _HALF = (torch.bfloat16, torch.float16)  # the precision of float32 on a GPU depends on settings that may change
 
 
@@ -47,16 +48,18 @@ def path_of(
     value: Tensor,
     settings: AttentionSettings,
     *,
-    sequences: bool = False,
+    padded: bool = False,
+    cu_seqlens: Tensor | None = None,
+    longest: int | None = None,
     sinks: bool = False,
     return_lse: bool = False,
 ) -> Path:
-    """The path of a call. `sequences`: whether it has padding or packed sequences."""
+    """The path of a call. `longest`: the maximum number of keys of a packed sequence, None if it is unknown."""
     if query.numel() == 0:
         return Path.EMPTY
     if settings.implementation == "naive":
         return Path.REFERENCE
-    if dense_obstacle(query, key, value, settings, sequences, sinks, return_lse) is None:
+    if dense_obstacle(query, key, value, settings, padded, cu_seqlens, longest, sinks, return_lse) is None:
         return Path.DENSE
     return Path.ROUTED
 
@@ -67,7 +70,15 @@ def reads_all_keys(n_key: int, block_size: int, top_k: int) -> bool:
 
 
 def dense_obstacle(
-    query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings, sequences: bool, sinks: bool, return_lse: bool
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    settings: AttentionSettings,
+    padded: bool,
+    cu_seqlens: Tensor | None,
+    longest: int | None,
+    sinks: bool,
+    return_lse: bool,
 ) -> str | None:
     """Why a call cannot use PyTorch's fused attention, or None."""
     if settings.implementation not in CUDA_IMPLEMENTATIONS:
@@ -76,16 +87,22 @@ def dense_obstacle(
         return "it returns the log-sum-exp"
     if not settings.causal:
         return "it is not causal"
-    if not reads_all_keys(key.shape[2], settings.block_size, settings.top_k):
+    if cu_seqlens is not None and longest is None:
+        return "a graph does not know how long its packed sequences are"
+    if not reads_all_keys(key.shape[2] if longest is None else longest, settings.block_size, settings.top_k):
         return "there are more than top_k blocks"
-    if sequences or query.shape[2] != key.shape[2]:
-        return "it has padding, packed sequences, or fewer queries than keys"
+    if padded or (cu_seqlens is None and query.shape[2] != key.shape[2]):
+        return "it has padding, or fewer queries than keys"
     if sinks or settings.softcap is not None:
         return "it has sinks or a softcap"
+    if settings.scale < LEAST_DENSE_SCALE:
+        return "its scale is negative or close to 0, of which PyTorch's fused attention makes NaN"
     if query.dtype == torch.float32:
         return "it is in float32"
     width = query.shape[-1]
-    return None if width == value.shape[-1] and width <= 256 and width % 8 == 0 else "PyTorch's fused attention does not have these widths"
+    if width != value.shape[-1] or width > 256 or width % 8:
+        return "PyTorch's fused attention does not have these widths"
+    return None if cu_seqlens is None else varlen.obstacle(query, cu_seqlens.shape[-1] - 1)
 
 
 def one_pass_obstacle(query: Tensor, value: Tensor, slots: int, last_queries: bool = False) -> str | None:

@@ -13,13 +13,17 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch._dynamo.exc import FailOnRecompileLimitHit  # the only way to tell a refused recompilation from a failed call
+from torch._dynamo.exc import (
+    BackendCompilerFailed,  # a compilation that failed, as one does while a CUDA graph is captured
+    FailOnRecompileLimitHit,  # the only way to tell a refused recompilation from a failed call
+)
 from torch._higher_order_ops.flex_attention import flex_attention_backward  # gradients for any log-sum-exp, which autograd does not offer
 from torch._subclasses.fake_tensor import FakeTensor  # has no values to check
 
 from .compiling import constant_in_graphs, outside_graphs
 
 __all__ = [
+    "BackendCompilerFailed",
     "FailOnRecompileLimitHit",
     "FakeTensor",
     "any_number_of_compilations",

@@ -80,6 +80,23 @@ def test_all_routed_lengths_share_one_compilation_of_each_call(traced):
     assert len(traced) == len(set(traced)) == 4, traced  # local and routed, forward and backward
 
 
+def test_token_strides_of_transposed_inputs_are_constants_of_the_kernels(monkeypatch):
+    """As variables they take registers, and the kernels up to 2.7 times as long. Lengths stay variables."""
+    strides: list[list[str]] = []
+
+    def keep(graph, inputs, call):
+        if call.__code__.co_name.startswith("moba_flex_forward"):
+            values = [node.meta["example_value"] for node in graph.graph.nodes if node.op == "placeholder"]
+            strides.append([str(x.stride(2)) for x in values if isinstance(x, torch.Tensor) and x.is_floating_point()])
+        return graph.forward
+
+    compile_with(monkeypatch, keep)
+    for n in (150, 200, 90):
+        query, key, value = (torch.randn(1, n, h, 16).transpose(1, 2) for h in (4, 2, 2))
+        unchecked(query, key, value, block_size=16, top_k=3, implementation="flex")
+    assert strides == [["64", "32", "32"], ["16", "16", "16"]]  # local and routed; a variable would be called s50, or 16*s50
+
+
 def test_more_compilations_than_torch_compile_allows_are_no_error(traced):
     """Each set of sizes of 1 has one of its own."""
     double = compiled(lambda *tensors: [2 * x for x in tensors], ("doubled",))

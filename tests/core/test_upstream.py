@@ -263,7 +263,16 @@ def recompile_limit() -> None:
     torch.compiler.reset()
 
 
+def failed_compilation() -> None:
+    def fails(graph, inputs):
+        raise ArithmeticError("of the backend")
+
+    with pytest.raises(upstream.BackendCompilerFailed, match="of the backend"):
+        torch.compile(lambda x: x + 1, backend=fails)(torch.ones(1))
+
+
 CANARIES: dict[str, Callable[[], None]] = {
+    "BackendCompilerFailed": failed_compilation,
     "FailOnRecompileLimitHit": recompile_limit,
     "any_number_of_compilations": recompile_limit,
     "FakeTensor": fake_tensor,

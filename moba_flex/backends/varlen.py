@@ -1,0 +1,55 @@
+"""Dense causal attention of packed sequences by PyTorch's `varlen_attn`, for sequences whose queries read every block.
+
+T query tokens, Tk key tokens, H query heads, G key heads, D head dimension.
+"""
+
+from __future__ import annotations
+
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
+
+_MOST_SEQUENCES = 65535  # the kernels' launch grid has a dimension of sequences
+_LEAST_MEAN_LENGTH = 32  # the backward pass allocates 128 float32 rows for each sequence, in addition to one for each token
+_LARGE_SHARED_MEMORY = ((8, 0), (9, 0), (10, 0))  # on other GPUs the backward pass takes widths of up to 192
+# PyTorch 2.11 groups heads without being asked; later versions have an argument for it.
+_GROUPED: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
+
+
+def obstacle(query: Tensor, n_sequences: int) -> str | None:
+    """Why `varlen_attn` cannot take `query [1, H, T, D]` in half precision, or None."""
+    if not query.is_cuda or torch.version.cuda is None:
+        return "packed sequences need an NVIDIA GPU"
+    if n_sequences > min(_MOST_SEQUENCES, query.shape[2] // _LEAST_MEAN_LENGTH):
+        return "its packed sequences are shorter than 32 tokens on average, or too many"
+    capability = torch.cuda.get_device_capability(query.device)
+    if capability < (8, 0):
+        return "packed sequences need a GPU of compute capability 8.0 or later"
+    if query.shape[3] > 192 and capability not in _LARGE_SHARED_MEMORY:
+        return "packed sequences need a head dimension of up to 192 on this GPU"
+    return None
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, longest: int, scale: float) -> Tensor:
+    """`[1, H, T, D]`, `[1, G, Tk, D]` twice -> `[1, H, T, D]`, tokens first in memory.
+
+    `cu_seqlens` is `[n + 1]`, or `[2, n + 1]` for queries, which are the last tokens of their sequences, and keys. `longest` is the maximum
+    number of keys of a sequence.
+    """
+    query, key, value = (_aligned(x.squeeze(0).transpose(0, 1)) for x in (query, key, value))
+    of_queries, of_keys = cu_seqlens.int().expand(2, -1).unbind()
+    lengths = min(longest, query.shape[0]), longest
+    out = varlen_attn(query, key, value, of_queries, of_keys, *lengths, scale=scale, window_size=(-1, 0), **_GROUPED)
+    assert isinstance(out, Tensor)  # with return_aux it would be a tuple
+    if out.requires_grad:
+        out.register_hook(_aligned)
+    return out.transpose(0, 1)[None]
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """`x [T, H, D]`, copied unless the kernels, which load 16 bytes at a time, can read it: PyTorch does not check that."""
+    rows = all(stride * x.element_size() % 16 == 0 for stride in x.stride()[:2])
+    return x if x.stride(2) == 1 and rows and x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.contiguous_format)
