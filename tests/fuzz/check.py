@@ -13,7 +13,7 @@ from support.cases import Case
 from support.oracle import Expected, expected, upstream_for, visible_keys
 from torch import Tensor
 
-from moba_flex import moba_attention, moba_attention_varlen, select_blocks, set_working_memory
+from moba_flex import explain, moba_attention, moba_attention_varlen, select_blocks, set_working_memory
 from moba_flex.core.validation import CUDA_IMPLEMENTATIONS
 from moba_flex.decoding import decode
 from moba_flex.ops.decoding import means_for, write_means
@@ -75,7 +75,7 @@ class _Known:
     certain: bool = True  # whether rounding cannot change the choice
     visible: Tensor | None = None
     in_block: Tensor | None = None  # [B, 1, Nq, Nk] keys of a query's own block, later ones too
-    wanted: dict[bool, Expected] = field(default_factory=dict)  # by whether a GPU's tiles are multiplied whole
+    wanted: dict[str, Expected] = field(default_factory=dict)  # by what is multiplied: see `_multiplied`
     sizes: Sizes | None = None
     hull: tuple[Tensor, Tensor] | None = None
 
@@ -103,16 +103,22 @@ def _visible(draw: Draw, tensors: dict[str, Tensor], implementation: str, known:
     return known.visible
 
 
-def _expected(
-    draw: Draw, tensors: dict[str, Tensor], visible: Tensor, upstream: dict[str, Tensor], implementation: str, known: _Known
-) -> Expected:
-    """A GPU's kernels multiply what a query must not see of its own block by 0, and NaN stays NaN (see docs/limits.md)."""
-    whole_tiles = implementation in CUDA_IMPLEMENTATIONS and draw.case.causal
-    if whole_tiles not in known.wanted:
+def _multiplied(draw: Draw, leaves: dict[str, Tensor], implementation: str, **batch: Tensor | None) -> str:
+    """What an implementation multiplies by weights, be it of 0, so that NaN stays NaN (see docs/limits.md): what is "visible", a GPU's
+    kernels their whole "block", and PyTorch's dense attention tiles of keys, here "all".
+    """
+    if implementation not in CUDA_IMPLEMENTATIONS or not draw.case.causal:
+        return "visible"
+    call = {**leaves, **draw.case.settings, **batch, "return_lse": draw.return_lse, "implementation": implementation}
+    return "all" if explain(**call).path == "dense" else "block"
+
+
+def _expected(draw: Draw, tensors: dict[str, Tensor], visible: Tensor, upstream: dict[str, Tensor], what: str, known: _Known) -> Expected:
+    if what not in known.wanted:
         assert known.in_block is not None
-        multiplied = visible | known.in_block if whole_tiles else None
-        known.wanted[whole_tiles] = expected(draw.case, tensors, visible, upstream, multiplied)
-    return known.wanted[whole_tiles]
+        multiplied = {"visible": None, "block": visible | known.in_block, "all": torch.ones_like(visible)}[what]
+        known.wanted[what] = expected(draw.case, tensors, visible, upstream, multiplied)
+    return known.wanted[what]
 
 
 # Values and gradients
@@ -123,25 +129,26 @@ def _check_results(draw: Draw, tensors: dict[str, Tensor], visible: Tensor, impl
     leaves = {name: x.detach().requires_grad_() for name, x in tensors.items()}
     mask = case.padding_mask()
     mask = None if mask is None else mask.to(leaves["query"].device)
-    out, lse = moba_attention(**leaves, **case.settings, padding_mask=mask, return_lse=True, implementation=implementation)
-    upstream = upstream_for(out, lse, case.seed + 1)
-    upstream = {name: x.to(out.device) for name, x in upstream.items()}
-    grads = torch.autograd.grad([out, lse], list(leaves.values()), list(upstream.values()), allow_unused=True)
-    results = {"out": out.detach(), "lse": lse.detach()}
+    multiplied = _multiplied(draw, leaves, implementation, padding_mask=mask)
+    called = moba_attention(**leaves, **case.settings, padding_mask=mask, return_lse=draw.return_lse, implementation=implementation)
+    outputs = _outputs(draw, called)
+    upstream = {name: x.to(leaves["query"].device) for name, x in upstream_for(outputs["out"], outputs.get("lse"), case.seed + 1).items()}
+    grads = torch.autograd.grad(list(outputs.values()), list(leaves.values()), list(upstream.values()), allow_unused=True)
+    results = {name: x.detach() for name, x in outputs.items()}
     results |= {f"gradient of {name}": torch.zeros_like(x) if g is None else g for (name, x), g in zip(leaves.items(), grads)}
     results = {name: x.cpu() for name, x in results.items()}
     tensors, upstream = ({name: x.cpu() for name, x in many.items()} for many in (tensors, upstream))
 
     _check_shapes(draw, results, implementation)
     some = visible.any(-1)
-    if bool((results["out"][~some] != 0).any()) or bool((results["lse"][~some] != -torch.inf).any()):
+    if bool((results["out"][~some] != 0).any()) or ("lse" in results and bool((results["lse"][~some] != -torch.inf).any())):
         raise Wrong(f"{implementation}: the output of a query that reads nothing is not 0, or its log-sum-exp not -inf")
     sizes = known.sizes = known.sizes or sizes_of(draw, tensors, visible)
     if sizes.limit * case.width > LARGEST / 16 and draw.dtype != "float64":
         return  # scores overflow
     if implementation in CUDA_IMPLEMENTATIONS and sizes.score > MOST_ON_A_GPU:
         return
-    wanted = _expected(draw, tensors, visible, upstream, implementation, known)
+    wanted = _expected(draw, tensors, visible, upstream, multiplied, known)
     nan = {name: x.isnan().any(-1) for name, x in tensors.items() if name != "sinks"}
     sees_nan = some & (nan["query"] | (visible & (nan["key"] | nan["value"]).repeat_interleave(case.repeats, 1)[:, :, None]).any(-1))
     infinite = {name: tensors[name].isinf().any(-1) for name in ("query", "key")}  # a score of -inf is as good as a mask
@@ -152,7 +159,8 @@ def _check_results(draw: Draw, tensors: dict[str, Tensor], visible: Tensor, impl
     if sizes.weights > UNCERTAIN:
         return
     for name, bound in bounds_of(draw, tensors, upstream, visible, wanted, sizes).items():
-        compare(name, results[name], wanted, bound, DTYPES[draw.dtype] if name != "lse" else torch.float32, implementation)
+        if name in results:
+            compare(name, results[name], wanted, bound, DTYPES[draw.dtype] if name != "lse" else torch.float32, implementation)
 
 
 def _check_shapes(draw: Draw, results: dict[str, Tensor], implementation: str) -> None:
@@ -161,8 +169,13 @@ def _check_shapes(draw: Draw, results: dict[str, Tensor], implementation: str) -
     wide = torch.float64 if draw.dtype == "float64" else torch.float32
     if results["out"].shape != (*shape, case.value_width) or results["out"].dtype != DTYPES[draw.dtype]:
         raise Wrong(f"{implementation}: an output of {tuple(results['out'].shape)} in {results['out'].dtype}")
-    if results["lse"].shape != shape or results["lse"].dtype != wide:
+    if "lse" in results and (results["lse"].shape != shape or results["lse"].dtype != wide):
         raise Wrong(f"{implementation}: a log-sum-exp of {tuple(results['lse'].shape)} in {results['lse'].dtype}")
+
+
+def _outputs(draw: Draw, called: Tensor | tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+    """What a call returned, by name."""
+    return dict(zip(("out", "lse"), called)) if draw.return_lse else {"out": called}
 
 
 def _hull(value: Tensor, visible: Tensor) -> tuple[Tensor, Tensor]:
@@ -208,11 +221,13 @@ def _check_packed(draw: Draw, tensors: dict[str, Tensor], implementation: str) -
     packed = {name: x if name == "sinks" else x[0].transpose(0, 1) for name, x in leaves.items()}
     bounds = {"cu_seqlens": draw.packed().cu_seqlens(), "cu_seqlens_k": draw.packed().cu_seqlens_k()}
     bounds = {name: None if x is None else x.to(leaves["query"].device) for name, x in bounds.items()}
-    out, lse = moba_attention_varlen(**packed, **bounds, **draw.case.settings, return_lse=True, implementation=implementation)
-    upstream = {name: x.to(out.device) for name, x in upstream_for(out, lse, draw.case.seed + 1).items()}
+    call = {**packed, **bounds, **draw.case.settings, "return_lse": draw.return_lse, "implementation": implementation}
+    outputs = _outputs(draw, moba_attention_varlen(**call))
+    out = outputs["out"]
+    upstream = {name: x.to(out.device) for name, x in upstream_for(out, outputs.get("lse"), draw.case.seed + 1).items()}
     if not out.numel():
         return
-    grads = torch.autograd.grad([out, lse], list(leaves.values()), list(upstream.values()), allow_unused=True)
+    grads = torch.autograd.grad(list(outputs.values()), list(leaves.values()), list(upstream.values()), allow_unused=True)
     grads = {name: torch.zeros_like(x) if g is None else g for (name, x), g in zip(leaves.items(), grads)}
     for part, of_keys, case in draw.packed().sequences():
         if not case.n_query:
@@ -231,7 +246,7 @@ def _check_packed(draw: Draw, tensors: dict[str, Tensor], implementation: str) -
         if sizes.weights > UNCERTAIN or sizes.limit * alone.case.width > LARGEST / 16:
             return
         wanted = expected(alone.case, mine, visible, given)
-        results = {"out": out[part].transpose(0, 1)[None], "lse": lse[part].transpose(0, 1)[None]}
+        results = {name: x[part].transpose(0, 1)[None] for name, x in outputs.items()}
         places = {"query": part, "key": of_keys, "value": of_keys}
         results |= {f"gradient of {name}": grads[name][:, :, place] for name, place in places.items()}
         bound = bounds_of(alone, mine, given, visible, wanted, sizes)

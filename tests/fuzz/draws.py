@@ -33,6 +33,7 @@ class Draw:
     spoilt: tuple[tuple[str, str | int, float], ...] = field(default=())
     memory: int | None = None
     threads: int = 1
+    return_lse: bool = True
 
     def but(self, **changes) -> Draw:
         of_case = {name: value for name, value in changes.items() if name in Case.__dataclass_fields__}
@@ -101,13 +102,13 @@ def draw(seed: int, number: int, device: str = "cpu") -> Draw:
     family = f"kernels {number // SAME_KERNELS}"
     like, rng, own = _draw(seed, family), random.Random(f"{seed}/more {family}"), random.Random(f"{seed}/more {number}")
     one = next(one for one in (_draw(seed, f"{number}/{attempt}") for attempt in itertools.count()) if _kind(one) == _kind(like))
-    block_size = rng.choice([like.case.block_size, 16, 32, 64, 128])
+    block_size, width = rng.choice([like.case.block_size, 16, 32, 64, 128]), rng.choice([like.case.width, 64, 128])
     kernels = {
-        "width": rng.choice([like.case.width, 64, 128]),
-        "value_width": rng.choice([like.case.value_width, 64, 128]),
+        "width": width,
+        "value_width": rng.choice([like.case.value_width, 64, width, width]),
         "block_size": block_size,
         "scale": like.case.scale,
-        "softcap": like.case.softcap,
+        "softcap": rng.choice([like.case.softcap, None]),
         "dtype": rng.choice([like.dtype, "float32", "bfloat16", "float16"]),
         "memory": like.memory,
         "threads": 1,
@@ -119,6 +120,12 @@ def draw(seed: int, number: int, device: str = "cpu") -> Draw:
             n_key, batch = own.randint(130 + block_size, 190 + block_size), own.randint(2, 3)
             kernels |= {"batch": batch, "n_key": n_key, "n_query": own.choice([n_key, n_key, own.randint(129, n_key)])}
             kernels["padding"] = None if one.case.padding is None else _paddings(own, batch, n_key)
+    if one.lengths is not None and own.random() < 0.5:  # long enough for PyTorch's kernels for packed sequences
+        kernels["lengths"] = tuple(7 * n for n in one.lengths)
+        kernels["keys"] = None if one.keys is None else tuple(7 * n for n in one.keys)
+        kernels |= {"n_query": sum(kernels["lengths"]), "n_key": sum(kernels["keys"] or kernels["lengths"])}
+    if own.random() < 0.25:  # what PyTorch's dense attention may compute
+        kernels |= {"top_k": 70, "sinks": False, "return_lse": False, "padding": None}
     return one.but(**kernels, heads=groups * like.case.repeats)
 
 
@@ -176,6 +183,7 @@ def _draw(seed: int, name: str) -> Draw:
         () if lengths is not None or rng.random() < 0.6 else tuple(_spoilt(rng, case, dtype) for _ in range(rng.randint(1, 3))),
         pick([None, None, None, 1, 20_000]),
         1 if rng.random() < 0.98 else pick([2, 3]),  # a busy machine takes long over them
+        random.Random(f"{seed}/lse {name}").random() < 0.5,  # without it, a GPU may take the dense path
     )
 
 

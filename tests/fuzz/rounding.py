@@ -51,7 +51,7 @@ def bounds_of(
     case = draw.case
     some, read = visible.any(-1), visible.any(2).unflatten(1, (case.groups, case.repeats)).any(2)
     largest = {name: _largest(tensors[name][some if name == "query" else read]) for name in ("query", "key", "value")}
-    g_out, g_lse = _largest(upstream["out"]), _largest(upstream["lse"])
+    g_out, g_lse = _largest(upstream["out"]), _largest(upstream["lse"]) if "lse" in upstream else 0.0
     relative = 8 * sizes.weights + 300 * sizes.wide + 8 * sizes.narrow
     per_score = 2 * g_out * largest["value"] * case.value_width + g_lse
     reading = float(visible.double().sum(2).amax()) * case.repeats if visible.any() else 0.0

@@ -36,7 +36,7 @@ def test_every_kind_of_case_is_drawn_and_the_same_in_every_run():
     assert [repr(one) for one in draws] == again != others  # by what they print, since NaN equals nothing
     assert {one.layout for one in draws} == set(LAYOUTS) and {one.values for one in draws} == set(VALUES)
     assert {one.dtype for one in draws} == {"float64", "float32", "bfloat16", "float16"}
-    assert {one.threads for one in draws} == {1, 2, 3}
+    assert {one.threads for one in draws} == {1, 2, 3} and {one.return_lse for one in draws} == {True, False}
     scales = [abs(one.case.scale) for one in draws if one.case.scale is not None]
     assert min(scales) < 1e-30 and max(scales) > 1e30
     spoilt = [place for one in draws for place in one.spoilt]
