@@ -20,6 +20,7 @@ from .core.dtypes import accumulation_dtype
 from .core.layout import clamp_block_size, slots_per_block
 from .core.memo import remember
 from .core.settings import AttentionSettings
+from .core.strides import aligned, has_address
 from .core.validation import check_not_onnx, check_not_transformed, check_values
 from .decoding import decode, decode_pages
 from .ops.pages import Pages
@@ -105,12 +106,17 @@ def _dense(
 ) -> Tensor:
     if cu_seqlens is None:
         grouped = query.shape[1] != key.shape[1]
+        operands = aligned(query), aligned(key), aligned(value)
         with without_autocast(query):
-            return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=settings.scale, enable_gqa=grouped)
-    assert longest is not None  # or the path would be another one
-    check_not_transformed(query, key, value)
-    with without_autocast(query), torch.cuda.device_of(query):
-        return varlen.attend(query, key, value, cu_seqlens, longest, settings.scale)
+            out = F.scaled_dot_product_attention(*operands, is_causal=True, scale=settings.scale, enable_gqa=grouped)
+    else:
+        assert longest is not None  # or the path would be another one
+        check_not_transformed(query, key, value)
+        with without_autocast(query), torch.cuda.device_of(query):
+            out = varlen.attend(query, key, value, cu_seqlens, longest, settings.scale)
+    if out.requires_grad and has_address(out):
+        out.register_hook(aligned)  # the backward pass loads gradients alike
+    return out
 
 
 def _operator(

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
+from ..core.strides import aligned
+
 _MOST_SEQUENCES = 65535  # the kernels' launch grid has a dimension of sequences
 _LEAST_MEAN_LENGTH = 32  # the backward pass allocates 128 float32 rows for each sequence, in addition to one for each token
 _LARGE_SHARED_MEMORY = ((8, 0), (9, 0), (10, 0))  # on other GPUs the backward pass takes widths of up to 192
@@ -39,17 +41,9 @@ def attend(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, longes
     `cu_seqlens` is `[n + 1]`, or `[2, n + 1]` for queries, which are the last tokens of their sequences, and keys. `longest` is the maximum
     number of keys of a sequence.
     """
-    query, key, value = (_aligned(x.squeeze(0).transpose(0, 1)) for x in (query, key, value))
+    query, key, value = (aligned(x.squeeze(0).transpose(0, 1)) for x in (query, key, value))
     of_queries, of_keys = cu_seqlens.int().expand(2, -1).unbind()
     lengths = min(longest, query.shape[0]), longest
     out = varlen_attn(query, key, value, of_queries, of_keys, *lengths, scale=scale, window_size=(-1, 0), **_GROUPED)
     assert isinstance(out, Tensor)  # with return_aux it would be a tuple
-    if out.requires_grad:
-        out.register_hook(_aligned)
     return out.transpose(0, 1)[None]
-
-
-def _aligned(x: Tensor) -> Tensor:
-    """`x [T, H, D]`, copied unless the kernels, which load 16 bytes at a time, can read it: PyTorch does not check that."""
-    rows = all(stride * x.element_size() % 16 == 0 for stride in x.stride()[:2])
-    return x if x.stride(2) == 1 and rows and x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.contiguous_format)

@@ -8,7 +8,10 @@ B batch, H heads, N tokens, D head dimension.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
+
+from .upstream import FakeTensor, functorch_transform
 
 
 def tokens_first(x: Tensor) -> bool:
@@ -22,8 +25,25 @@ def keep_strides(x: Tensor) -> Tensor:
 
 
 def last_dim_contiguous(x: Tensor) -> Tensor:
-    """`x [B, H, N, D]`, copied only if its last dimension is not contiguous: kernels read any other strides."""
+    """`x [..., D]`, copied only if its last dimension is not contiguous: kernels read any other strides."""
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def has_address(x: Tensor) -> bool:
+    """Whether it is known where `x` lies in memory: not in a traced graph, under a transform of torch.func, or of a fake tensor."""
+    return not (torch.compiler.is_compiling() or isinstance(x, FakeTensor) or functorch_transform() is not None)
+
+
+def aligned(x: Tensor) -> Tensor:
+    """`x [..., D]`, copied unless each of its rows is contiguous and begins at a multiple of 16 bytes of memory.
+
+    PyTorch's fused attention loads 16 bytes at a time and does not check that it can. With a last dimension that is not contiguous it
+    silently computes something slower. Without an address only the latter is mended; torch.compile aligns the inputs of its graphs itself.
+    """
+    if not has_address(x):
+        return last_dim_contiguous(x)
+    rows = all(stride * x.element_size() % 16 == 0 for stride in x.stride()[:-1])
+    return x if x.stride(-1) == 1 and rows and x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.contiguous_format)
 
 
 def empty_with_strides_of(x: Tensor, n: int, width: int) -> Tensor:

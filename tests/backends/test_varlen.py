@@ -1,4 +1,4 @@
-"""What PyTorch's `varlen_attn`, which needs a GPU, is called with for packed sequences that read every block, and what is made of it."""
+"""PyTorch's attention, for calls that read every block on a GPU: with what it is called, and what is made of it. A stand-in computes it."""
 
 from __future__ import annotations
 
@@ -8,11 +8,28 @@ import pytest
 import torch
 from support.cases import laid_out
 
-from moba_flex import explain, moba_attention_varlen
+from moba_flex import dispatch, explain, moba_attention, moba_attention_varlen
 from moba_flex.backends import paths, varlen
 from moba_flex.core import validation
 
 BLOCKS = {"block_size": 16, "top_k": 4}
+
+
+def _can_be_loaded(x: torch.Tensor) -> bool:
+    return x.stride(-1) == 1 and all(stride % 8 == 0 for stride in x.stride()[:-1]) and x.data_ptr() % 16 == 0
+
+
+class _Loads(torch.autograd.Function):
+    """A kernel's output: its backward pass loads gradients."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        assert _can_be_loaded(grad)
+        return grad
 
 
 @pytest.fixture
@@ -22,8 +39,7 @@ def calls(monkeypatch) -> list[dict]:
 
     def by_sequence(query, key, value, of_queries, of_keys, max_q, max_k, *, scale, window_size, **grouped):
         found.append({"max_q": max_q, "max_k": max_k, "dtypes": {of_queries.dtype, of_keys.dtype}, "window_size": window_size})
-        for x in (query, key, value):
-            assert x.stride(2) == 1 and all(stride % 8 == 0 for stride in x.stride()[:2]) and x.data_ptr() % 16 == 0
+        assert all(_can_be_loaded(x) for x in (query, key, value))
         assert query.dtype == torch.bfloat16 and set(grouped) <= {"enable_gqa"}
         outs, repeats = [], query.shape[1] // key.shape[1]
         for (a, b), (c, d) in zip(*(itertools.pairwise(x.tolist()) for x in (of_queries, of_keys))):
@@ -32,7 +48,7 @@ def calls(monkeypatch) -> list[dict]:
             k, v = (x.repeat_interleave(repeats, 0) for x in (k, v))
             later = torch.ones(b - a, d - c, dtype=torch.bool).triu(d - c - (b - a) + 1)
             outs.append(((q @ k.mT).float() * scale).masked_fill(later, -torch.inf).softmax(-1).to(v.dtype) @ v)
-        return torch.cat(outs, 1).transpose(0, 1).contiguous()
+        return _Loads.apply(torch.cat(outs, 1).transpose(0, 1).contiguous())
 
     monkeypatch.setattr(varlen, "varlen_attn", by_sequence)
     monkeypatch.setattr(varlen, "obstacle", lambda query, n_sequences: None)
@@ -64,16 +80,31 @@ def test_values_and_gradients_are_those_of_the_specification(calls, layout, quer
     assert calls == [{"max_q": min(longest, sum(queries)), "max_k": longest, "dtypes": {torch.int32}, "window_size": (-1, 0)}]
 
 
-def test_gradients_that_begin_anywhere_in_memory_are_copied(calls, monkeypatch):
-    """The backward kernels load 16 bytes at a time too."""
-    seen, aligned = [], varlen._aligned
-    monkeypatch.setattr(varlen, "_aligned", lambda x: seen.append(x.data_ptr() % 16) or aligned(x))
-    x = torch.randn(20, 2, 8).bfloat16().requires_grad_()
-    out = moba_attention_varlen(x, x, x, bounds(20, dtype=torch.int64), **BLOCKS)
-    torch.autograd.grad(torch.cat([torch.zeros(3, dtype=out.dtype), out.flatten()]).sum(), x)
-    whole = torch.randn(3 + out.numel()).bfloat16()
-    torch.autograd.grad(moba_attention_varlen(x, x, x, bounds(20), **BLOCKS), x, whole[3:].view(out.shape))
-    assert len(seen) == 8 and seen[-1] != 0  # three operands and a gradient, twice
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "rows"])
+@pytest.mark.parametrize("layout", ["odd", "contiguous", "tokens first", "width first", "sliced", "every other", "expanded"])
+def test_the_kernels_get_rows_that_they_can_load(calls, monkeypatch, packed, layout):
+    """PyTorch's kernels load 16 bytes at a time, forward and backward, and do not check that they can."""
+    fused = dispatch.F.scaled_dot_product_attention
+
+    def checked(query, *others, **given):
+        assert all(_can_be_loaded(x) for x in (query, *others))
+        return _Loads.apply(fused(query, *others, **given))
+
+    monkeypatch.setattr(dispatch.F, "scaled_dot_product_attention", checked)
+    if layout == "odd":
+        x = torch.randn(20 * 16 + 3).bfloat16()[3:].view(1, 2, 20, 8).requires_grad_()
+    else:
+        x = laid_out(torch.randn(1, 2, 20, 8).bfloat16(), layout).requires_grad_()
+    if packed:
+        tokens = x.squeeze(0).transpose(0, 1)
+        out = moba_attention_varlen(tokens, tokens, tokens, bounds(20, dtype=torch.int64), **BLOCKS)
+    else:
+        out = moba_attention(x, x, x, **BLOCKS)
+    joined = torch.cat([torch.zeros(3, dtype=out.dtype), out.flatten()])  # whose gradient is cut at an odd place
+    (grad,) = torch.autograd.grad(joined.double().sin().sum(), x)
+    wide = x.detach().double().requires_grad_()
+    wanted = moba_attention(wide, wide, wide, **BLOCKS, implementation="naive")
+    torch.testing.assert_close(grad.double(), torch.autograd.grad(wanted.sin().sum(), wide)[0], rtol=0.05, atol=0.05)
 
 
 @pytest.mark.parametrize(

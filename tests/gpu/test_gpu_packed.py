@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import random
 import subprocess
@@ -182,3 +183,22 @@ def test_many_short_sequences_are_routed():
     leaves = tensors(3100, 3100)
     assert "32 tokens" in varlen.obstacle(leaves[0].transpose(0, 1)[None], 100)
     assert explain(*leaves, **BLOCKS, cu_seqlens=bounds(*(31,) * 100)).path == "routed"
+
+
+def test_rows_that_read_every_block_may_lie_anywhere_in_memory():
+    """PyTorch's fused attention loads 16 bytes at a time, and computes something slower if the last dimension is not contiguous."""
+    shapes = ((2, 4, 300, 64), (2, 2, 300, 64), (2, 2, 300, 64))
+    for layout in ("odd", *LAYOUTS):
+        if layout == "odd":
+            leaves = [torch.randn(math.prod(shape) + 3, device="cuda").bfloat16()[3:].view(shape).requires_grad_() for shape in shapes]
+        else:
+            leaves = [laid_out(torch.randn(shape, device="cuda").bfloat16(), layout).requires_grad_() for shape in shapes]
+        wide = [x.detach().double().requires_grad_() for x in leaves]
+        assert explain(*leaves, **BLOCKS).path == "dense"
+        results = []
+        for given, implementation in ((leaves, "auto"), (wide, "naive")):
+            out = moba_attention(*given, **BLOCKS, implementation=implementation)
+            joined = torch.cat([out.new_zeros(3), out.flatten()])  # whose gradient is cut at an odd place
+            results.append([out, *torch.autograd.grad(joined, given, torch.linspace(-1, 1, len(joined), device="cuda").to(joined))])
+        for got, want in zip(*results):
+            assert distance(got, want) < TOLERANCE[torch.bfloat16], layout
