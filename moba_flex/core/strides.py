@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
-from .upstream import FakeTensor, functorch_transform
+from .upstream import functorch_transform
 
 
 def tokens_first(x: Tensor) -> bool:
@@ -30,8 +31,10 @@ def last_dim_contiguous(x: Tensor) -> Tensor:
 
 
 def has_address(x: Tensor) -> bool:
-    """Whether it is known where `x` lies in memory: not in a traced graph, under a transform of torch.func, or of a fake tensor."""
-    return not (torch.compiler.is_compiling() or isinstance(x, FakeTensor) or functorch_transform() is not None)
+    """Whether it is known where `x` lies in memory: not in a traced graph, under a transform of torch.func, or of a fake tensor or another
+    class of its own.
+    """
+    return type(x) in (Tensor, Parameter) and not torch.compiler.is_compiling() and functorch_transform() is None
 
 
 def aligned(x: Tensor) -> Tensor:
