@@ -59,7 +59,8 @@ def moba_attn_varlen(
     if moba_topk > 1:
         return _out(moba_attention_varlen(q, k, v, cu_seqlens, block_size=moba_chunk_size, top_k=moba_topk))
     validation.check_values("moba_attn_varlen with moba_topk=1", cu_seqlens=cu_seqlens)
-    if not q.is_cuda and some_not_finite(q, k, v):  # PyTorch's attention would spread it to earlier tokens
+    # On a CPU PyTorch's attention spreads what is not finite to earlier tokens. On a GPU one call serves all sequences.
+    if q.is_cuda or some_not_finite(q, k, v):
         return _out(moba_attention_varlen(q, k, v, cu_seqlens, block_size=max(1, q.shape[0]), top_k=1))
     return _dense_varlen(q, k, v, cu_seqlens)
 

@@ -105,18 +105,23 @@ def _dense(
     query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings, cu_seqlens: Tensor | None, longest: int | None
 ) -> Tensor:
     if cu_seqlens is None:
-        grouped = query.shape[1] != key.shape[1]
+        grouped = True if query.shape[1] != key.shape[1] else False  # noqa: SIM210  # a bool, also of symbolic sizes
         operands = aligned(query), aligned(key), aligned(value)
         with without_autocast(query):
             out = F.scaled_dot_product_attention(*operands, is_causal=True, scale=settings.scale, enable_gqa=grouped)
     else:
         assert longest is not None  # or the path would be another one
+        check_not_onnx()
         check_not_transformed(query, key, value)
         with without_autocast(query), torch.cuda.device_of(query):
             out = varlen.attend(query, key, value, cu_seqlens, longest, settings.scale)
     if out.requires_grad and has_address(out):
-        out.register_hook(aligned)  # the backward pass loads gradients alike
+        out.register_hook(_aligned_gradient)  # the backward pass loads gradients alike
     return out
+
+
+def _aligned_gradient(grad: Tensor | None) -> Tensor | None:
+    return None if grad is None else aligned(grad)
 
 
 def _operator(

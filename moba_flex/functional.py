@@ -119,7 +119,8 @@ def moba_attention(
 
     Raises:
         ValueError, TypeError: an argument is invalid; the message says which, what it was and what it must be.
-        NotImplementedError: torch.func transforms, forward-mode or second derivatives without "naive"; export to ONNX.
+        NotImplementedError: torch.func transforms, forward-mode or second derivatives without "naive"; export to ONNX. Where every block is
+            read on a GPU, second derivatives raise an error of PyTorch's.
 
     >>> import torch
     >>> from moba_flex import moba_attention

@@ -16,7 +16,7 @@ from ..functional import checked_settings
 _MEANING = {
     paths.Path.EMPTY: "there is nothing to compute",
     paths.Path.REFERENCE: "the specification, a dense mask in plain PyTorch",
-    paths.Path.DENSE: "every query reads all keys: PyTorch's fused attention",
+    paths.Path.DENSE: "every query reads all keys of its sequence: PyTorch's fused attention",
     paths.Path.ROUTED: "queries are routed to their blocks",
 }
 
@@ -107,6 +107,8 @@ def explain(
         validation.check_padding_mask(padding_mask, query, key)
     else:
         longest = validation.check_packed(query, key, value, cu_seqlens, cu_seqlens_k)
+        if cu_seqlens_k is not None:
+            cu_seqlens = torch.stack([cu_seqlens.int(), cu_seqlens_k.int()])  # as the operation passes them on
     validation.check_flag("return_lse", return_lse)
     settings = checked_settings(
         query,

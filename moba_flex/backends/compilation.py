@@ -14,8 +14,8 @@ from ..core.upstream import BackendCompilerFailed, FailOnRecompileLimitHit, any_
 
 T = TypeVar("T")
 _NOT_COMPILED = (
-    "FlexAttention has no kernel for this call yet, and could not compile one while a CUDA graph is captured: before the capture, call "
-    'moba_flex once with the same shapes (packed sequences with return_lse=True), or use implementation="triton"'
+    "FlexAttention has no kernel for this call yet, and could not compile one while a CUDA graph is captured: make the same call before "
+    'the capture (of packed tokens as one sequence, with return_lse=True), or use implementation="triton"'
 )
 
 
@@ -37,6 +37,10 @@ def any_length(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
         if x is not None:
             vars(x).update(_marks(x.dim()))
     return tensors
+
+
+def _being_captured() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def compiled(call: Callable[..., T], settings: tuple[Hashable, ...]) -> Callable[..., T]:
@@ -62,7 +66,7 @@ def compiled(call: Callable[..., T], settings: tuple[Hashable, ...]) -> Callable
             with any_number_of_compilations():
                 return function(*tensors)
         except BackendCompilerFailed as error:
-            if not torch.cuda.is_current_stream_capturing():
+            if not _being_captured():
                 raise
             raise RuntimeError(_NOT_COMPILED) from error
 

@@ -49,7 +49,7 @@ def flex_backward(
 
 
 def _kernel_key(query: Tensor, value: Tensor, mask: Mask, settings: AttentionSettings) -> tuple[Any, ...]:
-    """Everything that a kernel is compiled for. Only lengths and data vary between calls that share it."""
+    """Everything that a kernel is compiled for, but for token strides. Only lengths and data vary between calls that share it."""
     widths = query.shape[-1], value.shape[-1]
     return mask.kernel_key, mask.tiles, mask.rule, widths, query.dtype, settings.scale, settings.softcap, query.is_cuda
 

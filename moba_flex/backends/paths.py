@@ -88,7 +88,7 @@ def dense_obstacle(
     if not settings.causal:
         return "it is not causal"
     if cu_seqlens is not None and longest is None:
-        return "a graph does not know how long its packed sequences are"
+        return "it is not known here how long its packed sequences are"
     if not reads_all_keys(key.shape[2] if longest is None else longest, settings.block_size, settings.top_k):
         return "there are more than top_k blocks"
     if padded or (cu_seqlens is None and query.shape[2] != key.shape[2]):
@@ -102,7 +102,11 @@ def dense_obstacle(
     width = query.shape[-1]
     if width != value.shape[-1] or width > 256 or width % 8:
         return "PyTorch's fused attention does not have these widths"
-    return None if cu_seqlens is None else varlen.obstacle(query, cu_seqlens.shape[-1] - 1)
+    if cu_seqlens is None:
+        return None
+    if cu_seqlens.dim() == 2 and settings.implementation == "triton":  # which refuses it, however long the sequences are
+        return '"triton" takes no cu_seqlens_k'
+    return varlen.obstacle(query, cu_seqlens.shape[-1] - 1)
 
 
 def one_pass_obstacle(query: Tensor, value: Tensor, slots: int, last_queries: bool = False) -> str | None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from .upstream import functorch_transform
+from .upstream import functorch_transform, has_storage
 
 
 def tokens_first(x: Tensor) -> bool:
@@ -31,10 +31,10 @@ def last_dim_contiguous(x: Tensor) -> Tensor:
 
 
 def has_address(x: Tensor) -> bool:
-    """Whether it is known where `x` lies in memory: not in a traced graph, under a transform of torch.func, or of a fake tensor or another
-    class of its own.
+    """Whether it is known where `x` lies in memory: not in a traced graph, under a transform of torch.func, or of a batch of gradients, a
+    fake tensor or another class of its own.
     """
-    return type(x) in (Tensor, Parameter) and not torch.compiler.is_compiling() and functorch_transform() is None
+    return type(x) in (Tensor, Parameter) and not torch.compiler.is_compiling() and functorch_transform() is None and has_storage(x)
 
 
 def aligned(x: Tensor) -> Tensor:

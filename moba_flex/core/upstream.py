@@ -33,6 +33,7 @@ __all__ = [
     "flex_attention_backward",
     "forward_mode_is_on",
     "functorch_transform",
+    "has_storage",
     "has_tangent",
     "in_backward_pass",
     "is_under_dispatch_mode",
@@ -88,6 +89,11 @@ def is_vmapped(x: Tensor) -> bool:
             return False
         x = torch._C._functorch.get_unwrapped(x)
     return True
+
+
+def has_storage(x: Tensor) -> bool:
+    """Whether `x` has memory of its own. A batch of gradients (`is_grads_batched=True`) has none, and is a Tensor like any other."""
+    return torch._C._has_storage(x)
 
 
 def forward_mode_is_on() -> bool:

@@ -11,7 +11,7 @@ from support.cases import unchecked
 from torch._dynamo.backends.common import aot_autograd
 
 from moba_flex import moba_attention
-from moba_flex.backends import flex_calls
+from moba_flex.backends import compilation, flex_calls
 from moba_flex.backends.compilation import any_length, compiled
 
 
@@ -33,9 +33,13 @@ def compile_with(monkeypatch, backend) -> None:
     torch._dynamo.reset()
 
 
-def call(n_query: int, n_key: int, rows: int) -> None:
+def call(n_query: int, n_key: int, rows: int, transposed: bool = False) -> None:
     """Forward and backward, with two key heads, so never one element of FlexAttention's batch."""
-    query, key, value = (torch.randn(rows, h, n, 16, requires_grad=True) for h, n in ((4, n_query), (2, n_key), (2, n_key)))
+    sizes = (4, n_query), (2, n_key), (2, n_key)
+    if transposed:  # [B, N, H, D] in memory
+        query, key, value = (torch.randn(rows, n, h, 16).transpose(1, 2).requires_grad_() for h, n in sizes)
+    else:
+        query, key, value = (torch.randn(rows, h, n, 16, requires_grad=True) for h, n in sizes)
     unchecked(query, key, value, block_size=16, top_k=3, implementation="flex").sum().backward()
 
 
@@ -73,10 +77,11 @@ def test_the_operation_is_exported_for_lengths_on_both_sides_of_128_tokens():
 LENGTHS = [(150, 150), (40, 40), (128, 128), (129, 129), (33, 100), (90, 128), (200, 200), (60, 60)]
 
 
-def test_all_routed_lengths_share_one_compilation_of_each_call(traced):
+@pytest.mark.parametrize("transposed", [False, True])
+def test_all_routed_lengths_share_one_compilation_of_each_call(traced, transposed):
     for lengths in LENGTHS:
         for rows in (1, 2):
-            call(*lengths, rows)
+            call(*lengths, rows, transposed)
     assert len(traced) == len(set(traced)) == 4, traced  # local and routed, forward and backward
 
 
@@ -95,6 +100,18 @@ def test_token_strides_of_transposed_inputs_are_constants_of_the_kernels(monkeyp
         query, key, value = (torch.randn(1, n, h, 16).transpose(1, 2) for h in (4, 2, 2))
         unchecked(query, key, value, block_size=16, top_k=3, implementation="flex")
     assert strides == [["64", "32", "32"], ["16", "16", "16"]]  # local and routed; a variable would be called s50, or 16*s50
+
+
+def test_a_capture_that_would_have_to_compile_is_told_what_to_do(monkeypatch):
+    def fails(graph, inputs, call):
+        raise RuntimeError("of the compiler")
+
+    compile_with(monkeypatch, fails)
+    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="of the compiler"):
+        call(150, 150, 1)
+    monkeypatch.setattr(compilation, "_being_captured", lambda: True)
+    with pytest.raises(RuntimeError, match="make the same call before the capture"):
+        call(150, 150, 1)
 
 
 def test_more_compilations_than_torch_compile_allows_are_no_error(traced):

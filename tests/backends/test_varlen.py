@@ -38,8 +38,10 @@ def calls(monkeypatch) -> list[dict]:
     found: list[dict] = []
 
     def by_sequence(query, key, value, of_queries, of_keys, max_q, max_k, *, scale, window_size, **grouped):
-        found.append({"max_q": max_q, "max_k": max_k, "dtypes": {of_queries.dtype, of_keys.dtype}, "window_size": window_size})
+        found.append({"max_q": max_q, "max_k": max_k, "window_size": window_size})
         assert all(_can_be_loaded(x) for x in (query, key, value))
+        assert all(x.dtype == torch.int32 and x.is_contiguous() for x in (of_queries, of_keys))
+        assert not torch.is_autocast_enabled("cpu")
         assert query.dtype == torch.bfloat16 and set(grouped) <= {"enable_gqa"}
         outs, repeats = [], query.shape[1] // key.shape[1]
         for (a, b), (c, d) in zip(*(itertools.pairwise(x.tolist()) for x in (of_queries, of_keys))):
@@ -77,7 +79,51 @@ def test_values_and_gradients_are_those_of_the_specification(calls, layout, quer
     for got, wanted in zip(*results):
         torch.testing.assert_close(got.double(), wanted, rtol=0.05, atol=0.03)
     longest = max(keys or queries)
-    assert calls == [{"max_q": min(longest, sum(queries)), "max_k": longest, "dtypes": {torch.int32}, "window_size": (-1, 0)}]
+    assert calls == [{"max_q": min(longest, sum(queries)), "max_k": longest, "window_size": (-1, 0)}]
+
+
+def test_bounds_may_lie_in_any_way(calls):
+    x = torch.randn(70, 2, 8).bfloat16()
+    table = torch.tensor([[0, 9], [64, 9], [70, 9]], dtype=torch.int32)
+    wanted = moba_attention_varlen(x, x, x, bounds(64, 6), **BLOCKS)
+    for given in (table[:, 0], table[:, 0].long()):
+        assert torch.equal(moba_attention_varlen(x, x, x, given, **BLOCKS), wanted)
+    with torch.autocast("cpu", torch.float16):
+        assert torch.equal(moba_attention_varlen(x, x, x, bounds(64, 6), **BLOCKS), wanted)
+    assert len(calls) == 4
+    with pytest.raises(NotImplementedError, match="naive"):
+        torch.func.jvp(lambda x: moba_attention_varlen(x, x, x, bounds(64, 6), **BLOCKS), (x,), (x,))
+
+
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "rows"])
+def test_gradients_may_be_missing_or_come_in_batches(calls, packed):
+    class NoGradient(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return None
+
+    x = torch.randn(1, 2, 20, 8).bfloat16().requires_grad_()
+    tokens = x[0].transpose(0, 1)
+    out = moba_attention_varlen(tokens, tokens, tokens, bounds(20), **BLOCKS) if packed else moba_attention(x, x, x, **BLOCKS)
+    (grad,) = torch.autograd.grad(NoGradient.apply(out).sum(), x, allow_unused=True, retain_graph=True)
+    assert grad is None or not grad.any()
+    many = torch.randn(3, *out.shape).bfloat16()
+    if not packed:  # the stand-in's own backward pass cannot
+        (batch,) = torch.autograd.grad(out, x, many, is_grads_batched=True, retain_graph=True)
+        for grad, one in zip(batch, many):
+            torch.testing.assert_close(grad, torch.autograd.grad(out, x, one, retain_graph=True)[0], rtol=0.02, atol=0.02)
+
+
+def test_short_rows_are_compiled_for_any_number_of_heads(calls):
+    """PyTorch wants to know for certain whether heads are grouped."""
+    compiled = torch.compile(lambda q, k: moba_attention(q, k, k, **BLOCKS), fullgraph=True, dynamic=True, backend="aot_eager")
+    for heads in (4, 2, 6):
+        query, key = torch.randn(1, heads, 20, 8).bfloat16(), torch.randn(1, 2, 20, 8).bfloat16()
+        torch.testing.assert_close(compiled(query, key), moba_attention(query, key, key, **BLOCKS))
 
 
 @pytest.mark.parametrize("packed", [True, False], ids=["packed", "rows"])
@@ -117,7 +163,7 @@ def test_the_kernels_get_rows_that_they_can_load(calls, monkeypatch, packed, lay
         ((64, 3), {"causal": False}, "not causal"),
         ((64, 3), {"scale": -0.5}, "scale"),
         ((64, 3), {"scale": 0.0}, "scale"),
-        ((64, 3), {"scale": 1e-30}, "scale"),
+        ((64, 3), {"scale": 9e-7}, "scale"),
     ],
     ids=str,
 )
@@ -128,27 +174,54 @@ def test_other_calls_are_routed(calls, lengths, change, why):
     assert found.path == "routed" and why in found.reasons["dense attention"]
 
 
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"padding_mask": torch.tensor([[True] * 20 + [False] * 10])}, "padding"),
+        ({"query": torch.randn(1, 2, 7, 8).bfloat16()}, "fewer queries"),
+        ({"value": torch.randn(1, 2, 30, 16).bfloat16()}, "widths"),
+        ({name: torch.randn(1, 2, 30, 12).bfloat16() for name in ("query", "key")}, "widths"),
+        ({name: torch.randn(1, 2, 30, 8) for name in ("query", "key")}, "float32"),
+    ],
+    ids=["padding", "few queries", "wide values", "width 12", "float32"],
+)
+def test_other_short_rows_are_routed(calls, change, why):
+    x = torch.randn(1, 2, 30, 8).bfloat16()
+    found = explain(**{"query": x, "key": x, **BLOCKS, **change})
+    assert found.path == "routed" and why in found.reasons["dense attention"]
+
+
+def test_triton_refuses_more_keys_than_queries_however_short(calls):
+    x, given = torch.randn(67, 2, 8).bfloat16(), {"cu_seqlens": bounds(1, 3), "cu_seqlens_k": bounds(64, 3), **BLOCKS}
+    assert explain(x[:4], x, **given).path == "dense"
+    found = explain(x[:4], x, **given, implementation="triton")
+    assert found.path == "routed" and "cu_seqlens_k" in found.reasons["dense attention"]
+
+
 def test_a_scale_of_which_pytorch_makes_nan_is_routed_for_rows_too(calls):
     x = torch.randn(1, 2, 30, 8).bfloat16()
     assert [explain(x, x, **BLOCKS, scale=scale).path for scale in (0.1, 0.0, -0.1, 1e-30)] == ["dense", *["routed"] * 3]
 
 
-@pytest.mark.parametrize("said", ["GPU", "32 tokens", "8.0", "192"])
+@pytest.mark.parametrize("said", ["GPU", "AMD", "FlashAttention", "32 queries", "8.0", "192"])
 def test_what_the_kernels_do_not_take_is_said(monkeypatch, said):
     class OnGpu:
-        is_cuda, device, shape = said != "GPU", "cuda:0", (1, 4, 3199 if said == "32 tokens" else 3200, 256)
+        is_cuda, device, shape = said != "GPU", "cuda:0", (1, 4, 3199 if said == "32 queries" else 3200, 256)
 
-    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.version, "cuda", None if said == "AMD" else "13.0")
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: said != "FlashAttention")
     capability = {"8.0": (7, 5), "192": (8, 6)}.get(said, (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert said in varlen.obstacle(OnGpu(), 100)
+    assert said.replace("AMD", "NVIDIA") in varlen.obstacle(OnGpu(), 100)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
     OnGpu.is_cuda, OnGpu.shape = True, (1, 4, 3200, 192)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
     assert varlen.obstacle(OnGpu(), 100) is None and "too many" in varlen.obstacle(OnGpu(), 70_000)
 
 
-def test_a_traced_call_is_routed(calls):
-    """A graph does not know the lengths."""
+def test_a_call_whose_lengths_are_not_known_is_routed(calls):
+    """As in a graph."""
     x = torch.randn(67, 2, 8).bfloat16()
     settings = dict.fromkeys(("padded", "sinks", "return_lse"), False)
     reason = paths.dense_obstacle(
@@ -158,4 +231,4 @@ def test_a_traced_call_is_routed(calls):
         longest=None,
         **settings,
     )
-    assert "graph" in reason
+    assert "not known" in reason

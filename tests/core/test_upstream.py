@@ -271,6 +271,20 @@ def failed_compilation() -> None:
         torch.compile(lambda x: x + 1, backend=fails)(torch.ones(1))
 
 
+def has_storage() -> None:
+    said = []
+
+    def hook(grad: torch.Tensor) -> None:
+        said.append(upstream.has_storage(grad))
+
+    x = torch.ones(2, requires_grad=True)
+    out = x * 2
+    out.register_hook(hook)
+    torch.autograd.grad(out, x, torch.ones(2), retain_graph=True)
+    torch.autograd.grad(out, x, torch.ones(3, 2), is_grads_batched=True)
+    assert said == [True, False], f"of a gradient and of a batch of gradients it says {said}"
+
+
 CANARIES: dict[str, Callable[[], None]] = {
     "BackendCompilerFailed": failed_compilation,
     "FailOnRecompileLimitHit": recompile_limit,
@@ -284,6 +298,7 @@ CANARIES: dict[str, Callable[[], None]] = {
     "flex_attention_backward": flex_attention_backward,
     "forward_mode_is_on": forward_mode_is_on,
     "functorch_transform": functorch_transform,
+    "has_storage": has_storage,
     "has_tangent": has_tangent,
     "is_under_dispatch_mode": is_under_dispatch_mode,
     "is_vmapped": is_vmapped,

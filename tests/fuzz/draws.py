@@ -6,6 +6,7 @@ import itertools
 import math
 import random
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from support.cases import Case, Packed, generator, laid_out
@@ -94,8 +95,9 @@ def _put(x: Tensor, at: int, number: float) -> Tensor:
 def draw(seed: int, number: int, device: str = "cpu") -> Draw:
     """Case `number` of `seed` for a device, the same in every run.
 
-    On a GPU `SAME_KERNELS` cases in a row have all that a kernel is compiled for in common. A size of 1 is such a thing to torch.compile,
-    and so is whether there are 128 queries: three in four of these rows of cases have several of everything.
+    On a GPU `SAME_KERNELS` cases in a row have all that a kernel is compiled for in common, but for strides, and but for what PyTorch's
+    dense attention computes. A size of 1 is such a thing to torch.compile, and so is whether there are 128 queries: three in four of
+    these rows of cases have several of everything.
     """
     if device == "cpu":
         return _draw(seed, str(number))
@@ -120,13 +122,22 @@ def draw(seed: int, number: int, device: str = "cpu") -> Draw:
             n_key, batch = own.randint(130 + block_size, 190 + block_size), own.randint(2, 3)
             kernels |= {"batch": batch, "n_key": n_key, "n_query": own.choice([n_key, n_key, own.randint(129, n_key)])}
             kernels["padding"] = None if one.case.padding is None else _paddings(own, batch, n_key)
-    if one.lengths is not None and own.random() < 0.5:  # long enough for PyTorch's kernels for packed sequences
-        kernels["lengths"] = tuple(7 * n for n in one.lengths)
-        kernels["keys"] = None if one.keys is None else tuple(7 * n for n in one.keys)
+    dense = one.case.causal and own.random() < 0.2
+    if one.lengths is not None and (dense or own.random() < 0.5):  # long enough for PyTorch's kernels for packed sequences
+        kernels["lengths"] = tuple(9 * n for n in one.lengths)
+        kernels["keys"] = None if one.keys is None else tuple(9 * n for n in one.keys)
         kernels |= {"n_query": sum(kernels["lengths"]), "n_key": sum(kernels["keys"] or kernels["lengths"])}
-    if own.random() < 0.25:  # what PyTorch's dense attention may compute
-        kernels |= {"top_k": 70, "sinks": False, "return_lse": False, "padding": None}
+    if dense:
+        kernels |= _of_dense_attention(own, kernels["width"], kernels.get("n_key", one.case.n_key) if one.lengths is None else None)
     return one.but(**kernels, heads=groups * like.case.repeats)
+
+
+def _of_dense_attention(rng: random.Random, width: int, n_key: int | None) -> dict[str, Any]:
+    """What PyTorch's dense attention computes, which needs no kernels of ours. `n_key`: of rows that are not packed."""
+    width = width if width % 8 == 0 else 64
+    half = {"width": width, "value_width": width, "dtype": rng.choice(["bfloat16", "float16"]), "softcap": None}
+    square = {} if n_key is None else {"n_query": n_key, "n_key": n_key}
+    return {**half, **square, "top_k": 70, "sinks": False, "return_lse": False, "padding": None, "scale": rng.choice([None, 0.1, 1.0])}
 
 
 def _kind(one: Draw) -> tuple[bool, bool, bool]:

@@ -45,6 +45,18 @@ def test_every_kind_of_case_is_drawn_and_the_same_in_every_run():
     assert any(one.keys and 1 < max(one.lengths) < max(one.keys) and 1 in one.lengths for one in draws)
 
 
+def test_calls_that_a_gpu_computes_by_dense_attention_are_drawn():
+    draws = [draw(74, number, "cuda") for number in range(0, 3200, 10)]
+    plain = [one for one in draws if one.case.causal and not (one.return_lse or one.case.sinks or one.case.softcap or one.case.padding)]
+    half = [one for one in plain if one.dtype in ("bfloat16", "float16") and one.case.width == one.case.value_width]
+    dense = [
+        one for one in half if one.case.width % 8 == 0 and max(one.keys or one.lengths or (one.case.n_key,)) <= 70 * one.case.block_size
+    ]
+    of_rows, packed = [one for one in dense if one.lengths is None], [one for one in dense if one.lengths is not None]
+    assert sum(one.case.n_query == one.case.n_key and one.case.top_k == 70 for one in of_rows) > 20
+    assert any(sum(one.lengths) >= 32 * len(one.lengths) and one.case.top_k == 70 for one in packed)
+
+
 def _plant(monkeypatch, fault: str) -> None:
     if fault == "a later key is seen":
         monkeypatch.setattr(

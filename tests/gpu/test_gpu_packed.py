@@ -59,15 +59,11 @@ def test_values_and_gradients_are_those_of_the_specification(seed):
     draw = random.Random(seed)
     keys = [draw.choice([0, 1, draw.randint(2, LONGEST), LONGEST]) for _ in range(draw.randint(1, 5))] + [LONGEST]
     queries = [draw.choice([n, n, min(n, 1), 0, draw.randint(0, n)]) for n in keys] if seed % 2 else keys
-    if sum(queries) < 32 * len(queries):
-        queries[-1] = keys[-1]
+    queries[-1] = keys[-1]  # at least 32 on average
     groups, repeats = draw.randint(1, 3), draw.randint(1, 3)
     width, dtype = draw.choice([8, 24, 64, 96, 128, 200, 256]), draw.choice([torch.bfloat16, torch.float16])
     leaves = tensors(sum(queries), sum(keys), groups * repeats, groups, width, dtype, LAYOUTS[seed % len(LAYOUTS)])
     more_keys = {"cu_seqlens_k": bounds(*keys)} if seed % 2 else {}
-    if sum(queries) < 32 * len(queries):  # many empty ones
-        assert explain(*leaves, **BLOCKS, cu_seqlens=bounds(*queries), **more_keys).path == "routed"
-        return
     check(leaves, bounds(*queries), scale=draw.choice([None, 0.3, 1.0]), **more_keys)
 
 
@@ -157,7 +153,7 @@ def test_what_the_kernels_do_not_compute_is_refused():
     with pytest.raises(NotImplementedError, match="naive"):
         torch.func.jvp(lambda x: moba_attention_varlen(x, key, value, given, **BLOCKS), (query,), (query,))
     first = torch.autograd.grad(moba_attention_varlen(*leaves, given, **BLOCKS).float().sum(), leaves, create_graph=True)
-    with pytest.raises((NotImplementedError, RuntimeError)):
+    with pytest.raises(RuntimeError, match="autograd"):
         torch.autograd.grad(first[0].float().square().sum(), leaves)
 
 
@@ -175,13 +171,14 @@ def test_deterministic_algorithms_give_the_same_bits():
 def test_it_runs_without_gradients(mode):
     leaves, given = tensors(500, 500), bounds(200, 300)
     with mode():
-        assert torch.equal(moba_attention_varlen(*leaves, given, **BLOCKS), moba_attention_varlen(*leaves, given, **BLOCKS))
+        wanted = moba_attention_varlen(*(x.double() for x in leaves), given, **BLOCKS, implementation="naive")
+        assert distance(moba_attention_varlen(*leaves, given, **BLOCKS), wanted) < TOLERANCE[torch.bfloat16]
 
 
 def test_many_short_sequences_are_routed():
     """Their backward pass would allocate far more than the inputs."""
     leaves = tensors(3100, 3100)
-    assert "32 tokens" in varlen.obstacle(leaves[0].transpose(0, 1)[None], 100)
+    assert "32 queries" in varlen.obstacle(leaves[0].transpose(0, 1)[None], 100)
     assert explain(*leaves, **BLOCKS, cu_seqlens=bounds(*(31,) * 100)).path == "routed"
 
 
