@@ -22,6 +22,7 @@ from .core import validation
 from .core.autocast import without_autocast
 from .core.hidden import some_not_finite
 from .core.memo import memo_of_both
+from .core.strides import aligned
 from .functional import moba_attention, moba_attention_varlen
 
 NAMES = ("q", "k", "v")
@@ -59,8 +60,7 @@ def moba_attn_varlen(
     if moba_topk > 1:
         return _out(moba_attention_varlen(q, k, v, cu_seqlens, block_size=moba_chunk_size, top_k=moba_topk))
     validation.check_values("moba_attn_varlen with moba_topk=1", cu_seqlens=cu_seqlens)
-    # On a CPU PyTorch's attention spreads what is not finite to earlier tokens. On a GPU one call serves all sequences.
-    if q.is_cuda or some_not_finite(q, k, v):
+    if not q.is_cuda and some_not_finite(q, k, v):  # PyTorch's attention would spread it to earlier tokens
         return _out(moba_attention_varlen(q, k, v, cu_seqlens, block_size=max(1, q.shape[0]), top_k=1))
     return _dense_varlen(q, k, v, cu_seqlens)
 
@@ -201,6 +201,6 @@ def _dense_varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor
     out = []
     with without_autocast(q):
         for qkv in list(_sequences(q, cu_seqlens, k, v, cu_seqlens)) or [(q, k, v)]:  # without sequences there are no tokens either
-            query, key, value = (x.transpose(0, 1)[None] for x in qkv)
+            query, key, value = (aligned(x.transpose(0, 1)[None]) for x in qkv)
             out.append(F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)[0].transpose(0, 1))
     return torch.cat(out)

@@ -330,3 +330,21 @@ def test_no_tokens_have_gradients_too(bounds: list[int], topk: int):
     out = moba_attn_varlen(q, q, q, torch.tensor(bounds, dtype=torch.int32), 0, moba_chunk_size=4, moba_topk=topk)
     out.sum().backward()
     assert out.shape == (0, 2, 4) and q.grad.shape == q.shape
+
+
+def test_one_block_a_query_gives_pytorch_s_attention_rows_that_it_can_load(monkeypatch):
+    """It loads 16 bytes at a time on a GPU, and does not check that it can."""
+    from moba_flex import compat
+
+    real, seen = compat.F.scaled_dot_product_attention, []
+
+    def checked(*operands, **given):
+        seen.append(all(x.stride(-1) == 1 and x.data_ptr() % 16 == 0 for x in operands))
+        return real(*operands, **given)
+
+    monkeypatch.setattr(compat.F, "scaled_dot_product_attention", checked)
+    even = torch.randn(50, 2, 16)
+    odd = torch.cat([torch.zeros(3), even.flatten()])[3:].view(even.shape)
+    bounds = torch.tensor([0, 20, 50], dtype=torch.int32)
+    outs = [moba_attn_varlen(x, x, x, bounds, 30, moba_chunk_size=8, moba_topk=1) for x in (odd, even, even.mT.contiguous().mT)]
+    assert seen == [True] * 6 and all(torch.equal(out, outs[0]) for out in outs)
