@@ -6,7 +6,6 @@ Model adapters call this for every layer. B batch, H query heads, N tokens, n ne
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -50,8 +49,17 @@ def attend(
     mask_or_bounds = padding_mask if cu_seqlens is None else cu_seqlens
     if mask_or_bounds is not None:
         remember(mask_or_bounds)
-    of_batch: dict[str, Any] = {"padded": padding_mask is not None, "cu_seqlens": cu_seqlens, "longest": longest}
-    path = path_of(query, key, value, settings, **of_batch, sinks=sinks is not None, return_lse=return_lse)
+    path = path_of(
+        query,
+        key,
+        value,
+        settings,
+        padded=padding_mask is not None,
+        cu_seqlens=cu_seqlens,
+        longest=longest,
+        sinks=sinks is not None,
+        return_lse=return_lse,
+    )
     if path is Path.DENSE:
         return _dense(query, key, value, settings, cu_seqlens, longest), None
     check_not_onnx()

@@ -149,6 +149,12 @@ def moba_attention(
     return (out, lse) if lse is not None else out
 
 
+def both_bounds(cu_seqlens: Tensor, cu_seqlens_k: Tensor) -> Tensor:
+    """`[2, n + 1]` int32: the bounds of queries and of keys, as `attend` takes them."""
+    both = cu_seqlens, cu_seqlens_k
+    return memo_of_both(*both, "both", lambda: torch.stack([x.int() for x in both]))
+
+
 def moba_attention_varlen(
     query: Tensor,
     key: Tensor,
@@ -218,8 +224,7 @@ def moba_attention_varlen(
     )
     query, key, value = (x.transpose(0, 1)[None] for x in (query, key, value))
     if cu_seqlens_k is not None:
-        both = cu_seqlens, cu_seqlens_k
-        cu_seqlens = memo_of_both(*both, "both", lambda: torch.stack([x.int() for x in both]))
+        cu_seqlens = both_bounds(cu_seqlens, cu_seqlens_k)
     out, lse = attend(query, key, value, settings, cu_seqlens=cu_seqlens, longest=longest, sinks=sinks, return_lse=return_lse)
     # Not `out[0]`: its backward pass would allocate zeros and copy the gradient into them.
     out = out.squeeze(0).transpose(0, 1).contiguous()

@@ -12,10 +12,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support.cases import assert_same, examples, random
+from support.cases import assert_same, bounds, examples, random
 from torch import Tensor
 
-from moba_flex import moba_attention_varlen
+from moba_flex import compat, moba_attention_varlen
 from moba_flex.compat import flash_moba_varlen_func, moba_attn_varlen, moba_attn_varlen_naive
 
 both = pytest.mark.parametrize("function", [moba_attn_varlen, moba_attn_varlen_naive], ids=lambda f: f.__name__)
@@ -27,10 +27,6 @@ widths = st.integers(1, 6)
 chunks = st.integers(1, 9) | st.just(32)
 topks = st.integers(1, 5) | st.just(64)
 seeds = st.integers(0, 2**16)
-
-
-def bounds(*sizes: int) -> Tensor:
-    return torch.tensor([0, *sizes]).cumsum(0).int()
 
 
 def operands(n_query: int, n_key: int, heads: tuple[int, int], widths: tuple[int, int], seed: int) -> dict[str, Tensor]:
@@ -334,8 +330,6 @@ def test_no_tokens_have_gradients_too(bounds: list[int], topk: int):
 
 def test_one_block_a_query_gives_pytorch_s_attention_rows_that_it_can_load(monkeypatch):
     """It loads 16 bytes at a time on a GPU, and does not check that it can."""
-    from moba_flex import compat
-
     real, seen = compat.F.scaled_dot_product_attention, []
 
     def checked(*operands, **given):
@@ -345,6 +339,5 @@ def test_one_block_a_query_gives_pytorch_s_attention_rows_that_it_can_load(monke
     monkeypatch.setattr(compat.F, "scaled_dot_product_attention", checked)
     even = torch.randn(50, 2, 16)
     odd = torch.cat([torch.zeros(3), even.flatten()])[3:].view(even.shape)
-    bounds = torch.tensor([0, 20, 50], dtype=torch.int32)
-    outs = [moba_attn_varlen(x, x, x, bounds, 30, moba_chunk_size=8, moba_topk=1) for x in (odd, even, even.mT.contiguous().mT)]
+    outs = [moba_attn_varlen(x, x, x, bounds(20, 30), 30, moba_chunk_size=8, moba_topk=1) for x in (odd, even, even.mT.contiguous().mT)]
     assert seen == [True] * 6 and all(torch.equal(out, outs[0]) for out in outs)

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..backends import paths
 from ..core import validation
 from ..cuda_graphs.cache import EAGER_CALLS, cuda_graphs_enabled
-from ..functional import checked_settings
+from ..functional import both_bounds, checked_settings
 
 _MEANING = {
     paths.Path.EMPTY: "there is nothing to compute",
@@ -108,7 +108,7 @@ def explain(
     else:
         longest = validation.check_packed(query, key, value, cu_seqlens, cu_seqlens_k)
         if cu_seqlens_k is not None:
-            cu_seqlens = torch.stack([cu_seqlens.int(), cu_seqlens_k.int()])  # as the operation passes them on
+            cu_seqlens = both_bounds(cu_seqlens, cu_seqlens_k)
     validation.check_flag("return_lse", return_lse)
     settings = checked_settings(
         query,

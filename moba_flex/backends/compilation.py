@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..core.upstream import BackendCompilerFailed, FailOnRecompileLimitHit, any_number_of_compilations, mark_dynamic
+from ..core.validation import being_captured
 
 T = TypeVar("T")
 _NOT_COMPILED = (
@@ -39,10 +40,6 @@ def any_length(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     return tensors
 
 
-def _being_captured() -> bool:
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-
-
 def compiled(call: Callable[..., T], settings: tuple[Hashable, ...]) -> Callable[..., T]:
     """`call`, compiled from a copy with its own code object, whose name contains the settings.
 
@@ -53,21 +50,24 @@ def compiled(call: Callable[..., T], settings: tuple[Hashable, ...]) -> Callable
     function = torch.compile(FunctionType(code, call.__globals__, None, None, call.__closure__), fullgraph=True)
     limit_hit = False
 
-    @wraps(call)
     def unlimited(*tensors: Tensor | None) -> T:
         """A compilation specializes on sizes of 1, and on whether there are at least 128 queries: together more than eight cases."""
         nonlocal limit_hit
-        try:
-            if not limit_hit:
-                try:
-                    return function(*tensors)
-                except FailOnRecompileLimitHit:  # raised before anything is computed
-                    limit_hit = True
-            with any_number_of_compilations():
+        if not limit_hit:
+            try:
                 return function(*tensors)
-        except BackendCompilerFailed as error:
-            if not _being_captured():
-                raise
-            raise RuntimeError(_NOT_COMPILED) from error
+            except FailOnRecompileLimitHit:  # raised before anything is computed
+                limit_hit = True
+        with any_number_of_compilations():
+            return function(*tensors)
 
-    return unlimited
+    @wraps(call)
+    def or_told(*tensors: Tensor | None) -> T:
+        try:
+            return unlimited(*tensors)
+        except BackendCompilerFailed as error:
+            if being_captured():
+                raise RuntimeError(_NOT_COMPILED) from error
+            raise
+
+    return or_told

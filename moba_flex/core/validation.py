@@ -119,7 +119,12 @@ def have_values(*tensors: Tensor) -> bool:
     """
     if any(t.is_meta or isinstance(t, FakeTensor) for t in tensors):
         return False
-    return not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
+    return not being_captured()
+
+
+def being_captured() -> bool:
+    """Whether the current stream captures a CUDA graph."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def check_not_mapped(call: str, **tensors: Tensor) -> None:

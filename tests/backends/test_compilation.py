@@ -109,7 +109,7 @@ def test_a_capture_that_would_have_to_compile_is_told_what_to_do(monkeypatch):
     compile_with(monkeypatch, fails)
     with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="of the compiler"):
         call(150, 150, 1)
-    monkeypatch.setattr(compilation, "_being_captured", lambda: True)
+    monkeypatch.setattr(compilation, "being_captured", lambda: True)
     with pytest.raises(RuntimeError, match="make the same call before the capture"):
         call(150, 150, 1)
 

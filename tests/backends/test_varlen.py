@@ -6,11 +6,12 @@ import itertools
 
 import pytest
 import torch
-from support.cases import laid_out
+from support.cases import bounds, laid_out
 
 from moba_flex import dispatch, explain, moba_attention, moba_attention_varlen
 from moba_flex.backends import paths, varlen
 from moba_flex.core import validation
+from moba_flex.core.settings import AttentionSettings
 
 BLOCKS = {"block_size": 16, "top_k": 4}
 
@@ -56,10 +57,6 @@ def calls(monkeypatch) -> list[dict]:
     monkeypatch.setattr(varlen, "obstacle", lambda query, n_sequences: None)
     monkeypatch.setattr(validation, "resolve_implementation", lambda asked, query: "flex" if asked == "auto" else asked)
     return found
-
-
-def bounds(*lengths: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
-    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=dtype)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "tokens first", "width first", "sliced", "every other", "expanded"])
@@ -226,7 +223,7 @@ def test_a_call_whose_lengths_are_not_known_is_routed(calls):
     settings = dict.fromkeys(("padded", "sinks", "return_lse"), False)
     reason = paths.dense_obstacle(
         *(x.transpose(0, 1)[None],) * 3,
-        paths.AttentionSettings(16, 4, scale=0.4, implementation="flex"),
+        AttentionSettings(16, 4, scale=0.4, implementation="flex"),
         cu_seqlens=bounds(64, 3),
         longest=None,
         **settings,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import os
 import random
@@ -11,6 +10,7 @@ import sys
 
 import pytest
 import torch
+from support import cases
 from support.cases import laid_out
 from support.gpu import TOLERANCE, distance
 
@@ -28,7 +28,7 @@ LAYOUTS = ["contiguous", "tokens first", "width first", "sliced", "every other",
 
 
 def bounds(*lengths: int) -> torch.Tensor:
-    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device="cuda")
+    return cases.bounds(*lengths).cuda()
 
 
 def tensors(n_query: int, n_key: int, heads: int = 4, groups: int = 2, width: int = 64, dtype=torch.bfloat16, layout="contiguous"):

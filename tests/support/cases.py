@@ -93,6 +93,11 @@ class Case:
         return replace(self, **changes)
 
 
+def bounds(*lengths: int, dtype: torch.dtype = torch.int32) -> Tensor:
+    """`cu_seqlens` of sequences of these lengths."""
+    return torch.tensor([0, *lengths]).cumsum(0).to(dtype)
+
+
 @dataclass(frozen=True)
 class Packed:
     """One call of `moba_attention_varlen`: `case` with its tokens cut into sequences; with `keys` these have so many, of which
@@ -104,10 +109,10 @@ class Packed:
     keys: tuple[int, ...] | None = None
 
     def cu_seqlens(self) -> Tensor:
-        return torch.tensor([0, *self.lengths]).cumsum(0).int()
+        return bounds(*self.lengths)
 
     def cu_seqlens_k(self) -> Tensor | None:
-        return None if self.keys is None else torch.tensor([0, *self.keys]).cumsum(0).int()
+        return None if self.keys is None else bounds(*self.keys)
 
     def layout_bounds(self) -> Tensor:
         """As the operator has them: `[n + 1]`, or `[2, n + 1]`."""
