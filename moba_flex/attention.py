@@ -8,7 +8,8 @@ Queries are sent to key blocks as a mixture of experts sends tokens to experts, 
 4. merge   sum the partial outputs of a query, weighted by the softmax of their log-sum-exps.
 
 A backend implements the steps: `backends/eager.py` (any device), `backends/flex.py` or `backends/triton.py` (CUDA). The interface is
-`backends/protocol.py`, whose `attend` is steps 3 and 4. This file combines the steps, and splits a call into pieces of bounded size.
+`backends/protocol.py`, whose `attend` is steps 3 and 4. With few blocks on a GPU, `backends/dense_mask.py` replaces steps 2 to 4. This file
+combines the steps, and splits a call into pieces of bounded size.
 `operator.py` makes it a differentiable operator; `backends/paths.py` decides which calls get here.
 
 B batch, H query heads, G key heads, N tokens, Q query blocks, C key blocks, P slots per block, S chosen blocks per query, D head dimension.
@@ -22,7 +23,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from .backends import backend_of
+from .backends import backend_of, dense_mask, paths
 from .backends.protocol import Backend
 from .core.chunking import Piece, chunks, launches, pieces
 from .core.dtypes import accumulation_dtype
@@ -46,6 +47,10 @@ def forward(query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, sett
     k, v = (placed_keys(x, layout, backend, in_place) for x in (key, value))
 
     chosen = gate(q, k, operand_layout, settings, backend)
+    of_layout = layout.block_size, layout.n_key_blocks, layout.tile is not None
+    if paths.dense_mask_obstacle(query, key, value, settings, *of_layout) is None:
+        out, lse = dense_mask.attend(q, k, v, chosen, operand_layout, settings)
+        return *_in_tokens(out, lse, query, layout, backend, in_place), chosen
     out = empty_with_strides_of(q, q.shape[2], v.shape[-1])
     lse = q.new_empty(q.shape[:3], dtype=accumulation_dtype(q.dtype))
     if in_place and not layout.covers:
@@ -62,10 +67,15 @@ def forward(query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, sett
 
     for _ in parallel_map(compute, plan, q.device):
         pass
+    return *_in_tokens(out, lse, query, layout, backend, in_place), chosen
+
+
+def _in_tokens(out: Tensor, lse: Tensor, query: Tensor, layout: BlockLayout, backend: Backend, in_place: bool) -> tuple[Tensor, Tensor]:
+    """The output and log-sum-exp of a forward pass as tokens, with the strides of the query."""
     if in_place:
-        return out, lse, chosen
+        return out, lse
     like = query if backend.READS_STRIDES else None
-    return layout.query_tokens(out, like=like), layout.query_tokens(lse, fill=-torch.inf), chosen
+    return layout.query_tokens(out, like=like), layout.query_tokens(lse, fill=-torch.inf)
 
 
 @torch.no_grad()

@@ -10,6 +10,9 @@ from torch import Tensor
 
 from ..backends import paths
 from ..core import validation
+from ..core.layout import clamp_block_size
+from ..core.layout_builders import n_query_blocks
+from ..core.settings import AttentionSettings
 from ..cuda_graphs.cache import EAGER_CALLS, cuda_graphs_enabled
 from ..functional import both_bounds, checked_settings
 
@@ -17,6 +20,7 @@ _MEANING = {
     paths.Path.EMPTY: "there is nothing to compute",
     paths.Path.REFERENCE: "the specification, a dense mask in plain PyTorch",
     paths.Path.DENSE: "every query reads all keys of its sequence: PyTorch's fused attention",
+    paths.Path.DENSE_MASK: "few blocks: every query computes all past blocks, and hides those that it did not choose",
     paths.Path.ROUTED: "queries are routed to their blocks",
 }
 
@@ -27,7 +31,7 @@ class Explanation:
 
     Attributes:
         call: the call in words: tokens, block size and `top_k`.
-        path: "empty", "reference", "dense" or "routed".
+        path: "empty", "reference", "dense", "dense mask" or "routed".
         implementation: the implementation in use, with "auto" resolved: "flex", "triton", "eager" or "naive".
         cuda_graph: whether calls of this shape are replayed from a CUDA graph, from the third one on.
         share_of_keys: the largest number of keys that queries read, divided by that of full attention.
@@ -131,11 +135,14 @@ def explain(
     path = paths.path_of(query, key, value, settings, **of_call)
     obstacles = {
         "dense attention": paths.dense_obstacle(query, key, value, settings, **of_call),
+        "dense mask": _dense_mask_obstacle(query, key, value, settings, cu_seqlens, longest),
         "CUDA graph": paths.capture_obstacle((query, key, value), settings),
     }
     if obstacles["CUDA graph"] is None and not cuda_graphs_enabled():
         obstacles["CUDA graph"] = "set_cuda_graphs(False) is in force"
     routed = path is paths.Path.ROUTED
+    if routed and obstacles["dense mask"] is None:
+        path = paths.Path.DENSE_MASK
     n_key = key.shape[2] if longest is None else longest
     what = f"{query.shape[2]:,} tokens" if query.shape[2] == key.shape[2] else f"{query.shape[2]:,} queries on {key.shape[2]:,} tokens"
     return Explanation(
@@ -146,6 +153,16 @@ def explain(
         share_of_keys(min(query.shape[2], n_key), n_key, block_size, top_k, causal),
         {name: reason for name, reason in obstacles.items() if routed and reason},
     )
+
+
+def _dense_mask_obstacle(
+    query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings, cu_seqlens: Tensor | None, longest: int | None
+) -> str | None:
+    """As the operator decides it."""
+    block_size = clamp_block_size(settings.block_size, key.shape[2] if longest is None else longest)
+    n_blocks = n_query_blocks(key.shape[2], key.shape[2], block_size, False, None if cu_seqlens is None else cu_seqlens.shape[-1] - 1)
+    last_queries = cu_seqlens is not None and cu_seqlens.dim() == 2
+    return paths.dense_mask_obstacle(query, key, value, settings, block_size, n_blocks, last_queries)
 
 
 def share_of_keys(n_query: int, n_key: int, block_size: int, top_k: int, causal: bool = True) -> float:

@@ -5,6 +5,7 @@
 | empty | there is no query |
 | reference | `implementation="naive"` |
 | dense | every query reads all keys of its sequence up to itself: PyTorch's fused attention computes the same, on a GPU in half precision |
+| dense mask | few blocks: every query computes all past blocks, and hides those that it did not choose (forward pass) |
 | routed | all others: the four steps of `moba_flex/attention.py` |
 
 Each `..._obstacle` returns why a path cannot be taken, or None. The reasons are constants, since every call asks for them.
@@ -19,10 +20,11 @@ from enum import Enum
 import torch
 from torch import Tensor
 
+from ..core.chunking import MASK_TILE, MAX_HEADS
 from ..core.settings import AttentionSettings
 from ..core.validation import CUDA_IMPLEMENTATIONS
 from ..ops import kernels
-from . import flash, varlen
+from . import dense_mask, flash, varlen
 
 
 class Path(Enum):
@@ -31,6 +33,7 @@ class Path(Enum):
     EMPTY = "empty"
     REFERENCE = "reference"
     DENSE = "dense"
+    DENSE_MASK = "dense mask"
     ROUTED = "routed"
 
 
@@ -38,6 +41,10 @@ class Path(Enum):
 # cost the host. Half of it in a backward pass, which copies twice as many tensors: graphs of both would not fit into the working memory.
 MAX_CAPTURED_ELEMENTS = 1 << 25
 MAX_ONE_PASS_BLOCK, MAX_ONE_PASS_WIDTH = 256, 256
+# A routed row takes as long as reading its block and this many more keys under a dense mask. Measured on an H200: width 64 and 128, blocks
+# of 64 and 128, both implementations.
+KEYS_PER_ROW = 200
+MAX_DENSE_MASK_WIDTH = 128
 LEAST_DENSE_SCALE = 1e-6  # cuDNN and FlashAttention multiply the mask's -inf by it
 _HALF = (torch.bfloat16, torch.float16)  # the precision of float32 on a GPU depends on settings that may change
 
@@ -54,7 +61,10 @@ def path_of(
     sinks: bool = False,
     return_lse: bool = False,
 ) -> Path:
-    """The path of a call. `longest`: the maximum number of keys of a packed sequence, None if it is unknown."""
+    """The path of a call. `ROUTED` may turn out to be `DENSE_MASK`: the operator decides that.
+
+    `longest`: the maximum number of keys of a packed sequence, None if it is unknown.
+    """
     if query.numel() == 0:
         return Path.EMPTY
     if settings.implementation == "naive":
@@ -107,6 +117,33 @@ def dense_obstacle(
     if cu_seqlens.dim() == 2 and settings.implementation == "triton":  # which refuses it, however long the sequences are
         return '"triton" takes no cu_seqlens_k'
     return varlen.obstacle(query, cu_seqlens.shape[-1] - 1)
+
+
+def dense_mask_obstacle(
+    query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings, block_size: int, n_blocks: int, last_queries: bool
+) -> str | None:
+    """Why a forward pass cannot compute all past blocks under a dense mask, or None. The alternative is routing.
+
+    `block_size` is that of the layout, and `n_blocks` its number of key blocks per row. `last_queries`: queries are the last tokens of
+    packed sequences, in tiles.
+    """
+    if settings.implementation not in CUDA_IMPLEMENTATIONS or not query.is_cuda or kernels is None or torch.version.hip is not None:
+        return "it is for NVIDIA GPUs"
+    if query.dtype not in _HALF:
+        return "it computes in bfloat16 and float16"
+    if not settings.causal or settings.n_routed == 0 or last_queries:
+        return "it is causal, needs blocks to choose, and takes no cu_seqlens_k"
+    if 2 * key.shape[2] - query.shape[2] > 2 * settings.top_k * (block_size + KEYS_PER_ROW):
+        return "there are so many keys that routing is faster"
+    if n_blocks > dense_mask.MAX_BLOCKS[settings.implementation]:
+        return 'it takes up to 32 blocks, with "triton" 64'
+    if block_size % MASK_TILE if settings.implementation == "triton" else block_size <= MASK_TILE // 2:
+        return 'it takes blocks of more than 32 tokens, with "triton" multiples of 64'
+    if max(query.shape[-1], value.shape[-1]) > MAX_DENSE_MASK_WIDTH:
+        return "it takes widths of up to 128"
+    if query.shape[0] > MAX_HEADS or query.numel() >= 1 << 31:
+        return "it takes up to 65,535 rows, and tensors of fewer than 2**31 elements"
+    return None
 
 
 def one_pass_obstacle(query: Tensor, value: Tensor, slots: int, last_queries: bool = False) -> str | None:

@@ -15,7 +15,7 @@ from support.cases import unchecked
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moba_flex import attention as attention_module
-from moba_flex.backends import flex
+from moba_flex.backends import dense_mask, flex, paths
 from moba_flex.backends.block_masks import local_mask, routed_mask
 from moba_flex.core import chunking as chunks_module
 from moba_flex.core.chunking import QUERY_TILE, chunks, max_elements
@@ -138,6 +138,45 @@ def assert_same(results: list[torch.Tensor], wanted: list[torch.Tensor], case: d
 @given(cases())
 def test_flex_equals_eager_values_and_gradients(case):
     assert_same(computed(case, "flex"), computed(case, "eager"), case)
+
+
+def takes_a_dense_mask(query, key, value, settings_, block_size, n_blocks, last_queries) -> str | None:
+    """As on a GPU, but for device, dtype and the number of keys."""
+    fits = settings_.causal and settings_.n_routed and not last_queries and n_blocks <= 32 and block_size > 32
+    return None if fits and settings_.implementation == "flex" else "it does not fit"
+
+
+@settings(max_examples=60)
+@given(cases())
+def test_a_dense_mask_equals_eager_values_and_gradients(case):
+    wanted, calls, real = computed(case, "eager"), [], dense_mask.attend
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(paths, "dense_mask_obstacle", takes_a_dense_mask)
+        patched.setattr(dense_mask, "attend", lambda *args: calls.append(args) or real(*args))
+        assert_same(computed(case, "flex"), wanted, case)
+    if case["causal"] and case["top_k"] > 1 and case["block_size"] > 40 and case["padding"] in ("none", "left", "right", "packed"):
+        assert calls
+
+
+@settings(max_examples=50)
+@given(cases())
+def test_the_lists_of_the_dense_mask_hold_what_a_query_may_read(case):
+    """Compiled kernels read these tiles alone."""
+    case |= {"causal": True, "sink_blocks": 0, "recent_blocks": 0, "top_k": max(2, case["top_k"])}
+    case |= {"block_size": max(64, case["block_size"]), "padding": case["padding"].removesuffix(", more keys")}
+    layout, _, _ = prepared(case)
+    tile, per = dense_mask.MASK_TILE, layout.width // dense_mask.MASK_TILE
+    by_query = listed(dense_mask._lists(layout), layout.n_query_blocks * per, layout.n_key_blocks * per)
+    in_block = torch.arange(layout.width)
+    block, slot = (x.flatten(1) for x in (layout.own[..., None] + 0 * in_block, 0 * layout.own[..., None] + in_block))
+    first = layout.first.repeat_interleave(layout.width, 1)
+    key_block, key_slot = torch.arange(layout.n_key_blocks).repeat_interleave(layout.width), in_block.repeat(layout.n_key_blocks)
+    same = (key_block == block[..., None]) & (key_slot <= slot[..., None])
+    past = (key_block < block[..., None]) & (key_block >= first[..., None])
+    may_read = (same | past).unflatten(1, (-1, tile)).unflatten(3, (-1, tile))
+    wanted = may_read.any(4).any(2).int() + may_read.all(4).all(2).int()
+    holds_queries = (layout.query_stop > layout.query_start).repeat_interleave(per, 1)
+    assert torch.equal(by_query[holds_queries], wanted[holds_queries])
 
 
 @settings(max_examples=25)
@@ -264,17 +303,20 @@ def test_keys_that_lie_further_apart_than_a_kernel_reaches_are_copied(rows, monk
 def tile_maps(mask, n_query: int, n_key: int):
     """What the lists say: `[b, query tiles, key tiles]`, 0 nothing, 1 partial, 2 full, read by queries and by keys."""
     q_tiles, kv_tiles = n_query // mask.tiles[0], n_key // mask.tiles[1]
-    rows = mask.lists[0].shape[0]
-    by_query = torch.zeros(rows, q_tiles, kv_tiles, dtype=torch.int)
-    by_key = torch.zeros(rows, kv_tiles, q_tiles, dtype=torch.int)
-    for into, lists in ((by_query, mask.lists[:4]), (by_key, mask.lists[4:])):
-        for kind, counts, indices in ((1, lists[0], lists[1]), (2, lists[2], lists[3])):
-            assert indices.shape[-1] == 1  # the kernel steps through the rest of the run
-            for b in range(rows):
-                for tile, (count, first) in enumerate(zip(counts[b, 0].tolist(), indices[b, 0, :, 0].tolist())):
-                    assert 0 <= first < into.shape[2], "an index is loaded even where the count is 0"
-                    into[b, tile, first : first + count] = kind
-    return by_query, by_key.mT
+    return listed(mask.lists[:4], q_tiles, kv_tiles), listed(mask.lists[4:], kv_tiles, q_tiles).mT
+
+
+def listed(lists, n_tiles: int, n_others: int) -> torch.Tensor:
+    """`[b, tiles, tiles that they read]`: 0 nothing, 1 partial, 2 full."""
+    rows = lists[0].shape[0]
+    into = torch.zeros(rows, n_tiles, n_others, dtype=torch.int)
+    for kind, counts, indices in ((1, lists[0], lists[1]), (2, lists[2], lists[3])):
+        assert indices.shape[-1] == 1  # the kernel steps through the rest of the run
+        for b in range(rows):
+            for tile, (count, first) in enumerate(zip(counts[b, 0].tolist(), indices[b, 0, :, 0].tolist())):
+                assert 0 <= first < n_others, "an index is loaded even where the count is 0"
+                into[b, tile, first : first + count] = kind
+    return into
 
 
 def evaluated(mask, rows: int, n_query: int, n_key: int) -> torch.Tensor:

@@ -6,10 +6,12 @@ itself, and the rest against textbook attention in float64 to what was chosen, w
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
 from support.cases import Case
+from support.gpu import always_routed
 from support.oracle import Expected, expected, upstream_for, visible_keys
 from torch import Tensor
 
@@ -31,7 +33,8 @@ def check(draw: Draw, device: str = "cpu") -> str | None:
     threads, memory = torch.get_num_threads(), set_working_memory(draw.memory) if draw.memory else None
     torch.set_num_threads(draw.threads)
     try:
-        _check_all(draw, device)
+        with always_routed() if draw.routed else nullcontext():
+            _check_all(draw, device)
     except Wrong as wrong:
         return str(wrong)
     except Exception as error:
@@ -75,6 +78,7 @@ class _Known:
     certain: bool = True  # whether rounding cannot change the choice
     visible: Tensor | None = None
     in_block: Tensor | None = None  # [B, 1, Nq, Nk] keys of a query's own block, later ones too
+    in_past: Tensor | None = None  # the same, keys of earlier blocks
     wanted: dict[str, Expected] = field(default_factory=dict)  # by what is multiplied: see `_multiplied`
     sizes: Sizes | None = None
     hull: tuple[Tensor, Tensor] | None = None
@@ -100,23 +104,26 @@ def _visible(draw: Draw, tensors: dict[str, Tensor], implementation: str, known:
         known.wanted, known.sizes, known.hull = {}, None, None
         of_query = of_key[:, case.n_key - case.n_query :, None]
         known.in_block = ((of_query == of_key[:, None]) & (of_query >= 0))[:, None]
+        known.in_past = ((of_query > of_key[:, None]) & (of_key[:, None] >= 0))[:, None]
     return known.visible
 
 
 def _multiplied(draw: Draw, leaves: dict[str, Tensor], implementation: str, **batch: Tensor | None) -> str:
     """What an implementation multiplies by weights, be it of 0, so that NaN stays NaN (see docs/limits.md): what is "visible", a GPU's
-    kernels their whole "block", and PyTorch's dense attention tiles of keys, here "all".
+    kernels their whole "block" and under a dense mask also the "past" blocks, and PyTorch's dense attention tiles of keys, here "all".
     """
     if implementation not in CUDA_IMPLEMENTATIONS or not draw.case.causal:
         return "visible"
     call = {**leaves, **draw.case.settings, **batch, "return_lse": draw.return_lse, "implementation": implementation}
-    return "all" if explain(**call).path == "dense" else "block"
+    return {"dense": "all", "dense mask": "past"}.get(explain(**call).path, "block")
 
 
 def _expected(draw: Draw, tensors: dict[str, Tensor], visible: Tensor, upstream: dict[str, Tensor], what: str, known: _Known) -> Expected:
     if what not in known.wanted:
         assert known.in_block is not None
-        multiplied = {"visible": None, "block": visible | known.in_block, "all": torch.ones_like(visible)}[what]
+        assert known.in_past is not None
+        block = visible | known.in_block
+        multiplied = {"visible": None, "block": block, "past": block | known.in_past, "all": torch.ones_like(visible)}[what]
         known.wanted[what] = expected(draw.case, tensors, visible, upstream, multiplied)
     return known.wanted[what]
 

@@ -35,6 +35,7 @@ class Draw:
     memory: int | None = None
     threads: int = 1
     return_lse: bool = True
+    routed: bool = False  # also where a GPU would compute all past blocks under a dense mask
 
     def but(self, **changes) -> Draw:
         of_case = {name: value for name, value in changes.items() if name in Case.__dataclass_fields__}
@@ -129,7 +130,8 @@ def draw(seed: int, number: int, device: str = "cpu") -> Draw:
         kernels |= {"n_query": sum(kernels["lengths"]), "n_key": sum(kernels["keys"] or kernels["lengths"])}
     if dense:
         kernels |= _of_dense_attention(own, kernels["width"], kernels.get("n_key", one.case.n_key) if one.lengths is None else None)
-    return one.but(**kernels, heads=groups * like.case.repeats)
+    routed = random.Random(f"{seed}/routed {number}").random() < 0.4
+    return one.but(**kernels, heads=groups * like.case.repeats, routed=routed)
 
 
 def _of_dense_attention(rng: random.Random, width: int, n_key: int | None) -> dict[str, Any]:

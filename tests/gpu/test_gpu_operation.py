@@ -5,9 +5,11 @@ Here the operation alone; `test_gpu_decoding.py` and `test_gpu_graph*.py` hold w
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
-from support.gpu import TOLERANCE, Case, blocks, distance, run
+from support.gpu import TOLERANCE, Case, always_routed, blocks, distance, run
 from support.near_ties import NEAR_TIES, NearTies, check_choices
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -52,15 +54,17 @@ def takes_triton(case: Case) -> bool:
     return case.dtype != torch.float32
 
 
+@pytest.mark.parametrize("routed", [False, True], ids=["as decided", "routed"])
 @pytest.mark.parametrize("implementation", ["flex", "triton"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_values_and_gradients_are_those_of_the_specification(case, implementation):
+def test_values_and_gradients_are_those_of_the_specification(case, implementation, routed):
     if implementation == "triton" and not takes_triton(case):
         with pytest.raises(ValueError, match=r'implementation="triton" cannot take query .* of torch.float32'):
             run(case, implementation)
         return
     wanted = run(case, "naive", torch.float32)
-    got = run(case, implementation)
+    with always_routed() if routed else nullcontext():
+        got = run(case, implementation)
     for name, a, b in zip(("output", "lse", "dq", "dk", "dv"), got, wanted):
         assert distance(a, b) < TOLERANCE[case.dtype], (name, distance(a, b), case)
 

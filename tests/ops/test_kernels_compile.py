@@ -15,7 +15,7 @@ from moba_flex.ops import plain
 pytest.importorskip("triton", reason="needs Triton, which the extra `kernels` brings: pip install '.[kernels]'")
 
 from moba_flex.ops import triton as kernels
-from moba_flex.ops.triton import backward, decoding, forward, gate
+from moba_flex.ops.triton import backward, decoding, dense_mask, forward, gate
 
 # Block size, width, value width, top_k, dtype.
 SHAPES = {
@@ -55,6 +55,9 @@ def launch(block_size: int, width: int, value_width: int, top_k: int, dtype: tor
     if dtype != torch.float32:
         if kernels.forward.fits(query, value, layout.width):
             kernels.one_pass_forward(query, key, value, routes, layout, settings, (out, lse))
+        if block_size % 64 == 0 and max(width, value_width) <= 128:
+            kernels.dense_mask_forward(query, key, value, chosen, layout, settings)
+        kernels.block_bits(chosen, layout)
         if kernels.backward.sub_blocks(query, value, layout.width) <= 3:
             kernels.one_pass_backward(query, key, value, out, lse, lse, routes, layout, settings, (query, key, value))
     means = torch.zeros(1, groups, layout.n_key_blocks, width)
@@ -64,7 +67,7 @@ def launch(block_size: int, width: int, value_width: int, top_k: int, dtype: tor
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("gpu", GPUS, ids=str)
 def test_kernels_compile_and_fit(gpu: Gpu, shape: str, monkeypatch):
-    for module in (gate, backward, forward, decoding):
+    for module in (gate, backward, forward, decoding, dense_mask):
         monkeypatch.setattr(module, "gpu_memory", lambda _: (gpu.shared_bytes, gpu.major))
     with compiling_for(gpu) as compiled:
         launch(*SHAPES[shape])
@@ -77,8 +80,8 @@ def test_kernels_compile_and_fit(gpu: Gpu, shape: str, monkeypatch):
 
 def test_softcaps_compile_too(monkeypatch):
     gpu = next(gpu for gpu in GPUS if gpu.name == "sm_90")
-    for module in (gate, backward, forward, decoding):
+    for module in (gate, backward, forward, decoding, dense_mask):
         monkeypatch.setattr(module, "gpu_memory", lambda _: (gpu.shared_bytes, gpu.major))
     with compiling_for(gpu) as compiled:
         launch(128, 64, 64, 4, torch.bfloat16, softcap=3.0)
-    assert {"_backward_kernel", "_forward_kernel"} <= {kernel.name for kernel in compiled}
+    assert {"_backward_kernel", "_forward_kernel", "_dense_mask_kernel"} <= {kernel.name for kernel in compiled}

@@ -25,7 +25,7 @@ from moba_flex.backends import triton as triton_backend
 from moba_flex.core.layout import BlockLayout, slots_per_block
 from moba_flex.core.layout_builders import dense_layout, packed_layout, padded_layout
 from moba_flex.core.settings import AttentionSettings
-from moba_flex.ops import gate, routing
+from moba_flex.ops import gate, plain, routing
 from moba_flex.ops import triton as kernels
 from moba_flex.ops.routing import Routes
 from moba_flex.ops.triton import backward, block_programs, forward
@@ -238,6 +238,27 @@ def test_the_output_is_that_of_the_specification(seed: int, monkeypatch):
     bound = 1e-5 if case.dtype == torch.float32 else 6e-3
     torch.testing.assert_close(found, wanted, rtol=0, atol=bound * max(1.0, float(wanted.abs().max())), msg=lambda m: f"{m} in {case}")
     torch.testing.assert_close(found_lse, wanted_lse.double(), rtol=bound, atol=bound, msg=lambda m: f"log-sum-exp: {m} in {case}")
+
+
+@pytest.mark.parametrize("seed", range(3000, 3016))
+def test_the_output_under_a_dense_mask_is_that_of_the_specification(seed: int):
+    case, r = draw(seed), random.Random(seed)
+    settings = replace(case.settings, block_size=r.choice([64, 64, 128]), causal=True)
+    n_key = r.randint(1, 5 * settings.block_size)
+    case = replace(case, settings=settings, n_key=n_key, n_query=r.randint(1, n_key) if "suffix" in case.kind else n_key)
+    layout, told = layout_of(case)
+    query, key, value, _ = operands(case)
+    wanted, wanted_lse = reference_attention(query, key, value, settings, **told)
+    chosen = gate.choose(layout.query_slots(query), layout.key_slots(key), layout, settings)
+    assert torch.equal(kernels.block_bits(chosen, layout), plain.block_bits(chosen, layout))
+    (q,), (k, v) = placed(case, layout, [query], [key, value])
+    out, lse = kernels.dense_mask_forward(q, k, v, chosen, layout if case.in_place else layout.in_slots(), settings)
+    if not case.in_place:
+        out, lse = layout.query_tokens(out), layout.query_tokens(lse, -torch.inf)
+    bound = 1e-5 if case.dtype == torch.float32 else 6e-3
+    within = bound * max(1.0, float(wanted.abs().max()))
+    torch.testing.assert_close(out.double(), wanted, rtol=0, atol=within, msg=lambda m: f"{m} in {case}")
+    torch.testing.assert_close(lse.double(), wanted_lse.double(), rtol=bound, atol=bound, msg=lambda m: f"log-sum-exp: {m} in {case}")
 
 
 @pytest.mark.parametrize("seed", range(2000, 2010))
