@@ -28,7 +28,7 @@ from moba_flex.core.settings import AttentionSettings
 from moba_flex.ops import gate, plain, routing
 from moba_flex.ops import triton as kernels
 from moba_flex.ops.routing import Routes
-from moba_flex.ops.triton import backward, block_programs, forward
+from moba_flex.ops.triton import backward, block_programs, dense_mask, forward
 from moba_flex.reference import reference_attention
 
 
@@ -259,6 +259,11 @@ def test_the_output_under_a_dense_mask_is_that_of_the_specification(seed: int):
     within = bound * max(1.0, float(wanted.abs().max()))
     torch.testing.assert_close(out.double(), wanted, rtol=0, atol=within, msg=lambda m: f"{m} in {case}")
     torch.testing.assert_close(lse.double(), wanted_lse.double(), rtol=bound, atol=bound, msg=lambda m: f"log-sum-exp: {m} in {case}")
+
+
+def test_tokens_too_far_apart_for_the_dense_mask_are_copied():
+    near, far = (torch.empty_strided((1, 2, 100, 16), (1, 16, step, 1), device="meta") for step in ((1 << 25) - 1, 1 << 25))
+    assert dense_mask.within_reach(near) is near and dense_mask.within_reach(far).is_contiguous()
 
 
 @pytest.mark.parametrize("seed", range(2000, 2010))

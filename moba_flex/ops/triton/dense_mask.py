@@ -28,8 +28,8 @@ _LOG2E, _LN2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453
 
 @triton.jit
 def _rows(pointer, step, first, m, real, d, D: tl.constexpr, DP: tl.constexpr):
-    # The tokens `first + m`, [M, DP]: all of them if `real` is None.
-    pointers = pointer + tl.cast(first, tl.int64) * step + (m.to(tl.int64) * step)[:, None] + d[None, :]
+    # The tokens `first + m`, [M, DP]: all of them if `real` is None. Offsets within a tile are 32-bit: 64-bit ones spill registers.
+    pointers = (pointer + tl.cast(first, tl.int64) * step) + ((m * step)[:, None] + d[None, :])
     if real is not None:
         return tl.load(pointers, mask=columns(real, d, D, DP), other=0.0)
     elif D == DP:
@@ -127,6 +127,7 @@ def dense_mask_forward(
     `[B, H, Q * P, S]`. Blocks are multiples of `MASK_TILE` tokens, at most 64 per row. Memory between the tokens of `layout` is not read.
     """
     (rows, heads, n_tokens, width), value_width = query.shape, value.shape[-1]
+    query, key, value = (within_reach(x) for x in (query, key, value))
     out, lse = empty_with_strides_of(query, n_tokens, value_width), query.new_empty(query.shape[:3], dtype=torch.float32)
     if not layout.covers:
         out.zero_()
@@ -161,6 +162,11 @@ def block_bits(chosen: Tensor, layout: BlockLayout) -> Tensor:
     shape = chosen.shape[1], layout.n_query_blocks, layout.width, chosen.shape[3]
     _block_bits_kernel[(cdiv(bits.numel(), step),)](chosen, layout.own, bits, bits.numel(), *shape, step, num_warps=4)
     return bits
+
+
+def within_reach(x: Tensor) -> Tensor:
+    """`x [B, H, N, D]`, copied if the offsets of a tile's tokens need more than 32 bits."""
+    return x if x.stride(2) * MASK_TILE < 1 << 31 else x.contiguous()
 
 
 def pipeline_stages(widths: tuple[int, int], size: int, device: torch.device) -> int:
