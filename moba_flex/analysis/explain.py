@@ -98,6 +98,7 @@ def explain(
     >>> print(explain(query, key, block_size=64, top_k=4))
     1,000 tokens, block 64, top-4: routed (eager); queries are routed to their blocks; 39.8% of the keys are read
       no dense attention: only "flex" takes it, the implementation for CUDA
+      no dense mask: it is for NVIDIA GPUs
       no CUDA graph: it is not on a GPU
     """
     value = key if value is None else value
