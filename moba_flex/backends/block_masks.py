@@ -27,8 +27,9 @@ from ..core.chunking import QUERY_TILE
 from ..core.layout import BlockLayout
 from ..ops.routing import Routes
 
-# Counts and indices of: partial key tiles, full key tiles, partial query tiles, full query tiles. None if no tile is full.
-Lists: TypeAlias = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor, Tensor, Tensor | None, Tensor | None]
+# Counts and indices of: partial key tiles, full key tiles, partial query tiles, full query tiles. None if no tile is full,
+# and for queries if there is no backward pass.
+Lists: TypeAlias = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +43,7 @@ class Mask:
     lists: Lists
 
 
-def _listed(counts: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+def tile_lists(counts: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
     """Counts `[b, n]` and first indices `[b, n]` in the shapes of a BlockMask."""
     return counts[:, None].contiguous(), indices[:, None, :, None].contiguous()
 
@@ -104,7 +105,7 @@ def _local_mask(layout: BlockLayout, heads: int, groups: int, batch_merged: bool
 
     counts = torch.ones_like(start), step.expand_as(start), met.expand_as(same), met * (per - 1 - step)
     indices = start + step, start, same, later
-    in_part, in_full, back_in_part, back_in_full = (_listed(n.flatten(1), i.flatten(1)) for n, i in zip(counts, indices))
+    in_part, in_full, back_in_part, back_in_full = (tile_lists(n.flatten(1), i.flatten(1)) for n, i in zip(counts, indices))
     lists = *in_part, *in_full, *back_in_part, *back_in_full
     return Mask(("local", layout.width, heads // groups), (tile, tile), _local_rule(layout.width), (own,), lists)
 
@@ -126,7 +127,7 @@ def _local_mask_of_tiles(layout: BlockLayout, offset: Tensor, heads: int, groups
     later = torch.maximum(same + 1, first)
     counts = torch.ones_like(start), place, (same >= first) & (same < after), (after - later).clamp(min=0)
     indices = start + place, start, same.clamp(0, last_tile), later.clamp(max=last_tile)
-    listed = [_listed(n.int().flatten(1), i.flatten(1)) for n, i in zip(counts, indices)]
+    listed = [tile_lists(n.int().flatten(1), i.flatten(1)) for n, i in zip(counts, indices)]
     lists = *listed[0], *listed[1], *listed[2], *listed[3]
     return Mask(("local tiles", layout.width, heads // groups), (tile, tile), _tiles_rule(layout.width, tile), (own, offset), lists)
 
@@ -148,7 +149,7 @@ def _past_rule(width: int, block_size: int) -> Callable[..., Tensor]:
 
 
 def _line(counts: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
-    """`_listed` for contiguous `[n]`: views only, since every call builds these."""
+    """`tile_lists` for contiguous `[n]`: views only, since every call builds these."""
     return counts.view(1, 1, -1), indices.view(1, 1, -1, 1)
 
 

@@ -16,7 +16,8 @@ from ..core.validation import being_captured
 T = TypeVar("T")
 _NOT_COMPILED = (
     "FlexAttention has no kernel for this call yet, and could not compile one while a CUDA graph is captured: make the same call before "
-    'the capture (of packed tokens as one sequence, with return_lse=True), or use implementation="triton"'
+    "the capture (packed tokens as one sequence, followed by as many empty ones as there were others, with return_lse=True), or use "
+    'implementation="triton"'
 )
 
 

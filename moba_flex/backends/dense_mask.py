@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,8 +21,10 @@ from ..core.layout import BlockLayout
 from ..core.settings import AttentionSettings
 from ..core.strides import empty_with_strides_of, tokens_first
 from ..ops import kernels, ops_for
-from .block_masks import block_mask
-from .compilation import any_length, compiled
+from .block_masks import block_mask, tile_lists
+from .compilation import any_length
+from .flex_calls import compile_on_gpu, make_constants, softcap_score
+from .flex_options import COMMON_OPTIONS
 
 MAX_BLOCKS = {"flex": 32, "triton": 64}  # bits of a query
 
@@ -49,14 +50,16 @@ def attend(
 
 
 def _lists(layout: BlockLayout) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The key tiles of each query tile, as counts and first indices: its own one partially, the earlier ones of its sequence fully."""
+    """The key tiles of each query tile, as counts and first indices: its own one partially, the earlier ones of its sequence fully.
+
+    None for query blocks without queries.
+    """
     per = layout.width // MASK_TILE
     step = torch.arange(per, device=layout.own.device, dtype=torch.int32)
     own = (layout.own[..., None] * per + step).flatten(1)
     first = (layout.first * per).repeat_interleave(per, 1)
-    counts, indices = (torch.ones_like(own), (own - first).clamp(min=0)), (own, first)
-    partial, full = ((n[:, None].contiguous(), i[:, None, :, None].contiguous()) for n, i in zip(counts, indices))
-    return *partial, *full
+    holds_queries = (layout.query_stop > layout.query_start).int().repeat_interleave(per, 1)
+    return *tile_lists(holds_queries, own), *tile_lists(holds_queries * (own - first), first)
 
 
 @cache
@@ -70,19 +73,16 @@ def _call(
     strides: tuple[int, ...],
     device: torch.device,
 ) -> Callable[..., tuple[Tensor, Tensor]]:
-    options: dict[str, Any] = {"BACKEND": "TRITON", "IS_DIVISIBLE": True, "BLOCKS_ARE_CONTIGUOUS": True}
-    if device.type == "cuda":
-        stages = kernels.dense_mask.pipeline_stages(widths, dtype.itemsize, device)
-        options |= {"fwd_BLOCK_M": MASK_TILE, "fwd_BLOCK_N": MASK_TILE, "fwd_num_warps": 4, "fwd_num_stages": stages}
+    is_cuda = device.type == "cuda"
+    stages = kernels.dense_mask.pipeline_stages(widths, dtype.itemsize, device) if is_cuda else 0
+    options = COMMON_OPTIONS | {"fwd_BLOCK_M": MASK_TILE, "fwd_BLOCK_N": MASK_TILE, "fwd_num_warps": 4, "fwd_num_stages": stages}
+    cap = None if softcap is None else softcap_score(softcap)
 
     def moba_flex_dense_mask(query, key, value, bits, own, *lists):
-        for x, stride in zip((query, key, value), strides):  # makes them constants of the kernel, see `flex_calls.py`
-            if x.stride(2) != stride:
-                raise AssertionError("the tensors have other strides than those that this kernel is for")
+        make_constants(strides, query, key, value)
 
         def score_mod(score, b, h, q, kv):
-            if softcap is not None:
-                score = softcap * torch.tanh(score / softcap)
+            score = score if cap is None else cap(score, b, h, q, kv)
             reads = ((bits[b, h, q] >> (kv // width)) & 1) > 0
             if block_size < width:  # past blocks have empty slots
                 reads = reads & (kv % width < block_size)
@@ -96,6 +96,5 @@ def _call(
         out, aux = flex_attention(*operands, enable_gqa=True, kernel_options=options, return_aux=AuxRequest(lse=True))
         return out, aux.lse
 
-    if device.type != "cuda":  # only tests run this on a CPU
-        return moba_flex_dense_mask
-    return compiled(moba_flex_dense_mask, (block_size, width, widths, dtype, scale, softcap, strides))
+    key = block_size, width, widths, dtype, scale, softcap, strides, stages
+    return compile_on_gpu(moba_flex_dense_mask, key, is_cuda)

@@ -29,6 +29,16 @@ def by_group(x: Tensor, groups: int) -> Tensor:
     return x.reshape(x.shape[0] * groups, x.shape[1] // groups, *x.shape[2:])
 
 
+def make_constants(strides: tuple[int, ...], *tensors: Tensor) -> None:
+    """Within a traced function: makes token strides constants of the kernel, by comparing them.
+
+    Those of a transposed `[B, N, H, D]` would be variables otherwise, whose registers spill: routed rows took up to 2.7 times as long.
+    """
+    for x, stride in zip(tensors, strides):
+        if x.stride(2) != stride:
+            raise AssertionError("the tensors have other strides than those that this kernel is for")
+
+
 def flex_forward(query: Tensor, key: Tensor, value: Tensor, mask: Mask, settings: AttentionSettings) -> tuple[Tensor, Tensor]:
     """`flex_attention` under `mask`: the output and its log-sum-exp."""
     strides = query.stride(2), key.stride(2), value.stride(2)
@@ -54,7 +64,7 @@ def _kernel_key(query: Tensor, value: Tensor, mask: Mask, settings: AttentionSet
     return mask.kernel_key, mask.tiles, mask.rule, widths, query.dtype, settings.scale, settings.softcap, query.is_cuda
 
 
-def _compile(call: Callable[..., T], key: tuple[Any, ...], is_cuda: bool) -> Callable[..., T]:
+def compile_on_gpu(call: Callable[..., T], key: tuple[Any, ...], is_cuda: bool) -> Callable[..., T]:
     if not is_cuda:  # only tests run this on a CPU: they compare the masks with the specification, on dense scores
         return call
     return compiled(call, key)
@@ -63,15 +73,11 @@ def _compile(call: Callable[..., T], key: tuple[Any, ...], is_cuda: bool) -> Cal
 @cache
 def _forward_call(mask_key, tiles, rule, widths, dtype, scale, softcap, is_cuda, strides) -> Callable[..., Any]:
     options = kernel_options(mask_key[0] == "routed", tiles, widths, dtype)
-    score_mod = None if softcap is None else _softcap(softcap)
+    score_mod = None if softcap is None else softcap_score(softcap)
 
     def moba_flex_forward(query, key, value, *tensors):
         lists, buffers = tensors[:8], tensors[8:]
-        # Comparing makes them constants of the kernel. Those of a transposed `[B, N, H, D]` would be variables otherwise, whose registers
-        # spill: routed rows took up to 2.7 times as long.
-        for x, stride in zip((query, key, value), strides):
-            if x.stride(2) != stride:
-                raise AssertionError("the tensors have other strides than those that this kernel is for")
+        make_constants(strides, query, key, value)
 
         def mask_mod(b, h, q, kv):
             return rule(b, h, q, kv, *buffers)
@@ -81,7 +87,7 @@ def _forward_call(mask_key, tiles, rule, widths, dtype, scale, softcap, is_cuda,
         out, aux = flex_attention(*operands, enable_gqa=True, kernel_options=options, return_aux=AuxRequest(lse=True))
         return out, aux.lse
 
-    return _compile(moba_flex_forward, (mask_key, tiles, widths, dtype, scale, softcap, strides), is_cuda)
+    return compile_on_gpu(moba_flex_forward, (mask_key, tiles, widths, dtype, scale, softcap, strides), is_cuda)
 
 
 @cache
@@ -91,7 +97,7 @@ def _backward_call(mask_key, tiles, rule, widths, dtype, scale, softcap, is_cuda
     sizes = tuple(math.lcm(tile, QUERY_TILE) for tile in tiles)
     options = kernel_options(mask_key[0] == "routed", tiles, widths, dtype) | OPERATOR_OPTIONS
     options |= {"SPARSE_Q_BLOCK_SIZE": tiles[0], "SPARSE_KV_BLOCK_SIZE": tiles[1]}
-    score_mod = _same if softcap is None else _softcap(softcap)
+    score_mod = _same if softcap is None else softcap_score(softcap)
     joint = _same_joint if softcap is None else _softcap_joint(softcap)
 
     @torch.compiler.allow_in_graph  # the operator takes functions, which torch.compile cannot pass from a traced call
@@ -106,7 +112,7 @@ def _backward_call(mask_key, tiles, rule, widths, dtype, scale, softcap, is_cuda
     def moba_flex_backward(*tensors):
         return operator(*tensors)
 
-    return _compile(moba_flex_backward, (mask_key, tiles, widths, dtype, scale, softcap), is_cuda)
+    return compile_on_gpu(moba_flex_backward, (mask_key, tiles, widths, dtype, scale, softcap), is_cuda)
 
 
 def _same(score, b, h, q, kv):
@@ -117,7 +123,7 @@ def _same_joint(score, b, h, q, kv, grad):
     return [grad.clone(), None, None, None, None]
 
 
-def _softcap(softcap: float) -> Callable[..., Any]:
+def softcap_score(softcap: float) -> Callable[..., Any]:
     def score_mod(score, b, h, q, kv):
         return softcap * torch.tanh(score / softcap)
 
@@ -125,7 +131,7 @@ def _softcap(softcap: float) -> Callable[..., Any]:
 
 
 def _softcap_joint(softcap: float) -> Callable[..., Any]:
-    """The backward function of `_softcap`: the gradient of the score, and none of the indices."""
+    """The backward function of `softcap_score`: the gradient of the score, and none of the indices."""
 
     def joint(score, b, h, q, kv, grad):
         return [grad * (1 - torch.tanh(score / softcap) ** 2), None, None, None, None]

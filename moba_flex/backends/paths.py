@@ -127,12 +127,13 @@ def dense_mask_obstacle(
     `block_size` is that of the layout, and `n_blocks` its number of key blocks per row. `last_queries`: queries are the last tokens of
     packed sequences, in tiles.
     """
-    if settings.implementation not in CUDA_IMPLEMENTATIONS or not query.is_cuda or kernels is None or torch.version.hip is not None:
+    if settings.implementation not in CUDA_IMPLEMENTATIONS or not on_nvidia_gpu(query):
         return "it is for NVIDIA GPUs"
     if query.dtype not in _HALF:
         return "it computes in bfloat16 and float16"
     if not settings.causal or settings.n_routed == 0 or last_queries:
         return "it is causal, needs blocks to choose, and takes no cu_seqlens_k"
+    # Packed sequences count as one: how long each is, a captured graph does not know.
     if 2 * key.shape[2] - query.shape[2] > 2 * settings.top_k * (block_size + KEYS_PER_ROW):
         return "there are so many keys that routing is faster"
     if n_blocks > dense_mask.MAX_BLOCKS[settings.implementation]:
@@ -141,9 +142,18 @@ def dense_mask_obstacle(
         return 'it takes blocks of more than 32 tokens, with "triton" multiples of 64'
     if max(query.shape[-1], value.shape[-1]) > MAX_DENSE_MASK_WIDTH:
         return "it takes widths of up to 128"
-    if query.shape[0] > MAX_HEADS or query.numel() >= 1 << 31:
-        return "it takes up to 65,535 rows, and tensors of fewer than 2**31 elements"
+    if settings.implementation == "flex":
+        if flash.enabled():
+            return 'set_flex_backend("flash") is in force'
+        in_slots = 2 * query.shape[0] * query.shape[1] * key.shape[2] * max(query.shape[-1], value.shape[-1])  # at most
+        if query.shape[0] > MAX_HEADS or in_slots >= 1 << 31:
+            return "it takes up to 65,535 rows, and tensors of fewer than 2**30 elements"
     return None
+
+
+def on_nvidia_gpu(x: Tensor) -> bool:
+    """Whether `x` is on an NVIDIA GPU that Triton compiles for."""
+    return x.is_cuda and kernels is not None and torch.version.hip is None
 
 
 def one_pass_obstacle(query: Tensor, value: Tensor, slots: int, last_queries: bool = False) -> str | None:

@@ -6,12 +6,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from support.cases import unchecked
+import torch.nn.attention.flex_attention as flex_module
+from support.cases import bounds, unchecked
 
 import moba_flex
-from moba_flex import explain, moba_attention
+from moba_flex import dispatch, explain, moba_attention
 from moba_flex.analysis.explain import share_of_keys
-from moba_flex.backends import flex, paths
+from moba_flex.backends import dense_mask, flex, paths
+from moba_flex.core.settings import AttentionSettings
 
 CALL = {"block_size": 16, "top_k": 3}
 
@@ -154,3 +156,44 @@ def test_arguments_that_no_call_takes_together_are_refused(given, said):
     query, key = tensors()
     with pytest.raises(ValueError, match=said):
         explain(query, key, **CALL, **given)
+
+
+@pytest.mark.parametrize(
+    ("given", "path"),
+    [
+        ({}, "dense mask"),
+        ({"n_query": 30}, "dense mask"),
+        ({"padded": True}, "dense mask"),
+        ({"lengths": (100, 0, 200)}, "dense mask"),
+        ({"lengths": (3,) * 100}, "routed"),  # more blocks than a query has bits
+        ({"n_key": 2000, "n_query": 2000}, "routed"),
+        ({"block_size": 32}, "routed"),
+        ({"causal": False}, "routed"),
+        ({"top_k": 1}, "routed"),
+        ({"width": 256}, "routed"),
+    ],
+    ids=str,
+)
+def test_a_dense_mask_is_named_where_the_operation_takes_it(monkeypatch, as_if_on_cuda, given, path):
+    """Decided twice: by `explain` from its arguments, by the operator from the layout."""
+    monkeypatch.setattr(paths, "on_nvidia_gpu", lambda _: True)
+    monkeypatch.setattr(flex_module, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
+    taken, attend, under_mask = [], flex.attend, dense_mask.attend
+    monkeypatch.setattr(flex, "attend", lambda *args: taken.append("routed") or attend(*args))
+    monkeypatch.setattr(dense_mask, "attend", lambda *args: taken.append("dense mask") or under_mask(*args))
+    lengths = given.get("lengths")
+    n_key = sum(lengths) if lengths else given.get("n_key", 300)
+    n_query, width = given.get("n_query", n_key), given.get("width", 16)
+    call = {"block_size": 64, "top_k": 3} | {name: given[name] for name in ("block_size", "top_k", "causal") if name in given}
+    query, key = torch.randn(1, 4, n_query, width).bfloat16(), torch.randn(1, 2, n_key, width).bfloat16()
+    if lengths:
+        packed = {"cu_seqlens": bounds(*lengths), "return_lse": True}
+        found = explain(*(x[0].transpose(0, 1) for x in (query, key)), **call, **packed)
+        settings = AttentionSettings(**call, scale=0.25, implementation="flex")
+        dispatch.attend(query, key, key, settings, cu_seqlens=packed["cu_seqlens"], longest=max(lengths), return_lse=True)
+    else:
+        mask = {"padding_mask": torch.arange(n_key)[None] > 20} if given.get("padded") else {}
+        found = explain(query, key, **call, **mask, return_lse=True)
+        unchecked(query, key, key, **call, **mask, return_lse=True, implementation="flex")
+    assert found.path == path and set(taken) == {path}
+    assert ("dense mask" in found.reasons) == (path == "routed")

@@ -27,7 +27,7 @@ def compile_with(monkeypatch, backend) -> None:
     """Calls of FlexAttention are compiled on a CPU too, by `backend(graph, inputs, call)`."""
     compile_ = torch.compile
     monkeypatch.setattr(torch, "compile", lambda call, **options: compile_(call, backend=partial(backend, call=call), **options))
-    monkeypatch.setattr(flex_calls, "_compile", lambda call, key, is_cuda: compiled(call, key))
+    monkeypatch.setattr(flex_calls, "compile_on_gpu", lambda call, key, is_cuda: compiled(call, key))
     for name in ("_forward_call", "_backward_call"):  # none that other tests have made
         monkeypatch.setattr(flex_calls, name, cache(getattr(flex_calls, name).__wrapped__))
     torch._dynamo.reset()

@@ -84,7 +84,7 @@ def test_values_and_gradients_are_those_of_the_specification(seed, implementatio
 
 @pytest.mark.parametrize("implementation", ["flex", "triton"])
 def test_as_many_blocks_as_a_query_has_bits(implementation):
-    """The last one is the sign."""
+    """With "flex" the last one is the sign, of queries whose own block it is."""
     n = 64 * (64 if implementation == "triton" else 32) - 3
     leaves = [torch.randn(1, h, n, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True) for h in (2, 1, 1)]
     settings = {"block_size": 64, "top_k": 9}

@@ -83,6 +83,17 @@ def rows_of_turn(turn, own_turns, ROW_QUERY, first_row, begin, stop, M: tl.const
 
 
 @triton.jit
+def base2_scores(q, k, scale, softcap, CAPPED: tl.constexpr, PRECISION: tl.constexpr):
+    """The scores `[M, K]` of queries `[M, D]` and keys `[K, D]`, times log2(e)."""
+    log2e: tl.constexpr = 1.4426950408889634
+    score = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * log2e)
+    if CAPPED:
+        tanh = 1.0 - 2.0 / (1.0 + tl.exp2(score * (2.0 / softcap)))
+        score = tanh * (softcap * log2e)
+    return score
+
+
+@triton.jit
 def columns(real, d, D: tl.constexpr, DP: tl.constexpr):
     """The mask of real rows and of the first `D` of `DP` columns."""
     if D == DP:

@@ -20,10 +20,10 @@ from ...core.layout import BlockLayout
 from ...core.settings import AttentionSettings
 from ...core.strides import empty_with_strides_of
 from .backward import dot_precision
-from .block_programs import columns
+from .block_programs import base2_scores, columns
 from .sizes import cdiv, gpu_memory, next_power_of_2
 
-_LOG2E, _LN2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
+_LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
@@ -36,16 +36,6 @@ def _rows(pointer, step, first, m, real, d, D: tl.constexpr, DP: tl.constexpr):
         return tl.load(pointers)
     else:
         return tl.load(pointers, mask=(d < D)[None, :], other=0.0)
-
-
-@triton.jit
-def _scores(q, k, scale, softcap, CAPPED: tl.constexpr, PRECISION: tl.constexpr):
-    # [M, K], in base 2.
-    score = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * _LOG2E)
-    if CAPPED:
-        tanh = 1.0 - 2.0 / (1.0 + tl.exp2(score * (2.0 / softcap)))
-        score = tanh * (softcap * _LOG2E)
-    return score
 
 
 @triton.jit
@@ -70,7 +60,7 @@ def _dense_mask_kernel(
     place = b * Q + tile * M // P
     begin = tile * M % P
     start, stop, own = tl.load(QUERY_START + place), tl.load(QUERY_STOP + place), tl.load(OWN + place)
-    if (begin >= stop) | (begin + M <= start):
+    if (begin >= stop) | (begin + M <= start) | (start >= stop):
         return
     m, d, dv = tl.arange(0, M), tl.arange(0, DP), tl.arange(0, DVP)
     slot = begin + m
@@ -92,7 +82,7 @@ def _dense_mask_kernel(
     for i in tl.range(0, begin + M, M, num_stages=STAGES):  # keys of the own block
         j = i + m
         k, v = _rows(keys, key_n, i, m, j < stop, d, D, DP), _rows(values, value_n, i, m, j < stop, dv, DV, DVP)
-        score = tl.where(j[None, :] <= slot[:, None], _scores(q, k, scale, softcap, CAPPED, PRECISION), float("-inf"))
+        score = tl.where(j[None, :] <= slot[:, None], base2_scores(q, k, scale, softcap, CAPPED, PRECISION), float("-inf"))
         new = tl.maximum(most, tl.max(score, 1))
         new = tl.where(new == float("-inf"), 0.0, new)  # all scores are -inf
         total, out = _add(tl.exp2(score - new[:, None]), v, most, new, total, out, PRECISION)
@@ -103,7 +93,7 @@ def _dense_mask_kernel(
     values -= ((own - first) * P).to(tl.int64) * value_n
     for i in tl.range(0, (own - first) * P, M, num_stages=STAGES):
         k = _rows(keys, key_n, i, m, None, d, D, DP)
-        score = _scores(q, k, scale, softcap, CAPPED, PRECISION)
+        score = base2_scores(q, k, scale, softcap, CAPPED, PRECISION)
         here = ((reads >> (first + i // P)) & 1) > 0
         new = tl.where(here, tl.maximum(most, tl.max(score, 1)), most)
         weight = tl.exp2(score - tl.where(here, new, float("inf"))[:, None])

@@ -20,10 +20,10 @@ from ...core.layout import BlockLayout
 from ...core.settings import AttentionSettings
 from ..routing import Routes
 from .backward import dot_precision
-from .block_programs import columns, own_queries, part_of_program, place_of_turn, row_queries, rows_of_turn, windows
+from .block_programs import base2_scores, columns, own_queries, part_of_program, place_of_turn, row_queries, rows_of_turn, windows
 from .sizes import gpu_memory, next_power_of_2
 
-_LOG2E, _LN2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
+_LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit(do_not_specialize=["N_TOKENS", "N_WINDOWS", "WINDOW", "C", "Q"])
@@ -76,10 +76,7 @@ def _forward_kernel(
         at = r.to(tl.int64) * query_h + n * query_n
         q = tl.load(queries + at[:, None] + d[None, :], mask=columns(real, d, D, DP), other=0.0)
 
-        score = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * _LOG2E)  # [M, K], in base 2
-        if CAPPED:
-            tanh = 1.0 - 2.0 / (1.0 + tl.exp2(score * (2.0 / softcap)))
-            score = tanh * (softcap * _LOG2E)
+        score = base2_scores(q, k, scale, softcap, CAPPED, PRECISION)
         own, repeat, slot0, i = place_of_turn(late, own_turns, turns_per_head, 0, begin, M, REPEATS)
         real = (m >= tl.where(own, query_start - slot0, 0)) & (m < tl.where(own, query_stop - slot0, stop - i))
         last = tl.where(real, tl.where(own, slot0 + m, n_keys - 1), -1)

@@ -88,6 +88,14 @@ def _largest(ERROR, begin, end):
 
 
 @triton.jit
+def _store_forced(out, first, last, real, here, SINK: tl.constexpr, RECENT: tl.constexpr):
+    for s in tl.static_range(SINK):
+        tl.store(out + s, tl.where(real & (first + s < last), first + s, -1), mask=here)
+    for r in tl.static_range(RECENT):
+        tl.store(out + SINK + r, tl.where(real & (last - 1 - r >= first + SINK), last - 1 - r, -1), mask=here)
+
+
+@triton.jit
 def _lanes_kernel(
     QUERY, MEAN, HIGH, LOW, ERROR, OUT, REDO, FIRST, LAST, START, STOP, TOKEN, stride_b, stride_h, stride_n, H, G, C, N_BLOCKS,
     SINK: tl.constexpr, RECENT: tl.constexpr, FREE: tl.constexpr, P: tl.constexpr,
@@ -108,6 +116,14 @@ def _lanes_kernel(
     start, stop = tl.load(START + meta, mask=exists, other=0), tl.load(STOP + meta, mask=exists, other=0)
     real = (slot - block * P >= start) & (slot - block * P < stop)
     token = tl.load(TOKEN + meta, mask=exists, other=0) + slot - block * P
+    if tl.max(last - first, 0) <= FREE + SINK + RECENT:  # all candidates are chosen
+        out, here = OUT + (bh.to(tl.int64) * N_BLOCKS * P + slot.to(tl.int64)) * (FREE + SINK + RECENT), slot < N_BLOCKS * P
+        for j in tl.static_range(FREE):
+            tl.store(out + j, tl.where(real & (first + SINK + j < last - RECENT), first + SINK + j, -1), mask=here)
+        _store_forced(out + FREE, first, last, real, here, SINK, RECENT)
+        flags = tl.program_id(1) * tl.num_programs(0) * (M // REDO_M) + tile * (M // REDO_M) + tl.arange(0, M // REDO_M)
+        tl.store(REDO + flags, tl.zeros([M // REDO_M], tl.int32))
+        return
     d, lane = tl.arange(0, DP), tl.arange(0, T)
     queries = QUERY + b.to(tl.int64) * stride_b + h.to(tl.int64) * stride_h + token.to(tl.int64) * stride_n
     q = tl.load(queries[:, None] + d[None, :], mask=real[:, None] & (d[None, :] < D), other=0.0)
@@ -165,11 +181,7 @@ def _lanes_kernel(
         best2 = tl.where(taken, best3, best2)
         best3 = tl.where(taken, best4, best3)
         best4 = tl.where(taken, none, best4)
-    forced = out + FREE
-    for s in tl.static_range(SINK):
-        tl.store(forced + s, tl.where(real & (first + s < last), first + s, -1), mask=here)
-    for r in tl.static_range(RECENT):
-        tl.store(forced + SINK + r, tl.where(real & (last - 1 - r >= first + SINK), last - 1 - r, -1), mask=here)
+    _store_forced(out + FREE, first, last, real, here, SINK, RECENT)
 
     if ERROR is not None and TURNS > 1:
         doubt *= _largest(ERROR + group * C, begin, end)
