@@ -9,8 +9,8 @@ Queries are sent to key blocks as a mixture of experts sends tokens to experts, 
 
 A backend implements the steps: `backends/eager.py` (any device), `backends/flex.py` or `backends/triton.py` (CUDA). The interface is
 `backends/protocol.py`, whose `attend` is steps 3 and 4. With few blocks on a GPU, `backends/dense_mask.py` replaces steps 2 to 4. This file
-combines the steps, and splits a call into pieces of bounded size.
-`operator.py` makes it a differentiable operator; `backends/paths.py` decides which calls get here.
+combines the steps, and splits a call into pieces of bounded size. `operator.py` makes it a differentiable operator; `backends/paths.py`
+decides which calls get here.
 
 B batch, H query heads, G key heads, N tokens, Q query blocks, C key blocks, P slots per block, S chosen blocks per query, D head dimension.
 """

@@ -25,7 +25,7 @@ from ...core.layout import BlockLayout
 from ...core.settings import AttentionSettings
 from ..routing import Routes
 from .block_programs import columns, own_queries, part_of_program, place_of_turn, row_queries, row_statistics, rows_of_turn, windows
-from .sizes import cdiv, gpu_memory, next_power_of_2
+from .sizes import cdiv, gpu_memory, next_power_of_2, padded_width
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 _LENGTHS = ["N", "N_ROWS", "N_QUERIES", "N_WINDOWS", "WINDOW", "C", "Q"]  # a new length must not cause a compilation
@@ -216,7 +216,7 @@ def one_pass_backward(
     slots = layout.n_query_blocks * layout.width
     keys, queries, warps, stages, transposed = program(query.dtype, layout.width, width, value_width, *gpu_memory(query.device))
     subs, n_queries, device = cdiv(layout.width, keys), rows * heads * slots, query.device
-    padded, value_padded = max(16, next_power_of_2(width)), max(16, next_power_of_2(value_width))
+    padded, value_padded = padded_width(width), padded_width(value_width)
 
     n_rows, n_windows, window, tile, nothing = 0, 0, 1, 1, layout.own
     lists = (nothing,) * 4
@@ -272,7 +272,7 @@ def program(dtype: torch.dtype, slots: int, width: int, value_width: int, room: 
     For blocks of `slots` slots, programs of at most `room` bytes of shared memory and GPUs of compute capability `major`. The sizes are
     the largest for which Triton spills no registers in the loop: the gradients of keys and values take half of the registers.
     """
-    both, size = sum(max(16, next_power_of_2(x)) for x in (width, value_width)), dtype.itemsize
+    both, size = sum(padded_width(x) for x in (width, value_width)), dtype.itemsize
     most, wgmma = next_power_of_2(slots), major in (9, 10)
     if dtype == torch.float32:
         keys, queries, warps, stages = 32, 32, 4, 1

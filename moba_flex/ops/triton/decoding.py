@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ...core.settings import AttentionSettings
 from ..pages import Pages
-from .sizes import cdiv, gpu_memory, next_power_of_2
+from .sizes import cdiv, gpu_memory, next_power_of_2, padded_width
 
 _NONE = tl.constexpr(-(1 << 63))  # below every score
 _TILE = 64  # means that a program scores, keys that it reads at a time; fewer for large head dimensions
@@ -246,7 +246,7 @@ def _decode(
     repeats = heads // groups
     choosers = 1 if settings.share_selection else repeats
     free = settings.n_free
-    padded, value_padded = (max(16, next_power_of_2(x)) for x in (width, value_width))
+    padded, value_padded = (padded_width(x) for x in (width, value_width))
     tile = _TILE if padded <= 256 else 16
     parts_of_means, keep = cdiv(n_blocks, tile), min(free, tile)
     best = torch.empty(rows * groups * choosers * new, parts_of_means * keep, dtype=torch.int64, device=query.device)

@@ -21,13 +21,13 @@ from ...core.settings import AttentionSettings
 from ...core.strides import empty_with_strides_of
 from .backward import dot_precision
 from .block_programs import base2_scores, columns
-from .sizes import cdiv, gpu_memory, next_power_of_2
+from .sizes import cdiv, gpu_memory, padded_width
 
 _LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def _rows(pointer, step, first, m, real, d, D: tl.constexpr, DP: tl.constexpr):
+def _tokens(pointer, step, first, m, real, d, D: tl.constexpr, DP: tl.constexpr):
     # The tokens `first + m`, [M, DP]: all of them if `real` is None. Offsets within a tile are 32-bit: 64-bit ones spill registers.
     pointers = (pointer + tl.cast(first, tl.int64) * step) + ((m * step)[:, None] + d[None, :])
     if real is not None:
@@ -73,7 +73,7 @@ def _dense_mask_kernel(
 
     token = tl.load(QUERY_TOKEN + place)
     q = QUERY + b.to(tl.int64) * query_b + h.to(tl.int64) * query_h
-    q = _rows(q, query_n, token + begin, m, real, d, D, DP)
+    q = _tokens(q, query_n, token + begin, m, real, d, D, DP)
     g, key = (h // REPEATS).to(tl.int64), tl.load(KEY_TOKEN + b * C + own).to(tl.int64)
     keys = KEY + b.to(tl.int64) * key_b + g * key_g + key * key_n
     values = VALUE + b.to(tl.int64) * value_b + g * value_g + key * value_n
@@ -81,7 +81,7 @@ def _dense_mask_kernel(
     most, total, out = tl.full([M], float("-inf"), tl.float32), tl.zeros([M], tl.float32), tl.zeros([M, DVP], tl.float32)
     for i in tl.range(0, begin + M, M, num_stages=STAGES):  # keys of the own block
         j = i + m
-        k, v = _rows(keys, key_n, i, m, j < stop, d, D, DP), _rows(values, value_n, i, m, j < stop, dv, DV, DVP)
+        k, v = _tokens(keys, key_n, i, m, j < stop, d, D, DP), _tokens(values, value_n, i, m, j < stop, dv, DV, DVP)
         score = tl.where(j[None, :] <= slot[:, None], base2_scores(q, k, scale, softcap, CAPPED, PRECISION), float("-inf"))
         new = tl.maximum(most, tl.max(score, 1))
         new = tl.where(new == float("-inf"), 0.0, new)  # all scores are -inf
@@ -92,12 +92,12 @@ def _dense_mask_kernel(
     keys -= ((own - first) * P).to(tl.int64) * key_n
     values -= ((own - first) * P).to(tl.int64) * value_n
     for i in tl.range(0, (own - first) * P, M, num_stages=STAGES):
-        k = _rows(keys, key_n, i, m, None, d, D, DP)
+        k = _tokens(keys, key_n, i, m, None, d, D, DP)
         score = base2_scores(q, k, scale, softcap, CAPPED, PRECISION)
         here = ((reads >> (first + i // P)) & 1) > 0
         new = tl.where(here, tl.maximum(most, tl.max(score, 1)), most)
         weight = tl.exp2(score - tl.where(here, new, float("inf"))[:, None])
-        v = _rows(values, value_n, i, m, None, dv, DV, DVP)
+        v = _tokens(values, value_n, i, m, None, dv, DV, DVP)
         total, out = _add(weight, v, most, new, total, out, PRECISION)
         most = new
 
@@ -122,7 +122,7 @@ def dense_mask_forward(
     if not layout.covers:
         out.zero_()
         lse.fill_(-torch.inf)
-    padded, value_padded = _padded(width), _padded(value_width)
+    padded, value_padded = padded_width(width), padded_width(value_width)
     stages = pipeline_stages((width, value_width), query.element_size(), query.device)
     strides = [s for x in (query, key, value, out) for s in x.stride()[:3]]
     _dense_mask_kernel[(rows * heads, layout.n_query_blocks * layout.width // MASK_TILE)](
@@ -164,10 +164,6 @@ def pipeline_stages(widths: tuple[int, int], size: int, device: torch.device) ->
 
     With three stages, two programs share a multiprocessor of a Hopper GPU (head dimension 128), and with two, one of an A100.
     """
-    width, value_width = map(_padded, widths)
+    width, value_width = map(padded_width, widths)
     shared = MASK_TILE * size * (width + 3 * (width + value_width))
     return 3 if 2 * shared <= gpu_memory(device)[0] else 2
-
-
-def _padded(width: int) -> int:
-    return max(16, next_power_of_2(width))

@@ -21,7 +21,7 @@ from ...core.settings import AttentionSettings
 from ..routing import Routes
 from .backward import dot_precision
 from .block_programs import base2_scores, columns, own_queries, part_of_program, place_of_turn, row_queries, rows_of_turn, windows
-from .sizes import gpu_memory, next_power_of_2
+from .sizes import gpu_memory, next_power_of_2, padded_width
 
 _LN2 = tl.constexpr(0.6931471805599453)
 
@@ -128,7 +128,7 @@ def one_pass_forward(
         *strides, settings.scale, settings.softcap or 0.0, groups, layout.n_key_blocks, layout.n_query_blocks, n_tokens, n_windows, window,
         CAUSAL=settings.causal, CAPPED=settings.softcap is not None, ROUTED=routes is not None, PRECISION=dot_precision(query.dtype),
         REPEATS=heads // groups, TILE=tile, P=layout.width, K=keys, M=queries, STAGES=stages,
-        D=width, DP=max(16, next_power_of_2(width)), DV=value_width, DVP=max(16, next_power_of_2(value_width)), num_warps=warps,
+        D=width, DP=padded_width(width), DV=value_width, DVP=padded_width(value_width), num_warps=warps,
     )  # fmt: skip
     return None if routes is None else (row_out, row_lse)
 
@@ -136,14 +136,14 @@ def one_pass_forward(
 def fits(query: Tensor, value: Tensor, slots: int) -> bool:
     """Whether the keys and values of a block of `slots` slots fit into shared memory. AMD GPUs: False, Triton cannot compile it."""
     room, major = gpu_memory(query.device)
-    padded = sum(max(16, next_power_of_2(x.shape[-1])) for x in (query, value))
+    padded = sum(padded_width(x.shape[-1]) for x in (query, value))
     return major > 0 and padded * 2 * (next_power_of_2(slots) + 64) + (4 << 10) <= room
 
 
 @lru_cache(maxsize=256)
 def program(dtype: torch.dtype, slots: int, width: int, value_width: int, room: int, major: int) -> tuple[int, int, int, int]:
     """Keys per program, queries per turn, warps and pipeline stages: see `backward.program`."""
-    padded, value_padded = (max(16, next_power_of_2(x)) for x in (width, value_width))
+    padded, value_padded = (padded_width(x) for x in (width, value_width))
     keys, size = next_power_of_2(slots), dtype.itemsize
     queries = 64 if slots >= 64 else 32
     warps = 8 if keys * queries > 64 * 128 or value_padded > 128 else 4

@@ -24,7 +24,7 @@ from ...core.layout import BlockLayout
 from ...core.settings import AttentionSettings
 from ..gate import candidates
 from .block_means import BlockMeans, block_means, norm, rest_scale
-from .sizes import cdiv, gpu_memory, next_power_of_2
+from .sizes import cdiv, gpu_memory, next_power_of_2, padded_width
 
 # With more blocks to choose, five of them too often share a lane. With more bits for the index, too many scores look equal.
 _MOST_IN_LANES, _MOST_BITS = 16, 8
@@ -88,6 +88,17 @@ def _largest(ERROR, begin, end):
 
 
 @triton.jit
+def _to_query(OUT, bh, N_BLOCKS, P: tl.constexpr, slot, S: tl.constexpr):
+    return OUT + (bh.to(tl.int64) * N_BLOCKS * P + slot.to(tl.int64)) * S
+
+
+@triton.jit
+def _flags(REDO, bh, tile, PER_TILE: tl.constexpr):
+    # Of a program, one for each exact search that it may request.
+    return REDO + (bh * tl.num_programs(0) * PER_TILE + tile * PER_TILE + tl.arange(0, PER_TILE))
+
+
+@triton.jit
 def _store_forced(out, first, last, real, here, SINK: tl.constexpr, RECENT: tl.constexpr):
     for s in tl.static_range(SINK):
         tl.store(out + s, tl.where(real & (first + s < last), first + s, -1), mask=here)
@@ -117,12 +128,11 @@ def _lanes_kernel(
     real = (slot - block * P >= start) & (slot - block * P < stop)
     token = tl.load(TOKEN + meta, mask=exists, other=0) + slot - block * P
     if tl.max(last - first, 0) <= FREE + SINK + RECENT:  # all candidates are chosen
-        out, here = OUT + (bh.to(tl.int64) * N_BLOCKS * P + slot.to(tl.int64)) * (FREE + SINK + RECENT), slot < N_BLOCKS * P
+        out, here = _to_query(OUT, bh, N_BLOCKS, P, slot, FREE + SINK + RECENT), slot < N_BLOCKS * P
         for j in tl.static_range(FREE):
             tl.store(out + j, tl.where(real & (first + SINK + j < last - RECENT), first + SINK + j, -1), mask=here)
         _store_forced(out + FREE, first, last, real, here, SINK, RECENT)
-        flags = tl.program_id(1) * tl.num_programs(0) * (M // REDO_M) + tile * (M // REDO_M) + tl.arange(0, M // REDO_M)
-        tl.store(REDO + flags, tl.zeros([M // REDO_M], tl.int32))
+        tl.store(_flags(REDO, bh, tile, M // REDO_M), tl.zeros([M // REDO_M], tl.int32))
         return
     d, lane = tl.arange(0, DP), tl.arange(0, T)
     queries = QUERY + b.to(tl.int64) * stride_b + h.to(tl.int64) * stride_h + token.to(tl.int64) * stride_n
@@ -161,7 +171,7 @@ def _lanes_kernel(
             best1, best2 = tl.maximum(best1, best2, nan), tl.minimum(best1, best2, nan)
             best3, best4 = tl.maximum(best3, best4, nan), tl.minimum(best3, best4, nan)
 
-    out = OUT + (bh.to(tl.int64) * N_BLOCKS * P + slot.to(tl.int64)) * (FREE + SINK + RECENT)
+    out = _to_query(OUT, bh, N_BLOCKS, P, slot, FREE + SINK + RECENT)
     here = slot < N_BLOCKS * P
     found = tl.zeros([M], tl.int32)
     normal = tl.full([M], 1, tl.int32)
@@ -203,8 +213,7 @@ def _lanes_kernel(
     finite = tl.min((left == left).to(tl.int32), 1)
     certain = certain & (found == wanted) & (normal > 0) & (finite > 0)
     redo = tl.reshape((real & ~certain).to(tl.int32), [M // REDO_M, REDO_M])
-    flags = tl.program_id(1) * tl.num_programs(0) * (M // REDO_M) + tile * (M // REDO_M) + tl.arange(0, M // REDO_M)
-    tl.store(REDO + flags, tl.max(redo, 1))
+    tl.store(_flags(REDO, bh, tile, M // REDO_M), tl.max(redo, 1))
 
 
 @triton.jit
@@ -258,13 +267,10 @@ def _search_kernel(
             score = tl.where(column[None, :] == place[:, None], float("-inf"), score)
             most, place = tl.max(score, 1, return_indices=True)
 
-    out = OUT + (bh.to(tl.int64) * N_BLOCKS * P + slot.to(tl.int64)) * (FREE + SINK + RECENT)
+    out = _to_query(OUT, bh, N_BLOCKS, P, slot, FREE + SINK + RECENT)
     chosen = tl.where(real[:, None] & (chosen >= 0), chosen, -1)
     tl.store(out[:, None] + j[None, :], chosen, mask=(j[None, :] < FREE) & (slot[:, None] >= 0))
-    for s in tl.static_range(SINK):
-        tl.store(out + FREE + s, tl.where(real & (first + s < last), first + s, -1))
-    for r in tl.static_range(RECENT):
-        tl.store(out + FREE + SINK + r, tl.where(real & (last - 1 - r >= first + SINK), last - 1 - r, -1))
+    _store_forced(out + FREE, first, last, real, None, SINK, RECENT)
 
 
 @lru_cache(maxsize=256)
@@ -302,7 +308,7 @@ def choose(query: Tensor, key: Tensor, layout: BlockLayout, settings: AttentionS
         return chosen
     free = settings.n_free
     shape = heads, key.shape[1], layout.n_key_blocks, layout.n_query_blocks
-    sizes = {"D": width, "DP": max(16, next_power_of_2(width)), "P": layout.query_width}
+    sizes = {"D": width, "DP": padded_width(width), "P": layout.query_width}
     forced = {"SINK": settings.sink_blocks, "RECENT": settings.recent_blocks, "FREE": free}
     means = block_means(key, layout, query.dtype) if free else BlockMeans(query)  # no block is chosen by score then
     halves = query, means.mean, means.high, means.low

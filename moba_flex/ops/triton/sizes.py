@@ -1,4 +1,4 @@
-"""`cdiv` and `next_power_of_2` for the host: Triton's versions also work within kernels, and take thirty times as long."""
+"""Integer functions for the host, and what a GPU has. Triton's versions of the first also work within kernels, and take thirty times as long."""
 
 from __future__ import annotations
 
@@ -14,6 +14,11 @@ def cdiv(x: int, y: int) -> int:
 def next_power_of_2(n: int) -> int:
     """The smallest power of two that is at least `n`, for `n >= 1`."""
     return 1 << (n - 1).bit_length()
+
+
+def padded_width(width: int) -> int:
+    """The number of columns of a tile for a head dimension: a power of two, at least 16 for matrix products."""
+    return max(16, next_power_of_2(width))
 
 
 @lru_cache(maxsize=16)
