@@ -1,4 +1,4 @@
-"""Integer functions for the host, and what a GPU has. Triton's versions of the first also work within kernels, and take thirty times as long."""
+"""Integers for the host, and what a GPU has. Triton's versions of the former also work within kernels, and take thirty times as long."""
 
 from __future__ import annotations
 
