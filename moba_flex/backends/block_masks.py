@@ -6,7 +6,7 @@ steps through the rest. The partial and the full list of a mask have the same wi
 with the strides of one.
 
 On a GPU the lists decide: `rule`, the `mask_mod` without the tensors that it reads (`buffers`), is evaluated only on partial
-tiles. On a CPU it is the complete mask, since uncompiled FlexAttention reads nothing else.
+tiles, and says only what the lists leave open. On a CPU it is the complete mask, since uncompiled FlexAttention reads nothing else.
 
 B batch, H query heads, G key heads, Q query blocks, C key blocks, P slots per block, T tiles of queries.
 """
@@ -58,9 +58,29 @@ def query_tile(width: int) -> int:
     return math.gcd(width, QUERY_TILE)
 
 
+def block_at(slot: Tensor, width: int) -> Tensor:
+    """`slot // width` of slots from 0 on, for a rule. A compiled kernel needs ten instructions for a division, which rounds down."""
+    return slot >> (width.bit_length() - 1) if width & (width - 1) == 0 else slot // width
+
+
+def place_at(slot: Tensor, width: int) -> Tensor:
+    """`slot % width`, see `block_at`."""
+    return slot & (width - 1) if width & (width - 1) == 0 else slot % width
+
+
+@cache
+def own_tile_rule(tile: int) -> Callable[..., Tensor]:
+    """What is left open where a tile of queries reads only the tile of its own tokens partially."""
+
+    def rule(b, h, q, kv):  # type: ignore[no-untyped-def]  # with annotations the backward graph cannot be cached on disk
+        return place_at(kv, tile) <= place_at(q, tile)
+
+    return rule
+
+
 @cache
 def _local_rule(width: int) -> Callable[..., Tensor]:
-    def rule(b, h, q, kv, own):  # type: ignore[no-untyped-def]  # with annotations the backward graph cannot be cached on disk
+    def rule(b, h, q, kv, own):  # type: ignore[no-untyped-def]
         return (own[b, q // width] == kv // width) & (kv % width <= q % width)
 
     return rule
@@ -107,7 +127,13 @@ def _local_mask(layout: BlockLayout, heads: int, groups: int, batch_merged: bool
     indices = start + step, start, same, later
     in_part, in_full, back_in_part, back_in_full = (tile_lists(n.flatten(1), i.flatten(1)) for n, i in zip(counts, indices))
     lists = *in_part, *in_full, *back_in_part, *back_in_full
+    if own.is_cuda:
+        return _own_tile_mask(tile, heads // groups, lists)
     return Mask(("local", layout.width, heads // groups), (tile, tile), _local_rule(layout.width), (own,), lists)
+
+
+def _own_tile_mask(tile: int, heads_per_group: int, lists: Lists) -> Mask:
+    return Mask(("local", tile, heads_per_group), (tile, tile), own_tile_rule(tile), (), lists)
 
 
 def _local_mask_of_tiles(layout: BlockLayout, offset: Tensor, heads: int, groups: int) -> Mask:
@@ -129,6 +155,8 @@ def _local_mask_of_tiles(layout: BlockLayout, offset: Tensor, heads: int, groups
     indices = start + place, start, same.clamp(0, last_tile), later.clamp(max=last_tile)
     listed = [tile_lists(n.int().flatten(1), i.flatten(1)) for n, i in zip(counts, indices)]
     lists = *listed[0], *listed[1], *listed[2], *listed[3]
+    if own.is_cuda:
+        return _own_tile_mask(tile, heads // groups, lists)
     return Mask(("local tiles", layout.width, heads // groups), (tile, tile), _tiles_rule(layout.width, tile), (own, offset), lists)
 
 
@@ -143,7 +171,7 @@ def _routed_rule(tile: int, width: int) -> Callable[..., Tensor]:
 @cache
 def _past_rule(width: int, block_size: int) -> Callable[..., Tensor]:
     def rule(b, h, q, kv):  # type: ignore[no-untyped-def]
-        return kv % width < block_size
+        return place_at(kv, width) < block_size
 
     return rule
 

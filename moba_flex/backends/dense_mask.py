@@ -21,7 +21,7 @@ from ..core.layout import BlockLayout
 from ..core.settings import AttentionSettings
 from ..core.strides import empty_with_strides_of, tokens_first
 from ..ops import kernels, ops_for
-from .block_masks import block_mask, tile_lists
+from .block_masks import block_at, block_mask, own_tile_rule, place_at, tile_lists
 from .compilation import any_length
 from .flex_calls import compile_on_gpu, make_constants, softcap_score
 from .flex_options import COMMON_OPTIONS
@@ -83,14 +83,15 @@ def _call(
 
         def score_mod(score, b, h, q, kv):
             score = score if cap is None else cap(score, b, h, q, kv)
-            reads = ((bits[b, h, q] >> (kv // width)) & 1) > 0
+            reads = (bits[b, h, q] & (1 << block_at(kv, width))) != 0  # shifts once per key; bits >> block would once per score
             if block_size < width:  # past blocks have empty slots
-                reads = reads & (kv % width < block_size)
+                reads = reads & (place_at(kv, width) < block_size)
             return torch.where(reads, score, -float("inf"))
 
-        def mask_mod(b, h, q, kv):
+        def complete(b, h, q, kv):
             return kv <= own[b, q // width] * width + q % width
 
+        mask_mod = own_tile_rule(MASK_TILE) if is_cuda else complete  # on a GPU only the own tile is partial
         mask = block_mask((MASK_TILE, MASK_TILE), mask_mod, (*lists, None, None, None, None), query.shape[2], key.shape[2])
         operands = query, key, value, score_mod, mask, scale
         out, aux = flex_attention(*operands, enable_gqa=True, kernel_options=options, return_aux=AuxRequest(lse=True))

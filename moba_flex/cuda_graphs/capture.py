@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..core.allocation import allocate_persistent
 from ..core.upstream import release_broken_pool
+from ..ops import kernels
 
 Function = Callable[..., tuple[Tensor, ...]]
 
@@ -123,7 +124,7 @@ def _without_collection() -> Iterator[None]:
 
 
 class CudaMarks:
-    """Markers on the current stream: numbers that the GPU copies to host memory when it reaches them. Reading one needs no CUDA call.
+    """Markers on the current stream: numbers that the GPU writes to host memory when it reaches them. Reading one needs no CUDA call.
 
     An event would give the same information, but while another thread captures a graph in PyTorch's default mode, querying an event is an
     error, which also invalidates that capture.
@@ -133,8 +134,7 @@ class CudaMarks:
 
     def __init__(self) -> None:
         device = torch.device("cuda", torch.cuda.current_device())
-        self._numbers = allocate_persistent(lambda: torch.arange(self._COUNT, device=device), device).unbind()
-        self._reached = allocate_persistent(lambda: torch.zeros((), dtype=torch.int64, pin_memory=True), device)
+        self._reached = allocate_persistent(lambda: torch.zeros((), dtype=torch.int32, pin_memory=True), device)
         self._made = 0
 
     @property
@@ -143,4 +143,4 @@ class CudaMarks:
 
     def mark(self) -> None:
         self._made = (self._made + 1) % self._COUNT
-        self._reached.copy_(self._numbers[self._made], non_blocking=True)
+        kernels.mark(self._reached, self._made)

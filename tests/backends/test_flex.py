@@ -6,6 +6,8 @@ other.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.attention.flex_attention as flex_module
@@ -16,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moba_flex import attention as attention_module
 from moba_flex.backends import dense_mask, flex, paths
-from moba_flex.backends.block_masks import local_mask, routed_mask
+from moba_flex.backends.block_masks import block_at, local_mask, own_tile_rule, place_at, routed_mask
 from moba_flex.core import chunking as chunks_module
 from moba_flex.core.chunking import QUERY_TILE, chunks, max_elements
 from moba_flex.core.layout import slots_per_block
@@ -339,11 +341,15 @@ def test_the_lists_of_the_local_mask_say_what_its_rule_says(case, batch_merged):
     wanted = seen.any(4).any(2).int() + seen.all(4).all(2).int()
     holds_queries = (layout.query_stop > layout.query_start).view(rows // case["groups"], -1).repeat_interleave(case["groups"], 0)
     tiles = holds_queries.repeat_interleave(layout.query_width // mask.tiles[0], 1)
+    on_gpu = replace(mask, rule=own_tile_rule(mask.tiles[0]), buffers=())  # is evaluated on partial tiles alone
+    left_open = evaluated(on_gpu, rows, n_query, n_key).unflatten(1, (-1, mask.tiles[0])).unflatten(3, (-1, mask.tiles[1]))
     for name, lists in (("queries", by_query), ("keys", by_key)):
         listed = lists.clone()
         # A tile whose rule holds everywhere may stand among the partial ones.
         same = (listed == wanted) | ((listed == 1) & (wanted == 2))
         assert same[tiles].all(), (name, case)
+        partial = (listed == 1) & tiles[..., None]
+        assert torch.equal(left_open.transpose(2, 3)[partial], seen.transpose(2, 3)[partial]), (name, case)
 
 
 @settings(max_examples=50)
@@ -366,6 +372,13 @@ def test_the_lists_of_the_routed_mask_say_what_its_rule_says(case):
     assert (every | (listed < 2)).all(), case  # nothing that the rule hides is listed as full
     if settings_.causal and layout.whole:
         assert (listed[some] == 2).all(), case  # no mask is evaluated for a past block
+
+
+@pytest.mark.parametrize("width", [16, 64, 128, 192, 1024, 1088])
+def test_a_rule_finds_the_block_and_the_place_of_a_slot(width):
+    slot = torch.arange(5 * width, dtype=torch.int32)
+    assert torch.equal(block_at(slot, width), slot // width)
+    assert torch.equal(place_at(slot, width), slot % width)
 
 
 def test_heads_narrower_than_a_tile_are_widened_with_zeros():

@@ -61,6 +61,7 @@ def launch(block_size: int, width: int, value_width: int, top_k: int, dtype: tor
         if kernels.backward.sub_blocks(query, value, layout.width) <= 3:
             kernels.one_pass_backward(query, key, value, out, lse, lse, routes, layout, settings, (query, key, value))
     means = torch.zeros(1, groups, layout.n_key_blocks, width)
+    kernels.mark(torch.zeros((), dtype=torch.int32), 1)
     kernels.decode(query[:, :, :1], key, value, means, None, None, settings)
 
 

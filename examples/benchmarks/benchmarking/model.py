@@ -69,7 +69,7 @@ class _OfModel:
         self.name, self.repeats, self.device, self.dtype = name, repeats, device, dtype
         self.systems = list(systems or self.SYSTEMS)
         self.blocks = {"block_size": block_size, "top_k": top_k}
-        self.model = moba_flex.patch(build(name, getattr(torch, dtype), device), **self.blocks)
+        self.model = build(name, getattr(torch, dtype), device)
 
     def settings(self) -> dict:
         return {"workload": self.WORKLOAD, "model": self.name, **self.blocks, "dtype": self.dtype, "repeats": self.repeats}
@@ -83,6 +83,8 @@ class _OfModel:
         return torch.randint(self.model.config.vocab_size, (1, tokens), generator=generator, device=self.device)
 
     def use(self, system: str) -> None:
+        moba_flex.unpatch(self.model)
+        moba_flex.patch(self.model, **self.blocks, implementation="triton" if system == TRITON else "auto")
         moba_flex.set_attention(self.model, "full" if system == "sdpa" else "moba")
 
 
@@ -91,6 +93,7 @@ class ModelPrefill(_OfModel):
 
     WORKLOAD = "prefill"
     SYSTEMS = (OURS, "sdpa")
+    MORE = (TRITON,)
     passes = ("prefill",)
 
     def title(self) -> str:
@@ -133,12 +136,9 @@ class ModelTraining(_OfModel):
 
     def use(self, system: str) -> None:
         moba_flex.unpatch(self.model)
-        if system == LEFT_OUT:
-            self.model.set_attn_implementation(LEFT_OUT)
-            return
-        self.model.set_attn_implementation("sdpa")
-        moba_flex.patch(self.model, **self.blocks, implementation="triton" if system == TRITON else "auto")
-        super().use(system)
+        self.model.set_attn_implementation(LEFT_OUT if system == LEFT_OUT else "sdpa")
+        if system != LEFT_OUT:
+            super().use(system)
 
     def call(self, system: str, pass_: str, tokens: int, sample: int) -> Call:
         prompt = self.prompt(tokens, sample)

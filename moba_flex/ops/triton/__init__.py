@@ -10,6 +10,7 @@ from .decoding import decode, decode_pages
 from .dense_mask import block_bits, dense_mask_forward
 from .forward import one_pass_forward
 from .gate import choose
+from .marks import mark
 from .routing import route
 from .rows import delta, dispatch, dispatch_backward, merge, sum_rows
 
@@ -22,6 +23,7 @@ __all__ = [
     "dense_mask_forward",
     "dispatch",
     "dispatch_backward",
+    "mark",
     "merge",
     "one_pass_backward",
     "one_pass_forward",
