@@ -8,6 +8,7 @@ import pytest
 import torch
 from support.stand_in_graphs import ELSEWHERE, HERE, Doubling, StandIn, assert_equal, call, capture
 
+from moba_flex.core.upstream import copy_all
 from moba_flex.cuda_graphs import buffers, cache
 from moba_flex.cuda_graphs.cache import CALLS_AHEAD, EAGER_CALLS, GraphCache, Place
 
@@ -85,6 +86,24 @@ def test_a_graph_reads_its_own_copy_of_the_inputs():
     x.zero_()
     assert_equal(got, wanted)
     assert StandIn.living[0].inputs[0].data_ptr() != x.data_ptr()
+
+
+def test_tensors_of_all_dtypes_are_copied_in_one_launch(monkeypatch):
+    launches = []
+    monkeypatch.setattr(buffers, "copy_all", lambda into, sources: launches.append(len(into)) or copy_all(into, sources))
+    bits = torch.randint(-(2**15), 2**15, (2, 6, 3, 8), dtype=torch.int16)  # NaN and infinity among them
+    same = [bits.view(dtype) for dtype in (torch.bfloat16, torch.float16, torch.int32, torch.float32, torch.int64)]
+    same += [bits.view(torch.bfloat16).transpose(1, 2), bits.view(torch.int32)[0, 0, 0], bits.view(torch.float32)[:0]]
+    others = [bits > 0, torch.tensor(3), bits.view(torch.bfloat16)[..., 0], bits.view(torch.int32)[..., ::2]]
+    tensors = (*same, None, *others)
+    into = [None if x is None else torch.empty_like(x) for x in tensors]
+    into[0] = torch.empty_like(same[0]).mT.contiguous().mT  # other strides
+    buffers.copy(tensors, tuple(into))
+    assert launches == [len(same) - 1]
+    for x, to in zip(tensors, into):
+        if x is not None:
+            given, got = (y.contiguous().flatten().view(torch.uint8) for y in (x, to))
+            assert torch.equal(given, got), (x.dtype, x.stride())
 
 
 @pytest.mark.parametrize(
