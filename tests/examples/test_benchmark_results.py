@@ -145,3 +145,13 @@ def test_without_matplotlib_there_is_a_message_and_no_plot(file, capsys, monkeyp
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     run(file, "--forward-only", "--systems", "moba_flex", draw=True)
     assert "moba_flex[viz]" in capsys.readouterr().out and not file.with_suffix(".png").exists()
+
+
+def test_the_ratio_to_others_leaves_out_our_own():
+    times = {"moba_flex": 4.0, "moba_flex-triton": 2.0, "dense-fa2": 8.0, "flash-moba": 6.0}
+    made = [{"system": system, "pass": "forward", "tokens": 64, "milliseconds": time, "peak_gb": 1.0} for system, time in times.items()]
+    run_ = {"title": "", "settings": {}, "environment": {"device": ""}, "date": "2026-01-01", "results": made}
+    header, _, row = results.tables(run_).split("milliseconds\n")[1].splitlines()[:3]
+    assert "fastest other / ours" in header and "1.50x" in row
+    run_["results"] = made[:2]
+    assert "ours" not in results.tables(run_)

@@ -147,6 +147,17 @@ def test_prefill_asks_for_the_last_logits_of_the_same_model_and_no_cache(tiny):
     assert (moba - dense).abs().max() > 1e-3, "both computed the same"
 
 
+def test_a_model_is_patched_when_its_attention_changes_and_not_before_each_timing(tiny, monkeypatch):
+    patched, real = [], model.moba_flex.patch
+    monkeypatch.setattr(model.moba_flex, "patch", lambda m, **settings: patched.append(settings["implementation"]) or real(m, **settings))
+    workload = model.ModelPrefill(tiny, 16, 2, "float32", 5, None, CPU)
+    for system in ("sdpa", "moba_flex", "moba_flex", "sdpa", "moba_flex-triton", "moba_flex-triton"):
+        workload.use(system)
+        of_model = getattr(workload.model.config, "moba", None)
+        assert (of_model is not None) == (system != "sdpa"), system
+    assert patched == ["auto", "triton"] and of_model["implementation"] == "triton"
+
+
 def test_a_training_step_is_shown_in_tokens_a_second(file, tiny, capsys):
     flags = ["--train", tiny, "--block-size", "8", "--top-k", "2", "--lengths", "64", "--repeats", "1", "--json", str(file)]
     assert benchmark.main(flags) == 0

@@ -70,6 +70,7 @@ class _OfModel:
         self.systems = list(systems or self.SYSTEMS)
         self.blocks = {"block_size": block_size, "top_k": top_k}
         self.model = build(name, getattr(torch, dtype), device)
+        self.in_use = "sdpa"
 
     def settings(self) -> dict:
         return {"workload": self.WORKLOAD, "model": self.name, **self.blocks, "dtype": self.dtype, "repeats": self.repeats}
@@ -83,9 +84,14 @@ class _OfModel:
         return torch.randint(self.model.config.vocab_size, (1, tokens), generator=generator, device=self.device)
 
     def use(self, system: str) -> None:
+        """Give the model the attention of `system`. It keeps what it has learnt of its calls if it has that attention already."""
+        if system == self.in_use:
+            return
         moba_flex.unpatch(self.model)
-        moba_flex.patch(self.model, **self.blocks, implementation="triton" if system == TRITON else "auto")
-        moba_flex.set_attention(self.model, "full" if system == "sdpa" else "moba")
+        self.model.set_attn_implementation(LEFT_OUT if system == LEFT_OUT else "sdpa")
+        if system not in (LEFT_OUT, "sdpa"):
+            moba_flex.patch(self.model, **self.blocks, implementation="triton" if system == TRITON else "auto")
+        self.in_use = system
 
 
 class ModelPrefill(_OfModel):
@@ -133,12 +139,6 @@ class ModelTraining(_OfModel):
             f"{self.name} in shape, a training step with activation checkpointing and AdamW, without the loss over the vocabulary, "
             f"block {self.blocks['block_size']}, top-{self.blocks['top_k']}, {self.dtype}"
         )
-
-    def use(self, system: str) -> None:
-        moba_flex.unpatch(self.model)
-        self.model.set_attn_implementation(LEFT_OUT if system == LEFT_OUT else "sdpa")
-        if system != LEFT_OUT:
-            super().use(system)
 
     def call(self, system: str, pass_: str, tokens: int, sample: int) -> Call:
         prompt = self.prompt(tokens, sample)

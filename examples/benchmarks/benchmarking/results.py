@@ -114,7 +114,7 @@ def tables(run: dict) -> str:
     parts = [describe(run)]
     for pass_ in of(run, "pass"):
         systems = [s for s in of(run, "system") if any(find(run, s, pass_, n) for n in of(run, "tokens"))]
-        rivals = [s for s in systems if s != OURS]
+        rivals = [s for s in systems if not s.startswith(OURS)]
         ratio = ["fastest other / ours" if len(rivals) > 1 else f"{rivals[0]} / ours"] if rivals and OURS in systems else []
         times, memory = [["tokens", *systems, *ratio]], [["tokens", *systems]]
         for n in of(run, "tokens"):
@@ -163,8 +163,8 @@ def number(milliseconds: float) -> str:
 
 def ratio_cell(results: dict[str, dict]) -> str:
     times = {system: result["milliseconds"] for system, result in results.items() if "milliseconds" in result}
-    ours = times.pop(OURS, None)
-    return f"{min(times.values()) / ours:.2f}x" if ours and times else ""
+    others = [time for system, time in times.items() if not system.startswith(OURS)]
+    return f"{min(others) / times[OURS]:.2f}x" if OURS in times and others else ""
 
 
 def markdown(rows: list[list[str]]) -> str:
