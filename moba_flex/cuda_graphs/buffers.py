@@ -11,7 +11,10 @@ from ..core.upstream import copy_all
 
 
 def copy(tensors: tuple[Tensor | None, ...], into: tuple[Tensor | None, ...]) -> None:
-    """Copy each of `tensors` to its counterpart in `into`: in one launch, but for tensors whose strides differ."""
+    """Copy each of `tensors` to its counterpart in `into`.
+
+    One launch copies all but scalars, elements of one byte and tensors whose strides differ from those of their counterpart.
+    """
     places, sources = [], []
     for x, to in zip(tensors, into):
         if x is None or to is None:

@@ -239,8 +239,7 @@ class GraphCache:
             if not enabled:
                 for shape in self._shapes.values():
                     shape.release()
-                self._shapes.clear()
-                self._marks.clear()
+                self._shapes.clear()  # but no marks: the GPU may still write to their memory
         return before
 
     @torch.no_grad()

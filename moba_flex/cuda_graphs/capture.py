@@ -130,6 +130,8 @@ class CudaMarks:
     error, which also invalidates that capture.
     """
 
+    # PyTorch does not know of these writes: an object that is dropped before the GPU has reached its last marker would leave the number to
+    # whoever gets that memory next.
     _COUNT = 256  # numbers wrap around: a host exactly this many markers ahead looks in sync
 
     def __init__(self) -> None:

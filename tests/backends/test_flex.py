@@ -179,6 +179,8 @@ def test_the_lists_of_the_dense_mask_hold_what_a_query_may_read(case):
     wanted = may_read.any(4).any(2).int() + may_read.all(4).all(2).int()
     holds_queries = (layout.query_stop > layout.query_start).repeat_interleave(per, 1)
     assert torch.equal(by_query[holds_queries], wanted[holds_queries]) and not by_query[~holds_queries].any()
+    left_open = own_tile_rule(tile)(None, None, torch.arange(tile)[:, None], torch.arange(tile))  # decides in the partial tiles
+    assert (may_read.transpose(2, 3)[by_query == 1] == left_open).all()
 
 
 @settings(max_examples=25)

@@ -68,7 +68,8 @@ def test_a_large_call_is_launched_kernel_by_kernel_while_the_gpu_is_calls_behind
     assert go(3) == 3
     assert len(store) == 2
     store.enable(False)
-    assert not [*store._marks, *store._shapes, *StandIn.living]
+    assert not [*store._shapes, *StandIn.living]
+    assert set(store._marks) == ({HERE, ELSEWHERE} if large else set()), "the GPU may still write to the memory of a mark"
 
 
 def test_outputs_of_one_call_are_untouched_by_the_next():

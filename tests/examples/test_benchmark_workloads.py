@@ -151,11 +151,28 @@ def test_a_model_is_patched_when_its_attention_changes_and_not_before_each_timin
     patched, real = [], model.moba_flex.patch
     monkeypatch.setattr(model.moba_flex, "patch", lambda m, **settings: patched.append(settings["implementation"]) or real(m, **settings))
     workload = model.ModelPrefill(tiny, 16, 2, "float32", 5, None, CPU)
-    for system in ("sdpa", "moba_flex", "moba_flex", "sdpa", "moba_flex-triton", "moba_flex-triton"):
+    for system in ("sdpa", "moba_flex", "moba_flex", "moba_flex-triton", "moba_flex-triton", "sdpa", "moba_flex"):
         workload.use(system)
         of_model = getattr(workload.model.config, "moba", None)
         assert (of_model is not None) == (system != "sdpa"), system
-    assert patched == ["auto", "triton"] and of_model["implementation"] == "triton"
+        assert of_model is None or of_model["implementation"] == ("triton" if system == "moba_flex-triton" else "auto")
+    assert patched == ["auto", "triton", "auto"]
+
+    def fails(*_, **__):
+        raise MemoryError
+
+    monkeypatch.setattr(model.moba_flex, "patch", fails)
+    for _ in range(2):  # also where an earlier one left off half-way
+        with pytest.raises(MemoryError):
+            workload.use("moba_flex-triton")
+    monkeypatch.setattr(model.moba_flex, "patch", real)
+    workload.use("moba_flex")
+    assert workload.model.config.moba["implementation"] == "auto"
+
+
+@pytest.mark.parametrize("flag", ["--model", "--train"])
+def test_systems_that_are_measured_only_if_named_can_be_named(flag, tiny):
+    assert benchmark.parse([flag, tiny, "--systems", "moba_flex-triton"]).systems == ["moba_flex-triton"]
 
 
 def test_a_training_step_is_shown_in_tokens_a_second(file, tiny, capsys):

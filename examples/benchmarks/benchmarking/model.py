@@ -55,7 +55,7 @@ MODELS = {
 
 
 class _OfModel:
-    """The base of both comparisons: a patched model, random tokens, and "sdpa" as the same model with full attention."""
+    """The base of both comparisons: a model that is patched for each system, and as it was made for "sdpa", and random tokens."""
 
     WORKLOAD: ClassVar[str]
     SYSTEMS: ClassVar[tuple[str, ...]]
@@ -70,7 +70,7 @@ class _OfModel:
         self.systems = list(systems or self.SYSTEMS)
         self.blocks = {"block_size": block_size, "top_k": top_k}
         self.model = build(name, getattr(torch, dtype), device)
-        self.in_use = "sdpa"
+        self.in_use: str | None = "sdpa"
 
     def settings(self) -> dict:
         return {"workload": self.WORKLOAD, "model": self.name, **self.blocks, "dtype": self.dtype, "repeats": self.repeats}
@@ -87,6 +87,7 @@ class _OfModel:
         """Give the model the attention of `system`. It keeps what it has learnt of its calls if it has that attention already."""
         if system == self.in_use:
             return
+        self.in_use = None  # if one of the following raises
         moba_flex.unpatch(self.model)
         self.model.set_attn_implementation(LEFT_OUT if system == LEFT_OUT else "sdpa")
         if system not in (LEFT_OUT, "sdpa"):
