@@ -6,7 +6,8 @@ steps through the rest. The partial and the full list of a mask have the same wi
 with the strides of one.
 
 On a GPU the lists decide: `rule`, the `mask_mod` without the tensors that it reads (`buffers`), is evaluated only on partial
-tiles, and in causal calls says only what the lists leave open. On a CPU it is the complete mask, since uncompiled FlexAttention reads nothing else.
+tiles, and in causal calls says only what the lists leave open. On a CPU it is the complete mask, since uncompiled FlexAttention
+reads nothing else.
 
 B batch, H query heads, G key heads, Q query blocks, C key blocks, P slots per block, T tiles of queries.
 """

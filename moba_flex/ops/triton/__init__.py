@@ -1,4 +1,5 @@
-"""Triton kernels: the gate, routing, rows, decoding; attention forward and backward, each in one pass; and forward under a dense mask.
+"""Triton kernels: the gate, routing, rows, decoding; attention forward and backward, each in one pass, and forward under a dense mask;
+and marks of how far the GPU has got.
 
 Tests compare the kernels with the file of the same name in `moba_flex.ops`, and `forward.py`, `backward.py` and
 `dense_mask.py` with the specification.
