@@ -131,7 +131,8 @@ def layer_indices(name: str, layers: object) -> tuple[int, ...]:
     if isinstance(layers, Iterable) and not isinstance(layers, (str, bytes, Mapping, torch.Tensor)) and getattr(layers, "ndim", 1) != 0:
         listed = tuple(itertools.islice(layers, MOST_LAYERS + 1))
     if listed is None or any(isinstance(layer, bool) or not isinstance(layer, int) for layer in listed):
-        raise ValueError(f"{name} must be a list or tuple of ints, but is {shown(layers)}")
+        hint = f": write ({layers},)" if isinstance(layers, int) and abs(layers) < MOST_LAYERS and not isinstance(layers, bool) else ""
+        raise ValueError(f"{name} must be a list or tuple of ints, but is {shown(layers)}{hint}")
     if len(listed) > MOST_LAYERS:
         raise ValueError(f"{name} must have at most {MOST_LAYERS} entries, but is {shown(layers)}")
     return listed

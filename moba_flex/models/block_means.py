@@ -4,7 +4,7 @@ They are stored on the cache layer, whose class is extended: operations that mov
 means, which are then recomputed:
 
 - Two calls of `update` without an attention call in between that took in the new keys (another model, full attention for a while).
-- A key tensor other than the one last seen: other code has replaced it.
+- A key tensor other than the one last seen, or one that was written to since: other code has replaced or changed it.
 - Other settings or other padding.
 
 B rows, G key heads, N tokens, C blocks, D head dimension.
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, EncoderDecoderCache, QuantizedLayer, StaticLayer
 
-from ..core.upstream import mark_static_address
+from ..core.upstream import mark_static_address, version_of
 from ..ops.decoding import mean_dtype, means_for, write_means
 from .state import means_beside, put_means
 from .upstream import is_cached_tensor, quantized_keys
@@ -39,6 +39,7 @@ class BlockMeans:
         self.stale = True  # keys were written or moved that the means do not reflect
         self._waiting = False  # keys were written that the means have not taken in
         self._keys: weakref.ref[Tensor] | None = None
+        self._version: int | None = None  # of these keys
         self._quantized: tuple[object, int] | None = None  # of a quantized cache: the source of the keys, and their number
 
     def __getstate__(self) -> dict[str, Any]:
@@ -49,13 +50,15 @@ class BlockMeans:
 
     def check(self, keys: Tensor | None) -> None:
         """Mark the means stale if the cache layer's keys are not the tensor last noted."""
-        if not torch.compiler.is_compiling() and (None if self._keys is None else self._keys()) is not keys:
+        if torch.compiler.is_compiling():
+            return
+        if (None if self._keys is None else self._keys()) is not keys or self._version != _version_of(keys):
             self.stale = True
 
     def record_keys(self, keys: Tensor | None) -> None:
         """Record the cache layer's current key tensor."""
         if not torch.compiler.is_compiling():  # compiled graphs only see static caches, which write keys in place
-            self._keys = None if keys is None else weakref.ref(keys)
+            self._keys, self._version = None if keys is None else weakref.ref(keys), _version_of(keys)
 
     def check_quantized(self, quantized: object | None, length: int, n_new: int) -> None:
         """Mark the means stale unless the `length - n_new` older keys come from the same source as before."""
@@ -120,6 +123,11 @@ class BlockMeans:
                 mark_static_address(self.means)
             else:  # an eighth more than needed, so that a growing cache rarely copies them
                 self.means = torch.cat([means, means_for(key, wanted - means.shape[2] + wanted // 8)], 2)
+
+
+def _version_of(keys: Tensor | None) -> int | None:
+    """Changes with each in-place write; None for inference tensors, which do not count them."""
+    return None if keys is None or keys.is_inference() else version_of(keys)
 
 
 def _blocks(key: Tensor, block_size: int) -> int:

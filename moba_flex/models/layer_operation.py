@@ -55,7 +55,7 @@ def operation_of(call: LayerCall, query: Tensor, key: Tensor, value: Tensor, cau
 def autocast(*tensors: Tensor) -> Sequence[Tensor]:
     """Cast float32 tensors as autocast does for dense attention: rotary embeddings leave query and key in float32."""
     kind = tensors[0].device.type
-    if torch.is_autocast_enabled(kind):
+    if kind != "meta" and torch.is_autocast_enabled(kind):  # meta has no autocast
         return [x.to(torch.get_autocast_dtype(kind)) if x.dtype == torch.float32 else x for x in tensors]
     return tensors
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +65,7 @@ class AutoModelForCausalLM:
         Raises:
             ValueError: there is no such `attn`, a setting is out of range or is given with `attn="full"`, or the model has no layer that
                 MoBA can replace. Only the last is found after loading.
-            TypeError: `config` is a `MobaConfig`, or `name` is not a name.
+            TypeError: `config` is a `MobaConfig`, `name` is not a name, or neither transformers nor MoBA knows an argument.
 
         Warns:
             UserWarning: an adapter has no saved settings, its model has none either, and none are given: the defaults apply.
@@ -106,7 +108,8 @@ class AutoModelForCausalLM:
         if config is not None and (settings or _settings(config)).key_conv:
             original = model_class
             loader = loader if original is None else _with_key_convs(original, settings)  # the loader raises the error for an unknown class
-        loaded = loader.from_pretrained(name, *args, **kwargs)
+        with _unknown_arguments_named():
+            loaded = loader.from_pretrained(name, *args, **kwargs)
         model, *more = loaded if isinstance(loaded, tuple) else (loaded,)  # a tuple with `output_loading_info=True`
         if original is not None:
             model.__class__ = original
@@ -140,7 +143,7 @@ class AutoModelForCausalLM:
 
         Raises:
             ValueError: as `from_pretrained`, or `config` is not of a causal language model.
-            TypeError: `config` is not a configuration of transformers.
+            TypeError: `config` is not a configuration of transformers, or neither it nor MoBA knows an argument.
         """
         given = _checked(
             attn,
@@ -164,9 +167,24 @@ class AutoModelForCausalLM:
                 "knows no class"
             )
         _check_layers(given, config, model_class)
-        model = loader.from_config(config, **kwargs)
+        with _unknown_arguments_named():
+            model = loader.from_config(config, **kwargs)
         settings = given or _settings(model.config)
         return _use(patch(model, settings) if settings.key_conv else model, attn, given)
+
+
+@contextmanager
+def _unknown_arguments_named() -> Iterator[None]:
+    """Says which settings MoBA has where transformers does not know an argument, which may be a mistyped one."""
+    try:
+        yield
+    except TypeError as error:
+        if (found := re.search(r"unexpected keyword argument '(\w+)'", str(error))) is None:
+            raise
+        raise TypeError(
+            f"{found[1]!r} is neither an argument that transformers takes for this model nor a setting of MoBA: those are "
+            f"{', '.join(field.name for field in fields(MobaConfig))}"
+        ) from error
 
 
 def _checked(attn: str, **settings: object) -> MobaConfig | None:

@@ -346,7 +346,8 @@ def find_layers(model: nn.Module) -> tuple[list[AttentionLayer], list[AttentionL
 
 def _check_module(model: object) -> None:
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a transformers model, but is {kind_of(model)}")
+        hint = ": moba_flex.AutoModelForCausalLM.from_pretrained loads one by its name" if isinstance(model, str) else ""
+        raise TypeError(f"model must be a transformers model, but is {kind_of(model)}{hint}")
 
 
 def _windows(layers: list[AttentionLayer]) -> str:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..core import validation
-from ..core.upstream import assert_in_graph
+from ..core.upstream import FakeTensor, assert_in_graph
 from ..ops.decoding import MAX_DECODE_TOKENS
 from .upstream import bidirectional_mask_function, causal_mask_function
 
@@ -129,7 +129,7 @@ def _padding(attention_mask: Tensor | None, n_key: int) -> Tensor | None:
     if attention_mask.shape[1] < n_key:
         raise ValueError(f"attention_mask covers {attention_mask.shape[1]} tokens, but must cover all {n_key}, cached ones too")
     padding_mask = attention_mask[:, :n_key].bool()
-    if torch.compiler.is_compiling():  # a graph cannot read values: it neither skips nor checks padding
+    if not _is_readable(padding_mask):  # padding is then neither skipped nor checked
         return padding_mask
     if padding_mask.all():
         return None
@@ -139,15 +139,22 @@ def _padding(attention_mask: Tensor | None, n_key: int) -> Tensor | None:
 
 def check_whole(attention_mask: Tensor) -> None:
     """Raise ValueError if a row has padding between its real tokens."""
-    if (F.pad(attention_mask.bool(), (1, 0)).int().diff(dim=1) > 0).sum(1).max() > 1:
+    begins = (F.pad(attention_mask.bool(), (1, 0)).int().diff(dim=1) > 0).sum(1)
+    if begins.max() > 1:
         raise ValueError(
-            "attention_mask has a row with padding between real tokens: MoBA takes padding on the left or the right "
-            "(behind the virtual tokens of PEFT's prompt tuning only on the right)"
+            f"attention_mask has padding between real tokens in row {int(begins.argmax())}: MoBA takes padding on the left or the right, "
+            "and behind the virtual tokens of PEFT's prompt tuning only on the right. generate() makes a mask from pad_token_id if it is "
+            "given none: if all tokens are real, pass attention_mask=torch.ones_like(input_ids)"
         )
 
 
+def _is_readable(mask: Tensor) -> bool:
+    """Whether a mask has values that may be read: not within a traced graph, on the meta device or in FakeTensorMode."""
+    return not (torch.compiler.is_compiling() or mask.is_meta or isinstance(mask, FakeTensor))
+
+
 def _starts(padding_mask: Tensor | None) -> tuple[int, ...] | None:
-    if padding_mask is None or torch.compiler.is_compiling() or padding_mask[:, 0].all():
+    if padding_mask is None or not _is_readable(padding_mask) or padding_mask[:, 0].all():
         return None
     return tuple(_first_real(padding_mask).tolist())
 

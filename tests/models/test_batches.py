@@ -6,6 +6,7 @@ import pytest
 import torch
 from support.families import FAMILIES, HYBRID, TOKENS, assert_close, build, gradients, logits, padded, tokens
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import DataCollatorWithFlattening, StaticCache
 from transformers.masking_utils import blockwise_overlay, causal_mask_function, or_masks
 
@@ -15,6 +16,19 @@ from moba_flex.models.masks import MobaMask, moba_mask
 LENGTHS = (13, 1, 26)
 TELLS_PACKED = [family for family in FAMILIES if family != "gpt_oss"]  # transformers' GPT-OSS makes its mask without position_ids
 HAS_FULL_LAYERS_ONLY = [family for family in FAMILIES if family not in HYBRID]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_models_without_values_give_shapes(masked):
+    """On the meta device and in FakeTensorMode, whose tensors have nothing to read."""
+    ids = tokens()
+    given = {"attention_mask": torch.ones_like(ids)} if masked else {}
+    wanted = logits(patched(), ids, **given).shape
+    meta = {name: x.to("meta") for name, x in given.items()}
+    assert logits(patched().to("meta"), ids.to("meta"), **meta).shape == wanted
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        fake = {name: torch.ones(x.shape, dtype=x.dtype) for name, x in given.items()}
+        assert logits(patched(), torch.zeros(ids.shape, dtype=ids.dtype), **fake).shape == wanted
 
 
 def patched(family: str = "llama", **settings) -> nn.Module:

@@ -136,7 +136,16 @@ def test_keys_that_sparse_attention_did_not_see_are_noticed():
         by_hand(cache)
         cache.crop(-1)
 
-    for change in (by_full_attention, by_an_unpatched_model, by_hand, by_hand_before_a_crop):
+    def in_place(cache):
+        for layer in cache.layers:
+            layer.keys.mul_(-2)
+
+    def in_place_before_a_crop(cache):
+        for layer in cache.layers:
+            layer.keys[:, :, 3:30] *= -2
+        cache.crop(-1)
+
+    for change in (by_full_attention, by_an_unpatched_model, by_hand, by_hand_before_a_crop, in_place, in_place_before_a_crop):
         cache = filled(model, ids)
         change(cache)
         fresh = DynamicCache(config=model.config)  # the same keys and values, and no means
@@ -144,6 +153,19 @@ def test_keys_that_sparse_attention_did_not_see_are_noticed():
             fresh.update(layer.keys.clone(), layer.values.clone(), i)
         for i in range(12):
             torch.testing.assert_close(run(model, new[:, i : i + 1], cache), run(model, new[:, i : i + 1], fresh), msg=change.__name__)
+
+
+def test_keys_that_are_written_to_in_a_static_cache_are_noticed():
+    model, ids, new = build(**SPARSE), tokens(), tokens(1, 12, seed=5)
+    cache, fresh = (StaticCache(config=model.config, max_cache_len=80) for _ in range(2))
+    for one in (cache, fresh):
+        run(model, ids, one)
+        run(model, new[:, :1], one)
+    for layer, other in zip(cache.layers, fresh.layers):
+        layer.keys.mul_(-2)
+        other.keys = other.keys * -2
+    for i in range(1, 12):
+        torch.testing.assert_close(run(model, new[:, i : i + 1], cache), run(model, new[:, i : i + 1], fresh))
 
 
 @pytest.mark.parametrize("static", [False, True])

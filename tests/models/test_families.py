@@ -201,5 +201,5 @@ def test_a_model_without_a_layer_that_moba_can_replace_is_refused_by_name(kind):
 
 
 def test_what_is_no_module_is_refused():
-    with pytest.raises(TypeError, match="model must be a transformers model, but is a str"):
+    with pytest.raises(TypeError, match=r"model must be a transformers model, but is a str: moba_flex\.AutoModelForCausalLM"):
         patch("model")

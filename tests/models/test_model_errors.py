@@ -21,7 +21,7 @@ BAD_PATCHES = [
     ({"decode": "dense"}, ValueError, "decode must be one of full, sparse, but is 'dense'"),
     ({"implementation": "cuda"}, ValueError, "implementation must be one of"),
     ({"topk": 2}, ValueError, "'topk' is no setting of MoBA: there are block_size, top_k"),
-    ({"full_attention_layers": 3}, ValueError, "full_attention_layers must be a list or tuple of ints, but is 3"),
+    ({"full_attention_layers": 3}, ValueError, "full_attention_layers must be a list or tuple of ints, but is 3: write \\(3,\\)"),
     ({"full_attention_layers": "1"}, ValueError, "full_attention_layers must be"),
     ({"full_attention_layers": [True]}, ValueError, "full_attention_layers must be"),
     ({"full_attention_layers": [4]}, ValueError, "full_attention_layers has 4, but LlamaForCausalLM .* 0 to 3"),
@@ -75,7 +75,7 @@ def test_masks_that_moba_cannot_follow_are_refused():
     with torch.no_grad():
         cache = model(ids, use_cache=True).past_key_values
     for name, call, message in (
-        ("hole", lambda: model(ids, attention_mask=hole), "padding between real tokens"),
+        ("hole", lambda: model(ids, attention_mask=hole), "padding between real tokens in row 1: .* attention_mask=torch.ones_like"),
         ("4D", lambda: model(ids, attention_mask=dense), r"shape \(2, 1, 53, 53\).*pass a 2D attention_mask"),
         ("1D", lambda: model(ids, attention_mask=torch.ones(TOKENS)), r"with a batch of 2, but has the shape \(53,\)"),
         ("3D", lambda: model(ids, attention_mask=torch.ones(2, TOKENS, TOKENS)), r"must have the shape \(batch, tokens\).*\(2, 53, 53\)"),

@@ -120,6 +120,18 @@ def test_wrong_settings_are_refused_before_anything_is_loaded(given, error, mess
         AutoModelForCausalLM.from_pretrained(tmp_path, **given)
 
 
+def test_a_mistyped_setting_is_named_with_those_that_there_are(tmp_path):
+    model = build()
+    model.save_pretrained(tmp_path)
+    message = "^'topk' is neither an argument that transformers takes for this model nor a setting of MoBA: those are block_size, top_k, "
+    for load in (
+        lambda: AutoModelForCausalLM.from_pretrained(tmp_path, topk=3),
+        lambda: AutoModelForCausalLM.from_config(model.config, topk=3),
+    ):
+        with pytest.raises(TypeError, match=message):
+            load()
+
+
 def test_a_configuration_may_be_given_as_a_place(tmp_path):
     model = patch(build(), **SPARSE)
     model.save_pretrained(tmp_path)
