@@ -110,11 +110,13 @@ class MobaConfig(dict[str, Any]):
     __setitem__ = __delitem__ = __ior__ = update = setdefault = clear = popitem = _refuse
 
 
+SETTINGS = tuple(field.name for field in fields(MobaConfig))
+
+
 def _check_names(settings: Mapping[str, Any]) -> None:
-    names = [field.name for field in fields(MobaConfig)]
     for name in settings:
-        if name not in names:
-            raise ValueError(f"{shown(name)} is no setting of MoBA: there are {', '.join(names)}")
+        if name not in SETTINGS:
+            raise ValueError(f"{shown(name)} is no setting of MoBA: there are {', '.join(SETTINGS)}")
 
 
 def _from_dict(settings: dict[str, Any]) -> MobaConfig:

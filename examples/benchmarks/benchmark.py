@@ -212,8 +212,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_block_flags(block_size="the preset's", top_k="the preset's")
     flag("--lengths", type=count, nargs="+", metavar="N", help=f"tokens {of_preset}")
     flag("--dtype", choices=["float32", "bfloat16", "float16"], help=f"of the tensors {of_preset}")
-    of_models = (", ".join(workload.SYSTEMS + workload.MORE) for workload in (ModelPrefill, ModelTraining))
-    models = "with --model of {}, with --train of {}".format(*of_models)
+    of_model, of_training = (", ".join(workload.SYSTEMS + workload.MORE) for workload in (ModelPrefill, ModelTraining))
+    models = f"with --model of {of_model}, with --train of {of_training}"
     names = f"of {', '.join(SYSTEMS)}; {models} (default: all that the device has)"
     flag("--systems", nargs="+", metavar="NAME", help=names)
     flag("--forward-only", action="store_true", default=None, help=f"no backward pass {of_preset}")

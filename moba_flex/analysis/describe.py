@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from ..config import MobaConfig, changed_settings
-from ..core.messages import kind_of
 from ..core.validation import check_count
 from ..models.by_name import settings_to_come
 from ..models.layers import MOBA, attention_layers, attention_of, check_served, is_replaceable, keeps_full, window_of_layer
-from ..models.patch import find_layers
+from ..models.patch import check_module, find_layers
 from ..models.sizes import without_effect
 from ..models.state import choice_of, context_of
 from ..models.upstream import FULL_LAYER_TYPES, implementation_of
@@ -131,8 +130,7 @@ def describe(model: nn.Module, length: int | None = None) -> Description:
     >>> describe(model).layers[3].reason
     'full_attention_layers'
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a transformers model, but is {kind_of(model)}")
+    check_module(model)
     if length is not None:
         check_count("length", length, 1)
     try:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import TypeAlias
 
@@ -101,7 +101,18 @@ def local_mask(layout: BlockLayout, heads: int, groups: int, batch_merged: bool 
     A query tile reads the same tile of its own block partially, and the earlier tiles of that block fully. With `batch_merged`, batch rows
     are concatenated, `[G, H / G, B * Q * P, D]` and `[G, 1, B * C * P, D]`; not for layouts with query tiles, which have one batch row.
     """
-    return layout.cached(("local mask", heads, groups, batch_merged), lambda: _local_mask(layout, heads, groups, batch_merged))
+
+    def build() -> Mask:
+        mask = _local_mask(layout, heads, groups, batch_merged)
+        return decided_by_lists(mask, heads // groups) if layout.own.is_cuda else mask
+
+    return layout.cached(("local mask", heads, groups, batch_merged), build)
+
+
+def decided_by_lists(mask: Mask, heads_per_group: int) -> Mask:
+    """A local mask without what its lists imply, so that all of its tile size share a kernel."""
+    tile = mask.tiles[0]
+    return replace(mask, kernel_key=("local", tile, heads_per_group), rule=own_tile_rule(tile), buffers=())
 
 
 def _local_mask(layout: BlockLayout, heads: int, groups: int, batch_merged: bool) -> Mask:
@@ -128,13 +139,7 @@ def _local_mask(layout: BlockLayout, heads: int, groups: int, batch_merged: bool
     indices = start + step, start, same, later
     in_part, in_full, back_in_part, back_in_full = (tile_lists(n.flatten(1), i.flatten(1)) for n, i in zip(counts, indices))
     lists = *in_part, *in_full, *back_in_part, *back_in_full
-    if own.is_cuda:
-        return _own_tile_mask(tile, heads // groups, lists)
     return Mask(("local", layout.width, heads // groups), (tile, tile), _local_rule(layout.width), (own,), lists)
-
-
-def _own_tile_mask(tile: int, heads_per_group: int, lists: Lists) -> Mask:
-    return Mask(("local", tile, heads_per_group), (tile, tile), own_tile_rule(tile), (), lists)
 
 
 def _local_mask_of_tiles(layout: BlockLayout, offset: Tensor, heads: int, groups: int) -> Mask:
@@ -156,8 +161,6 @@ def _local_mask_of_tiles(layout: BlockLayout, offset: Tensor, heads: int, groups
     indices = start + place, start, same.clamp(0, last_tile), later.clamp(max=last_tile)
     listed = [tile_lists(n.int().flatten(1), i.flatten(1)) for n, i in zip(counts, indices)]
     lists = *listed[0], *listed[1], *listed[2], *listed[3]
-    if own.is_cuda:
-        return _own_tile_mask(tile, heads // groups, lists)
     return Mask(("local tiles", layout.width, heads // groups), (tile, tile), _tiles_rule(layout.width, tile), (own, offset), lists)
 
 

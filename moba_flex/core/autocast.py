@@ -10,6 +10,8 @@ from torch import Tensor
 
 def without_autocast(x: Tensor) -> AbstractContextManager[object]:
     """A context that disables autocast on the device of `x`. It costs nothing if autocast is off, as in most calls."""
-    kind = x.device.type
-    on = kind != "meta" and torch.is_autocast_enabled(kind)  # meta has no autocast
-    return torch.autocast(kind, enabled=False) if on else nullcontext()
+    return torch.autocast(x.device.type, enabled=False) if autocast_is_on(x.device) else nullcontext()
+
+
+def autocast_is_on(device: torch.device) -> bool:
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)  # meta has no autocast

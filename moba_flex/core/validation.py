@@ -117,9 +117,14 @@ def have_values(*tensors: Tensor) -> bool:
     After a graph break torch.compile compiles functions one by one, and only those that it compiles are told that it is compiling: of two
     functions that ask, one may be told so and the other not, and neither would check values.
     """
-    if any(t.is_meta or isinstance(t, FakeTensor) for t in tensors):
+    if any(is_without_values(t) for t in tensors):
         return False
     return not being_captured()
+
+
+def is_without_values(x: Tensor) -> bool:
+    """Whether `x` is a meta tensor or a FakeTensor."""
+    return x.is_meta or isinstance(x, FakeTensor)
 
 
 def being_captured() -> bool:
@@ -139,7 +144,7 @@ def check_not_mapped(call: str, **tensors: Tensor) -> None:
 def check_values(call: str, **tensors: Tensor) -> None:
     """Tensors whose values are read must have values: neither meta tensors nor FakeTensors."""
     for name, t in tensors.items():
-        if t.is_meta or isinstance(t, FakeTensor):
+        if is_without_values(t):
             where = "on the meta device" if t.is_meta else "a FakeTensor"
             raise ValueError(f"{name} must have values, which {call} reads, but is {where}: call it with a tensor on a CPU or GPU")
 

@@ -128,10 +128,10 @@ class CudaMarks:
 
     An event would give the same information, but while another thread captures a graph in PyTorch's default mode, querying an event is an
     error, which also invalidates that capture.
+
+    Must not be dropped before the GPU has reached its last marker: PyTorch does not know of these writes, and gives the memory to others.
     """
 
-    # PyTorch does not know of these writes: an object that is dropped before the GPU has reached its last marker would leave the number to
-    # whoever gets that memory next.
     _COUNT = 256  # numbers wrap around: a host exactly this many markers ahead looks in sync
 
     def __init__(self) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from ..core import validation
+from ..core.autocast import autocast_is_on
 from ..core.settings import AttentionSettings
 from ..functional import checked_settings
 from .decision import LayerCall
@@ -54,9 +55,9 @@ def operation_of(call: LayerCall, query: Tensor, key: Tensor, value: Tensor, cau
 
 def autocast(*tensors: Tensor) -> Sequence[Tensor]:
     """Cast float32 tensors as autocast does for dense attention: rotary embeddings leave query and key in float32."""
-    kind = tensors[0].device.type
-    if kind != "meta" and torch.is_autocast_enabled(kind):  # meta has no autocast
-        return [x.to(torch.get_autocast_dtype(kind)) if x.dtype == torch.float32 else x for x in tensors]
+    device = tensors[0].device
+    if autocast_is_on(device):
+        return [x.to(torch.get_autocast_dtype(device.type)) if x.dtype == torch.float32 else x for x in tensors]
     return tensors
 
 

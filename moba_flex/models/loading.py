@@ -7,14 +7,13 @@ import re
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import transformers
 from transformers import PreTrainedModel
 
-from ..config import DEFAULT, UNSET, MobaConfig, given_settings
+from ..config import DEFAULT, SETTINGS, UNSET, MobaConfig, given_settings
 from ..core.messages import kind_of, shown
 from ..core.validation import check_choice
 from .adapters import SETTINGS_FILE, settings_beside_adapter
@@ -183,7 +182,7 @@ def _unknown_arguments_named() -> Iterator[None]:
             raise
         raise TypeError(
             f"{found[1]!r} is neither an argument that transformers takes for this model nor a setting of MoBA: those are "
-            f"{', '.join(field.name for field in fields(MobaConfig))}"
+            f"{', '.join(SETTINGS)}"
         ) from error
 
 

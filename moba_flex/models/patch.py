@@ -180,7 +180,7 @@ def unpatch(model: Model) -> Model:
     >>> hasattr(model.config, "moba")
     False
     """
-    _check_module(model)
+    check_module(model)
     layers = attention_layers(model)
     if any(context_of(layer) is not None for layer in layers):
         raise ValueError(f"{type(model).__name__} is context-parallel, which it can only be with MoBA: call ContextParallel.remove() first")
@@ -321,7 +321,7 @@ def find_layers(model: nn.Module) -> tuple[list[AttentionLayer], list[AttentionL
     Raises ValueError if there is none, or if the code of such a layer depends on the attention name. Raises TypeError if `model` is not a
     module.
     """
-    _check_module(model)
+    check_module(model)
     every = attention_layers(model)
     replaceable = [layer for layer in every if is_replaceable(layer)]
     if not replaceable:
@@ -344,7 +344,7 @@ def find_layers(model: nn.Module) -> tuple[list[AttentionLayer], list[AttentionL
     return every, replaceable
 
 
-def _check_module(model: object) -> None:
+def check_module(model: object) -> None:
     if not isinstance(model, nn.Module):
         hint = ": moba_flex.AutoModelForCausalLM.from_pretrained loads one by its name" if isinstance(model, str) else ""
         raise TypeError(f"model must be a transformers model, but is {kind_of(model)}{hint}")

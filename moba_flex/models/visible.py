@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..core import validation
-from ..core.upstream import FakeTensor, assert_in_graph
+from ..core.upstream import assert_in_graph
 from ..ops.decoding import MAX_DECODE_TOKENS
 from .upstream import bidirectional_mask_function, causal_mask_function
 
@@ -150,7 +150,7 @@ def check_whole(attention_mask: Tensor) -> None:
 
 def _is_readable(mask: Tensor) -> bool:
     """Whether a mask has values that may be read: not within a traced graph, on the meta device or in FakeTensorMode."""
-    return not (torch.compiler.is_compiling() or mask.is_meta or isinstance(mask, FakeTensor))
+    return not (torch.compiler.is_compiling() or validation.is_without_values(mask))
 
 
 def _starts(padding_mask: Tensor | None) -> tuple[int, ...] | None:

@@ -6,8 +6,6 @@ other.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 import torch.nn.attention.flex_attention as flex_module
@@ -18,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moba_flex import attention as attention_module
 from moba_flex.backends import dense_mask, flex, paths
-from moba_flex.backends.block_masks import block_at, local_mask, own_tile_rule, place_at, routed_mask
+from moba_flex.backends.block_masks import block_at, decided_by_lists, local_mask, own_tile_rule, place_at, routed_mask
 from moba_flex.core import chunking as chunks_module
 from moba_flex.core.chunking import QUERY_TILE, chunks, max_elements
 from moba_flex.core.layout import slots_per_block
@@ -343,7 +341,7 @@ def test_the_lists_of_the_local_mask_say_what_its_rule_says(case, batch_merged):
     wanted = seen.any(4).any(2).int() + seen.all(4).all(2).int()
     holds_queries = (layout.query_stop > layout.query_start).view(rows // case["groups"], -1).repeat_interleave(case["groups"], 0)
     tiles = holds_queries.repeat_interleave(layout.query_width // mask.tiles[0], 1)
-    on_gpu = replace(mask, rule=own_tile_rule(mask.tiles[0]), buffers=())  # is evaluated on partial tiles alone
+    on_gpu = decided_by_lists(mask, case["heads"] // case["groups"])  # is evaluated on partial tiles alone
     left_open = evaluated(on_gpu, rows, n_query, n_key).unflatten(1, (-1, mask.tiles[0])).unflatten(3, (-1, mask.tiles[1]))
     for name, lists in (("queries", by_query), ("keys", by_key)):
         listed = lists.clone()
